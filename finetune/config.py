@@ -1,0 +1,351 @@
+"""The schema: one dataclass per conf group, its unit under every field.
+
+Flow: argv -> Hydra -> these classes -> `check` -> the rest of the program. yaml only fills values; nothing
+downstream ever sees a DictConfig. `check` only validates and returns all problems at once; it derives nothing.
+Does not compose (see `app.py`) and imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Optional, Union
+
+from omegaconf import MISSING
+
+from finetune.errors import UserError
+
+GPTJ_POSITIONS = 2048
+
+
+class Dtype(Enum):
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class Init(Enum):
+    pretrained = "pretrained"
+    random = "random"
+
+
+class Offload(Enum):
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
+
+
+class Attention(Enum):
+    auto = "auto"
+    sdpa = "sdpa"
+    flex = "flex"
+    eager = "eager"
+
+
+class OnBadRow(Enum):
+    error = "error"
+    skip = "skip"
+
+
+@dataclass
+class ModelConfig:
+    path: str = MISSING
+    """Checkpoint directory or hub id; `asset:NAME` is a directory that ships with the project."""
+    revision: Optional[str] = None
+    """Branch, tag or commit of a hub id."""
+    tokenizer: Optional[str] = None
+    """Directory or hub id; null: the checkpoint's own, or GPT-J's that ships with the project."""
+    dtype: Dtype = Dtype.bf16
+    """Precision of weights and arithmetic; optimizer states are fp32 always."""
+    init: Init = Init.pretrained
+    """`random`: only config.json is read from `path`; weights are drawn from the seed, parameter by parameter."""
+    attention: Attention = Attention.auto
+    """Attention kernel; auto picks the fastest one that this machine has."""
+    embd_pdrop: Optional[float] = None
+    """Dropout on embeddings, 0 to 1; null: the checkpoint's own value."""
+    attn_pdrop: Optional[float] = None
+    """Dropout on attention probabilities, 0 to 1; null: the checkpoint's own value."""
+    resid_pdrop: Optional[float] = None
+    """Dropout on attention and MLP outputs, 0 to 1; null: the checkpoint's own value."""
+
+
+@dataclass
+class TaskConfig:
+    max_length: int = GPTJ_POSITIONS
+    """Sequence length in tokens."""
+
+
+@dataclass
+class ClmConfig(TaskConfig):
+    text_field: str = "text"
+    """Record field with the document; dots reach into objects."""
+    subset_field: Optional[str] = "meta.pile_set_name"
+    """Record field that names the subset evaluation is broken down by; absent fields are fine."""
+
+
+@dataclass
+class InstructConfig(TaskConfig):
+    format: str = "auto"
+    """Row layout: auto, prompt, messages, alpaca or sharegpt."""
+    template: str = "alpaca"
+    """Prompt template: a name from finetune/data/templates, or a file with a Jinja chat template."""
+    prompt_field: str = "prompt"
+    """Record field with the prompt (format prompt)."""
+    completion_field: str = "completion"
+    """Record field with the completion (format prompt)."""
+
+
+@dataclass
+class ClassifyConfig(TaskConfig):
+    text_field: str = "text"
+    """Record field with the text."""
+    text_pair_field: Optional[str] = None
+    """Record field with the second text of a pair; null: single texts."""
+    label_field: str = "label"
+    """Record field with the label: an integer, a string, a list (multi-label) or a number (regression)."""
+    problem: str = "single_label"
+    """single_label, multi_label or regression."""
+    labels: Optional[list[str]] = None
+    """Label names in the order of the head's outputs; null: collected from the training data, sorted."""
+    class_weights: Optional[list[float]] = None
+    """Loss weight of each class; null: all 1."""
+    truncation: str = "head"
+    """What a too long text keeps: head, or head_tail (half from either end)."""
+
+
+@dataclass
+class QaConfig(TaskConfig):
+    stride: int = 128
+    """Tokens that neighbouring windows of a long context share."""
+    max_answer_tokens: int = 32
+    """Longest answer that decoding considers, in tokens."""
+    n_best: int = 20
+    """Start and end candidates that decoding combines."""
+    null_threshold: float = 0.0
+    """SQuAD v2: answer nothing when the null score beats the best span by more than this (logits)."""
+
+
+@dataclass
+class DataConfig:
+    train: Optional[str] = None
+    """File, glob, directory, `datasets` folder or hub id; `asset:NAME` ships with the project."""
+    eval: Optional[str] = None
+    """As `train`; null: no evaluation."""
+    split: str = "train"
+    """Split that is read of a hub id or `datasets` folder for training."""
+    eval_split: str = "validation"
+    """Split that is read of a hub id or `datasets` folder for evaluation."""
+    on_bad_row: OnBadRow = OnBadRow.error
+    """error: stop at the first bad row; skip: count bad rows and go on."""
+    max_bad_rows: int = 100
+    """With on_bad_row=skip: stop all the same after this many bad rows."""
+    cache_dir: Optional[str] = None
+    """Folder of the tokenised cache; null: ~/.cache/finetune-gptj."""
+    preview: int = 0
+    """Print this many decoded examples with the scored tokens marked, then go on."""
+
+
+@dataclass
+class AdapterConfig:
+    """What is trained; the kinds are subclasses."""
+
+
+@dataclass
+class FullConfig(AdapterConfig):
+    """Every weight is trained; there is nothing to set."""
+
+
+@dataclass
+class LoraConfig(AdapterConfig):
+    rank: int = 8
+    """Rank of the update matrices."""
+    alpha: float = 16.0
+    """Scale: the update is multiplied by alpha / rank (rsLoRA: alpha / sqrt(rank))."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input, 0 to 1."""
+    targets: Any = "q_proj,v_proj"
+    """Modules that get an adapter: `all-linear`, a comma separated string or a list of GPT-J's module names."""
+    rslora: bool = False
+    """Rank-stabilised scaling (arXiv:2312.03732)."""
+    dora: bool = False
+    """Weight-decomposed adaptation (arXiv:2402.09353)."""
+
+
+@dataclass
+class Ia3Config(AdapterConfig):
+    targets: Any = "k_proj,v_proj,fc_out"
+    """Modules whose activations are rescaled: a comma separated string or a list."""
+
+
+@dataclass
+class PromptConfig(AdapterConfig):
+    virtual_tokens: int = 20
+    """Trained embeddings placed before every sequence, in tokens."""
+
+
+@dataclass
+class PrefixConfig(AdapterConfig):
+    virtual_tokens: int = 20
+    """Trained key/value pairs placed before every sequence in every layer, in tokens."""
+
+
+@dataclass
+class ZeroConfig:
+    stage: Union[int, str] = "auto"
+    """0 to 3, or auto: the planner takes the fastest that fits."""
+    offload_optimizer: Offload = Offload.none
+    """Where optimizer states and master weights live."""
+    offload_params: Offload = Offload.none
+    """Where the weights live (stage 3)."""
+    nvme_path: Optional[str] = None
+    """Folder on a fast local disk for nvme offload."""
+    bucket_elements: int = 50_000_000
+    """Size of reduce and all-gather buckets, in elements."""
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 1e-4
+    """Peak learning rate."""
+    schedule: str = "cosine"
+    """linear, cosine or constant, after the warmup."""
+    warmup: float = 0.0
+    """Warmup: a number of steps, or below 1 a share of all steps."""
+    min_lr: float = 0.0
+    """Floor of the schedule as a share of the peak, 0 to 1."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; biases and norms are exempt."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Adam's two averages."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+
+
+@dataclass
+class TrainConfig:
+    steps: Optional[int] = None
+    """Optimizer steps. With `epochs` given too, the one from the command line counts; both: whichever ends first."""
+    epochs: Optional[float] = None
+    """Passes over the training data."""
+    micro_batch: Union[int, str] = 1
+    """Sequences per rank and forward; auto: the largest that fits."""
+    global_batch: int = 8
+    """Sequences per optimizer step; accumulation = global_batch / (micro_batch x ranks)."""
+    packing: bool = True
+    """Fill every row to task.max_length with whole or cut documents that do not attend to each other."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    eval_every: int = 0
+    """Optimizer steps between evaluations; 0: only at the end."""
+    eval_batch: int = 8
+    """Sequences per rank and forward in evaluation."""
+    log_every: int = 1
+    """Optimizer steps between lines in metrics.jsonl."""
+    early_stopping: int = 0
+    """Stop after this many evaluations without a better loss; 0: never."""
+    sample_every: int = 0
+    """Optimizer steps between generated samples (task clm and instruct); 0: never."""
+    sample_prompts: list[str] = field(default_factory=lambda: ["The"])
+    """Prompts of the samples."""
+    sample_tokens: int = 40
+    """Length of a sample in tokens."""
+    threads: int = 0
+    """CPU threads per rank; 0: this rank's share of the cores."""
+    prefetch: int = 2
+    """Optimizer steps whose batches are prepared ahead."""
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 0
+    """Optimizer steps between checkpoints; 0: only at the end and when the run is stopped."""
+    keep: int = 2
+    """Newest checkpoints kept, at least 2."""
+
+
+@dataclass
+class TensorboardConfig:
+    enabled: bool = False
+    """Write event files to run_dir/tensorboard."""
+
+
+@dataclass
+class WandbConfig:
+    enabled: bool = False
+    """Log to Weights & Biases."""
+    project: str = "finetune-gptj"
+    """Project name."""
+    entity: Optional[str] = None
+    """Team or user; null: the account's default."""
+    group: Optional[str] = None
+    """Group of runs, e.g. one sweep."""
+    tags: list[str] = field(default_factory=list)
+    """Tags of the run."""
+    mode: str = "online"
+    """online, offline or disabled."""
+
+
+@dataclass
+class TrackerConfig:
+    tensorboard: TensorboardConfig = field(default_factory=TensorboardConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass
+class MachineConfig:
+    gpus: Optional[int] = None
+    """GPUs over all nodes; null: measured here."""
+    gpu_gib: Optional[float] = None
+    """Memory of one GPU in GiB; null: measured here."""
+    host_gib: Optional[float] = None
+    """Memory of one node's host in GiB; null: measured here."""
+    disk_gib: Optional[float] = None
+    """Free space for checkpoints and nvme offload in GiB; null: measured here."""
+    gpus_per_node: Optional[int] = None
+    """GPUs of one node; null: at most 8."""
+
+
+@dataclass
+class ExportConfig:
+    enabled: bool = True
+    """Export at the end of a run: the adapter, or the whole model of a full fine-tune."""
+    verify: bool = True
+    """Reopen the export with plain transformers and peft in a fresh process and compare logits."""
+    max_shard_gib: float = 5.0
+    """Largest safetensors file of an exported model, in GiB."""
+
+
+@dataclass
+class PlanConfig:
+    format: str = "table"
+    """launch/plan.py: table for people, json for programs."""
+    picture: Optional[str] = None
+    """launch/plan.py: write the picture of parts against the limit to this file."""
+
+
+@dataclass
+class Config:
+    name: str = "custom"
+    """Name of the recipe; part of the default run_dir."""
+    run_dir: Optional[str] = None
+    """Where the run lives; null: runs/<recipe>/<YYYYmmdd-HHMMSS>."""
+    seed: int = 0
+    """Everything random derives from it."""
+    resume: str = "auto"
+    """auto, never, or a run or checkpoint directory to continue from."""
+    verbose: bool = False
+    """Let the libraries' own log lines through."""
+    model: ModelConfig = MISSING
+    task: TaskConfig = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterConfig = MISSING
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)

@@ -1,0 +1,51 @@
+"""The one exception a user should see, and the exit codes of every command."""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_PREEMPTED = 75
+
+
+class UserError(Exception):
+    """Something the user can mend: what is wrong, where, and what to type instead.
+
+    Args:
+        problem: one sentence with the offending value (and the limit it breaks).
+        where: `path:line`, a config key, or "" where the problem names its place itself.
+        remedy: text that can be pasted or followed, or "".
+    """
+
+    exit_code = EXIT_USAGE
+
+    def __init__(self, problem: str, where: str = "", remedy: str = ""):
+        self.problem, self.where, self.remedy = problem, where, remedy
+        super().__init__(self.render())
+
+    def render(self) -> str:
+        text = f"{self.where}: {self.problem}" if self.where else self.problem
+        return f"{text}\n  {self.remedy}" if self.remedy else text
+
+
+class RunFailed(UserError):
+    """The command was right but the run could not finish: exit code 1 instead of 2."""
+
+    exit_code = EXIT_FAILED
+
+
+def problems_error(title: str, problems: list[UserError]) -> UserError:
+    """One error that lists all problems at once, e.g. "2 problems in the configuration:"."""
+    plural = "problem" if len(problems) == 1 else "problems"
+    lines = [f"{len(problems)} {plural} in {title}:"]
+    for problem in problems:
+        lines += [f"  {line}" for line in problem.render().split("\n")]
+    return UserError("\n".join(lines))
+
+
+def gib(n_bytes: float) -> str:
+    """Bytes as people read them: `1.5 GiB`, `12.0 MiB`, `7 B`."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(n_bytes) >= size:
+            return f"{n_bytes / size:.2f} {unit}" if unit == "GiB" else f"{n_bytes / size:.1f} {unit}"
+    return f"{int(n_bytes)} B"

@@ -1,0 +1,30 @@
+"""The learning rate as a pure function of the step, so that resuming needs no scheduler state."""
+
+from __future__ import annotations
+
+import math
+
+from finetune.config import OptimConfig
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+def warmup_steps(optim: OptimConfig, total_steps: int) -> int:
+    """Warmup in steps: values below 1 are a share of `total_steps`."""
+    return math.ceil(optim.warmup * total_steps) if optim.warmup < 1 else int(optim.warmup)
+
+
+def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
+    """Learning rate of optimizer step `step`, counted from 1.
+
+    With warmup w: lr * step / w while step <= w, then from lr at w to lr * min_lr at `total_steps`, along a
+    line or half a cosine; `constant` stays at lr.
+    """
+    warmup = warmup_steps(optim, total_steps)
+    if step <= warmup:
+        return optim.lr * step / warmup
+    if optim.schedule == "constant":
+        return optim.lr
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    share = 1 - progress if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return optim.lr * (optim.min_lr + (1 - optim.min_lr) * share)
