@@ -1,0 +1,96 @@
+"""Attach an adapter by peft, count what is trained, and split parameters for weight decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune.config import AdapterConfig, FullConfig, Ia3Config, LoraConfig, PrefixConfig, PromptConfig
+from finetune.errors import UserError
+
+MODULES = ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out")
+PEFT_TASKS = {"lm": "CAUSAL_LM", "classify": "SEQ_CLS", "qa": "QUESTION_ANS"}
+HEAD_MODULES = {"lm": None, "classify": ["score"], "qa": ["qa_outputs"]}
+
+
+def target_modules(targets: Any) -> list[str]:
+    """`all-linear`, "q_proj,v_proj" or a list -> module names; the head itself is never among them.
+
+    Raises:
+        UserError: a name that GPT-J does not have.
+    """
+    names = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else [str(t) for t in targets]
+    if names == ["all-linear"]:
+        return list(MODULES)
+    unknown = [name for name in names if name not in MODULES]
+    if unknown or not names:
+        raise UserError(f"GPT-J has no module '{', '.join(unknown)}'", "adapter.targets",
+                        f"Choose from {', '.join(MODULES)}, or all-linear.")
+    return names
+
+
+def attach(model: nn.Module, cfg: AdapterConfig, head: str, base: str, seed: int) -> nn.Module:
+    """The model with what is trained marked by requires_grad: itself, or wrapped by peft.
+
+    Args:
+        base: path or hub id for adapter_config.json, so that others find the base model.
+        seed: the adapter's random weights depend on it alone.
+    """
+    if isinstance(cfg, FullConfig):
+        return model
+    import peft
+
+    torch.manual_seed(seed)
+    model.name_or_path = base
+    model.config._name_or_path = base  # type: ignore[union-attr]
+    wrapped = peft.get_peft_model(model, _peft_config(cfg, head), autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    dtype = next(p for p in model.parameters() if not p.requires_grad).dtype
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+    return wrapped
+
+
+def _peft_config(cfg: AdapterConfig, head: str):
+    import peft
+
+    task, heads = PEFT_TASKS[head], HEAD_MODULES[head]
+    match cfg:
+        case LoraConfig():
+            return peft.LoraConfig(
+                task_type=task, r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout,  # type: ignore[arg-type]
+                target_modules=target_modules(cfg.targets), use_rslora=cfg.rslora, use_dora=cfg.dora,
+                modules_to_save=heads,
+            )
+        case Ia3Config():
+            names = target_modules(cfg.targets)
+            return peft.IA3Config(task_type=task, target_modules=names, modules_to_save=heads,
+                                  feedforward_modules=[n for n in names if n.startswith("fc_")])
+        case PromptConfig():
+            return peft.PromptTuningConfig(task_type=task, num_virtual_tokens=cfg.virtual_tokens)  # type: ignore[arg-type]
+        case PrefixConfig():
+            return peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=cfg.virtual_tokens)  # type: ignore[arg-type]
+        case _:
+            raise AssertionError(type(cfg))
+
+
+def count(model: nn.Module) -> dict[str, int]:
+    """Parameters in all and trained, also when ZeRO-3 has partitioned them."""
+    sizes = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in model.parameters()]
+    return {"total": sum(n for n, _ in sizes), "trainable": sum(n for n, trained in sizes if trained)}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices with weight decay; biases, norms and other vectors without. Empty groups are left out."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def plain_name(name: str) -> str:
+    """Parameter name without what wrappers put in front."""
+    return name.removeprefix("module.")

@@ -1,0 +1,141 @@
+"""Ranks: start-up, the control plane, and sums over ranks.
+
+Two planes. Gradients and weights travel by DeepSpeed on NCCL (CUDA) or gloo (CPU). Counts, decisions and errors
+travel on a gloo group of their own, so that no step waits for a GPU to learn a number the host already knows.
+Works under the deepspeed launcher, torchrun and plain python (one process).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as torch_dist
+
+from finetune.errors import UserError
+
+T = TypeVar("T")
+CONTROL_TIMEOUT = timedelta(days=7)
+"""Preparing data may take hours while the other ranks wait."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Who we are among the processes of this run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    control: torch_dist.ProcessGroup | None = None
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sum each value over all ranks; exact for integers up to 2**53."""
+        if self.size == 1:
+            return [float(v) for v in values]
+        tensor = torch.tensor(values, dtype=torch.float64)
+        torch_dist.all_reduce(tensor, group=self.control)
+        return tensor.tolist()
+
+    def maximum(self, value: float) -> float:
+        if self.size == 1:
+            return float(value)
+        tensor = torch.tensor([value], dtype=torch.float64)
+        torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.MAX, group=self.control)
+        return float(tensor.item())
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            torch_dist.barrier(group=self.control)
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        torch_dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        box: list = [None] * self.size
+        torch_dist.all_gather_object(box, value, group=self.control)
+        return box
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 while the others wait; its result, or its error, reaches every rank."""
+        outcome: tuple[T | None, Exception | None] = (None, None)
+        if self.main:
+            try:
+                outcome = (work(), None)
+            except Exception as error:
+                if self.size == 1:
+                    raise
+                outcome = (None, error)
+        result, error = self.broadcast(outcome)
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
+
+
+def connect(threads: int = 0) -> World:
+    """Join the process group that the launcher describes in the environment, or make one of a single process.
+
+    Args:
+        threads: CPU threads of this rank; 0: its share of the cores that this job may use.
+
+    Raises:
+        UserError: the launcher's variables do not make sense, or the master cannot be reached.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
+    cuda = torch.cuda.is_available()
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(f"rank {local_rank} of this node has no GPU: there are {torch.cuda.device_count()}",
+                        remedy=f"Start with deepspeed --num_gpus {torch.cuda.device_count()} ...")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", local_rank), ("LOCAL_SIZE", local_size)):
+        os.environ.setdefault(name, str(value))
+    backend = "nccl" if cuda else "gloo"
+    torch_dist.init_process_group(backend, device_id=device if cuda else None)
+    control = torch_dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if size > 1 else None
+    return World(rank, size, local_rank, local_size, device, control)
+
+
+def disconnect() -> None:
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def seed_for(seed: int, position: int) -> None:
+    """Seed torch for the micro-batch whose first sample stands at `position` of the data order.
+
+    Dropout is thereby a pure function of the seed and the data: resuming needs no generator state, and the same
+    micro-batches get the same masks on any number of ranks.
+    """
+    torch.manual_seed((seed * 1_000_003 + position + 1) % (2**63 - 1))

@@ -1,0 +1,159 @@
+"""Causal attention over flat, packed sequences, and rotary positions in place.
+
+A batch is flat: the tokens of all documents one after another, `(N, heads, head_dim)`, with the boundaries in
+`cu_seqlens`. No padding is computed and no mask of size T x T exists. On CUDA in half precision one
+variable-length flash kernel takes the boundary list; elsewhere equal neighbours go through one batched
+`scaled_dot_product_attention` and each other document through its own, which on CPU is the fastest there is.
+Does not project, and does not know about caches (see `model.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Boundaries of the documents in a flat batch of N tokens.
+
+    Documents of 3, 2 and 1 tokens:  a b c | d e | f
+        lengths    = (3, 2, 1)
+        cu_seqlens = [0, 3, 5, 6]    int32, on the tokens' device
+    """
+
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor
+    kind: str = "sdpa"
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+
+def pack(cu_seqlens: Tensor, kind: str) -> Packed:
+    """Read the boundaries once per forward; `cu_seqlens` (S+1,) is best given on the host, where this costs no sync."""
+    lengths = tuple(torch.diff(cu_seqlens).tolist())
+    return Packed(lengths, cu_seqlens, kind)
+
+
+@lru_cache(maxsize=1)
+def has_varlen() -> bool:
+    """Whether this torch brings the variable-length flash kernel (CUDA, fp16 and bf16, no flash-attn package)."""
+    try:
+        from torch.nn.attention import varlen
+
+        return hasattr(varlen, "varlen_attn")
+    except ImportError:
+        return False
+
+
+def pick_attention(requested: str, device_type: str, dtype: torch.dtype) -> str:
+    """Resolve `model.attention`: the name of the kernel that runs here.
+
+    auto: `varlen` on CUDA in half precision, else `sdpa`. `flex` needs CUDA as well (it has no backward on CPU).
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    if requested in ("auto", "flex") and device_type == "cuda" and half and has_varlen():
+        return "varlen"
+    return "eager" if requested == "eager" else "sdpa"
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, dropout: float = 0.0) -> Tensor:
+    """Causal attention inside each document of a flat batch.
+
+    Args:
+        q, k, v: (N, heads, head_dim), rotated already.
+        dropout: probability on the attention weights; 0 in evaluation.
+
+    Returns:
+        (N, heads, head_dim).
+    """
+    if packed.kind == "varlen" and dropout == 0.0:
+        from torch.nn.attention.varlen import varlen_attn
+
+        cu = packed.cu_seqlens
+        return varlen_attn(q, k, v, cu, cu, packed.longest, packed.longest, **_causal_argument())
+    attend = _eager if packed.kind == "eager" else F.scaled_dot_product_attention
+    runs = [(length, len(list(same))) for length, same in groupby(packed.lengths)]
+    if len(runs) == 1:
+        return _run(attend, q, k, v, *runs[0], dropout)
+    sizes = [length * count for length, count in runs]
+    parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+    return torch.cat([_run(attend, *part, *run, dropout) for part, run in zip(parts, runs, strict=True)])
+
+
+@lru_cache(maxsize=1)
+def _causal_argument() -> dict:
+    """torch 2.11 and later say `window_size=(-1, 0)`, earlier ones `is_causal=True`."""
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    names = inspect.signature(varlen_attn).parameters
+    return {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
+
+
+def _run(attend, q: Tensor, k: Tensor, v: Tensor, length: int, count: int, dropout: float) -> Tensor:
+    """`count` documents of `length` tokens each as one batched call: (count, heads, length, head_dim)."""
+    q, k, v = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+    out = attend(q, k, v, dropout_p=dropout, is_causal=True)
+    return out.transpose(1, 2).reshape(count * length, out.shape[1], out.shape[3])
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = True) -> Tensor:
+    """Scores in fp32 and a T x T matrix, as Hugging Face's eager GPT-J computes it: the reference to compare with."""
+    scores = q.float() @ k.float().transpose(-1, -2) / q.shape[-1] ** 0.5
+    if is_causal:
+        keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~keep, torch.finfo(torch.float32).min)
+    return F.dropout(scores.softmax(-1).to(v.dtype), dropout_p, dropout_p > 0) @ v
+
+
+def rope_tables(positions: Tensor, rotary_dim: int) -> Tensor:
+    """exp(i * position * theta_j) for all layers at once: complex64 (N, 1, rotary_dim / 2).
+
+    theta_j = 10000^(-2j / rotary_dim), arXiv:2104.09864; computed once per forward from positions (N,) that
+    restart with each document.
+    """
+    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.int64, device=positions.device).float() / rotary_dim
+    angles = positions.float()[:, None] * (1.0 / 10000**exponent)
+    return torch.polar(torch.ones_like(angles), angles)[:, None]
+
+
+def rotate(x: Tensor, table: Tensor, heads: int) -> Tensor:
+    """Rotate the first dimensions of every head, neighbours in pairs as GPT-J does; in place in memory and autograd.
+
+    Args:
+        x: (N, heads * head_dim), a fresh projection that nothing else reads.
+        table: complex64 (N, 1, rotary_dim / 2).
+
+    Returns:
+        (N, heads, head_dim).
+    """
+    return _Rotate.apply(x, table, heads).view(x.shape[0], heads, -1)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, table: Tensor, heads: int) -> Tensor:  # type: ignore[override]
+        ctx.table, ctx.heads = table, heads
+        ctx.mark_dirty(x)
+        return _turn(x, table, heads)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return _turn(grad.clone(), ctx.table.conj(), ctx.heads), None, None
+
+
+def _turn(x: Tensor, table: Tensor, heads: int) -> Tensor:
+    width = 2 * table.shape[-1]
+    part = x.view(x.shape[0], heads, -1)[..., :width]
+    pairs = torch.view_as_complex(part.float().unflatten(-1, (-1, 2)).contiguous())
+    part.copy_(torch.view_as_real(pairs * table).flatten(-2))
+    return x

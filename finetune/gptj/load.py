@@ -1,0 +1,264 @@
+"""Build a GPT-J and stream its weights in, tensor by tensor, straight to where they stay.
+
+config.json -> module on the meta device (or partitioned, under zero.Init) -> for every parameter: read, cast, place.
+Sources: safetensors or pytorch_model.bin, sharded or not, any precision, with the legacy buffers of the published
+file. Host memory: what is kept, plus the largest tensor. Random weights are drawn from a seed per parameter, so they
+do not depend on the number of ranks or the ZeRO stage. Knows DeepSpeed only through the context it is handed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import GPTJConfig
+
+from finetune.assets_path import resolve
+from finetune.config import Init, ModelConfig
+from finetune.errors import UserError
+from finetune.gptj.model import HEADS, copy_config
+
+LEGACY = re.compile(r"(\.attn\.(bias|masked_bias|embed_positions)|\.rotary_emb\.inv_freq)$")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "tokenizer*",
+            "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
+Place = Callable[[nn.Parameter, Tensor | None], None]
+
+
+class Weights:
+    """Tensors of a checkpoint directory by name, read one at a time.
+
+    Raises:
+        UserError: no weights, a shard that is missing, truncated or outside the directory.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.files: dict[str, Path] = {}
+        self._open: dict[Path, object] = {}
+        for name, file in _name_to_file(folder).items():
+            if not LEGACY.search(name):
+                self.files[_full_name(name)] = file
+        self._stored = {_full_name(n): n for n in self._names()}
+
+    def _names(self) -> Iterator[str]:
+        for file in sorted(set(self.files.values())):
+            yield from self._handle(file).keys()  # type: ignore[attr-defined]
+
+    def _handle(self, file: Path):
+        if file not in self._open:
+            self._open[file] = _open_shard(file)
+        return self._open[file]
+
+    def __getitem__(self, name: str) -> Tensor:
+        handle = self._handle(self.files[name])
+        stored = self._stored[name]
+        return handle[stored] if isinstance(handle, dict) else handle.get_tensor(stored)  # type: ignore[union-attr]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        handle, stored = self._handle(self.files[name]), self._stored[name]
+        if isinstance(handle, dict):
+            return tuple(handle[stored].shape)
+        return tuple(handle.get_slice(stored).get_shape())  # type: ignore[union-attr]
+
+
+def _full_name(name: str) -> str:
+    """Checkpoints of the bare body (`h.0...`) get the prefix of the models with a head."""
+    return f"transformer.{name}" if re.match(r"(h\.\d+|wte|ln_f)\.", name) else name
+
+
+def _name_to_file(folder: Path) -> dict[str, Path]:
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (folder / index).is_file():
+            return _read_index(folder, folder / index)
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / single).is_file():
+            file = folder / single
+            return {name: file for name in _open_shard(file).keys()}
+    raise UserError("there are no weights here: neither model.safetensors nor pytorch_model.bin, sharded or not",
+                    str(folder), "Point model.path at a GPT-J checkpoint, or start fresh with model.init=random.")
+
+
+def _read_index(folder: Path, index: Path) -> dict[str, Path]:
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, UnicodeDecodeError) as error:
+        raise UserError(f"not a weight index: {error}", str(index), "Download the file again.") from None
+    files = {}
+    for name, file in names.items():
+        path = folder / file
+        if Path(file).name != file:
+            raise UserError(f"the index sends '{name}' to '{file}', outside its own directory", str(index),
+                            "Refused: an index may only name files beside it.")
+        if not path.is_file():
+            raise UserError(f"the shard {file} is missing", str(index), "Download the missing file.")
+        files[name] = path
+    return files
+
+
+def _open_shard(file: Path):
+    """A handle with keys(): safetensors by mmap, .bin as a dict of mmapped tensors."""
+    try:
+        if file.suffix == ".safetensors":
+            return safe_open(str(file), framework="pt")
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (SafetensorError, RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
+        raise UserError(f"cannot be read, truncated or corrupt: {str(error).splitlines()[0]}", str(file),
+                        "Download or copy the file again and compare its size and hash.") from None
+    except Exception as error:  # pickle.UnpicklingError: weights_only refused what the file would run
+        raise UserError(f"refused: {str(error).splitlines()[0]}", str(file),
+                        "Convert the checkpoint to safetensors with a tool you trust.") from None
+
+
+def local_folder(cfg: ModelConfig) -> Path:
+    """Directory of the checkpoint; a hub id is downloaded (only the files that are needed).
+
+    Raises:
+        UserError: no such directory, or the hub cannot be reached.
+    """
+    path = Path(resolve(cfg.path)).expanduser()
+    if path.is_dir():
+        return path
+    if cfg.init is Init.random and cfg.path.lower() == "eleutherai/gpt-j-6b":
+        return Path(resolve("asset:gptj_6b"))
+    if cfg.path.count("/") > 1 or cfg.path.startswith((".", "/", "~")):
+        raise UserError(f"there is no directory {cfg.path}", "model.path", "Check the path.")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json"] if cfg.init is Init.random else PATTERNS
+    try:
+        return Path(snapshot_download(cfg.path, revision=cfg.revision, allow_patterns=patterns))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"the weights of {cfg.path} are neither on this machine nor can they be downloaded ({reason[:160]})",
+            "model.path",
+            "Copy a checkpoint directory here and pass model.path=DIR; or download it where there is a network:\n"
+            f"    huggingface-cli download {cfg.path}\n"
+            "  What runs right now, without them: deepspeed launch/train.py recipe=quickstart",
+        ) from None
+
+
+def read_config(folder: Path, cfg: ModelConfig, num_labels: int | None = None) -> GPTJConfig:
+    """The checkpoint's config with our dropouts.
+
+    Raises:
+        UserError: config.json is missing, broken, or not a GPT-J's.
+    """
+    file = folder / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("config.json is missing", str(folder), "A checkpoint directory needs it.") from None
+    except ValueError as error:
+        raise UserError(f"not JSON: {error}", str(file), "Download the file again.") from None
+    if values.get("model_type") != "gptj":
+        raise UserError(f"model_type is '{values.get('model_type')}', not 'gptj'", str(file),
+                        "This project trains GPT-J only.")
+    config = GPTJConfig.from_dict(values)
+    for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+        if getattr(cfg, name) is not None:
+            setattr(config, name, getattr(cfg, name))
+    if num_labels is not None:
+        config.num_labels = num_labels
+    config.use_cache = False
+    return config
+
+
+def build_model(cfg: ModelConfig, head: str, *, device: torch.device, seed: int, num_labels: int | None = None,
+                partition: AbstractContextManager | None = None, place: Place | None = None, reads: bool = True,
+                progress: Callable[[int], None] | None = None) -> nn.Module:
+    """A GPT-J with its weights, in `cfg.dtype` on `device`.
+
+    Args:
+        head: lm, classify or qa; a head that the checkpoint lacks is drawn from the seed.
+        partition: zero.Init context at stage 3, else None.
+        place: writes one tensor into a partitioned parameter (collective); None where nothing is partitioned.
+        reads: whether this rank reads the files; at stage 3 only one rank does.
+        progress: called with the elements placed so far.
+    """
+    folder = local_folder(cfg)
+    config = read_config(folder, cfg, num_labels)
+    dtype = DTYPES[cfg.dtype.value]
+    with _no_init(), (partition or torch.device("meta")), _default_dtype(dtype if partition else torch.float32):
+        model = HEADS[head](copy_config(config))
+    source = Weights(folder) if cfg.init is Init.pretrained and reads else None
+    names = dict(model.named_parameters())
+    if source is not None:
+        _check_names(source, {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in names.items()}, folder)
+    done = 0
+    for name, parameter in names.items():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        tensor = None
+        if reads:
+            tensor = source[name] if source is not None and name in source.files else draw(name, shape, config, seed)
+        if place is not None:
+            place(parameter, None if tensor is None else tensor.to(dtype))
+        else:
+            assert tensor is not None
+            fresh = tensor.to(device=device, dtype=dtype)
+            # A tensor that is still a view of the file would keep the whole mapping alive.
+            _set(model, name, fresh.clone() if fresh.data_ptr() == tensor.data_ptr() else fresh)
+        done += parameter.numel() if place is None else int(torch.Size(shape).numel())
+        if progress is not None:
+            progress(done)
+    model.transformer.attention = cfg.attention.value  # type: ignore[union-attr]
+    return model
+
+
+def _check_names(source: Weights, wanted: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """Every parameter of the body must be there in its shape; heads may be new, nothing may be left over."""
+    heads = ("lm_head.", "score.", "qa_outputs.")
+    missing = [n for n in wanted if n not in source.files and not (n.startswith(heads[1:]))]
+    extra = [n for n in source.files if n not in wanted and not n.startswith(heads)]
+    shapes = [f"{n} is {source.shape(n)}, the config says {s}" for n, s in wanted.items()
+              if n in source.files and source.shape(n) != s]
+    lines = []
+    for title, items in (("missing", missing), ("not GPT-J's", extra), ("of another shape", shapes)):
+        if items:
+            more = f" ... and {len(items) - 8} more" if len(items) > 8 else ""
+            lines.append(f"{len(items)} tensors are {title}: {', '.join(items[:8])}{more}")
+    if lines:
+        raise UserError("; ".join(lines), str(folder), "Is config.json the one of these weights?")
+
+
+def draw(name: str, shape: tuple[int, ...], config: GPTJConfig, seed: int) -> Tensor:
+    """A fresh fp32 parameter from (seed, name): N(0, initializer_range) matrices, zero biases, unit norms."""
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if ".ln_" in name:
+        return torch.ones(shape)
+    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    return torch.empty(shape).normal_(0.0, config.initializer_range, generator=generator)
+
+
+def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+
+
+@contextmanager
+def _no_init() -> Iterator[None]:
+    """Skip torch's own initialisation: every value is written afterwards."""
+    kinds = (nn.Linear, nn.Embedding, nn.LayerNorm)
+    patches = [mock.patch.object(kind, "reset_parameters", lambda self: None) for kind in kinds]
+    with patches[0], patches[1], patches[2]:
+        yield
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
