@@ -1,0 +1,1 @@
+"""From files to batches, without torch: records -> encoder -> store -> rows -> order -> collate -> batches."""

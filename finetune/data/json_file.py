@@ -1,0 +1,177 @@
+"""Elements of one large .json file, an array or {"data": [...]}, in bounded memory.
+
+Flow: chunks -> a sliding text window -> json.raw_decode of one element after another. A .json file that holds one
+object per line is handed to the .jsonl reader. A fault is raised: nothing behind it can be found again.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from finetune.data.decode import BrokenStream, Count, broken_file, chunks, strip_bom
+from finetune.data.rows import Row, check_object, json_type, jsonl_rows
+from finetune.errors import UserError
+
+SPACE = " \t\r\n"
+SHAPES = 'A .json file is one array [...], one object {"data": [...]}, or one object per line.'
+
+
+def json_rows(path: Path, count: Count | None = None) -> Iterator[Row]:
+    if _is_jsonl(path):
+        return jsonl_rows(path, count)
+    return _document_rows(path, count)
+
+
+def _is_jsonl(path: Path) -> bool:
+    """Whether the first line alone is an object that is not the whole {"data": [...]}."""
+    head = next(_bounded_head(path), b"").strip()
+    if not head.startswith(b"{"):
+        return False
+    try:
+        return not isinstance(json.loads(head).get("data"), list)
+    except ValueError:
+        return False
+
+
+def _bounded_head(path: Path) -> Iterator[bytes]:
+    try:
+        for chunk in islice(filter(None, chunks(path)), 1):
+            yield strip_bom(chunk, path).lstrip().split(b"\n")[0]
+    except BrokenStream:
+        return  # reported with its line by the reader proper
+
+
+def _document_rows(path: Path, count: Count | None) -> Iterator[Row]:
+    window = _Window(path, count)
+    opening = window.peek()
+    if opening == "":
+        return
+    if opening == "{":
+        _enter_data(window)
+    elif opening != "[":
+        raise window.fault("this is neither an array nor an object", SHAPES)
+    for index, element in enumerate(_elements(window)):
+        yield check_object(element, f"{path}[{index}]")
+    if opening == "{":
+        _leave_object(window)
+    if window.peek():
+        raise window.fault("there is more text behind the end of the JSON document", SHAPES)
+
+
+def _enter_data(window: _Window) -> None:
+    """Move to the array under the key "data"; other keys (SQuAD's "version") are read over."""
+    window.take("{")
+    while window.peek() != "}":
+        key = window.value()
+        window.take(":")
+        if key == "data" and window.peek() == "[":
+            return
+        value = window.value()
+        if key == "data":
+            raise window.fault(f"'data' is {json_type(value)}, not an array", SHAPES)
+        if window.peek() == ",":
+            window.take(",")
+    raise window.fault("this is one object without an array 'data'", SHAPES)
+
+
+def _leave_object(window: _Window) -> None:
+    while window.peek() == ",":
+        window.take(",")
+        window.value()
+        window.take(":")
+        window.value()
+    window.take("}")
+
+
+def _elements(window: _Window) -> Iterator[Any]:
+    window.take("[")
+    while window.peek() != "]":
+        yield window.value()
+        if window.peek() != "]":
+            window.take(",")
+            if window.peek() == "]":
+                raise window.fault("a comma stands before the closing bracket", "Remove the comma.")
+    window.take("]")
+
+
+class _Window:
+    """A text window over the file that grows to hold one element and forgets what was read."""
+
+    def __init__(self, path: Path, count: Count | None):
+        self.path, self.text, self.at, self.line, self.ended = path, "", 0, 1, False
+        self._chunks = filter(None, chunks(path, count))
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._first = True
+        self._parser = json.JSONDecoder()
+
+    def peek(self) -> str:
+        """The next character that is not white space, "" at the end."""
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in SPACE:
+                self.at += 1
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self._grow(1):
+                return ""
+
+    def take(self, character: str) -> None:
+        found = self.peek()
+        if found != character:
+            raise self.fault(f"broken JSON: expected '{character}', found {repr(found) if found else 'the end'}")
+        self.at += 1
+
+    def value(self) -> Any:
+        self.peek()
+        while True:
+            try:
+                value, end = self._parser.raw_decode(self.text, self.at)
+            except (ValueError, RecursionError) as error:
+                # Doubling keeps the retries on one long element linear in total.
+                if isinstance(error, RecursionError) or not self._grow(len(self.text) - self.at):
+                    raise self._broken(error) from None
+                continue
+            # A number that touches the window's end may go on in the next chunk.
+            if end < len(self.text) or not self._grow(1):
+                self.at = end
+                return value
+
+    def fault(self, problem: str, remedy: str = "") -> UserError:
+        line = self.line + self.text.count("\n", 0, self.at)
+        return UserError(problem, f"{self.path}:{line}", remedy or SHAPES)
+
+    def _broken(self, error: Exception) -> UserError:
+        if isinstance(error, json.JSONDecodeError):
+            self.at = error.pos
+            cut = " (the file is cut off)" if error.pos >= len(self.text.rstrip()) else ""
+            return self.fault(f"broken JSON: {error.msg}{cut}")
+        return self.fault(f"broken JSON: {'nested too deeply' if isinstance(error, RecursionError) else error}")
+
+    def _grow(self, characters: int) -> bool:
+        """Forget what was read and append at least `characters`; False at the end of the file."""
+        self.line += self.text.count("\n", 0, self.at)
+        parts, size = [self.text[self.at:]], 0
+        self.at = 0
+        while size < max(1, characters) and not self.ended:
+            parts.append(self._next_text())
+            size += len(parts[-1])
+        self.text = "".join(parts)
+        return size > 0
+
+    def _next_text(self) -> str:
+        try:
+            chunk = next(self._chunks, b"")
+            if self._first and chunk:
+                chunk, self._first = strip_bom(chunk, self.path), False
+            self.ended = not chunk
+            return self._decoder.decode(chunk, final=self.ended)
+        except BrokenStream as fault:
+            raise broken_file(self.path, fault, self.line - 1) from None
+        except UnicodeDecodeError as error:
+            line = self.line + error.object.count(b"\n", 0, error.start)
+            raise UserError(f"invalid UTF-8: byte 0x{error.object[error.start]:02x}", f"{self.path}:{line}",
+                            "If the file is Latin-1: iconv -f LATIN1 -t UTF-8") from None

@@ -1,0 +1,85 @@
+"""GPT-J's tokenizer: GPT-2's BPE plus 143 extra tokens, 50400 entries like the embedding.
+
+Flow: a directory or hub id with a tokenizer -> AutoTokenizer; anything else -> built from the two BPE files that
+ship with the project. Never resizes a vocabulary and adds no pad token: masks go by position, not by id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.assets_path import asset, resolve
+from finetune.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EXTRA_TOKENS = 143
+POSITIONS = 2048
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "tokenizer_config.json")
+
+
+def load_tokenizer(path: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, or GPT-J's own where `path` is None or a directory without one.
+
+    Raises:
+        UserError: a hub id that cannot be reached, unreadable tokenizer files, or a tokenizer without eos.
+    """
+    path = None if path is None else resolve(str(path))
+    if path is None or (Path(path).is_dir() and not _has_tokenizer(Path(path))):
+        return build_gptj_tokenizer()
+    tokenizer = _load_auto(path)
+    if tokenizer.eos_token_id is None:
+        raise UserError("this tokenizer has no eos token, which separates documents", path,
+                        "Try model.tokenizer=null for the tokenizer of GPT-J that ships with the project.")
+    return tokenizer
+
+
+def build_gptj_tokenizer() -> PreTrainedTokenizerBase:
+    """GPT-J's tokenizer from `encoder.json` and `vocab.bpe`: 50257 entries and `<|extratoken_1..143|>`."""
+    from tokenizers import AddedToken
+    from transformers import GPT2Tokenizer
+
+    folder = asset("tokenizer")
+    vocab = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+    lines = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")
+    merges = [tuple(line.split()) for line in lines[1:] if line]
+    # `vocab_file=`/`merges_file=` are accepted too, and silently give an empty tokenizer in transformers 5.
+    tokenizer = GPT2Tokenizer(vocab=vocab, merges=merges, model_max_length=POSITIONS)
+    # normalized and not special, as in the published checkpoint's tokenizer.
+    extra = [AddedToken(f"<|extratoken_{i}|>", normalized=True, special=False) for i in range(1, EXTRA_TOKENS + 1)]
+    tokenizer.add_tokens(extra)
+    assert len(tokenizer) == len(vocab) + EXTRA_TOKENS
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of everything that decides which ids a text gets."""
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        state = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
+    else:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        # A call such as tokenizer(text, truncation=True) leaves its arguments in the backend.
+        state.pop("truncation"), state.pop("padding")
+    state["eos"], state["size"] = tokenizer.eos_token_id, len(tokenizer)
+    text = json.dumps(state, sort_keys=True, ensure_ascii=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _load_auto(path: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError or tokenizers' bare Exception
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"no tokenizer can be loaded from here ({type(error).__name__}: {reason})", path,
+                        "Give a directory with tokenizer.json, or model.tokenizer=null for the tokenizer of GPT-J that "
+                        "ships with the project; a hub id needs the network or a filled Hugging Face cache.") from None
