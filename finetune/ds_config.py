@@ -1,0 +1,97 @@
+"""(Config, plan's choice, world size) -> DeepSpeed's dictionary: pure, complete, without "auto".
+
+The only place that knows DeepSpeed's keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finetune.config import Config, Dtype, Offload
+from finetune.errors import UserError
+
+NO_CLIPPING = 1e30
+"""DeepSpeed reports the gradient norm only where it clips; a bound that nothing reaches keeps the figure."""
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What the planner chose, or the user said."""
+
+    stage: int
+    offload_optimizer: Offload = Offload.none
+    offload_params: Offload = Offload.none
+
+
+def accumulation(cfg: Config, world_size: int) -> int:
+    """Micro-batches per optimizer step and rank: global_batch / (micro_batch x ranks).
+
+    Raises:
+        UserError: it is not a whole number.
+    """
+    micro, ranks, total = int(cfg.train.micro_batch), world_size, cfg.train.global_batch
+    if total % (micro * ranks):
+        near = max(1, round(total / (micro * ranks))) * micro * ranks
+        raise UserError(
+            f"train.global_batch = {total} is not a multiple of train.micro_batch x ranks = {micro} x {ranks} = "
+            f"{micro * ranks}", remedy=f"Try train.global_batch={near}" + _smaller_micro(total, ranks, micro) + ".")
+    return total // (micro * ranks)
+
+
+def _smaller_micro(total: int, ranks: int, micro: int) -> str:
+    fits = [m for m in range(micro, 0, -1) if total % (m * ranks) == 0]
+    return f", or train.micro_batch={fits[0]}" if fits else ""
+
+
+def build(cfg: Config, sharding: Sharding, world_size: int, cuda: bool) -> dict:
+    """DeepSpeed's configuration of one run."""
+    steps = accumulation(cfg, world_size)
+    bf16, fp16 = cfg.model.dtype is Dtype.bf16, cfg.model.dtype is Dtype.fp16
+    half_accumulates = bf16 and steps > 1 and sharding.stage > 0
+    return {
+        "train_micro_batch_size_per_gpu": int(cfg.train.micro_batch),
+        "gradient_accumulation_steps": steps,
+        "train_batch_size": cfg.train.global_batch,
+        "gradient_clipping": cfg.optim.grad_clip or NO_CLIPPING,
+        "bf16": {"enabled": bf16},
+        "fp16": {"enabled": fp16, "initial_scale_power": 16, "loss_scale_window": 1000},
+        # Under bf16, DeepSpeed adds up micro-batches in bf16 unless told; stage 0 cannot do otherwise.
+        "data_types": {"grad_accum_dtype": "fp32"} if half_accumulates else {},
+        "zero_optimization": _zero(cfg, sharding, cuda),
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _zero(cfg: Config, sharding: Sharding, cuda: bool) -> dict:
+    bucket = cfg.zero.bucket_elements
+    zero = {
+        "stage": sharding.stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "contiguous_gradients": True,
+        "overlap_comm": cuda,
+        "round_robin_gradients": False,
+    }
+    if sharding.stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+            "stage3_param_persistence_threshold": 100_000,
+            "stage3_gather_16bit_weights_on_model_save": False,
+        }
+    if sharding.stage > 0 and sharding.offload_optimizer is not Offload.none:
+        zero["offload_optimizer"] = _offload(sharding.offload_optimizer, cfg, cuda)
+    if sharding.stage == 3 and sharding.offload_params is not Offload.none:
+        zero["offload_param"] = _offload(sharding.offload_params, cfg, cuda)
+    return zero
+
+
+def _offload(where: Offload, cfg: Config, cuda: bool) -> dict:
+    section: dict = {"device": where.value, "pin_memory": cuda}
+    if where is Offload.nvme:
+        section["nvme_path"] = cfg.zero.nvme_path
+    return section

@@ -1,0 +1,148 @@
+"""The thin engine: DeepSpeed initialised from our module, and the few things the loop asks of it.
+
+loss = engine.loss(batch) ; engine.backward(loss, scale) ; engine.step(lr)
+Also: building under zero.Init, placing loaded tensors into partitions, gathering them back. Does not load files,
+and decides nothing: stage and offload come from the planner through `ds_config`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from finetune import partitions
+from finetune.adapter import parameter_groups
+from finetune.config import OptimConfig
+from finetune.dist import World
+from finetune.errors import RunFailed
+
+COMPILE_NOTE = "compiling DeepSpeed's CPU communication op, once, about a minute"
+
+
+def connect_deepspeed(world: World, message) -> None:
+    """Bring up DeepSpeed's communication; its first use on a CPU compiles an op, which is announced.
+
+    Raises:
+        RunFailed: a lock left by a killed compile would make this wait for ever.
+    """
+    if world.device.type == "cpu":
+        lock = world.on_main(_stale_lock)
+        if lock:
+            raise RunFailed(f"a compile of DeepSpeed's ops was killed and left its lock: {lock}",
+                            remedy=f"Remove it and start again: rm {lock}")
+        if world.main and not _op_is_built():
+            message(COMPILE_NOTE)
+    deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
+
+
+def _op_folder() -> Path:
+    from torch.utils import cpp_extension
+
+    return Path(cpp_extension._get_build_directory("deepspeed_shm_comm_op", verbose=False))
+
+
+def _op_is_built() -> bool:
+    return any(_op_folder().glob("*.so"))
+
+
+def _stale_lock() -> str | None:
+    from finetune.doctor import find_stale_locks
+
+    locks = [str(lock) for lock in find_stale_locks()]
+    return locks[0] if locks else None
+
+
+def partitioned_build(config: dict, world: World) -> AbstractContextManager | None:
+    """zero.Init at stage 3: parameters are cut up as they are made, and no rank ever holds the model."""
+    if config["zero_optimization"]["stage"] != 3:
+        return None
+    dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float16 if config["fp16"]["enabled"] else torch.float32
+    return deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype, remote_device=_remote(config))
+
+
+def _remote(config: dict) -> str | None:
+    return config["zero_optimization"].get("offload_param", {}).get("device")
+
+
+def place_partitioned(parameter: nn.Parameter, value: Tensor | None) -> None:
+    """Write one loaded tensor into a partitioned parameter: rank 0 gives the value, every rank keeps its part."""
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+        if value is not None and torch.distributed.get_rank() == 0:
+            parameter.data.copy_(value)
+
+
+class Engine:
+    """DeepSpeed around one module.
+
+    Args:
+        module: the model, weights loaded, `requires_grad` set.
+        config: from `ds_config.build`.
+    """
+
+    def __init__(self, module: nn.Module, config: dict, optim: OptimConfig, world: World):
+        self.world, self.config = world, config
+        self.stage: int = config["zero_optimization"]["stage"]
+        groups = parameter_groups(module, optim.weight_decay)
+        # lr 0 until the first step: some wrappers take a step on zero gradients while they are built,
+        # and with a learning rate that step would already decay the weights.
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=tuple(optim.betas), eps=optim.eps, fused=True)  # type: ignore[arg-type]
+        self.ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        partitions.set_adam_step(self.ds, 0)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.ds.module
+
+    def __call__(self, **inputs) -> Tensor:
+        return self.ds(**inputs)
+
+    def train(self, mode: bool = True) -> None:
+        self.ds.train(mode)
+
+    def backward(self, loss_sum: Tensor, scale: float) -> None:
+        """Gradients of `loss_sum * scale`, averaged over ranks by DeepSpeed; micro-batches add up.
+
+        With scale = ranks / (scored tokens of the step on all ranks) the step's gradient is that of the mean over
+        all its scored tokens, however they are spread over micro-batches and ranks.
+        """
+        self.ds.backward(loss_sum * scale, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> None:
+        """Count one micro-batch; on the last of the step clip, update and clear."""
+        for group in self.ds.basic_optimizer.param_groups:
+            group["lr"] = lr
+        self.ds.step()
+
+    def grad_norm(self) -> float | None:
+        """Global gradient norm of the last step before clipping; None where DeepSpeed does not know it."""
+        norm = self.ds.get_global_grad_norm()
+        if norm is None:
+            return None
+        value = float(norm)
+        return value if math.isfinite(value) else math.nan
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were not applied because a gradient was not finite."""
+        return int(self.ds.skipped_steps)
+
+    def optimizer_bytes(self) -> dict[str, int]:
+        """Bytes of optimizer states on this rank; see `partitions.optimizer_bytes`."""
+        return partitions.optimizer_bytes(self.ds)
+
+    def full_parameters(self, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor) one at a time, gathered at stage 3. Collective: every rank must take them all."""
+        for name, parameter in self.module.named_parameters():
+            if trained_only and not parameter.requires_grad:
+                continue
+            if hasattr(parameter, "ds_id"):
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    yield name, parameter.detach()
+            else:
+                yield name, parameter.detach()

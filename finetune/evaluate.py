@@ -1,0 +1,26 @@
+"""One evaluation: every row once, over all ranks, without padding and without stored logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from finetune.data.batches import eval_batches
+from finetune.data.columns import Store
+from finetune.dist import World
+from finetune.tasks.base import Model, Task, to_device
+
+
+def evaluate(model: Model, task: Task, store: Store, world: World, batch: int) -> dict[str, Any]:
+    """Metrics of `model` (in evaluation mode) on a store; the same for any number of ranks. Collective.
+
+    Args:
+        batch: rows per rank and forward.
+    """
+    rows = task.rows(store)
+    meter = task.meter(store, rows)
+    with torch.no_grad():
+        for indices in eval_batches(len(rows), batch, world.size, world.rank):
+            meter.add(model, to_device(task.collate(store, rows, indices), world.device))
+    return meter.result(world)

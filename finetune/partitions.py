@@ -1,0 +1,186 @@
+"""Where DeepSpeed keeps the fp32 master weight and Adam's averages of each parameter, on this rank.
+
+Every ZeRO stage cuts parameters into ranges of their flattened elements. This module finds, for each trained
+parameter, the range that this rank owns and the tensors behind it, in one form for all stages. Checkpoints, elastic
+resume and byte counts need nothing else. Knows DeepSpeed's optimizer wrappers (0.19) and nothing of files.
+
+    parameter  [ 0 . . . . . . . . 11 ]      12 elements, flattened
+    rank 0     [ 0 . . . . . ]               Fragment(start=0, numel=7)
+    rank 1                   [ . . . . 11 ]  Fragment(start=7, numel=5)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Fragment:
+    """One parameter's elements [start, start + numel) on this rank: fp32 views into the optimizer's own memory."""
+
+    name: str
+    start: int
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    @property
+    def numel(self) -> int:
+        return self.master.numel()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
+
+def base_optimizer(engine) -> torch.optim.Optimizer:
+    return engine.basic_optimizer
+
+
+def ensure_states(engine) -> None:
+    """Create Adam's states where the first step has not done so yet: zeros, step 0."""
+    optimizer = base_optimizer(engine)
+    for flat in _flat_masters(engine):
+        state = optimizer.state[flat]
+        if "exp_avg" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+            for key in MOMENTS:
+                state[key] = torch.zeros_like(flat, memory_format=torch.preserve_format, requires_grad=False)
+
+
+def set_adam_step(engine, step: int) -> None:
+    """Applied updates so far; Adam's bias correction counts them."""
+    for state in base_optimizer(engine).state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"].fill_(float(step))
+        elif "step" in state:
+            state["step"] = step
+
+
+def adam_step(engine) -> int:
+    steps = {int(state["step"]) for state in base_optimizer(engine).state.values() if "step" in state}
+    assert len(steps) <= 1, f"parameters disagree on the number of updates: {steps}"
+    return steps.pop() if steps else 0
+
+
+def optimizer_bytes(engine) -> dict[str, int]:
+    """Bytes that this rank holds for masters and moments: {"masters": .., "moments": .., "total": ..}.
+
+    Where the weights themselves are fp32 and whole (stage 0) there is no separate master.
+    """
+    weights = {p.data_ptr() for p in engine.module.parameters() if p.dtype == torch.float32}
+    masters = moments = 0
+    for flat in _flat_masters(engine):
+        if flat.data_ptr() not in weights:
+            masters += flat.numel() * flat.element_size()
+        state = base_optimizer(engine).state.get(flat, {})
+        moments += sum(state[k].numel() * state[k].element_size() for k in MOMENTS if k in state)
+    return {"masters": masters, "moments": moments, "total": masters + moments}
+
+
+def _kind(engine) -> str:
+    return type(engine.optimizer).__name__
+
+
+def _flat_masters(engine) -> list[Tensor]:
+    optimizer = engine.optimizer
+    match _kind(engine):
+        case "DeepSpeedZeroOptimizer_Stage3":
+            return list(optimizer.fp32_partitioned_groups_flat)
+        case "DeepSpeedZeroOptimizer":
+            return list(optimizer.single_partition_of_fp32_groups)
+        case "BF16_Optimizer":
+            return list(optimizer.fp32_groups_flat_partition)
+        case "FP16_UnfusedOptimizer":
+            return [p for group in optimizer.fp32_groups for p in group]
+        case _:
+            return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def fragments(engine) -> Iterator[Fragment]:
+    """This rank's fragments, in the model's order. States must exist (`ensure_states`)."""
+    trained = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
+    match _kind(engine):
+        case "DeepSpeedZeroOptimizer_Stage3":
+            yield from _stage3(engine, trained)
+        case "DeepSpeedZeroOptimizer" | "BF16_Optimizer":
+            yield from _flat_groups(engine, trained)
+        case "FP16_UnfusedOptimizer":
+            yield from _unfused(engine, trained)
+        case _:
+            for name, parameter in trained:
+                yield _whole(name, parameter.data, base_optimizer(engine).state[parameter])
+
+
+def _whole(name: str, master: Tensor, state: dict) -> Fragment:
+    return Fragment(name, 0, master.view(-1), *(state[k].view(-1) for k in MOMENTS))
+
+
+def _unfused(engine, trained: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
+    optimizer = engine.optimizer
+    pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+    masters = {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+    for name, parameter in trained:
+        master = masters[id(parameter)]
+        yield _whole(name, master.data, base_optimizer(engine).state[master])
+
+
+def _flat_groups(engine, trained: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
+    flats = _flat_masters(engine)
+    for name, parameter in trained:
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is None:
+            continue
+        flat = flats[mapping.param_group_index]
+        address, state = mapping.get_hp_fragment_address(), base_optimizer(engine).state[flat]
+        views = [t.data.narrow(0, address.start, address.numel) for t in (flat, *(state[k] for k in MOMENTS))]
+        yield Fragment(name, mapping.lp_fragment_address.start, *views)
+
+
+def _stage3(engine, trained: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
+    optimizer = engine.optimizer
+    rank = torch.distributed.get_rank()
+    for name, parameter in trained:
+        group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = rank * size
+        # The last ranks' partitions are padded beyond the parameter's end.
+        numel = max(0, min(size, parameter.ds_numel - start))
+        if numel == 0:
+            continue
+        flat = optimizer.fp32_partitioned_groups_flat[group]
+        state = base_optimizer(engine).state[flat]
+        views = [t.data.narrow(0, offset, numel) for t in (flat, *(state[k] for k in MOMENTS))]
+        yield Fragment(name, start, *views)
+
+
+def refresh_weights(engine, read_master) -> None:
+    """Make the weights that compute what the restored masters say: weight = round(master).
+
+    Args:
+        read_master: (name, start, numel) -> fp32 values of the whole parameter's elements, from the checkpoint.
+    """
+    if _kind(engine) == "DeepSpeedZeroOptimizer_Stage3":
+        _refresh_stage3(engine)
+        return
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            values = read_master(name, 0, parameter.numel())
+            parameter.data.view(-1).copy_(values)
+
+
+def _refresh_stage3(engine) -> None:
+    optimizer = engine.optimizer
+    for i, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+        low = optimizer.fp16_partitioned_groups_flat[i]
+        if low is not None and low.data_ptr() != flat.data_ptr():
+            low.data.copy_(flat.data)
+        views = optimizer.unflatten(low if low is not None else flat, optimizer.fp16_partitioned_groups[i])
+        for partition, view in zip(optimizer.fp16_partitioned_groups[i], views, strict=True):
+            partition.data = view.data
+    if optimizer.persistent_parameters:
+        optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)

@@ -1,0 +1,86 @@
+"""Next-token prediction on plain documents; loss and perplexity in all and by subset."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune.config import ClmConfig
+from finetune.data.collate import lm_batch
+from finetune.data.columns import Encoder, Store
+from finetune.data.packing import Rows, document_chunks, stream_blocks
+from finetune.data.text import TextEncoder
+from finetune.dist import World
+from finetune.tasks.base import Batch, Model, flat_inputs, scored
+
+
+class ClmTask:
+    head, num_labels, better = "lm", None, ("loss", "min")
+
+    def __init__(self, cfg: ClmConfig, tokenizer, packing: bool):
+        self.cfg, self.tokenizer, self.packing = cfg, tokenizer, packing
+
+    def encoder(self) -> Encoder:
+        return TextEncoder(self.tokenizer, self.cfg.text_field, self.cfg.subset_field)
+
+    def prepare(self, train: Store | None, previous: dict | None) -> None:
+        """Nothing to learn from the data."""
+
+    def rows(self, store: Store) -> Rows:
+        cut = stream_blocks if self.packing else document_chunks
+        return cut(store.offsets, self.cfg.max_length)
+
+    def collate(self, store: Store, rows: Rows, indices: list[int]) -> Batch:
+        return lm_batch(store, rows, indices)
+
+    def count(self, batch: Batch) -> int:
+        return scored(batch["labels"])
+
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        return model(**flat_inputs(batch), labels=batch["labels"][None])
+
+    def meter(self, store: Store, rows: Rows) -> LmMeter:
+        return LmMeter(store, "subset")
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+
+class LmMeter:
+    """Loss and perplexity per scored token, in all and by the store's category column."""
+
+    def __init__(self, store: Store, category: str | None):
+        self.names = store.names(category) if category in store.columns else [""]
+        self.groups = store.column(category) if category in store.columns else None
+        self.losses, self.counts = np.zeros(len(self.names)), np.zeros(len(self.names))
+
+    def add(self, model: Model, batch: Batch) -> None:
+        losses = model(**flat_inputs(batch), labels=batch["labels"][None], per_token=True)
+        kept = batch["labels"] != -100
+        segments = torch.repeat_interleave(
+            torch.arange(len(batch["examples"])), torch.diff(batch["cu_seqlens"].long())
+        )
+        examples = batch["examples"].cpu()[segments].numpy()
+        group = np.zeros(len(examples), np.int64) if self.groups is None else self.groups[np.maximum(examples, 0)]
+        size = len(self.names)
+        self.losses += np.bincount(group, losses.double().cpu().numpy(), size)[:size]
+        self.counts += np.bincount(group, kept.double().cpu().numpy(), size)[:size]
+
+    def result(self, world: World) -> dict[str, Any]:
+        size = len(self.names)
+        sums = np.array(world.sum([*self.losses.tolist(), *self.counts.tolist()]))
+        losses, counts = sums[:size], sums[size:]
+        total = _summary(losses.sum(), counts.sum())
+        subsets = {n or "(none)": _summary(loss, c) for n, loss, c in zip(self.names, losses, counts, strict=True) if c}
+        if len(subsets) > 1 or any(self.names):
+            total["subsets"] = subsets
+        return total
+
+
+def _summary(loss_sum: float, count: float) -> dict[str, Any]:
+    loss = float(loss_sum / max(count, 1))
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(count)}

@@ -1,0 +1,178 @@
+"""The loop, and nothing but the loop.
+
+One step: the ranks agree on the number of scored tokens -> for each micro-batch: loss sum, backward, step ->
+log, evaluate, sample, save. Everything that varies (task, adapter, stage) was decided before.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from finetune import memory_watch
+from finetune.callbacks import Callback
+from finetune.checkpoint import Checkpoints, TrainState
+from finetune.config import CheckpointConfig, TrainConfig
+from finetune.data.batches import StepBatches
+from finetune.dist import World, seed_for
+from finetune.engine import Engine
+from finetune.signals import StopRequest
+from finetune.tasks.base import Batch, Task, to_device
+
+Metrics = dict[str, Any]
+
+
+@dataclass
+class Result:
+    """How a run ended: the body of result.json."""
+
+    status: str
+    step: int
+    loss: float | None
+    eval: Metrics
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Hooks:
+    """What the loop calls besides training; all collective."""
+
+    evaluate: Callable[[], Metrics] | None
+    sample: Callable[[int], None] | None
+    learning_rate: Callable[[int], float]
+
+
+class Trainer:
+    def __init__(self, engine: Engine, task: Task, batches: StepBatches, hooks: Hooks, checkpoints: Checkpoints,
+                 callbacks: Callback, stop: StopRequest, world: World, *, train: TrainConfig,
+                 checkpoint: CheckpointConfig, seed: int, total_steps: int):
+        self.engine, self.task, self.batches, self.hooks = engine, task, batches, hooks
+        self.checkpoints, self.callbacks, self.stop, self.world = checkpoints, callbacks, stop, world
+        self.train, self.checkpoint, self.seed, self.total_steps = train, checkpoint, seed, total_steps
+        self.saved_step = -1
+        self.last_eval: Metrics = {}
+        self.last_loss: float | None = None
+        self.trained_tokens, self.trained_seconds = 0, 0.0
+
+    def fit(self, state: TrainState) -> Result:
+        """Train from `state` to the last step, or until a stop is asked for."""
+        self.engine.train()
+        status, clock, tokens = "done", time.perf_counter(), 0
+        for batches in self.batches:
+            scored, step_tokens, stops, saves = self._agree(batches)
+            if stops:
+                status = "preempted"
+                break
+            lr = self.hooks.learning_rate(state.step + 1)
+            losses = [self._micro_step(batch, i, state.step, self.world.size / max(scored, 1), lr)
+                      for i, batch in enumerate(batches)]
+            state.step += 1
+            state.tokens += int(step_tokens)
+            tokens += int(step_tokens)
+            if self._is_log_step(state.step):
+                self._log(state, losses, scored, lr, tokens, clock)
+                clock, tokens = time.perf_counter(), 0
+            if self._after_step(state, bool(saves)):
+                clock = time.perf_counter()
+            if self._out_of_patience(state):
+                break
+        return self._finish(state, status)
+
+    def _agree(self, batches: list[Batch]) -> list[float]:
+        """Scored tokens, real tokens, stop and save requests of this step, over all ranks: the one exchange a step needs."""
+        scored = sum(self.task.count(batch) for batch in batches)
+        tokens = sum(batch["tokens"] for batch in batches)
+        return self.world.sum([scored, tokens, bool(self.stop), self.stop.wants_save()])
+
+    def _micro_step(self, batch: Batch, index: int, step: int, scale: float, lr: float) -> Tensor:
+        micro = int(self.train.micro_batch)
+        position = step * self.train.global_batch + (index * self.world.size + self.world.rank) * micro
+        seed_for(self.seed, position)
+        loss = self.task.loss(self.engine, to_device(batch, self.world.device))
+        self.engine.backward(loss, scale)
+        self.engine.step(lr)
+        return loss.detach()
+
+    def _is_log_step(self, step: int) -> bool:
+        return step % max(1, self.train.log_every) == 0 or step == self.total_steps
+
+    def _log(self, state: TrainState, losses: list[Tensor], scored: float, lr: float, tokens: int, clock: float) -> None:
+        (total,) = self.world.sum([sum(loss.item() for loss in losses)])
+        seconds = time.perf_counter() - clock
+        state.seconds += seconds
+        self.trained_tokens, self.trained_seconds = self.trained_tokens + tokens, self.trained_seconds + seconds
+        self.last_loss = total / max(scored, 1)
+        if not math.isfinite(self.last_loss):
+            self.callbacks.message(f"step {state.step}: the loss is not finite; the update is skipped")
+        host = int(self.world.maximum(memory_watch.host_bytes()))
+        self.callbacks.train_step({
+            "kind": "train", "step": state.step, "loss": self.last_loss, "lr": lr, "grad_norm": self.engine.grad_norm(),
+            "tokens": state.tokens, "tokens_per_second": tokens / max(seconds, 1e-9), "host_bytes": host,
+            "gpu_bytes": int(self.world.maximum(memory_watch.gpu_bytes())),
+        })
+
+    def _after_step(self, state: TrainState, save_now: bool) -> bool:
+        """Evaluation, samples and checkpoint that are due; True if any took time."""
+        last = state.step == self.total_steps
+        due_eval = self.hooks.evaluate and (_every(state.step, self.train.eval_every) or last)
+        due_sample = self.hooks.sample and _every(state.step, self.train.sample_every)
+        due_save = save_now or _every(state.step, self.checkpoint.every)
+        if due_eval:
+            self.run_evaluation(state)
+        if due_sample:
+            self.hooks.sample(state.step)  # type: ignore[misc]
+            self.engine.train()
+        if due_save:
+            self.save(state)
+        return bool(due_eval or due_sample or due_save)
+
+    def run_evaluation(self, state: TrainState) -> None:
+        """Evaluate, remember the best, tell the callbacks."""
+        self.engine.train(False)
+        metrics = self.hooks.evaluate()  # type: ignore[misc]
+        self.engine.train()
+        self.last_eval = metrics
+        name, direction = self.task.better
+        value = metrics[name]
+        better = state.best is None or (value < state.best if direction == "min" else value > state.best)
+        if better:
+            state.best, state.best_step, state.without_gain = value, state.step, 0
+        else:
+            state.without_gain += 1
+        self.callbacks.evaluation({"kind": "eval", "step": state.step, **metrics})
+
+    def _out_of_patience(self, state: TrainState) -> bool:
+        patience = self.train.early_stopping
+        if patience and state.without_gain >= patience:
+            self.callbacks.message(f"stopped early: no better evaluation since step {state.best_step}")
+            return True
+        return False
+
+    def save(self, state: TrainState) -> None:
+        if self.saved_step == state.step:
+            return
+        state.callbacks = self.world.broadcast(self.callbacks.state())
+        path = self.checkpoints.save(self.engine.ds, state)
+        self.saved_step = state.step
+        self.callbacks.checkpoint(state.step, str(path))
+
+    def _finish(self, state: TrainState, status: str) -> Result:
+        self.batches.close()
+        if state.step > 0:
+            self.save(state)
+        if status == "preempted":
+            self.callbacks.message(f"stopped by {self.stop.reason or 'another rank'} after step {state.step}; saved")
+        rate = self.trained_tokens / self.trained_seconds if self.trained_seconds else 0.0
+        return Result(status, state.step, self.last_loss, self.last_eval, state.tokens, state.seconds, rate)
+
+
+def _every(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
