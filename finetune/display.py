@@ -29,8 +29,9 @@ SHORT_RUN = 50
 PLAIN_SECONDS = 5.0
 """Seconds between plain lines of longer runs and of phases."""
 
-NOISY = ("DeepSpeed", "deepspeed", "transformers", "datasets", "peft", "accelerate", "huggingface_hub", "torch.distributed",
-         "torch.utils.cpp_extension", "torch._dynamo", "torch._inductor", "filelock", "httpx", "matplotlib", "wandb")
+NOISY = ("DeepSpeed", "deepspeed", "transformers", "datasets", "peft", "accelerate", "huggingface_hub", "filelock",
+         "torch.distributed", "torch.utils.cpp_extension", "torch._dynamo", "torch._inductor", "httpx", "matplotlib",
+         "wandb")
 NOISY_WARNINGS = r"(torch|deepspeed|transformers|datasets|peft|accelerate|huggingface_hub|tensorboard|wandb|google)\b"
 QUIET_ENV = {"TRANSFORMERS_VERBOSITY": "error", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "DATASETS_VERBOSITY": "error",
              "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error",
@@ -107,8 +108,9 @@ class Phase:
     def close(self, failed: bool) -> None:
         if self.bar is not None:
             self.bar.stop()
-        amount = f"  {self._amount()}" if self.done else ""
-        self._print(f"{self.name}: {'failed' if failed else 'done'}{amount}  in {clock(time.monotonic() - self.started)}")
+        words = [f"{self.name}: {'failed' if failed else 'done'}", *([self._amount()] if self.done else []),
+                 f"in {clock(time.monotonic() - self.started)}"]
+        self._print("  ".join(words))
 
     def _amount(self) -> str:
         return count(self.done) if self.total is None else f"{count(self.done)}/{count(self.total)}"

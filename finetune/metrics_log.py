@@ -102,7 +102,7 @@ def _replace(path: Path, text: str) -> Path:
 def _open_for_append(path: Path) -> TextIO:
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    file = open(path, "a", encoding="utf-8")
+    file = path.open("a", encoding="utf-8")
     if torn:
         # Without this the first new record would be glued to the torn one, and both would be lost.
         file.write("\n")

@@ -8,12 +8,13 @@ commit of a model are innocent. A net with known holes, so keep secrets in the e
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Any
 
 HIDDEN = "***"
 
-SECRET_WORDS = frozenset({"password", "passwd", "passphrase", "secret", "secrets", "apikey", "authorization", "auth", "credential",
-                          "credentials", "bearer", "cookie"})
+SECRET_WORDS = frozenset({"password", "passwd", "passphrase", "secret", "secrets", "apikey", "authorization", "auth",
+                          "credential", "credentials", "bearer", "cookie"})
 SECRET_PAIRS = frozenset({("api", "key"), ("access", "key"), ("private", "key"), ("secret", "key"), ("account", "key"),
                           ("ssh", "key"), ("encryption", "key")})
 VOCABULARY = frozenset({"eos", "bos", "pad", "unk", "mask", "sep", "cls", "special", "extra", "image", "stop", "per"})
@@ -66,7 +67,7 @@ def redact_words(argv: list[str]) -> list[str]:
 def is_secret_key(key: str) -> bool:
     """Whether what stands under `key` is a secret by its name; of a dotted path the last part decides."""
     words = _words(key.rpartition(".")[2])
-    if SECRET_WORDS & set(words) or SECRET_PAIRS & set(zip(words, words[1:])):
+    if SECRET_WORDS & set(words) or SECRET_PAIRS & set(pairwise(words)):
         return True
     is_token = bool(words) and words[-1] == "token"
     return is_token and not VOCABULARY & set(words)

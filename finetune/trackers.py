@@ -14,7 +14,6 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from finetune.callbacks import Callback, RunInfo

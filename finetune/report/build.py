@@ -1,0 +1,115 @@
+"""report.html and curves.png from the files of a run.
+
+Flow: `read_run` -> `page_context` (plain values, every text still unescaped) -> page.html, which escapes -> one
+file that asks nothing of the network. `Report` does it while a run goes on, without the picture: matplotlib
+would count as memory of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from finetune.callbacks import Callback, RunInfo
+from finetune.metrics_log import write_json
+from finetune.report import tables
+from finetune.report.charts import draw
+from finetune.report.curves import curves
+from finetune.report.data import sections
+from finetune.report.files import DATA, ENVIRONMENT, RunFiles, read_run
+
+PAGE, PICTURE, TEMPLATE = "report.html", "curves.png", "page.html"
+REBUILD_SECONDS = 30.0
+
+
+def build_report(run_dir: Path | str, picture: bool = True) -> Path:
+    """Write run_dir/report.html (and curves.png) from what the run has written so far; returns the page's path."""
+    run = read_run(run_dir)
+    charts = curves(run)
+    page = _template().render(**page_context(run))
+    _write(run.run_dir / PAGE, page.encode("utf-8"))
+    if picture and charts:
+        from finetune.report.picture import curves_png
+
+        _write(run.run_dir / PICTURE, curves_png(charts, title=tables.run_name(run)))
+    return run.run_dir / PAGE
+
+
+def page_context(run: RunFiles) -> dict[str, Any]:
+    """Everything that the template names."""
+    drawings = [draw(chart) for chart in curves(run)]
+    return {
+        "name": tables.run_name(run),
+        "run_dir": str(run.run_dir),
+        "status": tables.status(run),
+        "running": not run.result,
+        "error": run.result.get("error"),
+        "updated": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "tiles": tables.tiles(run),
+        "drawings": drawings,
+        # The first chart spans the page, and so does a last one that would stand alone in its row.
+        "wide": {0, len(drawings) - 1} if len(drawings) % 2 == 0 else {0},
+        "memory": tables.memory(run),
+        "evaluations": tables.evaluations(run),
+        "groups": tables.groups(run),
+        "data": sections(run.data),
+        "samples": tables.samples(run),
+        "config": tables.config_rows(run),
+        "environment": tables.flat(run.env),
+        "commands": tables.commands(run),
+    }
+
+
+class Report(Callback):
+    """Rebuilds the page at evaluations, at most every 30 seconds, and at the end."""
+
+    def __init__(self) -> None:
+        self.run_dir: Path | None = None
+        self.built = float("-inf")
+
+    def start(self, run: RunInfo) -> None:
+        self.run_dir = run.run_dir
+        if run.data:
+            write_json(run.run_dir / DATA, run.data)
+        write_json(run.run_dir / ENVIRONMENT, {"world_size": run.world_size, **run.extra})
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        if self.run_dir is not None and time.monotonic() - self.built >= REBUILD_SECONDS:
+            build_report(self.run_dir, picture=False)
+            self.built = time.monotonic()
+
+    def finish(self, result: dict[str, Any]) -> None:
+        if self.run_dir is not None:
+            build_report(self.run_dir)
+
+
+@lru_cache(maxsize=1)
+def _template() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    folder = Path(__file__).parent
+    environment = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined,
+                              trim_blocks=True, lstrip_blocks=True)
+    environment.globals["style"] = Markup((folder / "page.css").read_text(encoding="utf-8"))
+    environment.globals["script"] = Markup((folder / "page.js").read_text(encoding="utf-8"))
+    environment.filters["data"] = _script_data
+    return environment.get_template(TEMPLATE)
+
+
+def _script_data(value: Any) -> Markup:
+    """JSON for a script element, where `</script>` in a name would end it and entities are not decoded."""
+    text = json.dumps(value, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all: a browser may be reading."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch.write_bytes(content)
+    os.replace(scratch, path)

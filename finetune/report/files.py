@@ -1,0 +1,77 @@
+"""A run directory read back: every file is optional and may be half written.
+
+Flow: `read_run(run_dir)` -> `RunFiles`. The page is made from this alone, so it can be built again at any
+time, on another machine, after a crash. Computes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune.metrics_log import METRICS, RESULT, SAMPLES, read
+
+CONFIG, PLAN, DATA, ENVIRONMENT = "config.yaml", "plan.json", "data_stats.json", "env.json"
+
+Record = dict[str, Any]
+
+
+@dataclass
+class RunFiles:
+    run_dir: Path
+    config: Record = field(default_factory=dict)
+    plan: Record = field(default_factory=dict)
+    train: list[Record] = field(default_factory=list)
+    """Records of kind train, by step, each step once."""
+    evals: list[Record] = field(default_factory=list)
+    samples: list[Record] = field(default_factory=list)
+    result: Record = field(default_factory=dict)
+    """Empty while the run has not ended."""
+    data: Record = field(default_factory=dict)
+    env: Record = field(default_factory=dict)
+
+
+def read_run(run_dir: Path | str) -> RunFiles:
+    """Everything the run has written so far; what is missing or broken is empty."""
+    run_dir = Path(run_dir)
+    records = read(run_dir / METRICS)
+    result = _json(run_dir / RESULT)
+    return RunFiles(
+        run_dir=run_dir,
+        config=_yaml(run_dir / CONFIG),
+        plan=_json(run_dir / PLAN),
+        train=_by_step(records, "train"),
+        evals=_by_step(records, "eval"),
+        samples=read(run_dir / SAMPLES),
+        result=result,
+        data=_json(run_dir / DATA),
+        env=result.get("env") or _json(run_dir / ENVIRONMENT),
+    )
+
+
+def _by_step(records: list[Record], kind: str) -> list[Record]:
+    """One record a step, the newest: a step that was repeated counts as the repetition."""
+    found = {record["step"]: record for record in records
+             if record.get("kind") == kind and isinstance(record.get("step"), int)}
+    return [found[step] for step in sorted(found)]
+
+
+def _json(path: Path) -> Record:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _yaml(path: Path) -> Record:
+    from omegaconf import OmegaConf
+
+    try:
+        value = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except Exception:
+        # A broken config must not cost the page: everything else on it still helps.
+        return {}
+    return value if isinstance(value, dict) else {}  # type: ignore[return-value]

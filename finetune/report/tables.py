@@ -1,0 +1,244 @@
+"""The tables and tiles of the page as plain text, from `RunFiles`. No HTML here: the template escapes."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.display_text import EVAL_METRICS, clock
+from finetune.errors import gib
+from finetune.report.charts import is_number
+from finetune.report.curves import chosen_option, predicted, ranks_per_node
+from finetune.report.files import RunFiles
+
+HIGHER_IS_BETTER = ("accuracy", "f1", "exact_match")
+Rows = list[tuple[str, str]]
+
+
+@dataclass
+class Tile:
+    name: str
+    value: str
+    note: str = ""
+
+
+@dataclass
+class Table:
+    head: list[str]
+    rows: list[list[str]]
+    best: int | None = None
+    """Row that is marked."""
+    note: str = ""
+
+
+@dataclass
+class Part:
+    name: str
+    text: str
+    share: float
+    """Of the whole prediction, 0 to 1."""
+
+
+@dataclass
+class Memory:
+    table: Table
+    parts: list[Part]
+
+
+def run_name(run: RunFiles) -> str:
+    return f"{run.config.get('name') or 'run'} / {run.run_dir.name}"
+
+
+def status(run: RunFiles) -> str:
+    """`done`, `preempted`, `failed`; `running` before there is a result."""
+    return str(run.result.get("status") or "running")
+
+
+def tiles(run: RunFiles) -> list[Tile]:
+    """The figures at the top; those that a run does not have yet are left out."""
+    found = [_progress(run), _loss(run), _best(run), _throughput(run), _time(run), _trainable(run), _sharding(run),
+             _peak(run, "host", "peak_host_bytes", "host_bytes"), _peak(run, "GPU", "peak_gpu_bytes", "gpu_bytes")]
+    return [tile for tile in found if tile is not None]
+
+
+def short(value: Any) -> str:
+    """A figure in a table: four significant digits, thousands separated, "-" for none."""
+    if not is_number(value):
+        return "-" if value is None or isinstance(value, float) else str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
+
+
+def large(value: float) -> str:
+    """`1.24 M`, `38.2 k`, `512`."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f}"
+
+
+def evaluations(run: RunFiles) -> Table | None:
+    """One row per evaluation, the best one marked."""
+    if not run.evals:
+        return None
+    names = [name for name in EVAL_METRICS if any(name in record for record in run.evals)]
+    rows = [[f"{record['step']:,}", *(short(record.get(name)) for name in names)] for record in run.evals]
+    return Table(["step", *(name.replace("_", " ") for name in names)], rows, _best_index(run))
+
+
+def groups(run: RunFiles) -> Table | None:
+    """Subsets or classes at the last evaluation that has them, with the change of loss since the first."""
+    with_groups = [record for record in run.evals if record.get("subsets") or record.get("per_class")]
+    if not with_groups:
+        return None
+    first, last = (record.get("subsets") or record.get("per_class") for record in (with_groups[0], with_groups[-1]))
+    rows_of = {str(name): row for name, row in last.items() if isinstance(row, dict)}
+    names = list(dict.fromkeys(key for row in rows_of.values() for key in row))
+    changed = len(with_groups) > 1 and "loss" in names
+    rows = [[name, *(short(row.get(key)) for key in names), *([_change(first.get(name), row)] if changed else [])]
+            for name, row in rows_of.items()]
+    head = ["subset" if with_groups[-1].get("subsets") else "class", *(name.replace("_", " ") for name in names)]
+    return Table([*head, *(["loss since first"] if changed else [])], rows, note=f"step {with_groups[-1]['step']:,}")
+
+
+def memory(run: RunFiles) -> Memory | None:
+    """Predicted beside measured, in bytes of one rank, and the parts of the prediction."""
+    expected = predicted(run)
+    rows = []
+    for name, key in (("GPU", "gpu_bytes"), ("host", "host_bytes")):
+        measured = run.result.get(f"peak_{key}") or max((r.get(key) or 0 for r in run.train), default=0)
+        if expected.get(key) or measured:
+            rows.append([f"{name}, peak of a rank", _bytes(expected.get(key)), _bytes(measured),
+                         _ratio(measured, expected.get(key))])
+    note = f"host of a node divided by its {ranks_per_node(run)} ranks" if ranks_per_node(run) > 1 else ""
+    table = Table(["", "predicted", "measured", "of predicted"], rows, note=note)
+    return Memory(table, _parts(run)) if rows else None
+
+
+def _parts(run: RunFiles) -> list[Part]:
+    """Largest first."""
+    parts = {name: value for name, value in (chosen_option(run).get("parts") or {}).items() if is_number(value)}
+    total = sum(parts.values()) or 1
+    return [Part(str(name), gib(value), value / total)
+            for name, value in sorted(parts.items(), key=lambda item: -item[1]) if value > 0]
+
+
+def samples(run: RunFiles) -> list[dict[str, str]]:
+    """Newest first."""
+    return [{"step": str(record.get("step", "?")), "prompt": str(record.get("prompt", "")),
+             "text": str(record.get("text", ""))} for record in reversed(run.samples)]
+
+
+def config_rows(run: RunFiles) -> Rows:
+    return flat(run.config)
+
+
+def flat(value: Any, prefix: str = "") -> Rows:
+    """Nested values as dotted keys."""
+    if not isinstance(value, dict):
+        return [(prefix, "null" if value is None else str(value))]
+    return [row for key, item in value.items() for row in flat(item, f"{prefix}.{key}" if prefix else str(key))]
+
+
+def commands(run: RunFiles) -> Rows:
+    """What one does next with this run, ready to paste."""
+    folder = shlex.quote(str(run.run_dir))
+    adapter = run.config.get("adapter") or {}
+    mergeable = "rank" in adapter or "targets" in adapter
+    kinds = (["adapter"] + ["merged"] * mergeable) if adapter else ["full"]
+    export = shlex.quote(str(run.run_dir / str(run.result.get("export") or "export")))
+    found = [] if run.result.get("status") == "done" else [("continue", _again(run, folder))]
+    found.append(("evaluate", f"deepspeed launch/evaluate.py run={folder}"))
+    found += [(f"export {kind}", f"python launch/export.py run={folder} kind={kind}") for kind in kinds]
+    return [*found, ("generate", f"python launch/generate.py model={export} prompt=\"...\"")]
+
+
+def _again(run: RunFiles, folder: str) -> str:
+    words = [word for word in run.env.get("overrides") or [] if not str(word).startswith("run_dir=")]
+    words = words or [f"recipe={run.config.get('name') or 'R'}"]
+    return " ".join(["deepspeed launch/train.py", *(shlex.quote(str(word)) for word in words), f"run_dir={folder}"])
+
+
+def _progress(run: RunFiles) -> Tile:
+    step = run.train[-1]["step"] if run.train else 0
+    step = max(step, run.result.get("step") or 0)
+    total = run.env.get("total_steps") or (run.config.get("train") or {}).get("steps")
+    return Tile("steps", f"{step:,}", f"of {total:,}" if is_number(total) else "")
+
+
+def _loss(run: RunFiles) -> Tile | None:
+    losses = [record["loss"] for record in run.train if is_number(record.get("loss"))]
+    return Tile("training loss", f"{losses[-1]:.4f}", f"from {losses[0]:.4f}") if losses else None
+
+
+def _best(run: RunFiles) -> Tile | None:
+    index = _best_index(run)
+    if index is None:
+        return None
+    key, record = _criterion(run), run.evals[index]
+    first = run.evals[0].get(key)
+    note = f"step {record['step']:,}" + (f", from {short(first)}" if index and is_number(first) else "")
+    return Tile(f"best {key.replace('_', ' ')}" if key != "loss" else "best eval loss", short(record[key]), note)
+
+
+def _criterion(run: RunFiles) -> str:
+    return next((name for name in HIGHER_IS_BETTER if any(is_number(r.get(name)) for r in run.evals)), "loss")
+
+
+def _best_index(run: RunFiles) -> int | None:
+    key = _criterion(run)
+    scored = [(record[key], index) for index, record in enumerate(run.evals) if is_number(record.get(key))]
+    if not scored:
+        return None
+    return (max(scored, key=lambda s: (s[0], -s[1])) if key in HIGHER_IS_BETTER else min(scored))[1]
+
+
+def _throughput(run: RunFiles) -> Tile | None:
+    speeds = sorted(r["tokens_per_second"] for r in run.train if is_number(r.get("tokens_per_second")))
+    speed = run.result.get("tokens_per_second") or (speeds[len(speeds) // 2] if speeds else None)
+    return Tile("tokens per second", f"{speed:,.0f}", "all ranks") if is_number(speed) else None
+
+
+def _time(run: RunFiles) -> Tile | None:
+    tokens = run.result.get("tokens") or (run.train[-1].get("tokens") if run.train else None)
+    note = f"in {clock(run.result['seconds'])}" if is_number(run.result.get("seconds")) else "so far"
+    return Tile("tokens", large(tokens), note) if is_number(tokens) else None
+
+
+def _trainable(run: RunFiles) -> Tile | None:
+    counts = run.plan.get("parameters") or {}
+    total, trainable = counts.get("total"), counts.get("trainable")
+    if not is_number(total) or not is_number(trainable) or not total:
+        return None
+    return Tile("trained parameters", large(trainable), f"{trainable / total:.2%} of {large(total)}")
+
+
+def _sharding(run: RunFiles) -> Tile | None:
+    stage = run.result.get("zero_stage", (run.plan.get("chosen") or {}).get("zero"))
+    ranks = run.result.get("world_size") or run.env.get("world_size")
+    if stage is None:
+        return None
+    name = str(stage) if str(stage).startswith("stage") else f"stage{stage}"
+    return Tile("ZeRO", name, f"{ranks} rank{'s' if ranks != 1 else ''}" if ranks else "")
+
+
+def _peak(run: RunFiles, name: str, peak: str, current: str) -> Tile | None:
+    measured = run.result.get(peak) or max((r.get(current) or 0 for r in run.train), default=0)
+    expected = predicted(run).get(current)
+    note = f"predicted {gib(expected)}" if expected else "of a rank"
+    return Tile(f"{name} memory, peak", gib(measured), note) if measured else None
+
+
+def _bytes(value: float | None) -> str:
+    return gib(value) if value else "-"
+
+
+def _ratio(measured: float | None, expected: float | None) -> str:
+    return f"{measured / expected:.0%}" if measured and expected else "-"
+
+
+def _change(before: Any, now: dict[str, Any]) -> str:
+    losses = ((before or {}).get("loss") if isinstance(before, dict) else None, now.get("loss"))
+    return f"{losses[1] - losses[0]:+.4f}" if all(map(is_number, losses)) else "-"
