@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from finetune.config import AdapterConfig, FullConfig, Ia3Config, LoraConfig, PrefixConfig, PromptConfig
-from finetune.errors import UserError
+from finetune.names import target_modules
 
-MODULES = ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out")
 PEFT_TASKS = {"lm": "CAUSAL_LM", "classify": "SEQ_CLS", "qa": "QUESTION_ANS"}
 HEAD_MODULES = {"lm": None, "classify": ["score"], "qa": ["qa_outputs"]}
-
-
-def target_modules(targets: Any) -> list[str]:
-    """`all-linear`, "q_proj,v_proj" or a list -> module names; the head itself is never among them.
-
-    Raises:
-        UserError: a name that GPT-J does not have.
-    """
-    names = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else [str(t) for t in targets]
-    if names == ["all-linear"]:
-        return list(MODULES)
-    unknown = [name for name in names if name not in MODULES]
-    if unknown or not names:
-        raise UserError(f"GPT-J has no module '{', '.join(unknown)}'", "adapter.targets",
-                        f"Choose from {', '.join(MODULES)}, or all-linear.")
-    return names
 
 
 def attach(model: nn.Module, cfg: AdapterConfig, head: str, base: str, seed: int) -> nn.Module:

@@ -50,6 +50,14 @@ SCHEMAS = {
     },
 }
 
+SHIPPED_DATA = {
+    schema.ClmConfig: ("asset:data/pile_sample/train.jsonl.zst", "asset:data/pile_sample/eval.jsonl.zst"),
+    schema.InstructConfig: ("asset:data/instruct/train.jsonl", "asset:data/instruct/eval.jsonl"),
+    schema.ClassifyConfig: ("asset:data/classify/train.jsonl", "asset:data/classify/eval.jsonl"),
+    schema.QaConfig: ("asset:data/qa/train.json", "asset:data/qa/eval.json"),
+}
+"""task -> training and evaluation data that ship with the project, for debug runs."""
+
 
 @dataclass
 class Composed:
@@ -95,12 +103,18 @@ def compose_config(overrides: list[str], name: str = "train") -> Composed:
 
 
 def compose_train(overrides: list[str]) -> schema.Config:
-    """The training config: composed, named after its recipe, steps against epochs settled."""
-    composed = compose_config(overrides, "train")
+    """The training config, composed and settled."""
+    return settle(compose_config(overrides, "train"))
+
+
+def settle(composed: Composed) -> schema.Config:
+    """What only the whole command line can tell: the run's name, steps against epochs, a debug run's data."""
     cfg = composed.config
     if cfg.name == "custom" and composed.choices.get("recipe"):
         cfg.name = str(composed.choices["recipe"])
-    _settle_length(cfg.train, overrides)
+    _settle_length(cfg.train, composed.overrides)
+    if composed.choices.get("debug") and not cfg.data.train:
+        cfg.data.train, cfg.data.eval = SHIPPED_DATA[type(cfg.task)]
     return cfg
 
 

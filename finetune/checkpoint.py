@@ -96,11 +96,13 @@ class Checkpoints:
     Args:
         folder: run_dir/checkpoints.
         keep: newest ones kept, at least 2.
-        identity: what must not change between save and resume, e.g. {"data": hash, "task.max_length": 512}.
+        identity: what must not change between save and resume, e.g. {"data": hash, "seed": 0}.
+        may_change: names in `identity` that the user allows to differ.
     """
 
-    def __init__(self, folder: Path, keep: int, world: World, identity: dict[str, Any]):
-        self.folder, self.keep, self.world, self.identity = folder, keep, world, identity
+    def __init__(self, folder: Path, keep: int, world: World, identity: dict[str, Any], may_change: list[str]):
+        self.folder, self.keep, self.world = folder, keep, world
+        self.identity, self.may_change = identity, may_change
 
     def save(self, engine, state: TrainState) -> Path:
         """Write step-N; collective. On any failure the staging folder is gone and older checkpoints are untouched.
@@ -190,10 +192,12 @@ class Checkpoints:
     def _check_identity(self, saved: dict, folder: Path) -> None:
         before = saved["identity"]
         changed = [f"{key}: was {before.get(key)}, is {now}" for key, now in self.identity.items()
-                   if before.get(key) != now]
+                   if before.get(key) != now and key not in self.may_change]
         if changed:
+            names = ",".join(line.split(":")[0] for line in changed)
             raise UserError("this run is not the one that was saved: " + "; ".join(changed), str(folder),
-                            "Undo the change, or start anew with resume=never or another run_dir.")
+                            f"Undo the change, allow it with 'resume_changed=[{names}]', or start anew with "
+                            "resume=never or another run_dir.")
 
 
 def _fresh(stage: Path) -> None:

@@ -335,6 +335,8 @@ class Config:
     """Everything random derives from it."""
     resume: str = "auto"
     """auto, never, or a run or checkpoint directory to continue from."""
+    resume_changed: list[str] = field(default_factory=list)
+    """Settings that may differ from the saved run's, by the name that the refusal prints, e.g. [data]."""
     verbose: bool = False
     """Let the libraries' own log lines through."""
     model: ModelConfig = MISSING

@@ -36,10 +36,10 @@ class Packed:
         return max(self.lengths)
 
 
-def pack(cu_seqlens: Tensor, kind: str) -> Packed:
+def pack(cu_seqlens: Tensor, kind: str, device: torch.device) -> Packed:
     """Read the boundaries once per forward; `cu_seqlens` (S+1,) is best given on the host, where this costs no sync."""
     lengths = tuple(torch.diff(cu_seqlens).tolist())
-    return Packed(lengths, cu_seqlens, kind)
+    return Packed(lengths, cu_seqlens.to(device, torch.int32, non_blocking=True), kind)
 
 
 @lru_cache(maxsize=1)

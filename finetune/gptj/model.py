@@ -142,7 +142,7 @@ class Transformer(PreTrained):
         packed, mask = None, None
         if cu_seqlens is not None:
             kind = pick_attention(self.attention, x.device.type, x.dtype)
-            packed = pack(cu_seqlens, kind)
+            packed = pack(cu_seqlens, kind, x.device)
         else:
             mask = _padding_mask(attention_mask, x.shape[1], past, x.device)
         x = self.drop(x)

@@ -1,0 +1,161 @@
+"""Everything that is wrong with a config, at once, each with what to type instead. Derives nothing; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune.config import (
+    GPTJ_POSITIONS,
+    Config,
+    Dtype,
+    LoraConfig,
+    Offload,
+    PrefixConfig,
+    PromptConfig,
+    QaConfig,
+)
+from finetune.ds_config import accumulation
+from finetune.errors import UserError, problems_error
+from finetune.schedule import SCHEDULES
+
+STAGES = ("auto", 0, 1, 2, 3)
+
+
+def check(cfg: Config, world_size: int, cuda: bool) -> None:
+    """Raise one UserError that lists every problem.
+
+    Args:
+        world_size: ranks of this run.
+        cuda: whether it trains on GPUs.
+    """
+    problems = list(_problems(cfg, world_size, cuda))
+    if problems:
+        raise problems_error("the configuration", problems)
+
+
+def _problems(cfg: Config, world_size: int, cuda: bool) -> Iterator[UserError]:
+    yield from _data(cfg)
+    yield from _length(cfg)
+    yield from _batch(cfg, world_size)
+    yield from _optim(cfg)
+    yield from _model(cfg, cuda)
+    yield from _adapter(cfg)
+    yield from _zero(cfg, world_size)
+    yield from _rest(cfg)
+
+
+def _data(cfg: Config) -> Iterator[UserError]:
+    if not cfg.data.train:
+        yield UserError(
+            "no training data is given", "data.train",
+            "Give a file, glob, directory or hub id: data.train='pile/*.jsonl.zst' data.eval=pile/val.jsonl.zst\n"
+            "Pile format is one JSON object a line: {\"text\": \"...\", \"meta\": {\"pile_set_name\": \"...\"}}\n"
+            "What runs right now, on data that ships with the project:\n"
+            f"  deepspeed launch/train.py recipe={cfg.name} debug=tiny\n"
+            "  deepspeed launch/train.py recipe=quickstart")
+
+
+def _length(cfg: Config) -> Iterator[UserError]:
+    if cfg.task.max_length > GPTJ_POSITIONS:
+        yield UserError(f"task.max_length = {cfg.task.max_length} exceeds GPT-J's {GPTJ_POSITIONS} positions",
+                        remedy=f"Try task.max_length={GPTJ_POSITIONS}.")
+    if cfg.task.max_length < 8:
+        yield UserError(f"task.max_length = {cfg.task.max_length} is too short to train on", remedy="Try 128 or more.")
+    if cfg.train.steps is None and cfg.train.epochs is None:
+        yield UserError("neither train.steps nor train.epochs is given", remedy="Try train.epochs=1.")
+    for key in ("steps", "epochs"):
+        value = getattr(cfg.train, key)
+        if value is not None and value <= 0:
+            yield UserError(f"train.{key} = {value} trains nothing", remedy=f"Try train.{key}=1.")
+    if isinstance(cfg.task, QaConfig) and not 0 <= cfg.task.stride < cfg.task.max_length // 2:
+        yield UserError(f"task.stride = {cfg.task.stride} must be less than half of task.max_length = "
+                        f"{cfg.task.max_length}", remedy=f"Try task.stride={cfg.task.max_length // 4}.")
+
+
+def _batch(cfg: Config, world_size: int) -> Iterator[UserError]:
+    micro = cfg.train.micro_batch
+    if isinstance(micro, str) and micro != "auto":
+        yield UserError(f"train.micro_batch = {micro} is neither a number nor auto", remedy="Try train.micro_batch=1.")
+        return
+    if cfg.train.global_batch < 1 or (micro != "auto" and int(micro) < 1):
+        yield UserError("train.micro_batch and train.global_batch must be at least 1", remedy="Try train.micro_batch=1.")
+        return
+    smallest = 1 if micro == "auto" else int(micro)
+    if cfg.train.global_batch % (smallest * world_size):
+        try:
+            trial = Config(train=cfg.train.__class__(micro_batch=smallest, global_batch=cfg.train.global_batch))
+            accumulation(trial, world_size)
+        except UserError as error:
+            yield error
+
+
+def _optim(cfg: Config) -> Iterator[UserError]:
+    optim = cfg.optim
+    if optim.schedule not in SCHEDULES:
+        yield UserError(f"optim.schedule = {optim.schedule} is unknown", remedy=f"Choose from {', '.join(SCHEDULES)}.")
+    if optim.lr < 0:
+        yield UserError(f"optim.lr = {optim.lr} is negative", remedy="Try optim.lr=1e-4.")
+    if len(optim.betas) != 2 or not all(0 <= b < 1 for b in optim.betas):
+        yield UserError(f"optim.betas = {optim.betas} must be two numbers in [0, 1)", remedy="Try optim.betas=[0.9,0.999].")
+    if not 0 <= optim.min_lr <= 1:
+        yield UserError(f"optim.min_lr = {optim.min_lr} is a share of the peak, 0 to 1", remedy="Try optim.min_lr=0.1.")
+    for key in ("warmup", "weight_decay", "grad_clip"):
+        if getattr(optim, key) < 0:
+            yield UserError(f"optim.{key} = {getattr(optim, key)} is negative", remedy=f"Try optim.{key}=0.")
+
+
+def _model(cfg: Config, cuda: bool) -> Iterator[UserError]:
+    if cfg.model.dtype is Dtype.fp16 and not cuda:
+        yield UserError("fp16 trains on GPUs only, and there is none here", "model.dtype", "Try model.dtype=bf16.")
+    for key in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+        value = getattr(cfg.model, key)
+        if value is not None and not 0 <= value < 1:
+            yield UserError(f"model.{key} = {value} is not a probability below 1", remedy=f"Try model.{key}=0.1.")
+
+
+def _adapter(cfg: Config) -> Iterator[UserError]:
+    adapter = cfg.adapter
+    if isinstance(adapter, LoraConfig):
+        if adapter.rank < 1:
+            yield UserError(f"adapter.rank = {adapter.rank} must be at least 1", remedy="Try adapter.rank=8.")
+        if not 0 <= adapter.dropout < 1:
+            yield UserError(f"adapter.dropout = {adapter.dropout} is not a probability below 1",
+                            remedy="Try adapter.dropout=0.05.")
+    if hasattr(adapter, "targets"):
+        from finetune.names import target_modules
+
+        try:
+            target_modules(adapter.targets)
+        except UserError as error:
+            yield error
+    if isinstance(adapter, (PromptConfig, PrefixConfig)) and adapter.virtual_tokens < 1:
+        yield UserError("adapter.virtual_tokens must be at least 1", remedy="Try adapter.virtual_tokens=20.")
+
+
+def _zero(cfg: Config, world_size: int) -> Iterator[UserError]:
+    zero = cfg.zero
+    if zero.stage not in STAGES:
+        yield UserError(f"zero.stage = {zero.stage} is none of auto, 0, 1, 2, 3", remedy="Try zero=auto.")
+    if zero.stage == 0 and zero.offload_optimizer is not Offload.none:
+        yield UserError("zero.offload_optimizer needs stage 1, 2 or 3", "zero.stage=0", "Try zero=stage1.")
+    if zero.stage in (0, 1, 2) and zero.offload_params is not Offload.none:
+        yield UserError("zero.offload_params needs stage 3", f"zero.stage={zero.stage}", "Try zero=stage3.")
+    if Offload.nvme in (zero.offload_optimizer, zero.offload_params) and not zero.nvme_path:
+        yield UserError("nvme offload needs a folder on a local disk", "zero.nvme_path", "Try zero.nvme_path=/local_nvme.")
+
+
+def _rest(cfg: Config) -> Iterator[UserError]:
+    if cfg.checkpoint.keep < 2:
+        yield UserError(f"checkpoint.keep = {cfg.checkpoint.keep}: the newest may be damaged by what ended the run",
+                        remedy="Try checkpoint.keep=2.")
+    for section, key in (("train", "eval_every"), ("train", "log_every"), ("train", "sample_every"), ("checkpoint", "every")):
+        value = getattr(getattr(cfg, section), key)
+        if value < 0:
+            yield UserError(f"{section}.{key} = {value} is negative", remedy=f"Try {section}.{key}=0.")
+    if cfg.train.early_stopping and not (cfg.data.eval and cfg.train.eval_every):
+        yield UserError("train.early_stopping needs data.eval and train.eval_every",
+                        remedy="Try train.eval_every=100 data.eval=FILE.")
+    if cfg.resume not in ("auto", "never") and not Path(cfg.resume).expanduser().is_dir():
+        yield UserError(f"resume = {cfg.resume} is neither auto, never, nor a directory", "resume",
+                        "Give a run directory or one of its checkpoints/step-N.")

@@ -1,0 +1,20 @@
+"""From `launch/train.py`'s argv to one run, or to a sweep of runs. Imports torch only for a run."""
+
+from __future__ import annotations
+
+from finetune.app import Composed, main, settle
+
+
+def train(argv: list[str]) -> int:
+    """Exit code of `launch/train.py argv`."""
+    if any(word in ("-m", "--multirun") for word in argv):
+        from finetune.sweep import sweep
+
+        return sweep(argv)
+    return main(_train, "train", argv)
+
+
+def _train(composed: Composed) -> int:
+    from finetune.run import run
+
+    return run(settle(composed))

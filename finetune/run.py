@@ -1,0 +1,394 @@
+"""One training run, from config to exported model. Read this file first.
+
+argv -> app.compose_train -> Config -> [here] -> exit code
+
+The parts are strangers to each other; this file alone knows them all and builds them in order.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from finetune import adapter, dist, ds_config, memory_watch, metrics_log, schedule
+from finetune.assets_path import resolve
+from finetune.callbacks import CallbackList, RunInfo
+from finetune.check import check
+from finetune.checkpoint import Checkpoints, TrainState, find_resume
+from finetune.config import Config, FullConfig, Offload
+from finetune.data.batches import StepBatches
+from finetune.data.columns import Store, open_store
+from finetune.data.order import Order
+from finetune.data.packing import Rows, efficiency
+from finetune.data.store import build_store
+from finetune.data.tokenizer import load_tokenizer
+from finetune.display import Display, silence_libraries, summary_table
+from finetune.dist import World
+from finetune.ds_config import Sharding
+from finetune.engine import Engine, connect_deepspeed, partitioned_build, place_partitioned
+from finetune.environment import environment
+from finetune.errors import EXIT_DONE, EXIT_PREEMPTED, RunFailed, UserError, gib
+from finetune.evaluate import evaluate
+from finetune.export import ExportInfo, export_run
+from finetune.gptj.attention import pick_attention
+from finetune.gptj.load import DTYPES, build_model, local_folder
+from finetune.metrics_log import MetricsLog
+from finetune.plan import Plan, measure_machine, plan, render_table
+from finetune.redact import redact
+from finetune.report import Report
+from finetune.sample import sample_texts
+from finetune.shape import load_shape
+from finetune.signals import StopRequest
+from finetune.tasks import build_task, head_of
+from finetune.tasks.base import Task
+from finetune.trackers import build_trackers
+from finetune.trainer import Hooks, Result, Trainer
+
+
+def run(cfg: Config) -> int:
+    """Train as `cfg` says; every rank calls this. Returns the process's exit code."""
+    world = dist.connect(cfg.train.threads)
+    silence_libraries(cfg.verbose, world.rank)
+    cuda = world.device.type == "cuda"
+    check(cfg, world.size, cuda)
+    run_dir = _run_dir(cfg, world)
+    display = Display() if world.main else None
+    try:
+        result = _run(cfg, world, run_dir, display)
+    except BaseException as error:
+        if world.main:
+            _record_failure(run_dir, error, display)
+        raise
+    dist.disconnect()
+    return EXIT_PREEMPTED if result.status == "preempted" else EXIT_DONE
+
+
+def _run(cfg: Config, world: World, run_dir: Path, display: Display | None) -> Result:
+    started = time.perf_counter()
+    say = display.message if display else lambda text: None
+    resume_from = world.on_main(lambda: find_resume(cfg.resume, run_dir, say))
+
+    tokenizer = load_tokenizer(cfg.model.tokenizer or _tokenizer_folder(cfg))
+    task = build_task(cfg.task, tokenizer, cfg.train.packing)
+    train_store = _store(cfg, task, cfg.data.train, cfg.data.split, world, display)
+    assert train_store is not None
+    task.prepare(train_store, None)
+    eval_store = _store(cfg, task, cfg.data.eval, cfg.data.eval_split, world, display)
+    rows = task.rows(train_store)
+    _preview(cfg, task, train_store, rows, tokenizer, say)
+
+    planned = world.on_main(lambda: _plan(cfg, world, run_dir, task))
+    sharding = _sharding(planned)
+    cfg.train.micro_batch = planned.micro_batch
+    length = _length(cfg, len(rows))
+    world.on_main(lambda: _save_config(cfg, run_dir))
+
+    connect_deepspeed(world, say)
+    config = ds_config.build(cfg, sharding, world.size, world.device.type == "cuda")
+    module = _module(cfg, task, config, world, display)
+    parameters = adapter.count(module)
+    engine = Engine(module, config, cfg.optim, world)
+
+    checkpoints = Checkpoints(run_dir / "checkpoints", cfg.checkpoint.keep, world, _identity(cfg, train_store),
+                              cfg.resume_changed)
+    world.on_main(checkpoints.clean)
+    state = checkpoints.restore(engine.ds, resume_from) if resume_from else TrainState()
+    callbacks = _callbacks(cfg, run_dir, state, display, world)
+    _summary(cfg, world, run_dir, sharding, length, parameters, engine, train_store, rows, planned)
+
+    stop = StopRequest(run_dir, watch_files=world.main)
+    batches = StepBatches(
+        lambda indices: task.collate(train_store, rows, indices), Order(len(rows), cfg.seed, shuffle=True),
+        global_batch=cfg.train.global_batch, micro_batch=int(cfg.train.micro_batch), world_size=world.size,
+        rank=world.rank, start_step=state.step, end_step=length.steps, end_position=length.end_position,
+        prefetch=cfg.train.prefetch)
+    hooks = Hooks(
+        evaluate=(lambda: evaluate(engine, task, eval_store, world, cfg.train.eval_batch)) if eval_store else None,
+        sample=_sampler(cfg, engine, tokenizer, task, callbacks),
+        learning_rate=lambda step: schedule.learning_rate(cfg.optim, step, length.steps))
+    trainer = Trainer(engine, task, batches, hooks, checkpoints, callbacks, stop, world, train=cfg.train,
+                      checkpoint=cfg.checkpoint, seed=cfg.seed, total_steps=length.steps)
+
+    callbacks.start(_run_info(cfg, run_dir, state, length, parameters, world, planned, train_store, rows, eval_store))
+    start_host = int(world.maximum(memory_watch.host_bytes()))
+    result = trainer.fit(state)
+    exported = _export(cfg, engine, tokenizer, task, train_store, result, run_dir, world, say)
+    _finish(cfg, world, run_dir, result, engine, start_host, exported, callbacks, time.perf_counter() - started,
+            sharding)
+    return result
+
+
+def _run_dir(cfg: Config, world: World) -> Path:
+    """The one run directory of all ranks, made by rank 0."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = Path(world.broadcast(cfg.run_dir or f"runs/{cfg.name}/{stamp}")).expanduser().absolute()
+    cfg.run_dir = str(folder)
+
+    def make() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot be made: {error.strerror}", str(folder), "Try run_dir=DIR.") from None
+
+    world.on_main(make)
+    return folder
+
+
+def _tokenizer_folder(cfg: Config) -> str | None:
+    """The checkpoint's own tokenizer where it has one; None: GPT-J's, which ships with the project."""
+    path = Path(resolve(cfg.model.path)).expanduser()
+    return str(path) if path.is_dir() else None
+
+
+def _store(cfg: Config, task: Task, spec: str | None, split: str, world: World, display: Display | None) -> Store | None:
+    """Encoded data from the cache; built by rank 0 while the others wait."""
+    if not spec:
+        return None
+    data = cfg.data
+
+    def build() -> Path:
+        with display.phase(f"tokenising {spec}") if display else nullcontext() as phase:
+            def progress(done: float, total: float, tokens: int) -> None:
+                phase.total = total
+                phase.update(done)
+
+            store = build_store(resolve(spec), split, task.encoder(), on_bad_row=data.on_bad_row.value,
+                                cache_dir=Path(data.cache_dir).expanduser() if data.cache_dir else None,
+                                max_bad_rows=data.max_bad_rows, progress=progress if phase else None)
+        return store.path
+
+    return open_store(world.on_main(build))
+
+
+def _preview(cfg: Config, task: Task, store: Store, rows: Rows, tokenizer, say) -> None:
+    if cfg.data.preview:
+        from finetune.preview import preview
+
+        say(preview(task, store, rows, tokenizer, cfg.data.preview))
+
+
+def _plan(cfg: Config, world: World, run_dir: Path, task: Task) -> Plan:
+    """What fits and what is chosen, written to plan.json.
+
+    Raises:
+        RunFailed: nothing fits; the table says what is missing.
+    """
+    shape = load_shape(str(local_folder(cfg.model)), task.head, task.num_labels or 2)
+    planned = plan(cfg, measure_machine(cfg.machine, world.size, str(run_dir)), shape, world.size)
+    metrics_log.write_json(run_dir / "plan.json", planned.to_json())
+    if not planned.fits and cfg.zero.stage == "auto":
+        raise RunFailed("this run does not fit this machine\n" + render_table(planned))
+    return planned
+
+
+def _sharding(planned: Plan) -> Sharding:
+    chosen = planned.chosen.option
+    return Sharding(int(chosen.zero.removeprefix("stage")), Offload(chosen.offload_optimizer),
+                    Offload(chosen.offload_params))
+
+
+@dataclass
+class Length:
+    """How long a run is."""
+
+    steps: int
+    """Optimizer steps."""
+    end_position: int | None
+    """Samples in all where epochs end the run; the last step may be partial."""
+    epochs: float
+    """Passes over the data that this makes."""
+
+
+def _length(cfg: Config, n_rows: int) -> Length:
+    batch, train = cfg.train.global_batch, cfg.train
+    if train.epochs is None:
+        assert train.steps is not None
+        return Length(train.steps, None, train.steps * batch / n_rows)
+    end = max(1, round(train.epochs * n_rows))
+    steps = math.ceil(end / batch)
+    if train.steps is not None and train.steps < steps:
+        return Length(train.steps, None, train.steps * batch / n_rows)
+    return Length(steps, end, train.epochs)
+
+
+def _module(cfg: Config, task: Task, config: dict, world: World, display: Display | None) -> torch.nn.Module:
+    """GPT-J with its weights and adapter; at stage 3 rank 0 reads and every rank keeps its part."""
+    partition = partitioned_build(config, world)
+    sharded = partition is not None
+    with display.phase(f"loading {cfg.model.path}") if display else nullcontext():
+        model = build_model(
+            cfg.model, task.head, device=world.device, seed=cfg.seed, num_labels=task.num_labels, partition=partition,
+            place=place_partitioned if sharded else None, reads=world.main or not sharded)
+    model.transformer.checkpointing = cfg.train.activation_checkpointing  # type: ignore[union-attr]
+    return adapter.attach(model, cfg.adapter, task.head, _base_name(cfg), cfg.seed)
+
+
+def _base_name(cfg: Config) -> str:
+    """How others find the base model: an absolute path, or the hub id."""
+    path = Path(resolve(cfg.model.path)).expanduser()
+    return str(path.absolute()) if path.is_dir() else cfg.model.path
+
+
+def _identity(cfg: Config, store: Store) -> dict[str, Any]:
+    """What must be the same for a resumed run to be the same run."""
+    return {"data": store.fingerprint, "seed": cfg.seed, "global_batch": cfg.train.global_batch,
+            "packing": cfg.train.packing, "max_length": cfg.task.max_length, "model": _base_name(cfg),
+            "dtype": cfg.model.dtype.value, "adapter": str(cfg.adapter), "optim": str(cfg.optim)}
+
+
+def _callbacks(cfg: Config, run_dir: Path, state: TrainState, display: Display | None, world: World) -> CallbackList:
+    if display is None:
+        return CallbackList([])
+    if cfg.resume == "never":
+        for old in (metrics_log.METRICS, metrics_log.SAMPLES):
+            (run_dir / old).unlink(missing_ok=True)
+    metrics_log.truncate(run_dir / metrics_log.METRICS, state.step)
+    metrics_log.truncate(run_dir / metrics_log.SAMPLES, state.step)
+    callbacks = CallbackList([MetricsLog(run_dir), display, *build_trackers(cfg.tracker), Report(run_dir)])
+    callbacks.restore(state.callbacks)
+    return callbacks
+
+
+def _save_config(cfg: Config, run_dir: Path) -> None:
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain_config(cfg))), encoding="utf-8")
+
+
+def plain_config(cfg: Config) -> dict[str, Any]:
+    """The config as plain values without secrets; task and adapter name their kinds."""
+    values = OmegaConf.to_container(OmegaConf.structured(cfg), resolve=True, enum_to_str=True)
+    assert isinstance(values, dict)
+    values["task"]["kind"] = type(cfg.task).__name__.removesuffix("Config").lower()
+    values["adapter"]["kind"] = type(cfg.adapter).__name__.removesuffix("Config").lower()
+    return redact(values)
+
+
+def _summary(cfg: Config, world: World, run_dir: Path, sharding: Sharding, length: Length, parameters: dict[str, int],
+             engine: Engine, store: Store, rows: Rows, planned: Plan) -> None:
+    """Print the run in a few lines, with the batch as an equation."""
+    if not world.main:
+        return
+    accumulation = ds_config.accumulation(cfg, world.size)
+    tokens = len(store.column("ids")) / len(rows) * cfg.train.global_batch
+    share = 100 * parameters["trainable"] / parameters["total"]
+    dtype = DTYPES[cfg.model.dtype.value]
+    attention = pick_attention(cfg.model.attention.value, world.device.type, dtype)
+    sharded = f"stage {sharding.stage}, {world.size} ranks"
+    offloads = [f"{what} on {where.value}" for what, where in
+                (("optimizer", sharding.offload_optimizer), ("weights", sharding.offload_params))
+                if where is not Offload.none]
+    summary_table(f"finetune {cfg.name}", [
+        ("run_dir", str(run_dir)),
+        ("model", f"{cfg.model.path}  {parameters['total']:,} parameters, {cfg.model.dtype.value}, attention {attention}"),
+        ("trained", f"{parameters['trainable']:,} parameters ({share:.2f}%)"),
+        ("data", f"{cfg.data.train}  {store.stats['documents']:,} records, {store.stats['tokens']:,} tokens, "
+                 f"{len(rows):,} rows, {100 * efficiency(rows, cfg.task.max_length):.1f}% filled"),
+        ("batch", f"{cfg.train.micro_batch} micro x {world.size} ranks x {accumulation} accumulation = "
+                  f"{cfg.train.global_batch} rows, about {tokens:,.0f} tokens a step"),
+        ("length", f"{length.steps:,} steps = {length.epochs:.2f} epochs"),
+        ("ZeRO", "; ".join([sharded, *offloads]) + f"  ({planned.reason})"),
+        ("optimizer", f"{gib(_state_bytes(engine))} of Adam states on each rank"),
+    ])
+
+
+def _state_bytes(engine: Engine) -> int:
+    """Optimizer bytes of this rank once Adam's averages exist."""
+    from finetune import partitions
+
+    partitions.ensure_states(engine.ds)
+    return engine.optimizer_bytes()["total"]
+
+
+def _sampler(cfg: Config, engine: Engine, tokenizer, task: Task, callbacks: CallbackList):
+    if task.head != "lm" or not cfg.train.sample_every:
+        return None
+
+    def sample(step: int) -> None:
+        texts = sample_texts(engine.module, tokenizer, cfg.train.sample_prompts, cfg.train.sample_tokens,
+                             cfg.seed + step, engine.world.device)
+        for prompt, text in zip(cfg.train.sample_prompts, texts, strict=True):
+            callbacks.sample(step, prompt, text)
+
+    return sample
+
+
+def _run_info(cfg: Config, run_dir: Path, state: TrainState, length: Length, parameters: dict[str, int], world: World,
+              planned: Plan, store: Store, rows: Rows, eval_store: Store | None) -> RunInfo:
+    data = {"train": store.stats | {"rows": len(rows),
+                                    "packing_efficiency": efficiency(rows, cfg.task.max_length)}}
+    if eval_store:
+        data["eval"] = eval_store.stats
+    if world.main:
+        metrics_log.write_json(run_dir / "data_stats.json", data)
+        metrics_log.write_json(run_dir / "environment.json", environment(world.size, world.device))
+    return RunInfo(run_dir, cfg.name, length.steps, state.step, plain_config(cfg), parameters, world.size,
+                   state.step > 0, planned.to_json(), data)
+
+
+def _export(cfg: Config, engine: Engine, tokenizer, task: Task, store: Store, result: Result, run_dir: Path,
+            world: World, say) -> dict[str, Any] | None:
+    """Adapter or model in run_dir/export, proven equal to what was trained."""
+    if not cfg.export.enabled or result.status != "done":
+        return None
+    say("exporting and verifying in a fresh process")
+    card = {"recipe": cfg.name, "data": cfg.data.train, "steps": result.step, "tokens": result.tokens,
+            "training loss": result.loss, "evaluation": result.eval.get("loss")}
+    info = ExportInfo(cfg.name, task.head, _base_name(cfg), cfg.model.dtype.value,
+                      task.describe() | ({"num_labels": task.num_labels} if task.num_labels else {}), card)
+    return export_run(engine, tokenizer, info, cfg.export, _reference_texts(store), run_dir / "export", world)
+
+
+def _reference_texts(store: Store) -> list[list[int]]:
+    """The beginnings of some training examples: real text to compare trained and exported model on."""
+    from finetune.export import REFERENCE_TEXTS, REFERENCE_TOKENS
+
+    ids, offsets = store.column("ids"), store.offsets
+    chosen = range(0, len(store), max(1, len(store) // REFERENCE_TEXTS))
+    return [ids[offsets[i] : min(offsets[i + 1], offsets[i] + REFERENCE_TOKENS)].tolist()
+            for i in list(chosen)[:REFERENCE_TEXTS]]
+
+
+def _finish(cfg: Config, world: World, run_dir: Path, result: Result, engine: Engine, start_host: int,
+            exported: dict[str, Any] | None, callbacks: CallbackList, seconds: float, sharding: Sharding) -> None:
+    """result.json, and the last word to every callback."""
+    ranks = world.gather({"host": memory_watch.peak_host_bytes(), "gpu": memory_watch.peak_gpu_bytes(),
+                          "optimizer": engine.optimizer_bytes()["total"]})
+    if not world.main:
+        return
+    final = {
+        "status": result.status, "step": result.step, "loss": result.loss, "eval": result.eval,
+        "tokens": result.tokens, "seconds": result.seconds, "tokens_per_second": result.tokens_per_second,
+        "peak_host_bytes": max(r["host"] for r in ranks), "start_host_bytes": start_host,
+        "peak_gpu_bytes": max(r["gpu"] for r in ranks), "world_size": world.size, "zero_stage": sharding.stage,
+        "export": "export" if exported else None, "error": None,
+        "optimizer_bytes_per_rank": [r["optimizer"] for r in ranks], "skipped_steps": engine.skipped,
+        "wall_seconds": seconds, "trained": "full" if isinstance(cfg.adapter, FullConfig) else "adapter",
+    }
+    metrics_log.write_result(run_dir, final)
+    callbacks.finish(final)
+
+
+def _record_failure(run_dir: Path, error: BaseException, display: Display | None) -> None:
+    """Leave what is known of a failed run: result.json and the page; never a second error."""
+    if display:
+        display.close()
+    lines = metrics_log.read(run_dir / metrics_log.METRICS)
+    steps = [line for line in lines if line.get("kind") == "train"]
+    last = steps[-1] if steps else {}
+    text = error.render() if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    try:
+        metrics_log.write_result(run_dir, {
+            "status": "failed", "step": last.get("step", 0), "loss": last.get("loss"), "eval": {},
+            "tokens": last.get("tokens", 0), "seconds": 0.0, "tokens_per_second": 0.0,
+            "peak_host_bytes": memory_watch.peak_host_bytes(), "start_host_bytes": 0, "peak_gpu_bytes": 0,
+            "world_size": 0, "zero_stage": None, "export": None, "error": text})
+        Report(run_dir).finish({})
+    except Exception:
+        return

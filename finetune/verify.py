@@ -1,0 +1,79 @@
+"""Reopen an export with plain transformers and peft, away from this project's model, and compare outputs.
+
+    python -m finetune.verify EXPORT_DIR REFERENCE.safetensors
+
+The reference holds ids.N (T,) and outputs.N (T, V) of the trained model. Prints one JSON object. Nothing of this
+project's GPT-J is used here: Hugging Face's eager implementation is the judge.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+TOLERANCE = {"float32": (1e-4, 0.999), "bfloat16": (0.05, 0.9), "float16": (0.01, 0.97)}
+"""dtype -> (mean absolute difference over the outputs' standard deviation, least arg-max agreement)."""
+
+
+def open_export(folder: Path):
+    """Model in evaluation mode, as a stranger would load it."""
+    import torch
+    import transformers
+
+    about = json.loads((folder / "finetune.json").read_text(encoding="utf-8"))
+    kind = {"lm": "AutoModelForCausalLM", "classify": "AutoModelForSequenceClassification",
+            "qa": "AutoModelForQuestionAnswering"}[about["head"]]
+    auto = getattr(transformers, kind)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[about["dtype"]]
+    if (folder / "adapter_config.json").exists():
+        from peft import PeftModel
+
+        extra = {"num_labels": about["task"]["num_labels"]} if about["task"].get("num_labels") else {}
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        model = auto.from_pretrained(base, dtype=dtype, attn_implementation="eager", **extra)
+        model = PeftModel.from_pretrained(model, str(folder)).to(dtype)
+    else:
+        model = auto.from_pretrained(str(folder), dtype=dtype, attn_implementation="eager")
+    return model.eval(), about["head"]
+
+
+def outputs(model, head: str, ids):
+    """Head outputs at every position, fp32 (T, V): pooling is the task's business, not the export's."""
+    if head == "lm":
+        return model(input_ids=ids[None]).logits[0].float()
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = inner.transformer(input_ids=ids[None])[0]
+    layer = inner.score if head == "classify" else inner.qa_outputs
+    return layer(hidden)[0].float()
+
+
+def compare(folder: Path, reference: Path) -> dict:
+    """Figures over all positions, and whether they are within what the precision explains."""
+    import torch
+    from safetensors.torch import load_file
+
+    torch.set_grad_enabled(False)
+    saved = load_file(reference)
+    model, head = open_export(folder)
+    wanted, found = [], []
+    for i in range(sum(name.startswith("ids.") for name in saved)):
+        wanted.append(saved[f"outputs.{i}"])
+        found.append(outputs(model, head, saved[f"ids.{i}"]))
+    a, b = torch.cat(wanted), torch.cat(found)
+    difference = (a - b).abs()
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    mean_limit, agreement_limit = TOLERANCE[dtype]
+    agreement = float((a.argmax(-1) == b.argmax(-1)).float().mean())
+    relative = float(difference.mean() / a.std().clamp(min=1e-12))
+    finite = bool(torch.isfinite(b).all())
+    return {
+        "equal": finite and relative <= mean_limit and (agreement >= agreement_limit or relative < 1e-5),
+        "max_difference": float(difference.max()), "mean_difference": float(difference.mean()),
+        "relative_difference": relative, "argmax_agreement": agreement, "positions": a.shape[0], "dtype": dtype,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(compare(Path(sys.argv[1]), Path(sys.argv[2]))))
