@@ -66,7 +66,7 @@ def _from_disk(spec: str, split: str) -> Any:
     if not isinstance(loaded, DatasetDict):
         return loaded
     if split not in loaded:
-        raise _no_split(spec, split, list(loaded))
+        raise _no_split(spec, split, [str(name) for name in loaded])
     return loaded[split]
 
 
@@ -86,6 +86,7 @@ def _from_hub(spec: str, split: str) -> Any:
 
 def _load(spec: str, split: str, online: bool) -> Any:
     import datasets
+    import datasets.config
     from huggingface_hub import constants
 
     before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE

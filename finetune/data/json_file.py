@@ -128,12 +128,13 @@ class _Window:
     def value(self) -> Any:
         self.peek()
         while True:
+            start = self.at
             try:
                 value, end = self._parser.raw_decode(self.text, self.at)
             except (ValueError, RecursionError) as error:
                 # Doubling keeps the retries on one long element linear in total.
                 if isinstance(error, RecursionError) or not self._grow(len(self.text) - self.at):
-                    raise self._broken(error) from None
+                    raise self._broken(error, start) from None
                 continue
             # A number that touches the window's end may go on in the next chunk.
             if end < len(self.text) or not self._grow(1):
@@ -144,10 +145,11 @@ class _Window:
         line = self.line + self.text.count("\n", 0, self.at)
         return UserError(problem, f"{self.path}:{line}", remedy or SHAPES)
 
-    def _broken(self, error: Exception) -> UserError:
+    def _broken(self, error: Exception, start: int) -> UserError:
         if isinstance(error, json.JSONDecodeError):
-            self.at = error.pos
-            cut = " (the file is cut off)" if error.pos >= len(self.text.rstrip()) else ""
+            # `_grow` has moved `start` to 0 meanwhile.
+            self.at = error.pos - start
+            cut = " (the file is cut off)" if "Unterminated" in error.msg or self.at >= len(self.text.rstrip()) else ""
             return self.fault(f"broken JSON: {error.msg}{cut}")
         return self.fault(f"broken JSON: {'nested too deeply' if isinstance(error, RecursionError) else error}")
 

@@ -13,8 +13,8 @@ _MASK = (1 << 64) - 1
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     """(n,) int64: the rows in the order of this epoch; the same on every machine (Philox is counter-based)."""
-    generator = np.random.Generator(np.random.Philox(key=[seed & _MASK, epoch & _MASK]))
-    return generator.permutation(n)
+    key = np.array([seed & _MASK, epoch & _MASK], np.uint64)  # a list would pass through float64
+    return np.random.Generator(np.random.Philox(key=key)).permutation(n)
 
 
 def row_at(position: int, n: int, seed: int, shuffle: bool) -> int:

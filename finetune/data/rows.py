@@ -175,7 +175,8 @@ def _csv_header(path: Path, reader: Any, invalid: list[UserError]) -> list[str] 
         raise UserError(f"the header is no CSV ({error})", f"{path}:1") from None
     if invalid:
         raise invalid[0]
-    doubled = sorted({name for name in header or () if header.count(name) > 1})
+    names = header or []
+    doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise UserError(f"the header names {', '.join(map(repr, doubled))} twice", f"{path}:1", "Rename a column.")
     return header

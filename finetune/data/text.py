@@ -11,12 +11,12 @@ import hashlib
 import re
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from finetune.data.columns import Column, Example
 from finetune.data.records import MISSING, field_error, get_field
 from finetune.data.rows import json_type
-from finetune.data.tokenizer import tokenizer_fingerprint
+from finetune.data.tokenizer import backend, tokenizer_fingerprint
 from finetune.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class TextEncoder:
         self.text_field, self.subset_field = text_field, subset_field
         self.columns = {"ids": Column("token", ids_dtype(tokenizer)), "subset": Column("category", "int32")}
         self._texts = TextTokenizer(tokenizer)
-        self._eos = tokenizer.eos_token_id
+        self._eos = cast(int, tokenizer.eos_token_id)
 
     def fingerprint(self) -> str:
         parts = ["clm-1", self._texts.fingerprint, self.text_field, self.subset_field]
@@ -78,7 +78,7 @@ class TextTokenizer:
 
         self.fingerprint = tokenizer_fingerprint(tokenizer)
         # A copy: truncation and padding that others set on theirs would cut documents in silence.
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend = Tokenizer.from_str(backend(tokenizer).to_str())
         self._backend.no_truncation()
         self._backend.no_padding()
         self._divisible = _splits_at_spaces(self._backend)
@@ -103,10 +103,10 @@ def ids_dtype(tokenizer: PreTrainedTokenizerBase) -> str:
     return "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
 
 
-def _splits_at_spaces(backend: Any) -> bool:
+def _splits_at_spaces(model: Any) -> bool:
     """Whether a text may be cut before a space without changing its ids: GPT-2's byte-level pattern, unnormalised."""
-    split, added = backend.pre_tokenizer, backend.get_added_tokens_decoder().values()
-    return (type(split).__name__ == "ByteLevel" and backend.normalizer is None
+    split, added = model.pre_tokenizer, model.get_added_tokens_decoder().values()
+    return (type(split).__name__ == "ByteLevel" and model.normalizer is None
             and not split.add_prefix_space and split.use_regex
             and not any(t.lstrip or t.rstrip or " " in t.content or "\n" in t.content for t in added))
 

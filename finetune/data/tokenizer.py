@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from finetune.assets_path import asset, resolve
 from finetune.errors import UserError
@@ -32,8 +32,11 @@ def load_tokenizer(path: str | None) -> PreTrainedTokenizerBase:
     if path is None or (Path(path).is_dir() and not _has_tokenizer(Path(path))):
         return build_gptj_tokenizer()
     tokenizer = _load_auto(path)
-    if tokenizer.eos_token_id is None:
-        raise UserError("this tokenizer has no eos token, which separates documents", path,
+    missing = "eos token, which separates documents" if tokenizer.eos_token_id is None else None
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        missing = "fast form (tokenizer.json)"
+    if missing:
+        raise UserError(f"this tokenizer has no {missing}", path,
                         "Try model.tokenizer=null for the tokenizer of GPT-J that ships with the project.")
     return tokenizer
 
@@ -46,25 +49,27 @@ def build_gptj_tokenizer() -> PreTrainedTokenizerBase:
     folder = asset("tokenizer")
     vocab = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
     lines = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")
-    merges = [tuple(line.split()) for line in lines[1:] if line]
+    merges: Any = [tuple(line.split()) for line in lines[1:] if line]
     # `vocab_file=`/`merges_file=` are accepted too, and silently give an empty tokenizer in transformers 5.
     tokenizer = GPT2Tokenizer(vocab=vocab, merges=merges, model_max_length=POSITIONS)
     # normalized and not special, as in the published checkpoint's tokenizer.
-    extra = [AddedToken(f"<|extratoken_{i}|>", normalized=True, special=False) for i in range(1, EXTRA_TOKENS + 1)]
+    names = (f"<|extratoken_{i}|>" for i in range(1, EXTRA_TOKENS + 1))
+    extra: list[Any] = [AddedToken(name, normalized=True, special=False) for name in names]
     tokenizer.add_tokens(extra)
     assert len(tokenizer) == len(vocab) + EXTRA_TOKENS
     return tokenizer
 
 
+def backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The `tokenizers.Tokenizer` inside."""
+    return cast(Any, tokenizer).backend_tokenizer
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of everything that decides which ids a text gets."""
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        state = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
-    else:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        # A call such as tokenizer(text, truncation=True) leaves its arguments in the backend.
-        state.pop("truncation"), state.pop("padding")
-    state["eos"], state["size"] = tokenizer.eos_token_id, len(tokenizer)
+    state = json.loads(backend(tokenizer).to_str())
+    # A call such as tokenizer(text, truncation=True) leaves its arguments in the backend.
+    state.update(truncation=None, padding=None, eos=tokenizer.eos_token_id, size=len(tokenizer))
     text = json.dumps(state, sort_keys=True, ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

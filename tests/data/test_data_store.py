@@ -1,0 +1,231 @@
+"""The store: exact columns, and a cache that is reused, invalidated, repaired and shared."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy_encoder import EOS, ToyEncoder, write_jsonl
+
+from finetune.data import pipeline
+from finetune.data.store import build_store, default_cache_dir, open_store
+from finetune.errors import UserError
+
+RECORDS = [{"text": "aBc/dE"}, {"text": ""}, {"text": "xyz"}, {"text": "d"}]
+
+
+@pytest.fixture
+def spec(tmp_path):
+    return str(write_jsonl(tmp_path / "data.jsonl", RECORDS))
+
+
+def test_columns(spec, toy):
+    store = build_store(spec, "train", toy)
+    assert len(store) == 4
+    assert store.offsets.tolist() == [0, 4, 7, 11, 13]
+    assert store.column("ids").tolist() == [97, 66, 99, EOS, 100, 69, EOS, 120, 121, 122, EOS, 100, EOS]
+    assert store.column("scored").tolist() == [1, 0, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1]
+    assert store.column("weight").tolist() == [3, 2, 3, 1]
+    assert store.column("subset").tolist() == [0, 1, 2, 1] and store.names("subset") == ["a", "d", "x"]
+    assert [store.blob("answer", i) for i in range(4)] == [b"Bc", b"E", b"yz", b""]
+    assert store.column("ids").dtype == np.uint16 and store.offsets.dtype == np.int64
+    with pytest.raises(ValueError, match="read-only"):
+        store.column("ids")[0] = 1
+
+
+def test_stats(spec, toy):
+    stats = build_store(spec, "train", toy).stats
+    assert stats.pop("seconds") >= 0
+    assert stats == {
+        "documents": 4,
+        "examples": 4,
+        "tokens": 13,
+        "lengths": {"2": 1, "4": 3},
+        "bad_rows": 0,
+        "bad_row_messages": [],
+        "tokens_by_name": {"subset": {"d": 5, "a": 4, "x": 4}},
+    }
+
+
+def test_lengths_histogram_has_power_of_two_bins(tmp_path, toy):
+    texts = ["x" * (length - 1) for length in (2, 3, 4, 5, 8, 9, 1024, 1025)]
+    spec = str(write_jsonl(tmp_path / "l.jsonl", [{"text": text} for text in texts]))
+    assert build_store(spec, "train", toy).stats["lengths"] == {"2": 1, "4": 2, "8": 2, "16": 1, "1024": 1, "2048": 1}
+
+
+def test_batches_are_cut_by_size_and_keep_the_order(tmp_path, toy, monkeypatch):
+    monkeypatch.setattr(pipeline, "BATCH_BYTES", 50)
+    texts = [chr(97 + i % 26) * (1 + i % 7) for i in range(500)]
+    store = build_store(str(write_jsonl(tmp_path / "d.jsonl", [{"text": t} for t in texts])), "train", toy)
+    assert toy.batches > 20
+    assert "".join(map(chr, store.column("ids"))) == "".join(text + "\0" for text in texts)
+
+
+def test_the_second_build_encodes_nothing(spec):
+    first, second = ToyEncoder(), ToyEncoder()
+    path = build_store(spec, "train", first).path
+    assert build_store(spec, "train", second).path == path
+    assert (first.batches, second.batches) == (1, 0)
+    assert path.parent == default_cache_dir()
+    assert open_store(path).column("ids").tolist() == build_store(spec, "train", second).column("ids").tolist()
+
+
+def test_what_invalidates_the_cache(spec, tmp_path):
+    def path(encoder=None, **options):
+        return build_store(spec, "train", encoder or ToyEncoder(), **options).path
+
+    def rewrite(records):
+        write_jsonl(Path(spec), records)
+
+    seen = [path(), path(ToyEncoder("other")), path(on_bad_row="skip")]
+    status = os.stat(spec)
+    rewrite([{"text": "ABC/dE"}, *RECORDS[1:]])  # same size, and the same time of change
+    os.utime(spec, ns=(status.st_atime_ns, status.st_mtime_ns))
+    seen.append(path())
+    os.utime(spec, ns=(0, 0))
+    seen.append(path())
+    changed = ToyEncoder()
+    changed.columns = {"ids": changed.columns["ids"]}
+    seen.append(path(changed))
+    assert len(set(seen)) == len(seen)
+    assert path(cache_dir=tmp_path / "elsewhere").parent == tmp_path / "elsewhere"
+
+
+def test_default_cache_dir(monkeypatch):
+    monkeypatch.setenv("FINETUNE_CACHE", "/a")
+    assert default_cache_dir() == Path("/a")
+    monkeypatch.delenv("FINETUNE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
+    assert default_cache_dir() == Path("/b/finetune-gptj")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_cache_dir() == Path.home() / ".cache/finetune-gptj"
+
+
+@pytest.mark.parametrize("damage", ["short", "long", "gone", "meta", "no meta"])
+def test_a_damaged_cache_is_built_again_with_one_line(spec, toy, damage, caplog):
+    path = build_store(spec, "train", toy).path
+    expected = bytes(open_store(path).column("ids"))
+    if damage in ("short", "long"):
+        os.truncate(path / "ids.bin", 3 if damage == "short" else 999)
+    elif damage == "meta":
+        (path / "meta.json").write_text("{")
+    else:
+        (path / {"gone": "answer.bin", "no meta": "meta.json"}[damage]).unlink()
+    with pytest.raises(UserError, match="not a complete token cache"):
+        open_store(path)
+    with caplog.at_level(logging.INFO):
+        assert bytes(build_store(spec, "train", toy).column("ids")) == expected
+    assert len(caplog.records) == 1 and "is damaged" in caplog.text
+
+
+def test_progress_ends_with_everything(spec, toy):
+    calls = []
+    build_store(spec, "train", toy, progress=lambda *values: calls.append(values))
+    size = os.path.getsize(spec)
+    assert calls[-1] == (size, size, 13) and len(calls) <= 3
+
+
+def test_a_failure_leaves_nothing_behind(spec, toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "encode", lambda batch: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        build_store(spec, "train", toy)
+    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_an_id_that_does_not_fit_its_type_is_noticed(tmp_path, toy):
+    spec = str(write_jsonl(tmp_path / "d.jsonl", [{"text": "\U0001f600"}]))
+    with pytest.raises(OverflowError):
+        build_store(spec, "train", toy)
+
+
+def test_a_cache_dir_that_is_a_file(spec, toy, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"(?s)token cache cannot be written.*data.cache_dir="):
+        build_store(spec, "train", toy, cache_dir=tmp_path / "file" / "sub")
+
+
+SCRIPT = """
+import sys, time, resource
+sys.path[:0] = [{tests!r}, {root!r}]
+from pathlib import Path
+from toy_encoder import ToyEncoder
+from finetune.data.store import build_store
+from finetune.errors import UserError
+
+class Slow(ToyEncoder):
+    def encode(self, batch):
+        Path(sys.argv[2]).joinpath(f"encoding-{{time.monotonic_ns()}}").touch()
+        time.sleep(float(sys.argv[3]))
+        return super().encode(batch)
+
+limit = int(sys.argv[4])
+if limit:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    store = build_store(sys.argv[1], "train", Slow())
+    print(len(store), store.path)
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+def process(spec, tmp_path, sleep=0.0, limit=0):
+    script = SCRIPT.format(tests=str(Path(__file__).parent), root=str(Path(__file__).parents[2]))
+    return subprocess.Popen(
+        [sys.executable, "-c", script, spec, str(tmp_path), str(sleep), str(limit)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def encodings(tmp_path) -> int:
+    return len(list(tmp_path.glob("encoding-*")))
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_of_concurrent_builders_one_builds(spec, tmp_path):
+    builders = [process(spec, tmp_path, sleep=0.7) for _ in range(3)]
+    results = [builder.communicate(timeout=30) for builder in builders]
+    assert len({out for out, _ in results}) == 1 and results[0][0].startswith("4 "), results
+    assert encodings(tmp_path) == 1
+    assert len([p for p in (tmp_path / "cache").iterdir() if p.is_dir()]) == 1
+
+
+def test_a_killed_builder_blocks_nobody_and_leaves_no_store(spec, tmp_path):
+    killed = process(spec, tmp_path, sleep=60)
+    wait_for(lambda: encodings(tmp_path) == 1)
+    waiting = process(spec, tmp_path)
+    time.sleep(0.3)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    out, err = waiting.communicate(timeout=30)
+    assert out.startswith("4 "), err
+    assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == ["", ".lock"]
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
+    spec = str(write_jsonl(tmp_path / "big.jsonl", [{"text": "a" * 1000}] * 3000))
+    _, err = process(spec, tmp_path, limit=1 << 20).communicate(timeout=30)
+    assert "the token cache cannot be written" in err and "data.cache_dir=" in err and "Traceback" not in err
+    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_meta_is_readable_json(spec, toy):
+    meta = json.loads((build_store(spec, "train", toy).path / "meta.json").read_text())
+    assert meta["columns"]["ids"] == {"kind": "token", "dtype": "uint16"}
+    assert meta["sizes"]["ids.bin"] == 26 and meta["spec"] == spec

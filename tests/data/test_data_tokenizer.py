@@ -1,0 +1,165 @@
+"""GPT-J's tokenizer and the document encoder, against transformers' own encoding."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from toy_encoder import write_jsonl
+from transformers import AutoTokenizer
+
+from finetune.assets_path import asset, resolve
+from finetune.data import text as text_module
+from finetune.data.store import build_store
+from finetune.data.text import TextEncoder, TextTokenizer, _pieces
+from finetune.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from finetune.errors import UserError
+
+SAMPLES = [
+    "Hello world",
+    " leading",
+    "it's  we'll\n\n\n  x ",
+    "1234 €5",
+    "\t tabs\r\n",
+    "Ünïcödé 中文 😀",
+    "<|endoftext|>x",
+    "a<|extratoken_143|>b",
+    "\u00a0nbsp\u2028sep\u0085nel",
+]
+
+
+def test_gptj_tokenizer(tokenizer):
+    assert len(tokenizer) == 50400
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == tokenizer.unk_token_id == 50256
+    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|extratoken_1|>", "<|extratoken_143|>"]) == [
+        50256,
+        50257,
+        50399,
+    ]
+    assert tokenizer.model_max_length == 2048 and tokenizer.pad_token is None
+    # Published GPT-2 ids; a wrong merge order or an empty vocabulary changes them.
+    assert tokenizer.encode("Hello world, it's 2024.\n\nBye") == [
+        15496,
+        995,
+        11,
+        340,
+        338,
+        48609,
+        13,
+        198,
+        198,
+        3886,
+        68,
+    ]
+    assert all(tokenizer.decode(tokenizer.encode(sample)) == sample for sample in SAMPLES)
+
+
+def test_saved_tokenizer_reloads_identically(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    for again in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))):
+        assert len(again) == 50400 and again.eos_token_id == 50256 and again.model_max_length == 2048
+        assert [again.encode(sample) for sample in SAMPLES] == [tokenizer.encode(sample) for sample in SAMPLES]
+        assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
+
+
+def test_a_directory_without_tokenizer_gets_gptjs(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gptj"}')
+    assert len(load_tokenizer(str(tmp_path))) == 50400
+
+
+def test_a_tokenizer_that_cannot_be_loaded(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.json").write_text("{broken")
+    with pytest.raises(UserError, match=r"(?s)no tokenizer can be loaded.*model.tokenizer=null"):
+        load_tokenizer(str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"(?s)someone/nothing: no tokenizer.*needs the network"):
+        load_tokenizer("someone/nothing")
+
+
+def test_fingerprint_follows_the_ids_and_nothing_else(tokenizer):
+    before = tokenizer_fingerprint(tokenizer)
+    other = load_tokenizer(None)
+    other("a text", truncation=True, max_length=4, padding=False)
+    assert tokenizer_fingerprint(other) == before
+    other.add_tokens(["<new>"])
+    assert tokenizer_fingerprint(other) != before
+
+
+def test_documents_end_with_eos_and_know_their_subset(tokenizer, tmp_path):
+    records = [
+        {"text": "Hello world", "meta": {"pile_set_name": "Wiki"}},
+        {"text": ""},
+        {"text": "Bye"},
+        {"text": "a<|endoftext|>b", "meta": {"pile_set_name": None}},
+    ]
+    store = build_store(
+        str(write_jsonl(tmp_path / "d.jsonl", records)), "train", TextEncoder(tokenizer, "text", "meta.pile_set_name")
+    )
+    assert store.column("ids").tolist() == [15496, 995, 50256, 3886, 68, 50256, 64, 50256, 65, 50256]
+    assert store.offsets.tolist() == [0, 3, 6, 10]
+    assert store.names("subset") == ["Wiki", ""] and store.column("subset").tolist() == [0, 1, 1]
+    assert store.stats["documents"] == 4 and store.stats["tokens_by_name"] == {"subset": {"": 7, "Wiki": 3}}
+
+
+def test_encoder_fingerprint(tokenizer):
+    prints = {
+        TextEncoder(tokenizer, *fields).fingerprint() for fields in (("text", None), ("text", "meta"), ("body", None))
+    }
+    assert len(prints) == 3
+    assert TextEncoder(tokenizer, "text", None).fingerprint() in prints
+
+
+def test_truncation_set_elsewhere_does_not_cut_documents():
+    tokenizer = load_tokenizer(None)
+    tokenizer("a b c d", truncation=True, max_length=2)
+    assert len(TextTokenizer(tokenizer)(["a b c d"])[0]) == 4
+
+
+@pytest.fixture(scope="module")
+def texts_to_ids(tokenizer):
+    return TextTokenizer(tokenizer)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_cutting_a_long_text_does_not_change_its_ids(tokenizer, texts_to_ids, monkeypatch, seed):
+    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 7)
+    rng = random.Random(seed)
+    parts = [
+        "a",
+        "word",
+        "'s",
+        "'",
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        "\r\n",
+        "12",
+        ".",
+        "...",
+        "é",
+        "中",
+        "😀",
+        "\u00a0",
+        "\u2028",
+        "_",
+        "-",
+        "<|endoftext|>",
+        "\u0085",
+        "\x1c",
+        "²",
+        "e\u0301",
+    ]
+    text = "".join(rng.choices(parts, k=300))
+    texts = [text, "", "short", text[::-1]]
+    assert len(list(_pieces(text))) > 5 and "".join(_pieces(text)) == text
+    assert texts_to_ids(texts) == [tokenizer.encode(t) for t in texts]
+
+
+def test_assets():
+    assert resolve("asset:tokenizer/encoder.json") == str(asset("tokenizer") / "encoder.json")
+    assert resolve("asset:tokenizer") == str(asset("tokenizer"))
+    assert resolve("org/name") == "org/name" and resolve("/a/b") == "/a/b"
+    for name in ("nothing", "..", "../data", ""):
+        with pytest.raises(UserError, match=r"(?s)there is no asset.*tokenizer"):
+            resolve(f"asset:{name}")
