@@ -56,7 +56,9 @@ class ModelShape:
     """Outputs of the classify head; the QA head always has two."""
 
     @classmethod
-    def from_config(cls, source: Union[Mapping[str, Any], str, Path], head: str = "lm", num_labels: int = 2) -> ModelShape:
+    def from_config(
+        cls, source: Union[Mapping[str, Any], str, Path], head: str = "lm", num_labels: int = 2
+    ) -> ModelShape:
         """Read a transformers config: a dict, a config.json, or the directory that holds it.
 
         Raises:
@@ -64,14 +66,24 @@ class ModelShape:
         """
         raw, where = (source, "") if isinstance(source, Mapping) else _read_json(Path(source))
         if raw.get("model_type") != "gptj":
-            raise UserError(f"model_type is {raw.get('model_type')!r}, not 'gptj'", where, "Only GPT-J models can be trained here.")
+            raise UserError(
+                f"model_type is {raw.get('model_type')!r}, not 'gptj'", where, "Only GPT-J models can be trained here."
+            )
         missing = [key for key in ("n_embd", "n_layer", "n_head", "vocab_size") if key not in raw]
         if missing:
             raise UserError(f"the model's config lacks {', '.join(missing)}", where, "Download config.json again.")
         d = raw["n_embd"]
-        return cls(n_embd=d, n_layer=raw["n_layer"], n_head=raw["n_head"], n_inner=raw.get("n_inner") or 4 * d,
-                   vocab_size=raw["vocab_size"], n_positions=raw.get("n_positions", 2048),
-                   rotary_dim=raw.get("rotary_dim") or d // raw["n_head"], head=head, num_labels=2 if head == "qa" else num_labels)
+        return cls(
+            n_embd=d,
+            n_layer=raw["n_layer"],
+            n_head=raw["n_head"],
+            n_inner=raw.get("n_inner") or 4 * d,
+            vocab_size=raw["vocab_size"],
+            n_positions=raw.get("n_positions", 2048),
+            rotary_dim=raw.get("rotary_dim") or d // raw["n_head"],
+            head=head,
+            num_labels=2 if head == "qa" else num_labels,
+        )
 
     # ------------------------------------------------------------------ tensors of the model
 
@@ -116,8 +128,11 @@ class ModelShape:
     def linear_shape(self, name: str) -> tuple[int, int]:
         """(out_features, in_features) of a block's linear module."""
         if name not in LINEARS:
-            raise UserError(f"adapter.targets names {name!r}, which GPT-J's blocks do not have", "",
-                            f"Choose from {', '.join(LINEARS)}, or all-linear.")
+            raise UserError(
+                f"adapter.targets names {name!r}, which GPT-J's blocks do not have",
+                "",
+                f"Choose from {', '.join(LINEARS)}, or all-linear.",
+            )
         sizes = {"fc_in": (self.n_inner, self.n_embd), "fc_out": (self.n_embd, self.n_inner)}
         return sizes.get(name, (self.n_embd, self.n_embd))
 
@@ -209,7 +224,9 @@ def adapter_targets(adapter: Union[LoraConfig, Ia3Config]) -> list[str]:
     targets = adapter.targets
     if targets == "all-linear":
         return list(LINEARS)
-    names = [name.strip() for name in targets.split(",")] if isinstance(targets, str) else [str(name) for name in targets]
+    names = (
+        [name.strip() for name in targets.split(",")] if isinstance(targets, str) else [str(name) for name in targets]
+    )
     unknown = [name for name in names if name not in LINEARS]
     return [name for name in LINEARS if name in names] + unknown
 
@@ -229,14 +246,21 @@ def load_shape(path: str, head: str = "lm", num_labels: int = 2, revision: Union
         return ModelShape.from_config(cached, head, num_labels)
     if path.lower() == GPTJ_6B_ID:
         return ModelShape.from_config(ASSETS / "gptj_6b", head, num_labels)
-    raise UserError(f"{path!r} is neither a directory nor a model in the Hugging Face cache", "model.path",
-                    "Give a checkpoint directory, or download the model once: hf download " + path)
+    raise UserError(
+        f"{path!r} is neither a directory nor a model in the Hugging Face cache",
+        "model.path",
+        "Give a checkpoint directory, or download the model once: hf download " + path,
+    )
 
 
 def _existing(directory: Path) -> Path:
     if not directory.exists():
-        names = ", ".join(f"asset:{entry.name}" for entry in sorted(ASSETS.glob("*")) if (entry / "config.json").exists())
-        raise UserError(f"no asset {directory.name!r} ships with the project", "model.path", f"Models that do: {names}.")
+        names = ", ".join(
+            f"asset:{entry.name}" for entry in sorted(ASSETS.glob("*")) if (entry / "config.json").exists()
+        )
+        raise UserError(
+            f"no asset {directory.name!r} ships with the project", "model.path", f"Models that do: {names}."
+        )
     return directory
 
 
@@ -256,6 +280,8 @@ def _read_json(path: Path) -> tuple[dict[str, Any], str]:
     try:
         return json.loads(path.read_text()), str(path)
     except FileNotFoundError:
-        raise UserError("there is no config.json", str(path.parent), "model.path must name a Hugging Face checkpoint.") from None
+        raise UserError(
+            "there is no config.json", str(path.parent), "model.path must name a Hugging Face checkpoint."
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the model's config: {error}", str(path), "Download config.json again.") from None

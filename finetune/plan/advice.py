@@ -1,0 +1,101 @@
+"""What to change: overrides that make a misfit fit, or that a fitting plan has room for, each with its numbers.
+
+Every piece of advice is planned, not guessed: the job is changed, all options are estimated again, and only what fits
+is returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Optional
+
+from finetune.config import Config, LoraConfig, Offload
+from finetune.errors import gib
+from finetune.plan.choose import choose, largest_micro_batch
+from finetune.plan.estimate import Estimate
+from finetune.plan.job import Job, Option
+from finetune.plan.options import wanted_options
+
+MOST_GPUS = 256
+
+
+def advise(cfg: Config, job: Job, chosen: Estimate) -> list[str]:
+    return list(_room(job, chosen)) if chosen.fits else list(_remedies(cfg, job))
+
+
+def _room(job: Job, chosen: Estimate) -> Iterator[str]:
+    """What a fitting plan could still afford."""
+    micro = largest_micro_batch(job, chosen.option)
+    if micro and micro > job.work.micro_batch:
+        yield f"train.micro_batch={micro} fits too"
+    if job.work.checkpointing:
+        lighter = _estimate(replace(job, work=replace(job.work, checkpointing=False)), [chosen.option])
+        if lighter:
+            yield f"train.activation_checkpointing=false fits too ({_numbers(job, lighter)}) and saves a forward"
+
+
+def _remedies(cfg: Config, job: Job) -> Iterator[str]:
+    """Changes of one thing each, cheapest first; then the same with a smaller batch and checkpointing."""
+    for overrides, changed in _changes(cfg, job):
+        found = _best(cfg, changed)
+        if found:
+            yield f"{overrides}: {found.option}, {_numbers(changed, found)}"
+    gpus = _enough_gpus(cfg, job)
+    if gpus:
+        yield gpus
+
+
+def _changes(cfg: Config, job: Job) -> Iterator[tuple[str, Job]]:
+    work = job.work
+    lighter = replace(job, work=replace(work, checkpointing=True))
+    yield "zero=auto", job
+    if not work.checkpointing:
+        yield "train.activation_checkpointing=true", lighter
+    if work.micro_batch > 1:
+        yield "train.micro_batch=1", job.with_micro_batch(1)
+    if work.max_length > 512:
+        yield (
+            f"task.max_length={work.max_length // 2}",
+            replace(job, work=replace(work, max_length=work.max_length // 2)),
+        )
+    if job.full:
+        yield "adapter=lora", replace(job, adapter=LoraConfig())
+        yield "adapter=lora train.activation_checkpointing=true", replace(lighter, adapter=LoraConfig())
+    yield "train.activation_checkpointing=true train.micro_batch=1", lighter.with_micro_batch(1)
+
+
+def _best(cfg: Config, job: Job) -> Optional[Estimate]:
+    return _estimate(job, _auto_options(cfg, job))
+
+
+def _auto_options(cfg: Config, job: Job) -> list[Option]:
+    """Everything `zero=auto` would try, whatever the configuration asks for."""
+    free = replace(cfg.zero, stage="auto", offload_optimizer=Offload.none, offload_params=Offload.none)
+    return wanted_options(replace(cfg, zero=free), job)
+
+
+def _estimate(job: Job, options: list[Option]) -> Optional[Estimate]:
+    found, _ = choose(job, options)
+    return found if found.fits else None
+
+
+def _enough_gpus(cfg: Config, job: Job) -> Optional[str]:
+    """The smallest number of GPUs like these that is enough without any other change."""
+    if not job.on_gpu:
+        return None
+    gpus = job.machine.gpus + 1
+    while gpus <= MOST_GPUS:
+        machine = replace(job.machine, gpus=gpus, gpus_per_node=min(gpus, max(8, job.machine.gpus_per_node)))
+        bigger = replace(job, machine=machine).with_ranks(gpus)
+        found = _best(cfg, bigger)
+        if found:
+            return f"machine.gpus={gpus}: {found.option}, {_numbers(bigger, found)} each"
+        gpus += 1 if gpus < 8 else 8
+    return None
+
+
+def _numbers(job: Job, found: Estimate) -> str:
+    if not job.on_gpu:
+        return f"{gib(found.host_bytes)} of {gib(job.machine.host_bytes)}"
+    return f"{gib(found.gpu_bytes)} of {gib(job.machine.gpu_bytes)} per GPU, host {gib(found.host_bytes)}"

@@ -1,0 +1,165 @@
+"""What the machine has: GPUs and their memory, host memory, free disk; measured here or given for hardware elsewhere.
+
+`measure_machine` fills what `machine.*` leaves null. It asks NVML through ctypes and the kernel through /proc and
+cgroup files, so that no torch import and no CUDA context is needed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+from finetune.config import MachineConfig
+
+GIB = 2**30
+CGROUP_V2 = Path("/sys/fs/cgroup")
+CGROUP_V1 = Path("/sys/fs/cgroup/memory")
+
+
+@dataclass(frozen=True)
+class Machine:
+    gpus: int
+    """GPUs over all nodes; 0: training on the CPU."""
+    gpus_per_node: int
+    """GPUs that share one host."""
+    gpu_bytes: int
+    """Memory of one GPU."""
+    host_bytes: int
+    """Memory of one node's host that training may take."""
+    disk_bytes: int
+    """Free space where runs are written."""
+    nvme_bytes: Optional[int] = None
+    """Free space of zero.nvme_path; None: not given."""
+    name: str = ""
+
+    @property
+    def nodes(self) -> int:
+        return max(1, -(-self.gpus // self.gpus_per_node)) if self.gpus else 1
+
+
+def measure_machine(
+    config: MachineConfig, world_size: Optional[int] = None, run_dir: str = ".", nvme_path: Optional[str] = None
+) -> Machine:
+    """The machine that `config` describes; what it leaves null is measured on this one.
+
+    Args:
+        world_size: ranks of a run that has been launched; with GPUs it is how many of them are used.
+        run_dir: where runs are written; its disk is measured.
+    """
+    free = [] if config.gpus is not None and config.gpu_gib is not None else gpu_free_bytes()
+    gpus = config.gpus if config.gpus is not None else min(len(free), world_size or len(free))
+    gpu_bytes = _bytes(config.gpu_gib, min(free[:gpus], default=0)) if gpus else 0
+    per_node = max(1, min(gpus, config.gpus_per_node or 8))
+    machine = Machine(
+        gpus,
+        per_node,
+        gpu_bytes,
+        _bytes(config.host_gib, host_free_bytes()),
+        _bytes(config.disk_gib, disk_free_bytes(run_dir)),
+        disk_free_bytes(nvme_path) if nvme_path else None,
+    )
+    return Machine(**{**vars(machine), "name": _describe(machine)})
+
+
+def _bytes(gib: Optional[float], measured: int) -> int:
+    return measured if gib is None else int(gib * GIB)
+
+
+def _describe(machine: Machine) -> str:
+    host = f"{machine.host_bytes / GIB:.0f} GiB of host memory"
+    if not machine.gpus:
+        return f"CPU, {host}"
+    nodes = f" on {machine.nodes} nodes" if machine.nodes > 1 else ""
+    plural = "s" if machine.gpus > 1 else ""
+    return f"{machine.gpus} GPU{plural} of {machine.gpu_bytes / GIB:.0f} GiB{nodes}, {host}" + (
+        " each" if nodes else ""
+    )
+
+
+# ---------------------------------------------------------------------- GPUs
+
+
+class _NvmlMemory(ctypes.Structure):
+    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+def gpu_free_bytes() -> list[int]:
+    """Free memory of every visible NVIDIA GPU; empty without a driver."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return []
+    if nvml.nvmlInit_v2() != 0:
+        return []
+    try:
+        return [_device_free(nvml, index) for index in _visible(_device_count(nvml))]
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _device_count(nvml: ctypes.CDLL) -> int:
+    count = ctypes.c_uint()
+    return count.value if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) == 0 else 0
+
+
+def _device_free(nvml: ctypes.CDLL, index: int) -> int:
+    handle, memory = ctypes.c_void_p(), _NvmlMemory()
+    nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle))
+    nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
+    return memory.free
+
+
+def _visible(count: int) -> list[int]:
+    """Indices that CUDA_VISIBLE_DEVICES leaves; UUIDs and MIG slices are counted, in order, as whole devices."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is None:
+        return list(range(count))
+    chosen = [name.strip() for name in names.split(",") if name.strip() not in ("", "-1")]
+    indices = [int(name) if name.isdigit() else position for position, name in enumerate(chosen)]
+    return [index for index in indices if index < count]
+
+
+# ---------------------------------------------------------------------- host and disk
+
+
+def host_free_bytes() -> int:
+    """Memory that new processes can take: the kernel's estimate, or less inside a container."""
+    free = [
+        _meminfo("MemAvailable"),
+        _cgroup_free(CGROUP_V2, "memory.max", "memory.current", "inactive_file"),
+        _cgroup_free(CGROUP_V1, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ]
+    return min(value for value in free if value is not None)
+
+
+def _meminfo(key: str) -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cgroup_free(root: Path, limit_file: str, usage_file: str, cache_key: str) -> Optional[int]:
+    """Limit less usage of this container; None without a limit. Page cache counts as usage but can be dropped."""
+    try:
+        limit = int((root / limit_file).read_text())
+        usage = int((root / usage_file).read_text())
+        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such controller, or "max"
+        return None
+    return max(0, limit - usage + int(stat.get(cache_key, 0)))
+
+
+def disk_free_bytes(path: str) -> int:
+    """Free space of the disk that holds `path`, which need not exist yet."""
+    place = Path(path).expanduser().absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
