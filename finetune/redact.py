@@ -15,8 +15,9 @@ HIDDEN = "***"
 
 SECRET_WORDS = frozenset({"password", "passwd", "passphrase", "secret", "secrets", "apikey", "authorization", "auth",
                           "credential", "credentials", "bearer", "cookie"})
-SECRET_PAIRS = frozenset({("api", "key"), ("access", "key"), ("private", "key"), ("secret", "key"), ("account", "key"),
-                          ("ssh", "key"), ("encryption", "key")})
+KEYS_OF = ("api", "access", "private", "secret", "account", "ssh", "encryption", "signing", "wandb", "hf",
+           "hub", "openai")
+SECRET_PAIRS = frozenset((owner, "key") for owner in KEYS_OF)
 VOCABULARY = frozenset({"eos", "bos", "pad", "unk", "mask", "sep", "cls", "special", "extra", "image", "stop", "per"})
 """Words before "token" that speak of a vocabulary, not of an account."""
 HASH_KEYS = frozenset({"revision", "commit", "sha", "sha1", "hash", "fingerprint", "checksum"})

@@ -1,0 +1,95 @@
+"""All checks in order, as a table for people or JSON for programs.
+
+Exit code 0 when nothing is red, 1 otherwise. Repairs nothing and asks nothing of the network. A check that itself
+fails is a yellow finding: a doctor who faints helps nobody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from finetune import __version__
+from finetune.doctor import machine, software
+from finetune.doctor.check import RED, Check, yellow
+from finetune.errors import EXIT_DONE, EXIT_FAILED
+
+CHECKS: tuple[Callable[[], Check | list[Check]], ...] = (
+    software.python_version, software.torch_and_cuda, software.cuda_compiler, software.compilers,
+    software.deepspeed_ops, software.build_locks, software.backends, software.tested_versions,
+    machine.processors, machine.memory, machine.disk, machine.open_files, machine.locked_memory,
+    machine.master_port, machine.hub_cache,
+)
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy",
+            "hydra-core", "wandb", "tensorboard")
+MARKS = {"green": "ok", "yellow": "note", "red": "FAIL"}
+
+
+def checks() -> list[Check]:
+    """Every finding: (name, level, finding, remedy)."""
+    return [finding for check in CHECKS for finding in _guarded(check)]
+
+
+def environment() -> dict[str, Any]:
+    """What a run's record should say about where it ran: versions and hardware, no names of people or hosts."""
+    versions = {name: software.package_version(name) for name in PACKAGES}
+    return {
+        "finetune-gptj": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: version for name, version in versions.items() if version},
+        "gpus": software.gpu_names(),
+        "cores": machine.cores(),
+        "memory_limit_bytes": machine.memory_limit(),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="launch/doctor.py", description="What of this machine is ready to train.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    asked = parser.parse_args(argv)
+    found = checks()
+    ready = all(check.level != RED for check in found)
+    if asked.json:
+        print(json.dumps({"ready": ready, "checks": [check._asdict() for check in found]}, indent=2))
+    else:
+        _print_table(found, ready)
+    return EXIT_DONE if ready else EXIT_FAILED
+
+
+def _guarded(check: Callable[[], Check | list[Check]]) -> list[Check]:
+    try:
+        found = check()
+    except Exception as error:
+        return [yellow(check.__name__.replace("_", " "), f"could not be checked: {type(error).__name__}: {error}")]
+    return [found] if isinstance(found, Check) else found
+
+
+def _print_table(found: list[Check], ready: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    if not console.is_terminal:
+        print("\n".join(_plain(check) for check in found))
+    else:
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for check in found:
+            words = Text(check.finding)
+            if check.remedy:
+                words.append(f"\n{check.remedy}", style=check.level)
+            table.add_row(Text(MARKS[check.level], style=f"bold {check.level}"), Text(check.name, style="bold"), words)
+        console.print(table)
+    bad = sum(check.level == RED for check in found)
+    console.print("ready to train" if ready else f"{bad} finding{'s' * (bad != 1)} must be mended first",
+                  style="bold green" if ready else "bold red")
+
+
+def _plain(check: Check) -> str:
+    remedy = f"\n{'':>24}-> {check.remedy}" if check.remedy else ""
+    return f"{MARKS[check.level]:<5} {check.name:<18}{check.finding}{remedy}"

@@ -1,0 +1,234 @@
+"""Checks of what is installed: Python, torch against driver and compiler, DeepSpeed's ops, versions.
+
+Imports torch (it has to ask it), never deepspeed: importing that is what may hang or fail.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from finetune.doctor.check import Check, green, red, yellow
+from finetune.doctor.locks import extension_folders, find_stale_locks
+
+DISTRIBUTION = "finetune-gptj"
+OPS = {"deepspeed_shm_comm": "needed on CPU", "cpu_adam": "faster optimizer on CPU and for offload"}
+GET_COMPILER = "apt-get install g++; pip install ninja"
+
+
+def python_version() -> Check:
+    from packaging.specifiers import SpecifierSet
+
+    found = ".".join(map(str, sys.version_info[:3]))
+    wanted = (_metadata() or {}).get("Requires-Python", "")
+    if not SpecifierSet(wanted).contains(found):
+        return red("python", f"{found}, {wanted} is needed", "Make a virtual environment with Python 3.11.")
+    return green("python", f"{found} at {sys.executable}")
+
+
+def torch_and_cuda() -> Check:
+    torch = _torch()
+    if torch is None:
+        return red("torch", "cannot be imported", "pip install -e .")
+    driver = _driver_version()
+    build = f"torch {torch.__version__}, built for " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU")
+    if torch.cuda.is_available():
+        return _gpus(torch, build, driver)
+    if driver and not torch.version.cuda:
+        return yellow("torch", f"{build}, but there is an NVIDIA driver {driver}: training would run on the CPU",
+                      "pip install torch --index-url https://download.pytorch.org/whl/cu128")
+    if driver:
+        return red("torch", f"{build} and driver {driver} do not work together",
+                   f"Update the driver, or install a torch built for an older CUDA than {torch.version.cuda}.")
+    return green("torch", f"{build}; no GPU here, training runs on the CPU")
+
+
+def cuda_compiler() -> Check:
+    """DeepSpeed refuses to compile its CUDA ops with another major version than torch's."""
+    torch = _torch()
+    if torch is None or not torch.version.cuda or not torch.cuda.is_available():
+        return green("cuda compiler", "not needed without a GPU")
+    found = re.search(r"release (\d+\.\d+)", _output(["nvcc", "--version"]))
+    if found is None:
+        return yellow("cuda compiler", "nvcc is missing: optimizer offload cannot compile its ops",
+                      f"Install the CUDA toolkit {torch.version.cuda}, or train without offload.")
+    same = found[1].split(".")[0] == torch.version.cuda.split(".")[0]
+    text = f"nvcc {found[1]}, torch CUDA {torch.version.cuda}"
+    if same:
+        return green("cuda compiler", text)
+    return yellow("cuda compiler", f"{text}: DeepSpeed will not compile its ops",
+                  f"Install the CUDA toolkit {torch.version.cuda}.")
+
+
+def compilers() -> Check:
+    compiler, ninja = _compiler(), _ninja()
+    missing = [name for name, path in (("a C++ compiler", compiler), ("ninja", ninja)) if not path]
+    if missing:
+        level = yellow if "deepspeed_shm_comm" in _built_ops() else red
+        return level("compiler", f"{' and '.join(missing)} missing: DeepSpeed compiles ops at first use", GET_COMPILER)
+    return green("compiler", f"{_output([compiler, '--version']).partition(chr(10))[0]}; ninja at {ninja}")
+
+
+def deepspeed_ops() -> list[Check]:
+    spec = importlib.util.find_spec("deepspeed")
+    if spec is None or spec.origin is None:
+        return [red("deepspeed", "is not installed", "pip install -e .")]
+    prebuilt = _prebuilt(Path(spec.origin).parent)
+    version = importlib.metadata.version("deepspeed")
+    return [green("deepspeed", version), *(_op(name, why, prebuilt) for name, why in OPS.items())]
+
+
+def build_locks() -> Check:
+    folders = ", ".join(map(str, extension_folders())) or "no folder yet"
+    stale = find_stale_locks()
+    if not stale:
+        return green("build locks", f"none is stale ({folders})")
+    names = " ".join(map(str, stale))
+    return red("build locks", f"a killed compile left {names}: every run that needs this op hangs", f"rm {names}")
+
+
+def backends() -> Check:
+    torch = _torch()
+    if torch is None or not torch.distributed.is_available():
+        return red("communication", "torch.distributed is missing", "pip install -e .")
+    gloo, nccl = torch.distributed.is_gloo_available(), torch.distributed.is_nccl_available()
+    text = f"gloo {'yes' if gloo else 'no'}, NCCL {'yes' if nccl else 'no'}"
+    if not gloo or (torch.cuda.is_available() and not nccl):
+        return red("communication", text, "Install an official torch build: pip install -e .")
+    return green("communication", f"{text}{_nccl_version(torch) if nccl else ''}")
+
+
+def tested_versions() -> Check:
+    """Installed packages against the ranges this project was tested with."""
+    from packaging.requirements import Requirement
+
+    metadata = _metadata()
+    if metadata is None:
+        return yellow("versions", f"{DISTRIBUTION} is not installed: its ranges are unknown", "pip install -e .")
+    requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist") or []]
+    wanted = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    found = {r.name: package_version(r.name) for r in wanted}
+    missing = [r.name for r in wanted if found[r.name] is None]
+    outside = [f"{r.name} {found[r.name]} (tested {r.specifier})" for r in wanted
+               if found[r.name] and not r.specifier.contains(found[r.name], prereleases=True)]
+    if missing:
+        return red("versions", f"missing: {', '.join(missing)}", "pip install -e .")
+    if outside:
+        return yellow("versions", f"outside the tested ranges: {', '.join(outside)}", "pip install -e . --upgrade")
+    return green("versions", f"all {len(wanted)} packages are within the tested ranges")
+
+
+def _metadata() -> Any:
+    """What pyproject.toml declared when this project was installed; None when it was not."""
+    try:
+        return importlib.metadata.metadata(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def gpu_names() -> list[str]:
+    torch = _torch()
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _gpus(torch: Any, build: str, driver: str | None) -> Check:
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    cards = Counter(f"{p.name} {p.total_memory / 2**30:.0f} GiB" for p in properties)
+    listed = ", ".join(f"{n} x {card}" for card, n in cards.items())
+    text = f"{build}, driver {driver or 'unknown'}: {listed}"
+    oldest = min((p.major, p.minor) for p in properties)
+    built_for = [tuple(map(int, re.findall(r"(\d+)(\d)", arch)[0])) for arch in torch.cuda.get_arch_list()
+                 if re.search(r"\d\d", arch)]
+    if built_for and oldest < min(built_for):
+        return red("torch", f"{text}; this torch has no kernels for compute capability {oldest[0]}.{oldest[1]}",
+                   "Install a torch build that still supports this GPU.")
+    if oldest < (8, 0):
+        return yellow("torch", f"{text}; no bf16 before compute capability 8.0", "Train with model.dtype=fp16.")
+    return green("torch", text)
+
+
+def _op(name: str, why: str, prebuilt: dict[str, bool]) -> Check:
+    title = f"op {name.removeprefix('deepspeed_')}"
+    if prebuilt.get(name):
+        return green(title, "installed with DeepSpeed")
+    if name in _built_ops():
+        return green(title, "compiled and cached")
+    if _compiler() and _ninja():
+        return green(title, f"compiled at first use, once, in about a minute ({why})")
+    return yellow(title, f"not built and cannot be compiled ({why})", GET_COMPILER)
+
+
+def _built_ops() -> set[str]:
+    """Ops that torch compiled here earlier."""
+    return {path.stem for folder in extension_folders() for path in folder.glob("*/*.so")}
+
+
+def _prebuilt(package: Path) -> dict[str, bool]:
+    """`installed_ops` of DeepSpeed's build record, read without importing DeepSpeed."""
+    try:
+        tree = ast.parse((package / "git_version_info_installed.py").read_text())
+    except (OSError, SyntaxError):
+        return {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "installed_ops":
+            return dict(ast.literal_eval(node.value))
+    return {}
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except Exception:
+        return None
+    return torch
+
+
+def _driver_version() -> str | None:
+    path = Path("/proc/driver/nvidia/version")
+    found = re.search(r"Kernel Module\D*(\d+\.[\d.]+)", path.read_text()) if path.exists() else None
+    if found:
+        return found[1]
+    version = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).partition("\n")[0].strip()
+    return version if re.fullmatch(r"[\d.]+", version) else None
+
+
+def _nccl_version(torch: Any) -> str:
+    try:
+        return " " + ".".join(map(str, torch.cuda.nccl.version()))
+    except Exception:
+        return ""
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++")
+
+
+def _ninja() -> str | None:
+    """torch looks for `ninja` on PATH; the wheel puts it beside this Python."""
+    return shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+
+
+def _output(command: list[str | None]) -> str:
+    """Standard output, "" when the program is missing, fails or hangs."""
+    try:
+        return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""

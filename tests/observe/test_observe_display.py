@@ -1,0 +1,156 @@
+"""The display: plain lines are complete, throttled and ours; nothing hides an error."""
+
+from __future__ import annotations
+
+import io
+import logging
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from finetune import display as display_module
+from finetune.callbacks import RunInfo
+from finetune.display import NOISY, Display, summary_table
+from finetune.display_text import clock, plain_line
+from finetune.memory_watch import gpu_bytes, host_bytes, peak_host_bytes
+
+RECORD = {"kind": "train", "step": 12, "loss": 2.3456, "lr": 1e-4, "grad_norm": 1.234, "tokens": 5120,
+          "tokens_per_second": 1234.4, "host_bytes": 2 * 2**30, "gpu_bytes": 0}
+
+
+def plain() -> tuple[Display, io.StringIO]:
+    out = io.StringIO()
+    return Display(Console(file=out, force_terminal=False, highlight=False)), out
+
+
+def run_info(tmp_path: Path, steps: int, **more) -> RunInfo:
+    return RunInfo(tmp_path, "r", steps, **more)
+
+
+def test_a_plain_line_holds_every_figure():
+    assert plain_line(RECORD, 100, 12.2) == (
+        "step  12/100  loss 2.3456  lr 1.0e-04  grad 1.23  1,234 tok/s  host 2.00 GiB  ETA 0:12")
+
+
+def test_figures_that_are_missing_are_left_out_but_nan_is_shown():
+    bare = {"step": 1, "loss": float("nan"), "lr": 1e-4, "grad_norm": None, "tokens_per_second": None}
+    assert plain_line(bare, 9, None) == "step 1/9  loss nan  lr 1.0e-04  ETA -"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3723, "1:02:03"), (90000, "1d 01:00"),
+                                               (None, "-")])
+def test_clock(seconds, text):
+    assert clock(seconds) == text
+
+
+def test_short_runs_print_every_step_and_long_ones_do_not(tmp_path: Path):
+    for steps, expected in ((20, 20), (1000, 2)):
+        display, out = plain()
+        display.start(run_info(tmp_path, steps))
+        for step in range(1, steps + 1):
+            display.train_step({**RECORD, "step": step})
+        lines = [line for line in out.getvalue().splitlines() if line.startswith("step ")]
+        assert len(lines) == expected
+        assert lines[-1].startswith(f"step {steps}/{steps}")
+
+
+def test_a_long_run_prints_again_after_a_while(tmp_path: Path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(display_module.time, "monotonic", lambda: now[0])
+    display, out = plain()
+    display.start(run_info(tmp_path, 1000))
+    for step in range(1, 101):
+        now[0] += 1.0
+        display.train_step({**RECORD, "step": step})
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 20
+    assert lines[-1].endswith("ETA 15:04"), "904 steps are left at one second each"
+
+
+def test_time_spent_evaluating_is_not_in_the_eta(tmp_path: Path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(display_module.time, "monotonic", lambda: now[0])
+    display, out = plain()
+    display.start(run_info(tmp_path, 10))
+    for step in (1, 2):
+        now[0] += 1.0
+        display.train_step({**RECORD, "step": step})
+        now[0] += 500.0
+        subsets = {"ArXiv": {"loss": 1.5, "tokens": 9}}
+        display.evaluation({"kind": "eval", "step": step, "loss": 2.0, "subsets": subsets})
+    text = out.getvalue()
+    assert "ETA 0:08" in text
+    assert "eval at step 2: loss 2.0000\n  ArXiv  loss 1.5000  9 tokens" in text
+
+
+def test_a_terminal_gets_a_bar_and_messages_stay(tmp_path: Path):
+    out = io.StringIO()
+    display = Display(Console(file=out, force_terminal=True, width=100, highlight=False))
+    with display.phase("tokenising", 3) as phase:
+        phase.advance(3)
+    display.start(run_info(tmp_path, 4, start_step=1, resumed=True))
+    for step in (2, 3, 4):
+        display.train_step({**RECORD, "step": step})
+    display.message("something to say")
+    display.finish({"status": "failed", "step": 4, "loss": None, "error": "out of [memory]"})
+    display.close()
+    text = out.getvalue()
+    assert "resumed after step 1" in text and "tokenising: done" in text
+    assert "something to say" in text and "out of [memory]" in text
+    assert text.count("\x1b[?25h") >= 1, "the cursor must come back"
+
+
+def test_a_phase_that_fails_says_so():
+    display, out = plain()
+    with pytest.raises(ValueError), display.phase("loading"):
+        raise ValueError
+    assert out.getvalue().splitlines()[0] == "loading ..."
+    assert out.getvalue().splitlines()[-1].startswith("loading: failed")
+
+
+def test_a_plain_table_is_aligned():
+    out = io.StringIO()
+    summary_table("Run", [("a", "1"), ("longer", "[b]2[/b]")], Console(file=out, force_terminal=False))
+    assert out.getvalue() == "Run\n  a       1\n  longer  [b]2[/b]\n"
+
+
+def test_libraries_are_silenced_but_never_their_errors():
+    code = """
+import logging, warnings
+from finetune.display import silence_libraries
+silence_libraries(False, 0)
+for name in ("DeepSpeed", "transformers.modeling_utils"):
+    logger = logging.getLogger(name)
+    logger.warning("QUIET %s", name); logger.error("LOUD %s", name)
+late = logging.getLogger("DeepSpeed"); late.setLevel(logging.INFO); late.info("QUIET again")
+warnings.warn_explicit("QUIET", UserWarning, "x.py", 1, module="torch.nn")
+warnings.warn_explicit("LOUD mine", UserWarning, "x.py", 1, module="finetune.run")
+silence_libraries(False, 1)
+warnings.warn_explicit("QUIET on rank 1", UserWarning, "y.py", 1, module="finetune.run")
+logging.getLogger("finetune").error("LOUD project")
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    assert "QUIET" not in said
+    assert all(f"LOUD {who}" in said for who in ("DeepSpeed", "transformers.modeling_utils", "mine", "project"))
+
+
+def test_verbose_changes_nothing():
+    before = [logging.getLogger(name).level for name in NOISY], list(warnings.filters)
+    display_module.silence_libraries(True, 3)
+    assert ([logging.getLogger(name).level for name in NOISY], list(warnings.filters)) == before
+
+
+def test_memory_of_this_process():
+    # The array must be touched: pages that were only reserved are not resident.
+    before = host_bytes()
+    block = bytearray(b"x" * (64 << 20))
+    assert host_bytes() - before > 48 << 20
+    assert peak_host_bytes() >= host_bytes() - (1 << 20)
+    assert gpu_bytes() >= 0 and len(block) == 64 << 20

@@ -1,0 +1,175 @@
+"""The doctor: stale locks by who holds them, findings with remedies, JSON and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from finetune import doctor
+from finetune.doctor import find_stale_locks, locks, machine, software
+from finetune.doctor import run as doctor_run
+from finetune.doctor.check import Check
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def lock(tmp_path: Path, monkeypatch) -> Path:
+    """A minute-old lock of an op in a folder of extensions of our own."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    path = tmp_path / "deepspeed_shm_comm" / "lock"
+    path.parent.mkdir()
+    path.touch()
+    age(path, 60)
+    return path
+
+
+def age(path: Path, seconds: float) -> None:
+    os.utime(path, (time.time() - seconds, time.time() - seconds))
+
+
+def test_a_lock_that_nobody_holds_is_stale(lock: Path):
+    assert find_stale_locks() == [lock]
+    finding = software.build_locks()
+    assert (finding.level, finding.remedy) == ("red", f"rm {lock}")
+
+
+def test_no_lock_and_no_folder(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "nowhere"))
+    assert find_stale_locks() == []
+    assert software.build_locks().level == "green"
+
+
+def test_a_lock_of_a_living_compile_is_left_alone_until_it_is_killed(lock: Path):
+    # Exactly what torch does: FileBaton keeps the descriptor of the file that it created.
+    lock.unlink()
+    code = ("import sys, time; from torch.utils.file_baton import FileBaton; "
+            "baton = FileBaton(sys.argv[1]); assert baton.try_acquire(); print('held', flush=True); time.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-c", code, lock], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        age(lock, 60)
+        assert find_stale_locks() == []
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert find_stale_locks() == [lock]
+
+
+def test_a_fresh_lock_is_left_alone(lock: Path):
+    age(lock, 0)
+    assert find_stale_locks() == []
+    assert find_stale_locks(min_age_seconds=0) == [lock]
+
+
+def test_only_age_counts_where_the_holder_may_be_out_of_sight(lock: Path, monkeypatch):
+    monkeypatch.setattr(locks, "_on_network", lambda path: True)
+    assert find_stale_locks() == []
+    age(lock, 7200)
+    assert find_stale_locks() == [lock]
+
+
+def test_locks_of_other_pythons_do_not_count(tmp_path: Path, monkeypatch):
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    import torch
+
+    version = (torch.version.cuda or "").replace(".", "")
+    ours = f"py{sys.version_info.major}{sys.version_info.minor}_{'cu' + version if version else 'cpu'}"
+    for folder in (ours, "py27_cpu"):
+        (tmp_path / "torch_extensions" / folder / "cpu_adam").mkdir(parents=True)
+        path = tmp_path / "torch_extensions" / folder / "cpu_adam" / "lock"
+        path.touch()
+        age(path, 60)
+    assert [path.parts[-3] for path in find_stale_locks()] == [ours]
+
+
+def test_json_is_all_that_is_printed_and_red_is_exit_code_1(lock: Path):
+    code = "import sys; from finetune.doctor import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code, "--json"],
+                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    found = json.loads(done.stdout)
+    assert done.returncode == 1 and found["ready"] is False
+    reds = [check for check in found["checks"] if check["level"] == "red"]
+    assert "build locks" in [check["name"] for check in reds]
+    assert all(check["remedy"] for check in reds)
+
+
+def test_every_finding_is_well_formed(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    found = doctor.checks()
+    assert {"python", "torch", "compiler", "deepspeed", "build locks", "communication", "versions", "memory", "disk",
+            "open files", "master port", "hub cache"} <= {check.name for check in found}
+    assert all(isinstance(check, Check) and check.finding for check in found)
+    assert {check.level for check in found} <= {"green", "yellow", "red"}
+    assert all(check.remedy for check in found if check.level == "red")
+
+
+def test_exit_code_and_text(monkeypatch, capsys):
+    fine = (lambda: Check("a", "green", "fine"), lambda: Check("b", "yellow", "so so"))
+    monkeypatch.setattr(doctor_run, "CHECKS", fine)
+    assert doctor.main([]) == 0
+    assert "ready to train" in capsys.readouterr().out
+    monkeypatch.setattr(doctor_run, "CHECKS", (lambda: [Check("c", "red", "bad [x]", "mend it")],))
+    assert doctor.main([]) == 1
+    assert "bad [x]" in (text := capsys.readouterr().out) and "mend it" in text
+
+
+def test_a_check_that_fails_is_a_finding(monkeypatch):
+    def odd_thing():
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(doctor_run, "CHECKS", (odd_thing,))
+    assert doctor.checks() == [Check("odd thing", "yellow", "could not be checked: RuntimeError: boom")]
+
+
+def test_a_port_in_use_is_seen(monkeypatch):
+    with socket.socket() as server:
+        server.bind(("", 0))
+        server.listen()
+        monkeypatch.setattr(machine, "PORT", server.getsockname()[1])
+        assert machine.master_port().level == "yellow"
+    assert machine.master_port().level == "green"
+
+
+def test_offline_flags_are_named(monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert machine.hub_cache().remedy == "unset HF_HUB_OFFLINE, or give local paths"
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert machine.hub_cache().level == "green"
+
+
+def test_versions_outside_the_tested_range_and_missing_ones(monkeypatch):
+    from email.message import Message
+
+    metadata = Message()
+    for line in ("rich<1", "numpy>=1", "nosuchthing>=2; extra == 'x'"):
+        metadata["Requires-Dist"] = line
+    monkeypatch.setattr(software, "_metadata", lambda: metadata)
+    finding = software.tested_versions()
+    assert finding.level == "yellow" and "rich" in finding.finding and "numpy" not in finding.finding
+    metadata["Requires-Dist"] = "nosuchthing>=2"
+    assert software.tested_versions().level == "red"
+    monkeypatch.setattr(software, "_metadata", lambda: None)
+    assert software.tested_versions().level == "yellow"
+
+
+def test_the_environment_is_json_and_names_nobody():
+    found = doctor.environment()
+    assert {"python", "torch", "deepspeed", "platform", "cores"} <= set(found)
+    assert socket.gethostname() not in [str(value) for value in found.values()]
+    json.dumps(found)
+
+
+def test_deepspeed_is_not_imported():
+    code = "import sys, finetune.doctor as d; d.checks(); assert 'deepspeed' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
