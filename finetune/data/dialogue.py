@@ -1,0 +1,123 @@
+"""Encoder of instructions: conversations -> ids of which only the assistant's are scored.
+
+Flow: row -> messages (`conversations`) -> prompt and completion texts (`template`) -> ids, each text by itself, so that
+a completion starts at a token of its own. With prompt tokens P P P, completion C C and eos E:
+
+    ids      P P P C C E        two turns, too long for max_length 8:    p p P P C E | P C C E
+    scored   0 0 0 1 1 1                                        example 1:  P P C E     scored 0 0 1 1
+                                                                example 2:  P P C E P C C E      0 0 0 0 0 1 1 1
+
+eos is scored after every completion: without it the model never learns to stop. What does not fit loses tokens from
+its left, never from a completion; a conversation that does not fit becomes several examples that score every completion
+once, each behind as much of what was said before as there is room for. Packs nothing (`packing`).
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from finetune.config import InstructConfig
+from finetune.data.columns import Column, Example
+from finetune.data.conversations import conversation
+from finetune.data.fields import digest, shown
+from finetune.data.rows import SKIP
+from finetune.data.template import Message, Template
+from finetune.data.text import TextTokenizer, ids_dtype
+from finetune.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Turn = tuple[list[int], list[int]]
+"""Ids of a prompt, and of its completion with eos."""
+
+
+class InstructEncoder:
+    """Rows -> columns `ids`, `scored` (1 where the token is a target) and `cut` (tokens lost on the left)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, cfg: InstructConfig, template: Template):
+        self.cfg, self.template = cfg, template
+        self.columns = {"ids": Column("token", ids_dtype(tokenizer)), "scored": Column("token", "uint8"),
+                        "cut": Column("scalar", "int32")}
+        self._texts = TextTokenizer(tokenizer)
+        self._eos = cast(int, tokenizer.eos_token_id)
+
+    def fingerprint(self) -> str:
+        cfg = self.cfg
+        return digest("instruct-1", self._texts.fingerprint, self.template.text, cfg.format, cfg.prompt_field,
+                      cfg.completion_field, cfg.max_length)
+
+    def encode(self, batch: list[tuple[str, dict]]) -> list[list[Example] | UserError]:
+        rows = [self._pieces(where, record) for where, record in batch]
+        ids = iter(self._texts([piece for row in rows if not isinstance(row, UserError) for piece in row]))
+        results: list[list[Example] | UserError] = []
+        for (where, _), row in zip(batch, rows, strict=True):
+            if isinstance(row, UserError):
+                results.append(row)
+            else:
+                turns = [(next(ids), [*next(ids), self._eos]) for _ in range(len(row) // 2)]
+                results.append(self._examples(where, turns))
+        return results
+
+    def _pieces(self, where: str, record: dict) -> list[str] | UserError:
+        try:
+            messages = conversation(record, where, self.cfg)
+            _refuse_eos(messages, self.template.eos, where)
+            return self.template.pieces(messages, where)
+        except UserError as error:
+            return error
+
+    def _examples(self, where: str, turns: list[Turn]) -> list[Example] | UserError:
+        if not turns[0][0]:
+            return UserError("the prompt is empty: the completion's first token would have nothing before it", where,
+                             "Text without prompts trains with task=clm.")
+        longest = max(len(completion) for _, completion in turns)
+        if longest >= self.cfg.max_length:
+            return UserError(f"a completion has {longest} tokens with its eos; task.max_length = "
+                             f"{self.cfg.max_length} leaves {self.cfg.max_length - 1}", where,
+                             f"Shorten it, or raise task.max_length to {longest + 1} (2048 at most); {SKIP}")
+        ids = np.fromiter((i for turn in turns for part in turn for i in part), np.int64)
+        scored = np.concatenate([np.repeat([0, 1], [len(prompt), len(end)]) for prompt, end in turns])
+        ends = list(accumulate(len(prompt) + len(completion) for prompt, completion in turns))
+        return [_window(ids, scored, *window) for window in windows(ends, self.cfg.max_length)]
+
+
+def windows(ends: list[int], max_length: int) -> list[tuple[int, int, int]]:
+    """(begin, scored from, end) of examples that score every turn once, as few as go in order.
+
+    Args:
+        ends: where each turn ends, in tokens from the conversation's start.
+    """
+    found, first = [], 0
+    while first < len(ends):
+        start = ends[first - 1] if first else 0
+        last = first
+        while last + 1 < len(ends) and ends[last + 1] - start <= max_length:
+            last += 1
+        found.append((max(0, ends[last] - max_length), start, ends[last]))
+        first = last + 1
+    return found
+
+
+def prompt_ids(template: Template, tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message]) -> list[int]:
+    """What a model reads before it answers: the ids that training put before a completion."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    pieces = TextTokenizer(tokenizer)(template.pieces(messages, "prompt"))
+    eos = cast(int, tokenizer.eos_token_id)
+    return [i for n, piece in enumerate(pieces) for i in (*piece, *([eos] if n % 2 else []))]
+
+
+def _window(ids: np.ndarray, scored: np.ndarray, begin: int, scored_from: int, end: int) -> Example:
+    flags = scored[begin:end].copy()
+    flags[: max(0, scored_from - begin)] = 0
+    return {"ids": ids[begin:end], "scored": flags, "cut": begin}
+
+
+def _refuse_eos(messages: list[Message], eos: str, where: str) -> None:
+    for message in messages:
+        if eos and eos in message["content"]:
+            raise UserError(f"the {message['role']}'s text {shown(message['content'])} holds '{eos}', which ends a turn",
+                            where, f"Remove it: it is added behind every completion; {SKIP}")

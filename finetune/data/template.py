@@ -1,0 +1,128 @@
+"""Prompt templates: a conversation -> the texts a model reads and the texts it must write.
+
+Flow: name or file -> Template -> pieces(messages): prompt, completion, prompt, completion, ... A template is a Jinja
+chat template as Hugging Face's tokenizers carry them, and runs in a sandbox: files may come from anywhere. What the
+assistant writes is found by rendering the conversation up to each turn, so that no template needs marks of its own:
+
+    messages   user "2+2?"            assistant "4"    user "3+3?"         assistant "6"
+    rendered   User: 2+2?..Assistant: | 4 |            ..User: 3+3?..Assistant: | 6 |
+    pieces     [prompt                , completion     , prompt                 , completion]
+
+Knows no tokenizer but its eos, and no data format.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+from jinja2 import nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from finetune.data.fields import MEND, shown
+from finetune.errors import UserError
+
+FOLDER = Path(__file__).parent / "templates"
+Message = dict[str, str]
+"""role (system, user or assistant) and content; of Alpaca rows also instruction and input, which content joins."""
+RENDER_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+
+
+class Template:
+    """A compiled template.
+
+    Args:
+        name: what errors and exports call it.
+        eos: text of the token that ends a completion; `pieces` leaves it out.
+    """
+
+    def __init__(self, name: str, text: str, eos: str, bos: str = ""):
+        self.name, self.text, self.eos, self._bos = name, text, eos, bos
+        try:
+            self._template = _environment().from_string(text)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"template '{name}' is no valid Jinja: {error.message}", f"line {error.lineno}",
+                            "Mend it, or try task.template=alpaca.") from None
+        self.pieces([{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}],
+                    "task.template")
+
+    def pieces(self, messages: list[Message], where: str) -> list[str]:
+        """Prompt and completion texts in turn; the last is a prompt when the assistant has the next word.
+
+        Completions come without eos, also where the template writes one.
+
+        Raises:
+            UserError: the template refuses these messages, or rewrites earlier turns when later ones follow.
+        """
+        pieces: list[str] = []
+        done = carried = ""
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                prompt = self._render(messages[:i], True, where)
+                through = self._render(messages[: i + 1], False, where)
+                written = self._behind(prompt, through, where)
+                completion, _, rest = written.partition(self.eos) if self.eos else (written, "", "")
+                if message["content"].strip() not in completion:
+                    raise self._fault(f"leaves out the assistant's words {shown(message['content'])}", where)
+                pieces += [carried + self._behind(done, prompt, where), completion]
+                done, carried = through, rest
+        if messages[-1]["role"] != "assistant":
+            pieces.append(carried + self._behind(done, self._render(messages, True, where), where))
+        return pieces
+
+    def _render(self, messages: list[Message], add_generation_prompt: bool, where: str) -> str:
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt,
+                                         eos_token=self.eos, bos_token=self._bos, tools=None, documents=None)
+        except RENDER_FAULTS as error:
+            raise self._fault(f"fails: {str(error) or type(error).__name__}", where) from None
+
+    def _behind(self, beginning: str, text: str, where: str) -> str:
+        if not text.startswith(beginning):
+            raise self._fault("writes earlier turns differently when later ones follow", where)
+        return text[len(beginning):]
+
+    def _fault(self, problem: str, where: str) -> UserError:
+        return UserError(f"template '{self.name}' {problem}", where,
+                         f"Mend the template, or try task.template=alpaca. {MEND}")
+
+
+def load_template(spec: str, eos: str, bos: str = "") -> Template:
+    """A template that ships with the project, by name, or any file with a Jinja chat template."""
+    shipped, path = FOLDER / f"{spec}.jinja", Path(spec).expanduser()
+    if spec.isidentifier() and shipped.is_file():
+        return Template(spec, shipped.read_text(encoding="utf-8"), eos, bos)
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in FOLDER.glob("*.jinja")))
+        raise UserError(f"there is no template '{spec}' and no such file", "task.template",
+                        f"Choose from {names}, or give a file with a Jinja chat template.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the template cannot be read ({error})", str(path)) from None
+    return Template(str(path), text, eos, bos)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """As transformers compiles chat templates; the same file must read the same here and there."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=[_Generation, jinja2.ext.loopcontrols])
+    environment.globals["raise_exception"] = _raise_exception
+    return environment
+
+
+def _raise_exception(message: str) -> Any:
+    raise jinja2.TemplateError(message)
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}`, transformers' mark of the assistant's words, is read through."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body).set_lineno(line)
