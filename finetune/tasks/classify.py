@@ -1,0 +1,246 @@
+"""Sequence classification: one label, several labels or a number for a text, read at its last token.
+
+labelled texts (`data.labels`) -> one per row -> head at the position of the closing eos -> loss per example.
+What is summed, and by what the trainer divides:
+
+    single_label   weight[y] * cross-entropy      sum of weight[y]: torch.nn.CrossEntropyLoss's weighted mean
+    multi_label    mean over labels of weight * binary cross-entropy         examples
+    regression     squared error                                             examples
+
+Label names are learnt from the training data (or an export), sorted. Metrics are in `classify_metrics`.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finetune.config import ClassifyConfig
+from finetune.data.collate import lm_batch
+from finetune.data.columns import Encoder, Store
+from finetune.data.labels import SEPARATOR, ClassifyEncoder, sort_names, unseen
+from finetune.data.packing import Rows, one_per_row
+from finetune.dist import World
+from finetune.errors import UserError
+from finetune.tasks.base import Batch, Model, flat_inputs
+from finetune.tasks.classify_metrics import multi_label_metrics, regression_metrics, single_label_metrics
+from finetune.tasks.gather import Gathered
+from finetune.tasks.instruct import cut_note
+
+BETTER = {"single_label": ("accuracy", "max"), "multi_label": ("f1", "max"), "regression": ("mse", "min")}
+
+
+class ClassifyTask:
+    head = "classify"
+
+    def __init__(self, cfg: ClassifyConfig, tokenizer):
+        _check(cfg)
+        self.cfg, self.tokenizer, self.better = cfg, tokenizer, BETTER[cfg.problem]
+        self.regression, self.multi = cfg.problem == "regression", cfg.problem == "multi_label"
+        self.names: list[str] | None = None
+        self.by_index = False
+        self._targets = lru_cache(4)(self._target_table)
+        if cfg.labels:
+            self._learn([str(name) for name in cfg.labels], by_index=True)
+
+    @property
+    def num_labels(self) -> int | None:
+        return 1 if self.regression else self.names and len(self.names)
+
+    def encoder(self) -> Encoder:
+        return ClassifyEncoder(self.tokenizer, self.cfg, self.names, self.by_index)
+
+    def prepare(self, train: Store | None, previous: dict | None) -> None:
+        if self.regression:
+            return
+        if previous:
+            self._agree(previous)
+        elif self.names is None:
+            assert train is not None
+            found = train.names("label")
+            names = {name for row in found for name in json.loads(row)} if self.multi else set(found)
+            self._learn(sort_names(list(names)), by_index=False)
+
+    def rows(self, store: Store) -> Rows:
+        """One example per row.
+
+        Raises:
+            UserError: a label that the head has no output for.
+        """
+        self._targets(store)
+        return one_per_row(store.offsets)
+
+    def collate(self, store: Store, rows: Rows, indices: list[int]) -> Batch:
+        """A flat batch with, per example, the position that is pooled, its target and weight.
+
+            ids   a b c E | d E      pool 3 5      targets 0 1      weights 1 1
+
+        For no rows: the one token of an empty batch, with weight 0.
+        """
+        batch = lm_batch(store, rows, indices)
+        del batch["labels"]
+        examples = batch["examples"]
+        targets = self._targets(store)[np.maximum(examples, 0)]
+        batch |= {"pool": batch["cu_seqlens"][1:].astype(np.int64) - 1, "targets": targets,
+                  "weights": self._weights(targets) * np.float32(examples >= 0)}
+        return batch
+
+    def count(self, batch: Batch) -> float:
+        """Examples, or the sum of their classes' weights."""
+        return float(batch["weights"].sum(dtype=np.float64))
+
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        outputs = model(**flat_inputs(batch), positions=batch["pool"])
+        return (self.losses(outputs, batch["targets"]) * batch["weights"]).sum()
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Unweighted loss of each example, (B,), from outputs (B, labels); a label's own weight is in `weights`."""
+        match self.cfg.problem:
+            case "single_label":
+                return F.cross_entropy(outputs, targets, reduction="none")
+            case "multi_label":
+                weight = torch.tensor(self.cfg.class_weights, device=outputs.device) if self.cfg.class_weights else None
+                return F.binary_cross_entropy_with_logits(outputs, targets, weight=weight, reduction="none").mean(-1)
+            case _:
+                return (outputs[:, 0] - targets).square()
+
+    def meter(self, store: Store, rows: Rows) -> ClassifyMeter:
+        return ClassifyMeter(self, store)
+
+    def describe(self) -> dict[str, Any]:
+        cfg = self.cfg
+        return {"problem": cfg.problem, "labels": self.names, "labels_by_index": self.by_index,
+                "max_length": cfg.max_length, "truncation": cfg.truncation, "pair_separator": SEPARATOR,
+                "pooling": "a closing eos, by position"}
+
+    def notes(self, store: Store) -> list[str]:
+        """What encoding did to the data, for people."""
+        return cut_note(store, f"texts lost tokens (truncation {self.cfg.truncation})", self.cfg.max_length)
+
+    def _agree(self, previous: dict) -> None:
+        if self.cfg.labels and self.names != previous["labels"]:
+            raise UserError(f"task.labels = {self.names}, but the model was trained with {previous['labels']}",
+                            "task.labels", "Leave task.labels away: the model carries its names.")
+        self._learn(previous["labels"], previous["labels_by_index"])
+
+    def _learn(self, names: list[str], by_index: bool) -> None:
+        _check_names(names, self.cfg)
+        self.names, self.by_index = names, by_index
+
+    def _target_table(self, store: Store) -> np.ndarray:
+        """Targets of all examples: (N,) class index or number, or (N, labels) zeros and ones."""
+        column = store.column("label")
+        if self.regression:
+            return np.asarray(column, np.float32)
+        assert self.names is not None, "prepare comes first"
+        index = {name: i for i, name in enumerate(self.names)}
+        by_category = [[index.get(name, -1) for name in (json.loads(row) if self.multi else [row])]
+                       for row in store.names("label")]
+        for category, row in enumerate(by_category):
+            if -1 in row:
+                raise self._unseen(store, category)
+        if not self.multi:
+            return np.array(by_category, np.int64)[:, 0][column]
+        table = np.zeros((len(by_category), len(self.names)), np.float32)
+        for category, row in enumerate(by_category):
+            table[category, row] = 1
+        return table[column]
+
+    def _unseen(self, store: Store, category: int) -> UserError:
+        assert self.names is not None
+        example = int(np.argmax(store.column("label") == category))
+        row = store.names("label")[category]
+        name = next(n for n in (json.loads(row) if self.multi else [row]) if n not in self.names)
+        return unseen(name, self.names, self.by_index, store.blob("where", example).decode())
+
+    def _weights(self, targets: np.ndarray) -> np.ndarray:
+        if self.cfg.class_weights and not self.multi:
+            return np.array(self.cfg.class_weights, np.float32)[targets]
+        return np.ones(len(targets), np.float32)
+
+
+class ClassifyMeter:
+    """Keeps a decision per example; `predictions` after `result`, one dict per example."""
+
+    def __init__(self, task: ClassifyTask, store: Store):
+        self.task, self.store = task, store
+        self.found = Gathered()
+        self.predictions: list[dict[str, Any]] = []
+
+    def add(self, model: Model, batch: Batch) -> None:
+        outputs = model(**flat_inputs(batch), positions=batch["pool"])
+        decided, score = decide(outputs, self.task.cfg.problem)
+        columns = {"example": batch["examples"], "loss": self.task.losses(outputs, batch["targets"]).double(),
+                   "weight": batch["weights"].double(), "target": batch["targets"], "decided": decided, "score": score}
+        self.found.add(**{name: values.cpu().numpy() for name, values in columns.items()})
+
+    def result(self, world: World) -> dict[str, Any]:
+        found, names = self.found.together(world), self.task.names
+        loss = float((found["loss"] * found["weight"]).sum() / max(found["weight"].sum(), 1e-12))
+        if self.task.regression:
+            # The store's own numbers: fp32 targets would round what the metrics compare with.
+            metrics = regression_metrics(np.asarray(self.store.column("label"))[found["example"]], found["decided"])
+        elif self.task.multi:
+            metrics = multi_label_metrics(found["target"], found["decided"], names)
+        else:
+            metrics = single_label_metrics(found["target"], found["decided"], names)
+        self.predictions = self._predictions(found) if world.main else []
+        return {"loss": loss, **metrics}
+
+    def _predictions(self, found: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+        return [{"where": self.store.blob("where", int(example)).decode(), "prediction": self._read(decided),
+                 "label": self._read(target), "score": np.round(score.astype(float), 6).tolist()}
+                for example, decided, target, score in zip(
+                    found["example"], found["decided"], found["target"], found["score"], strict=True)]
+
+    def _read(self, value: np.ndarray) -> Any:
+        """A decision or target in the words of the data."""
+        if self.task.regression:
+            return float(value)
+        assert self.task.names is not None
+        return [self.task.names[i] for i in np.flatnonzero(value)] if self.task.multi else self.task.names[int(value)]
+
+
+def decide(outputs: Tensor, problem: str) -> tuple[Tensor, Tensor]:
+    """(decision, score) per example: class and its probability; labels above one half and all probabilities; number."""
+    match problem:
+        case "single_label":
+            probability, choice = outputs.softmax(-1).max(-1)
+            return choice, probability
+        case "multi_label":
+            return outputs > 0, outputs.sigmoid()
+        case _:
+            return outputs[:, 0].double(), outputs[:, 0]
+
+
+def _check(cfg: ClassifyConfig) -> None:
+    if cfg.problem not in BETTER:
+        raise UserError(f"task.problem = {cfg.problem} is unknown", remedy=f"Choose from {', '.join(BETTER)}.")
+    if cfg.truncation not in ("head", "head_tail"):
+        raise UserError(f"task.truncation = {cfg.truncation} is unknown", remedy="Choose from head, head_tail.")
+    if cfg.problem == "regression" and (cfg.labels or cfg.class_weights):
+        key = "labels" if cfg.labels else "class_weights"
+        raise UserError(f"task.{key} has no meaning for a regression", remedy=f"Try task.{key}=null.")
+
+
+def _check_names(names: list[str], cfg: ClassifyConfig) -> None:
+    least = 1 if cfg.problem == "multi_label" else 2
+    if len(names) < least:
+        raise UserError(f"{len(names)} label{'s' * (len(names) != 1)} ({', '.join(names) or 'none'}): there is nothing "
+                        "to tell apart", "task.label_field",
+                        f"Check that task.label_field={cfg.label_field} is the label, or name all: task.labels=[...]")
+    if len(set(names)) != len(names):
+        raise UserError(f"task.labels = {names} names a label twice", remedy="Name each label once.")
+    weights = cfg.class_weights
+    if weights and len(weights) != len(names):
+        raise UserError(f"task.class_weights has {len(weights)} numbers for {len(names)} labels ({', '.join(names)})",
+                        remedy=f"Try task.class_weights={[1.0] * len(names)}.")
+    if weights and not (all(w >= 0 for w in weights) and any(weights)):
+        raise UserError(f"task.class_weights = {weights} must not be negative, nor all zero",
+                        remedy=f"Try task.class_weights={[1.0] * len(names)}.")
