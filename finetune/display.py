@@ -17,7 +17,15 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -78,13 +86,16 @@ def summary_table(title: str, rows: list[tuple[str, str]], console: Console | No
 
 
 class Phase:
-    """Progress of one thing before training: call `advance(n)` as it goes."""
+    """Progress of one thing before training: call `advance(n)` or `update(done)` as it goes.
+
+    `total` may be set once it is known; then the share is shown, whatever is counted.
+    """
 
     def __init__(self, name: str, total: float | None, console: Console):
         self.name, self.total, self.console = name, total, console
         self.done = 0.0
         self.started = self.printed = time.monotonic()
-        self.bar: Progress | None = _phase_bar(console, total) if console.is_terminal else None
+        self.bar: Progress | None = _phase_bar(console) if console.is_terminal else None
         self.task = self.bar.add_task(name, total=total) if self.bar else None
 
     def advance(self, n: float = 1) -> None:
@@ -94,7 +105,7 @@ class Phase:
         """Say how much is done in all."""
         self.done = done
         if self.bar is not None:
-            self.bar.update(self.task, completed=done)
+            self.bar.update(self.task, completed=done, total=self.total)
         elif time.monotonic() - self.printed >= PLAIN_SECONDS:
             self.printed = time.monotonic()
             self._print(f"{self.name}: {self._amount()}")
@@ -108,12 +119,11 @@ class Phase:
     def close(self, failed: bool) -> None:
         if self.bar is not None:
             self.bar.stop()
-        words = [f"{self.name}: {'failed' if failed else 'done'}", *([self._amount()] if self.done else []),
-                 f"in {clock(time.monotonic() - self.started)}"]
-        self._print("  ".join(words))
+        seconds = clock(time.monotonic() - self.started)
+        self._print(f"{self.name}: failed after {seconds}" if failed else f"{self.name}: done in {seconds}")
 
     def _amount(self) -> str:
-        return count(self.done) if self.total is None else f"{count(self.done)}/{count(self.total)}"
+        return f"{self.done / self.total:.0%}" if self.total else count(self.done)
 
     def _print(self, text: str) -> None:
         _print_line(self.console, text)
@@ -224,9 +234,9 @@ def _print_line(console: Console, text: str, style: str | None = None) -> None:
         print(text, file=console.file, flush=True)
 
 
-def _phase_bar(console: Console, total: float | None) -> Progress:
-    amount = [BarColumn(), MofNCompleteColumn()] if total is not None else []
-    columns = [SpinnerColumn(), TextColumn("{task.description}"), *amount, TimeElapsedColumn()]
+def _phase_bar(console: Console) -> Progress:
+    name = TextColumn("{task.description}")
+    columns = [SpinnerColumn(), name, BarColumn(), TaskProgressColumn(), TimeElapsedColumn()]
     return Progress(*columns, console=console, transient=True, refresh_per_second=2)
 
 

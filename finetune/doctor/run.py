@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Callable
-from typing import Any
 
-from finetune import __version__
 from finetune.doctor import machine, software
 from finetune.doctor.check import RED, Check, yellow
 from finetune.errors import EXIT_DONE, EXIT_FAILED
@@ -24,28 +21,12 @@ CHECKS: tuple[Callable[[], Check | list[Check]], ...] = (
     machine.processors, machine.memory, machine.disk, machine.open_files, machine.locked_memory,
     machine.master_port, machine.hub_cache,
 )
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy",
-            "hydra-core", "wandb", "tensorboard")
 MARKS = {"green": "ok", "yellow": "note", "red": "FAIL"}
 
 
 def checks() -> list[Check]:
     """Every finding: (name, level, finding, remedy)."""
     return [finding for check in CHECKS for finding in _guarded(check)]
-
-
-def environment() -> dict[str, Any]:
-    """What a run's record should say about where it ran: versions and hardware, no names of people or hosts."""
-    versions = {name: software.package_version(name) for name in PACKAGES}
-    return {
-        "finetune-gptj": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        **{name: version for name, version in versions.items() if version},
-        "gpus": software.gpu_names(),
-        "cores": machine.cores(),
-        "memory_limit_bytes": machine.memory_limit(),
-    }
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -142,13 +142,6 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def gpu_names() -> list[str]:
-    torch = _torch()
-    if torch is None or not torch.cuda.is_available():
-        return []
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-
-
 def _gpus(torch: Any, build: str, driver: str | None) -> Check:
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     cards = Counter(f"{p.name} {p.total_memory / 2**30:.0f} GiB" for p in properties)

@@ -17,12 +17,11 @@ from typing import Any
 from markupsafe import Markup
 
 from finetune.callbacks import Callback, RunInfo
-from finetune.metrics_log import write_json
 from finetune.report import tables
 from finetune.report.charts import draw
 from finetune.report.curves import curves
 from finetune.report.data import sections
-from finetune.report.files import DATA, ENVIRONMENT, RunFiles, read_run
+from finetune.report.files import RunFiles, read_run
 
 PAGE, PICTURE, TEMPLATE = "report.html", "curves.png", "page.html"
 REBUILD_SECONDS = 30.0
@@ -75,9 +74,6 @@ class Report(Callback):
 
     def start(self, run: RunInfo) -> None:
         self.run_dir = run.run_dir
-        if run.data:
-            write_json(run.run_dir / DATA, run.data)
-        write_json(run.run_dir / ENVIRONMENT, {"world_size": run.world_size, **run.extra})
 
     def evaluation(self, record: dict[str, Any]) -> None:
         if self.run_dir is not None and time.monotonic() - self.built >= REBUILD_SECONDS:

@@ -32,12 +32,10 @@ def predicted(run: RunFiles) -> dict[str, float]:
 
     plan.json counts the host per node and records measure one process, so the host's share of a rank is shown.
     """
-    chosen = run.plan.get("chosen") or {}
-    match = [option for option in run.plan.get("options") or [] if _is_option(option, chosen)]
-    if not match:
-        return {}
-    ranks = ranks_per_node(run)
-    found = {"host_bytes": (match[0].get("host_bytes") or 0) / ranks, "gpu_bytes": match[0].get("gpu_bytes") or 0}
+    option, ranks = chosen_option(run), ranks_per_node(run)
+    found = {"host_bytes": (option.get("host_bytes") or 0) / ranks}
+    if (run.plan.get("machine") or {}).get("gpus"):
+        found["gpu_bytes"] = option.get("gpu_bytes") or 0
     return {key: value for key, value in found.items() if is_number(value) and value > 0}
 
 
@@ -47,8 +45,9 @@ def chosen_option(run: RunFiles) -> dict[str, Any]:
 
 
 def ranks_per_node(run: RunFiles) -> int:
-    found = run.env.get("ranks_per_node") or run.result.get("world_size") or run.env.get("world_size") or 1
-    return max(1, int(found))
+    gpus = (run.plan.get("machine") or {}).get("gpus_per_node")
+    ranks = run.result.get("world_size") or run.env.get("world_size") or 1
+    return max(1, int(run.env.get("ranks_per_node") or min(ranks, gpus or ranks)))
 
 
 def _is_option(option: dict[str, Any], chosen: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from finetune.metrics_log import METRICS, RESULT, SAMPLES, read
 
-CONFIG, PLAN, DATA, ENVIRONMENT = "config.yaml", "plan.json", "data_stats.json", "env.json"
+CONFIG, PLAN, DATA, ENVIRONMENT = "config.yaml", "plan.json", "data_stats.json", "environment.json"
 
 Record = dict[str, Any]
 
@@ -31,6 +31,7 @@ class RunFiles:
     """Empty while the run has not ended."""
     data: Record = field(default_factory=dict)
     env: Record = field(default_factory=dict)
+    """Versions and machine; with `world_size`, and where known `ranks_per_node`, `total_steps` and `overrides`."""
 
 
 def read_run(run_dir: Path | str) -> RunFiles:

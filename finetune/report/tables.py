@@ -146,8 +146,9 @@ def commands(run: RunFiles) -> Rows:
     """What one does next with this run, ready to paste."""
     folder = shlex.quote(str(run.run_dir))
     adapter = run.config.get("adapter") or {}
-    mergeable = "rank" in adapter or "targets" in adapter
-    kinds = (["adapter"] + ["merged"] * mergeable) if adapter else ["full"]
+    kinds = ["full"] if adapter.get("kind", "full") == "full" else ["adapter"]
+    # Prompts and prefixes are inputs, not weights: there is nothing to merge them into.
+    kinds += ["merged"] * (adapter.get("kind") in ("lora", "ia3"))
     export = shlex.quote(str(run.run_dir / str(run.result.get("export") or "export")))
     found = [] if run.result.get("status") == "done" else [("continue", _again(run, folder))]
     found.append(("evaluate", f"deepspeed launch/evaluate.py run={folder}"))
@@ -203,7 +204,7 @@ def _throughput(run: RunFiles) -> Tile | None:
 
 def _time(run: RunFiles) -> Tile | None:
     tokens = run.result.get("tokens") or (run.train[-1].get("tokens") if run.train else None)
-    note = f"in {clock(run.result['seconds'])}" if is_number(run.result.get("seconds")) else "so far"
+    note = f"in {clock(run.result['seconds'])}" if run.result.get("seconds") else "so far"
     return Tile("tokens", large(tokens), note) if is_number(tokens) else None
 
 
@@ -216,7 +217,9 @@ def _trainable(run: RunFiles) -> Tile | None:
 
 
 def _sharding(run: RunFiles) -> Tile | None:
-    stage = run.result.get("zero_stage", (run.plan.get("chosen") or {}).get("zero"))
+    stage = run.result.get("zero_stage")
+    if stage is None:
+        stage = (run.plan.get("chosen") or {}).get("zero")
     ranks = run.result.get("world_size") or run.env.get("world_size")
     if stage is None:
         return None

@@ -30,7 +30,7 @@ run_dir: null
 seed: 0
 model: {path: 'asset:gptj_tiny', dtype: bf16, tokenizer: null}
 task: {max_length: 512, text_field: text}
-adapter: {rank: 8, alpha: 16.0, dropout: 0.0, targets: 'q_proj,v_proj'}
+adapter: {kind: lora, rank: 8, alpha: 16.0, dropout: 0.0, targets: 'q_proj,v_proj'}
 train: {steps: STEPS, micro_batch: 4, global_batch: 16, packing: true}
 optim: {lr: 0.005, schedule: cosine, betas: [0.9, 0.999]}
 """
@@ -76,7 +76,7 @@ def make_run(run_dir: Path, steps: int = 200, status: str | None = "done") -> Pa
     (run_dir / "config.yaml").write_text(CONFIG.replace("STEPS", str(steps)))
     (run_dir / "plan.json").write_text(json.dumps(PLAN))
     (run_dir / "data_stats.json").write_text(json.dumps(DATA))
-    (run_dir / "env.json").write_text(json.dumps(ENVIRONMENT))
+    (run_dir / "environment.json").write_text(json.dumps(ENVIRONMENT))
     records = [train_record(step, steps) for step in range(1, steps + 1)]
     evals = [eval_record(step) for step in range(0, steps + 1, max(1, steps // 10))]
     write_lines(run_dir / "metrics.jsonl", sorted([*records, *evals], key=lambda record: record["step"]))

@@ -104,6 +104,18 @@ def test_a_terminal_gets_a_bar_and_messages_stay(tmp_path: Path):
     assert text.count("\x1b[?25h") >= 1, "the cursor must come back"
 
 
+def test_a_phase_whose_total_is_known_later_shows_its_share(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(display_module.time, "monotonic", lambda: now[0])
+    display, out = plain()
+    with display.phase("tokenising x") as phase:
+        phase.total = 200
+        for done in (10, 50, 200):
+            now[0] += 4
+            phase.update(done)
+    assert out.getvalue().splitlines() == ["tokenising x ...", "tokenising x: 25%", "tokenising x: done in 0:12"]
+
+
 def test_a_phase_that_fails_says_so():
     display, out = plain()
     with pytest.raises(ValueError), display.phase("loading"):

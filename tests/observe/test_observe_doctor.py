@@ -49,10 +49,10 @@ def test_no_lock_and_no_folder(tmp_path: Path, monkeypatch):
 
 
 def test_a_lock_of_a_living_compile_is_left_alone_until_it_is_killed(lock: Path):
-    # Exactly what torch does: FileBaton keeps the descriptor of the file that it created.
+    # As torch's FileBaton does it: the descriptor of the file that it created stays open.
     lock.unlink()
-    code = ("import sys, time; from torch.utils.file_baton import FileBaton; "
-            "baton = FileBaton(sys.argv[1]); assert baton.try_acquire(); print('held', flush=True); time.sleep(60)")
+    code = ("import os, sys, time; held = os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); print('held', flush=True);"
+            "time.sleep(60)")
     process = subprocess.Popen([sys.executable, "-c", code, lock], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "held\n"
@@ -62,6 +62,16 @@ def test_a_lock_of_a_living_compile_is_left_alone_until_it_is_killed(lock: Path)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert find_stale_locks() == [lock]
+
+
+def test_torch_holds_its_lock_open_while_it_compiles(lock: Path):
+    from torch.utils.file_baton import FileBaton
+
+    lock.unlink()
+    baton = FileBaton(str(lock))
+    assert baton.try_acquire()
+    assert find_stale_locks(min_age_seconds=0) == []
+    baton.release()
 
 
 def test_a_fresh_lock_is_left_alone(lock: Path):
@@ -93,7 +103,9 @@ def test_locks_of_other_pythons_do_not_count(tmp_path: Path, monkeypatch):
 
 
 def test_json_is_all_that_is_printed_and_red_is_exit_code_1(lock: Path):
-    code = "import sys; from finetune.doctor import main; sys.exit(main())"
+    # Importing deepspeed is what may hang: the doctor must not.
+    code = ("import sys; from finetune.doctor import main; code = main();"
+            "assert 'deepspeed' not in sys.modules; sys.exit(code)")
     done = subprocess.run([sys.executable, "-c", code, "--json"],
                           cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     found = json.loads(done.stdout)
@@ -161,15 +173,3 @@ def test_versions_outside_the_tested_range_and_missing_ones(monkeypatch):
     assert software.tested_versions().level == "red"
     monkeypatch.setattr(software, "_metadata", lambda: None)
     assert software.tested_versions().level == "yellow"
-
-
-def test_the_environment_is_json_and_names_nobody():
-    found = doctor.environment()
-    assert {"python", "torch", "deepspeed", "platform", "cores"} <= set(found)
-    assert socket.gethostname() not in [str(value) for value in found.values()]
-    json.dumps(found)
-
-
-def test_deepspeed_is_not_imported():
-    code = "import sys, finetune.doctor as d; d.checks(); assert 'deepspeed' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -106,6 +106,30 @@ def test_commands_can_be_pasted(tmp_path: Path):
     assert f"deepspeed launch/train.py recipe=quickstart optim.lr=0.005 run_dir={tmp_path}/b" in stopped
 
 
+@pytest.mark.parametrize(("kind", "exports"), [("full", ["full"]), ("lora", ["adapter", "merged"]),
+                                               ("prompt", ["adapter"])])
+def test_commands_fit_what_was_trained(tmp_path: Path, kind: str, exports: list[str]):
+    run_dir = make_run(tmp_path / "run", steps=2)
+    (run_dir / "config.yaml").write_text(f"name: r\nadapter: {{kind: {kind}}}")
+    assert re.findall(r"kind=(\w+)", page_of(run_dir).text) == exports
+
+
+def test_a_run_on_the_cpu_predicts_no_gpu(tmp_path: Path):
+    run_dir = make_run(tmp_path / "run", steps=2)
+    plan = json.loads((run_dir / "plan.json").read_text())
+    (run_dir / "plan.json").write_text(json.dumps({**plan, "machine": {**plan["machine"], "gpus": 0}}))
+    assert set(predicted(read_run(run_dir))) == {"host_bytes"}
+
+
+def test_a_run_that_failed_before_it_knew_anything(tmp_path: Path):
+    (tmp_path / "result.json").write_text(json.dumps({
+        "status": "failed", "step": 0, "loss": None, "eval": {}, "tokens": 0, "seconds": 0.0, "tokens_per_second": 0.0,
+        "peak_host_bytes": 9, "start_host_bytes": 0, "peak_gpu_bytes": 0, "world_size": 0, "zero_stage": None,
+        "export": None, "error": "no training data is given\n  data.train=..."}))
+    text = page_of(tmp_path).text
+    assert "no training data is given" in text and "0 ranks" not in text
+
+
 def test_a_failed_run_says_why_first(tmp_path: Path):
     page = page_of(make_run(tmp_path / "run", steps=3, status="failed"))
     assert page.text.index("The run failed") < page.text.index("training loss")
@@ -137,7 +161,7 @@ def test_nulls_and_broken_files(tmp_path: Path):
     nothing = dict.fromkeys(train_record(1, 2))
     write_lines(tmp_path / "metrics.jsonl", [{**nothing, "kind": "train", "step": step} for step in (1, 2, 3)]
                 + [{"kind": "eval", "step": 3, "loss": None, "subsets": None}, {"kind": "train"}, {"step": None}])
-    for name in ("config.yaml", "plan.json", "result.json", "data_stats.json", "env.json"):
+    for name in ("config.yaml", "plan.json", "result.json", "data_stats.json", "environment.json"):
         (tmp_path / name).write_text('{"broken": [')
     page = page_of(tmp_path)
     assert page.titles() == []
@@ -224,14 +248,12 @@ def test_the_callback_builds_at_evaluations_at_most_every_30_seconds_and_at_the_
     monkeypatch.setattr(build_module.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(build_module, "build_report", lambda run_dir, picture=True: built.append((now[0], picture)))
     report = Report()
-    report.start(RunInfo(tmp_path, "r", 10, world_size=2, data={"tokens": 5}, extra={"torch": "2.13"}))
+    report.start(RunInfo(tmp_path, "r", 10, world_size=2, data={"tokens": 5}))
     for moment in (100.0, 110.0, 129.0, 131.0, 140.0):
         now[0] = moment
         report.evaluation(eval_record(1))
     report.finish({"status": "done"})
     assert built == [(100.0, False), (131.0, False), (140.0, True)]
-    assert json.loads((tmp_path / "env.json").read_text()) == {"world_size": 2, "torch": "2.13"}
-    assert json.loads((tmp_path / "data_stats.json").read_text()) == {"tokens": 5}
 
 
 def test_the_page_of_a_run_does_not_import_torch_or_matplotlib(tmp_path: Path):

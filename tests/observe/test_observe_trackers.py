@@ -107,8 +107,9 @@ def test_secret_keys(key):
     assert redact({key: {"nested": "value"}}) == {key: "***"}
 
 
-@pytest.mark.parametrize("key", ["sort_key", "text_key", "tokenizer", "tokens", "max_new_tokens", "sample_tokens", "eos_token",
-                                 "pad_token", "bos_token_id", "token_count", "author", "keys", "key", "monkey", "model.tokenizer"])
+@pytest.mark.parametrize("key", ["sort_key", "text_key", "tokenizer", "tokens", "max_new_tokens", "sample_tokens",
+                                 "eos_token", "pad_token", "bos_token_id", "token_count", "author", "keys", "key",
+                                 "monkey", "model.tokenizer"])
 def test_innocent_keys(key):
     assert redact({key: "value"}) == {key: "value"}
 
