@@ -17,6 +17,7 @@ READ_BYTES = 1 << 18
 LINE_LIMIT_BYTES = 256 << 20
 # 2 GiB: what `zstd --long=31` writes. The memory is only taken for files that were written so.
 ZSTD_WINDOW_BYTES = 1 << 31
+ZSTD_STEP_BYTES = 1 << 16
 UTF8_BOM = b"\xef\xbb\xbf"
 
 Count = Callable[[int], None]
@@ -142,16 +143,18 @@ def _zstd(pieces: Iterator[bytes]) -> Iterator[bytes]:
     import zstandard
 
     decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES)
-    frame = None
+    frame, step = None, 1024
     for data in pieces:
         while data:
             frame = frame or decompressor.decompressobj()
-            # Small pieces: decompressobj returns all that a piece expands to at once.
-            piece, data = data[: 1 << 16], data[1 << 16:]
+            piece, data = data[:step], data[step:]
             try:
-                yield frame.decompress(piece)
+                text = frame.decompress(piece)
             except zstandard.ZstdError as error:
                 raise BrokenStream(f"the zstd data is damaged ({error})") from None
+            # decompressobj gives all that a piece expands to at once: of very repetitive data take smaller pieces.
+            step = min(ZSTD_STEP_BYTES, 2 * step, max(64, step * 4 * READ_BYTES // max(1, len(text))))
+            yield text
             if frame.eof:
                 data, frame = frame.unused_data + data, None
     if frame is not None:

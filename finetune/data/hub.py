@@ -32,7 +32,8 @@ def looks_like_hub_id(spec: str) -> bool:
 
 def is_saved_dataset(path: Path) -> bool:
     """Whether a folder was made by `save_to_disk`."""
-    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    single = all((path / name).is_file() for name in ("state.json", "dataset_info.json"))
+    return single or (path / "dataset_dict.json").is_file()
 
 
 class DatasetSource:

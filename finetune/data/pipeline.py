@@ -79,10 +79,18 @@ class BadRows:
         self.count += 1
         if len(self.messages) < SHOWN_BAD_ROWS:
             self.messages.append(fault.render().split("\n")[0])
-        if self.count > self.cap:
-            shown = "".join(f"\n  {message}" for message in self.messages)
-            raise UserError(f"{self.count} bad rows, more than data.max_bad_rows={self.cap}; the first are:{shown}",
-                            remedy=f"Mend the data, or try data.max_bad_rows={max(100, 10 * self.cap)}.")
+        check_bad_rows(self.count, self.messages, self.cap)
+
+
+def check_bad_rows(count: int, messages: list[str], cap: int) -> None:
+    """
+    Raises:
+        UserError: there are more bad rows than data.max_bad_rows.
+    """
+    if count > cap:
+        shown = "".join(f"\n  {message}" for message in messages)
+        raise UserError(f"{count} bad rows, more than data.max_bad_rows={cap}; the first are:{shown}",
+                        remedy=f"Mend the data, or try data.max_bad_rows={max(100, 10 * cap)}.")
 
 
 class Meter:

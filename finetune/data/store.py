@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from finetune.data.columns import FORMAT, Column, Encoder, Example, Store, open_store, store_fault
-from finetune.data.pipeline import BadRows, Meter, Progress, run
+from finetune.data.pipeline import BadRows, Meter, Progress, check_bad_rows, run
 from finetune.data.records import Source, open_source
 from finetune.data.write import ColumnWriter, write_meta
 from finetune.errors import UserError
@@ -28,7 +28,6 @@ from finetune.errors import UserError
 __all__ = ["Column", "Encoder", "Example", "Store", "build_store", "default_cache_dir", "open_store"]
 
 log = logging.getLogger(__name__)
-
 
 
 def build_store(spec: str, split: str, encoder: Encoder, *, cache_dir: Path | None = None, on_bad_row: str = "error",
@@ -44,15 +43,22 @@ def build_store(spec: str, split: str, encoder: Encoder, *, cache_dir: Path | No
     fingerprint = _fingerprint(source, encoder, on_bad_row)
     folder = (Path(cache_dir) if cache_dir else default_cache_dir()) / fingerprint[:16]
     if store_fault(folder) is None:
-        return Store(folder)
+        return _reuse(folder, max_bad_rows)
     with _disk_faults(folder), _lock(folder):
         if store_fault(folder) is None:  # another process built it while this one waited
-            return Store(folder)
+            return _reuse(folder, max_bad_rows)
         _remove_leftovers(folder)
         rows = BadRows(on_bad_row, max_bad_rows)
         with _temporary(folder) as temporary:
             _build(temporary, spec, source, encoder, rows, fingerprint, progress)
     return Store(folder)
+
+
+def _reuse(folder: Path, max_bad_rows: int) -> Store:
+    """The finished store; it may have been built under a higher cap than today's."""
+    store = Store(folder)
+    check_bad_rows(store.stats["bad_rows"], store.stats["bad_row_messages"], max_bad_rows)
+    return store
 
 
 def default_cache_dir() -> Path:

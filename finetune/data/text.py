@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PIECE_CHARACTERS = 1 << 15
 GROUP_CHARACTERS = 4 << 20
+CACHED_WORDS = 200_000
 # A space or newline behind a letter or digit starts a new word of GPT-2's pattern, whatever stands before or after.
 WORD_END = re.compile(r"[^\W_](?=[ \n])")
 
@@ -81,6 +82,10 @@ class TextTokenizer:
         self._backend = Tokenizer.from_str(backend(tokenizer).to_str())
         self._backend.no_truncation()
         self._backend.no_padding()
+        # BPE keeps the first 10000 words it meets and no later one; 200000 save a fifth of the time on English.
+        # Private, hence optional: without it the ids are the same.
+        if hasattr(self._backend.model, "_resize_cache"):
+            self._backend.model._resize_cache(CACHED_WORDS)
         self._divisible = _splits_at_spaces(self._backend)
 
     def __call__(self, texts: list[str]) -> list[list[int]]:

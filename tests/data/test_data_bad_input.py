@@ -252,6 +252,8 @@ def mixed(tmp_path, bad: int):
 def test_bad_rows_are_skipped_and_counted(tmp_path, toy):
     store = build_store(mixed(tmp_path, 7), "train", toy, on_bad_row="skip")
     assert store.stats["bad_rows"] == 8 and store.stats["documents"] == 8 == len(store)
+    with pytest.raises(UserError, match=r"(?s)8 bad rows, more than data.max_bad_rows=7.*a.jsonl:2: "):
+        build_store(mixed(tmp_path, 7), "train", toy, on_bad_row="skip", max_bad_rows=7)  # also from the cache
     assert len(store.stats["bad_row_messages"]) == 5 and ":2: broken JSON" in store.stats["bad_row_messages"][0]
 
 

@@ -185,3 +185,12 @@ def test_field_error_suggests_the_field_that_is_meant():
 )
 def test_the_suggested_field(record, field, best):
     assert field_error(record, field, "f:1", "k").remedy == f"Try k={best}."
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_highly_repetitive_archive_does_not_fill_the_memory(tmp_path, suffix):
+    line = b'{"text": "' + b"hello " * 1000 + b'"}\n'
+    pack = gzip.compress if suffix == "gz" else zstandard.compress
+    path = plain(tmp_path, f"a.jsonl.{suffix}", pack(line * 10_000))  # 60 MB of text in less than 200 kB
+    assert max(map(len, decode.chunks(tmp_path / f"a.jsonl.{suffix}"))) < 16 << 20
+    assert sum(1 for _ in read(path, "train")) == 10_000
