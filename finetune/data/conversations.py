@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any
 
 from finetune.config import InstructConfig
@@ -131,7 +132,7 @@ def _check_order(messages: list[Message], where: str) -> None:
     turns = roles[1:] if roles[0] == "system" else roles
     if turns[0] == "assistant":
         raise UserError("the conversation starts with the assistant: there is no prompt to answer", where, MEND)
-    for i, (first, second) in enumerate(zip(turns, turns[1:], strict=False)):
+    for i, (first, second) in enumerate(pairwise(turns)):
         if first == second:
             at = i + 1 + len(roles) - len(turns)
             raise UserError(f"turns {at} and {at + 1} are both of the {first}", where,

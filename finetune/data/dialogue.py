@@ -119,5 +119,5 @@ def _window(ids: np.ndarray, scored: np.ndarray, begin: int, scored_from: int, e
 def _refuse_eos(messages: list[Message], eos: str, where: str) -> None:
     for message in messages:
         if eos and eos in message["content"]:
-            raise UserError(f"the {message['role']}'s text {shown(message['content'])} holds '{eos}', which ends a turn",
+            raise UserError(f"the {message['role']}'s text {shown(message['content'])} holds '{eos}', which ends turns",
                             where, f"Remove it: it is added behind every completion; {SKIP}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Union, cast
 
 from finetune.config import ClassifyConfig
@@ -134,7 +135,7 @@ class LabelReader:
         if not isinstance(value, list):
             raise self._wrong_type(value, "an array of labels", where, "Try task.problem=single_label.")
         names = sorted(self._known(item, where) for item in value)
-        twice = next((a for a, b in zip(names, names[1:], strict=False) if a == b), None)
+        twice = next((a for a, b in pairwise(names) if a == b), None)
         if twice is not None:
             raise UserError(f"field '{self.field}' names label '{twice}' twice", where,
                             f"List the labels that apply, not zeros and ones for all of them; {SKIP}")

@@ -54,8 +54,8 @@ class Task(Protocol):
 
     def collate(self, store: Store, rows: Rows, indices: list[int]) -> Batch: ...
 
-    def count(self, batch: Batch) -> int:
-        """Scored tokens (examples) of a numpy batch: the loss's denominator."""
+    def count(self, batch: Batch) -> float:
+        """Scored tokens (examples, or the sum of their weights) of a numpy batch: the loss's denominator."""
         ...
 
     def loss(self, model: Model, batch: Batch) -> Tensor:

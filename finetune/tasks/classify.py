@@ -37,21 +37,18 @@ BETTER = {"single_label": ("accuracy", "max"), "multi_label": ("f1", "max"), "re
 
 
 class ClassifyTask:
-    head = "classify"
+    head: str = "classify"
 
     def __init__(self, cfg: ClassifyConfig, tokenizer):
         _check(cfg)
         self.cfg, self.tokenizer, self.better = cfg, tokenizer, BETTER[cfg.problem]
         self.regression, self.multi = cfg.problem == "regression", cfg.problem == "multi_label"
+        self.num_labels: int | None = 1 if self.regression else None
         self.names: list[str] | None = None
         self.by_index = False
         self._targets = lru_cache(4)(self._target_table)
         if cfg.labels:
             self._learn([str(name) for name in cfg.labels], by_index=True)
-
-    @property
-    def num_labels(self) -> int | None:
-        return 1 if self.regression else self.names and len(self.names)
 
     def encoder(self) -> Encoder:
         return ClassifyEncoder(self.tokenizer, self.cfg, self.names, self.by_index)
@@ -123,6 +120,17 @@ class ClassifyTask:
         """What encoding did to the data, for people."""
         return cut_note(store, f"texts lost tokens (truncation {self.cfg.truncation})", self.cfg.max_length)
 
+    def target_text(self, target: np.ndarray) -> str:
+        """A target of `collate` in the words of the data."""
+        return json.dumps(self.read_target(target), ensure_ascii=False)
+
+    def read_target(self, value: np.ndarray) -> Any:
+        """A target or decision: a number, a label, or a list of labels."""
+        if self.regression:
+            return float(value)
+        assert self.names is not None
+        return [self.names[i] for i in np.flatnonzero(value)] if self.multi else self.names[int(value)]
+
     def _agree(self, previous: dict) -> None:
         if self.cfg.labels and self.names != previous["labels"]:
             raise UserError(f"task.labels = {self.names}, but the model was trained with {previous['labels']}",
@@ -131,7 +139,7 @@ class ClassifyTask:
 
     def _learn(self, names: list[str], by_index: bool) -> None:
         _check_names(names, self.cfg)
-        self.names, self.by_index = names, by_index
+        self.names, self.by_index, self.num_labels = names, by_index, len(names)
 
     def _target_table(self, store: Store) -> np.ndarray:
         """Targets of all examples: (N,) class index or number, or (N, labels) zeros and ones."""
@@ -181,7 +189,7 @@ class ClassifyMeter:
         self.found.add(**{name: values.cpu().numpy() for name, values in columns.items()})
 
     def result(self, world: World) -> dict[str, Any]:
-        found, names = self.found.together(world), self.task.names
+        found, names = self.found.together(world), self.task.names or []
         loss = float((found["loss"] * found["weight"]).sum() / max(found["weight"].sum(), 1e-12))
         if self.task.regression:
             # The store's own numbers: fp32 targets would round what the metrics compare with.
@@ -194,17 +202,10 @@ class ClassifyMeter:
         return {"loss": loss, **metrics}
 
     def _predictions(self, found: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-        return [{"where": self.store.blob("where", int(example)).decode(), "prediction": self._read(decided),
-                 "label": self._read(target), "score": np.round(score.astype(float), 6).tolist()}
+        return [{"where": self.store.blob("where", int(example)).decode(), "prediction": self.task.read_target(decided),
+                 "label": self.task.read_target(target), "score": np.round(score.astype(float), 6).tolist()}
                 for example, decided, target, score in zip(
                     found["example"], found["decided"], found["target"], found["score"], strict=True)]
-
-    def _read(self, value: np.ndarray) -> Any:
-        """A decision or target in the words of the data."""
-        if self.task.regression:
-            return float(value)
-        assert self.task.names is not None
-        return [self.task.names[i] for i in np.flatnonzero(value)] if self.task.multi else self.task.names[int(value)]
 
 
 def decide(outputs: Tensor, problem: str) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,9 @@ from finetune.tasks.clm import LmMeter
 
 
 class InstructTask:
-    head, num_labels, better = "lm", None, ("loss", "min")
+    head: str = "lm"
+    num_labels: int | None = None
+    better: tuple[str, str] = ("loss", "min")
 
     def __init__(self, cfg: InstructConfig, tokenizer, packing: bool):
         check_format(cfg.format)

@@ -1,0 +1,211 @@
+"""Extractive question answering: where in its context a question's answer starts and ends, or that it has none.
+
+questions (`data.windows`) -> one window per row -> two logits for every context token and the null slot -> loss per
+window, (start cross-entropy + end cross-entropy) / 2, the softmax over that window's own slots:
+
+    ids      q q n c1 c2 c3 E        slots  c1 c2 c3 E       targets: two of them, or E twice
+
+A question's answer is the best valid span over its windows, each measured against the null slot of its own window: a
+softmax per window leaves the level of its logits free, so windows compare by that difference only. Nothing is answered
+when the null slot wins by more than `null_threshold` and the data know unanswerable questions.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from finetune.config import QaConfig
+from finetune.data.collate import lm_batch
+from finetune.data.columns import Encoder, Store
+from finetune.data.packing import Rows, one_per_row
+from finetune.data.windows import SEPARATOR, QaEncoder
+from finetune.dist import World
+from finetune.errors import UserError
+from finetune.tasks.base import Batch, Model, flat_inputs
+from finetune.tasks.gather import Gathered
+from finetune.tasks.squad_metrics import best_threshold, score, summarise
+
+NOTHING = -1e30
+"""Score where there is no valid span; finite, so that differences stay numbers."""
+SHOWN_ANSWERS = 5
+"""Different answers kept of each question, the best first."""
+
+
+class QaTask:
+    head: str = "qa"
+    num_labels: int | None = None
+    better: tuple[str, str] = ("f1", "max")
+
+    def __init__(self, cfg: QaConfig, tokenizer):
+        _check(cfg)
+        self.cfg, self.tokenizer = cfg, tokenizer
+        self.unanswerable = False
+
+    def encoder(self) -> Encoder:
+        return QaEncoder(self.tokenizer, self.cfg)
+
+    def prepare(self, train: Store | None, previous: dict | None) -> None:
+        """Whether the model learns to answer nothing."""
+        if previous:
+            self.unanswerable = previous["unanswerable"]
+        elif train is not None:
+            self.unanswerable = bool((train.column("answers") == 0).any())
+
+    def rows(self, store: Store) -> Rows:
+        return one_per_row(store.offsets)
+
+    def collate(self, store: Store, rows: Rows, indices: list[int]) -> Batch:
+        """A flat batch with, per example, its slots among the tokens and the targets among its slots.
+
+            ids     q n c1 c2 E | q n c1 E       pool  2 3 4 7 8       sizes [3, 2]
+                                                 starts 0 1, ends 1 1: an answer c1 c2, and none (the null slot)
+        """
+        batch = lm_batch(store, rows, indices)
+        del batch["labels"]
+        examples, ends = batch["examples"], batch["cu_seqlens"][1:].astype(np.int64)
+        real = examples >= 0
+        first = np.where(real, store.column("context_at")[np.maximum(examples, 0)], 0).astype(np.int64)
+        begins = batch["cu_seqlens"][:-1] + first
+        targets = {name: np.where(real, store.column(column)[np.maximum(examples, 0)] - first, 0)
+                   for name, column in (("starts", "start"), ("ends", "end"))}
+        pool = np.concatenate([np.arange(a, b) for a, b in zip(begins, ends, strict=True)])
+        return batch | targets | {"pool": pool, "sizes": (ends - begins).tolist(), "weights": np.float32(real)}
+
+    def count(self, batch: Batch) -> int:
+        return int(batch["weights"].sum())
+
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        return (window_losses(self._slots(model, batch), batch) * batch["weights"]).sum()
+
+    def meter(self, store: Store, rows: Rows) -> QaMeter:
+        return QaMeter(self, store)
+
+    def describe(self) -> dict[str, Any]:
+        cfg = self.cfg
+        return {"max_length": cfg.max_length, "stride": cfg.stride, "max_answer_tokens": cfg.max_answer_tokens,
+                "n_best": cfg.n_best, "null_threshold": cfg.null_threshold, "unanswerable": self.unanswerable,
+                "separator": SEPARATOR, "null_slot": "a closing eos"}
+
+    def notes(self, store: Store) -> list[str]:
+        """What encoding did to the data, for people."""
+        window = np.asarray(store.column("window"))
+        several = int((window == 1).sum())
+        questions = int((window == 0).sum())
+        return [f"{several:,} of {questions:,} contexts are read in several windows: {len(store):,} in all"
+                ] if several else []
+
+    @staticmethod
+    def _slots(model: Model, batch: Batch) -> Tensor:
+        """Logits (B, longest, 2) of each window's slots, -inf behind its null slot."""
+        outputs = model(**flat_inputs(batch), positions=batch["pool"])
+        return pad_sequence(list(outputs.split(batch["sizes"])), batch_first=True, padding_value=float("-inf"))
+
+
+class QaMeter:
+    """Keeps the best spans of every window; `predictions` after `result`, one dict per question."""
+
+    def __init__(self, task: QaTask, store: Store):
+        self.task, self.store = task, store
+        self.found = Gathered()
+        self.predictions: list[dict[str, Any]] = []
+
+    def add(self, model: Model, batch: Batch) -> None:
+        slots = self.task._slots(model, batch)
+        losses = window_losses(slots, batch)
+        cfg = self.task.cfg
+        spans = [best_spans(window[:size], cfg.n_best, cfg.max_answer_tokens)
+                 for window, size in zip(slots.cpu().numpy(), batch["sizes"], strict=True)]
+        first, last, scores = (np.stack(column) for column in zip(*spans, strict=True))
+        self.found.add(example=batch["examples"].cpu().numpy(), loss=losses.double().cpu().numpy(),
+                       first=first, last=last, score=scores)
+
+    def result(self, world: World) -> dict[str, Any]:
+        found = self.found.together(world)
+        questions = self._questions(found)
+        answerable = [bool(q["answers"]) for q in questions]
+        null_allowed = self.task.unanswerable or not all(answerable)
+        for question in questions:
+            silent = null_allowed and question["no_answer_score"] > self.task.cfg.null_threshold
+            question["prediction"] = "" if silent else question["span"]
+        scores = [score(q["prediction"], q["answers"]) for q in questions]
+        metrics = {"loss": float(found["loss"].mean()), **summarise(scores, answerable), "windows": len(found["loss"])}
+        if not all(answerable):
+            spans = [score(q["span"], q["answers"])[1] for q in questions]
+            margins = [q["no_answer_score"] for q in questions]
+            metrics["best_null_threshold"], metrics["best_f1"] = best_threshold(spans, margins, answerable)
+        self.predictions = [_prediction(q, s) for q, s in zip(questions, scores, strict=True)] if world.main else []
+        return metrics
+
+    def _questions(self, found: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+        """Each question's best span over its windows, with its score against the null slot."""
+        first_windows = np.flatnonzero(self.store.column("window") == 0)
+        bounds = np.searchsorted(found["example"], np.append(first_windows, len(self.store)))
+        return [self._question(int(example), {name: values[a:b] for name, values in found.items()})
+                for example, (a, b) in zip(first_windows, pairwise(bounds), strict=True)]
+
+    def _question(self, example: int, windows: dict[str, np.ndarray]) -> dict[str, Any]:
+        question = json.loads(self.store.blob("question", example))
+        window, rank = np.unravel_index(np.argsort(-windows["score"], axis=None, kind="stable"), windows["score"].shape)
+        best: dict[str, float] = {}
+        for at in zip(window, rank, strict=True):
+            value = float(windows["score"][at])
+            if value < NOTHING / 2 or len(best) == SHOWN_ANSWERS:
+                break
+            span = int(windows["first"][at]), int(windows["last"][at])
+            best.setdefault(self._text(question["context"], int(windows["example"][at[0]]), *span), value)
+        span = next(iter(best), "")
+        return {"id": question["id"], "where": question["where"], "answers": question["answers"], "span": span,
+                "no_answer_score": -best.get(span, NOTHING), "n_best": best}
+
+    def _text(self, context: str, example: int, first: int, last: int) -> str:
+        """The characters of a span of slots, without the spaces that tokens carry in front."""
+        at = int(self.store.offsets[example]) + int(self.store.column("context_at")[example])
+        return context[self.store.column("char_start")[at + first]: self.store.column("char_end")[at + last]].strip()
+
+
+def window_losses(slots: Tensor, batch: Batch) -> Tensor:
+    """(B,): mean of start and end cross-entropy over each window's slots."""
+    start = F.cross_entropy(slots[..., 0], batch["starts"], reduction="none")
+    return (start + F.cross_entropy(slots[..., 1], batch["ends"], reduction="none")) / 2
+
+
+def best_spans(window: np.ndarray, n_best: int, max_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """First and last slots and scores against the null slot of a window's `n_best` valid spans, best first.
+
+    Valid: start <= end, at most `max_tokens` long, on context tokens. Candidates are the `n_best` starts and ends.
+
+    Args:
+        window: (slots, 2) start and end logits, the null slot last.
+    """
+    null, context = window[-1].sum(), window[:-1]
+    starts, ends = (np.argsort(-context[:, side], kind="stable")[:n_best] for side in (0, 1))
+    first, last = (grid.ravel() for grid in np.meshgrid(starts, ends, indexing="ij"))
+    valid = (first <= last) & (last - first < max_tokens)
+    first, last = first[valid], last[valid]
+    scores = context[first, 0] + context[last, 1] - null
+    order = np.argsort(-scores, kind="stable")[:n_best]
+    missing = (0, n_best - len(order))
+    return (np.pad(first[order], missing).astype(np.int32), np.pad(last[order], missing).astype(np.int32),
+            np.pad(scores[order], missing, constant_values=NOTHING).astype(np.float32))
+
+
+def _prediction(question: dict[str, Any], scores: tuple[float, float]) -> dict[str, Any]:
+    kept = {name: question[name] for name in ("id", "where", "prediction", "answers")}
+    n_best = [{"text": text, "score": round(value, 4)} for text, value in question["n_best"].items()]
+    return {**kept, "score": round(-question["no_answer_score"], 4), "exact_match": scores[0], "f1": scores[1],
+            "n_best": n_best}
+
+
+def _check(cfg: QaConfig) -> None:
+    for key in ("n_best", "max_answer_tokens"):
+        if getattr(cfg, key) < 1:
+            raise UserError(f"task.{key} = {getattr(cfg, key)} must be at least 1", remedy=f"Try task.{key}=20.")
+    if cfg.stride < 0:
+        raise UserError(f"task.stride = {cfg.stride} is negative", remedy="Try task.stride=128.")
