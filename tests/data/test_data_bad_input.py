@@ -224,6 +224,11 @@ def test_an_unreadable_file(tmp_path, toy):
         build_store(str(path), "train", toy)
 
 
+@pytest.fixture(scope="module")
+def text_encoder(tokenizer):
+    return TextEncoder(tokenizer, "text", None)
+
+
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
@@ -237,10 +242,10 @@ def test_an_unreadable_file(tmp_path, toy):
         ({}, "a.jsonl:2: field 'text' is missing; this record has no field at all"),
     ],
 )
-def test_missing_and_wrongly_typed_text(tmp_path, tokenizer, record, problem):
+def test_missing_and_wrongly_typed_text(tmp_path, text_encoder, record, problem):
     (tmp_path / "a.jsonl").write_bytes(GOOD + json.dumps(record).encode() + b"\n" + GOOD)
     with pytest.raises(UserError, match=problem):
-        build_store(str(tmp_path / "a.jsonl"), "train", TextEncoder(tokenizer, "text", None))
+        build_store(str(tmp_path / "a.jsonl"), "train", text_encoder)
 
 
 def mixed(tmp_path, bad: int):
