@@ -41,6 +41,15 @@ class Column:
     """numpy's name; of a category, the type of its index; of a blob, uint8."""
 
 
+class PartlyBad(UserError):
+    """A record of many parts (a SQuAD article) some of which are bad: the good ones' examples, and what is wrong."""
+
+    def __init__(self, examples: list[Example], faults: list[UserError]):
+        first = faults[0]
+        super().__init__(first.problem, first.where, first.remedy)
+        self.examples, self.faults = examples, faults
+
+
 class Encoder(Protocol):
     """Turns records into examples. `encode` is called from one thread at a time."""
 
@@ -52,7 +61,7 @@ class Encoder(Protocol):
         ...
 
     def encode(self, batch: list[tuple[str, dict]]) -> list[Union[list[Example], UserError]]:
-        """Per record its examples (none: skipped in silence) or what is wrong with it."""
+        """Per record its examples (none: skipped in silence) or what is wrong with it, or `PartlyBad`."""
         ...
 
 

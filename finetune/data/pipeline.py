@@ -14,7 +14,7 @@ from queue import Full, Queue
 from threading import Event, Thread
 from typing import Any
 
-from finetune.data.columns import Encoder, Example
+from finetune.data.columns import Encoder, Example, PartlyBad
 from finetune.data.records import Source
 from finetune.data.rows import Row
 from finetune.data.write import ColumnWriter, WriterThread
@@ -62,10 +62,12 @@ class BadRows:
         for row in batch:
             result = row if isinstance(row, UserError) else next(encoded)
             if isinstance(result, UserError):
-                self._refuse(result)
+                for fault in result.faults if isinstance(result, PartlyBad) else [result]:
+                    self._refuse(fault)
+                result = result.examples if isinstance(result, PartlyBad) else []
             else:
-                examples += result
                 accepted += 1
+            examples += result
         return examples, accepted
 
     def nothing_left(self, spec: str, documents: int) -> UserError:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from finetune.config import QaConfig
-from finetune.data.columns import Column, Example
+from finetune.data.columns import Column, Example, PartlyBad
 from finetune.data.fields import digest
 from finetune.data.rows import SKIP
 from finetune.data.squad import Question, questions
@@ -63,19 +63,17 @@ class QaEncoder:
 
     def _row(self, where: str, record: dict) -> list[Example] | UserError:
         found = list(questions(record, where))
-        fault = next((q for q in found if isinstance(q, UserError)), None)
-        if fault is not None:
-            return fault
         asked = [q for q in found if isinstance(q, Question)]
+        faults = [q for q in found if isinstance(q, UserError)]
         contexts = list(dict.fromkeys(q.context for q in asked))
         encoded = dict(zip(contexts, self._tokens(contexts), strict=True))
         examples: list[Example] = []
-        try:
-            for question, tokens in zip(asked, self._tokens([q.question for q in asked]), strict=True):
+        for question, tokens in zip(asked, self._tokens([q.question for q in asked]), strict=True):
+            try:
                 examples += self._windows(question, [*tokens.ids, *self._separator], encoded[question.context])
-        except UserError as error:
-            return error
-        return examples
+            except UserError as error:
+                faults.append(error)
+        return PartlyBad(examples, faults) if faults else examples
 
     def _windows(self, question: Question, prefix: list[int], context: Any) -> list[Example]:
         ids, chars = context.ids, np.array(context.offsets, np.int32).reshape(-1, 2)
