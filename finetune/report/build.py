@@ -17,11 +17,13 @@ from typing import Any
 from markupsafe import Markup
 
 from finetune.callbacks import Callback, RunInfo
+from finetune.metrics_log import write_json
+from finetune.redact import redact, redact_words
 from finetune.report import tables
 from finetune.report.charts import draw
 from finetune.report.curves import curves
 from finetune.report.data import sections
-from finetune.report.files import RunFiles, read_run
+from finetune.report.files import DATA, ENVIRONMENT, RunFiles, read_run
 
 PAGE, PICTURE, TEMPLATE = "report.html", "curves.png", "page.html"
 REBUILD_SECONDS = 30.0
@@ -60,7 +62,7 @@ def page_context(run: RunFiles) -> dict[str, Any]:
         "data": sections(run.data),
         "samples": tables.samples(run),
         "config": tables.config_rows(run),
-        "environment": tables.flat(run.env),
+        "environment": tables.environment_rows(run),
         "commands": tables.commands(run),
     }
 
@@ -74,6 +76,12 @@ class Report(Callback):
 
     def start(self, run: RunInfo) -> None:
         self.run_dir = run.run_dir
+        # The page is made from files alone, so what only this process knows becomes one.
+        if run.data:
+            write_json(run.run_dir / DATA, run.data)
+        known = {"world_size": run.world_size, "total_steps": run.total_steps, **run.extra}
+        known["overrides"] = redact_words([str(word) for word in run.extra.get("overrides") or []])
+        write_json(run.run_dir / ENVIRONMENT, redact(known))
 
     def evaluation(self, record: dict[str, Any]) -> None:
         if self.run_dir is not None and time.monotonic() - self.built >= REBUILD_SECONDS:

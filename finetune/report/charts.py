@@ -126,7 +126,7 @@ def label(value: float, unit: str, step: float = 0.0) -> str:
 def bytes_label(value: float) -> str:
     for name, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if abs(value) >= size:
-            return f"{value / size:.3g} {name}"
+            return f"{value / size:.4g} {name}"
     return f"{value:.0f} B"
 
 

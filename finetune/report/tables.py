@@ -142,6 +142,12 @@ def flat(value: Any, prefix: str = "") -> Rows:
     return [row for key, item in value.items() for row in flat(item, f"{prefix}.{key}" if prefix else str(key))]
 
 
+def environment_rows(run: RunFiles) -> Rows:
+    """Lists as one line each; empty values left out."""
+    shown = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in run.env.items()}
+    return flat({key: value for key, value in shown.items() if value not in ("", None)})
+
+
 def commands(run: RunFiles) -> Rows:
     """What one does next with this run, ready to paste."""
     folder = shlex.quote(str(run.run_dir))
