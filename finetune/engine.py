@@ -8,6 +8,7 @@ and decides nothing: stage and offload come from the planner through `ds_config`
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -41,14 +42,11 @@ def connect_deepspeed(world: World, message) -> None:
     deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
 
 
-def _op_folder() -> Path:
+def _op_is_built() -> bool:
     from torch.utils import cpp_extension
 
-    return Path(cpp_extension._get_build_directory("deepspeed_shm_comm_op", verbose=False))
-
-
-def _op_is_built() -> bool:
-    return any(_op_folder().glob("*.so"))
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    return any(Path(root).glob("**/deepspeed_shm_comm/*.so"))
 
 
 def _stale_lock() -> str | None:
@@ -62,8 +60,8 @@ def partitioned_build(config: dict, world: World) -> AbstractContextManager | No
     """zero.Init at stage 3: parameters are cut up as they are made, and no rank ever holds the model."""
     if config["zero_optimization"]["stage"] != 3:
         return None
-    dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float16 if config["fp16"]["enabled"] else torch.float32
-    return deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype, remote_device=_remote(config))
+    # No dtype: given one, DeepSpeed 0.19 ignores it on a CPU and silently makes everything bf16.
+    return deepspeed.zero.Init(config_dict_or_path=config, remote_device=_remote(config))
 
 
 def _remote(config: dict) -> str | None:
@@ -92,6 +90,12 @@ class Engine:
         # lr 0 until the first step: some wrappers take a step on zero gradients while they are built,
         # and with a learning rate that step would already decay the weights.
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=tuple(optim.betas), eps=optim.eps, fused=True)  # type: ignore[arg-type]
+        self.max_norm: float = config["gradient_clipping"]
+        self._bare = self.stage == 0 and not config["bf16"]["enabled"] and not config["fp16"]["enabled"]
+        self._norm: float | None = None
+        self._dropped = 0
+        if self._bare:
+            config = config | {"gradient_clipping": 0.0}
         self.ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         partitions.set_adam_step(self.ds, 0)
 
@@ -117,20 +121,37 @@ class Engine:
         """Count one micro-batch; on the last of the step clip, update and clear."""
         for group in self.ds.basic_optimizer.param_groups:
             group["lr"] = lr
+        if self._bare and self.ds.is_gradient_accumulation_boundary():
+            self._clip()
         self.ds.step()
 
+    def _clip(self) -> None:
+        """Clip whole fp32 gradients; a norm that is not finite drops the update.
+
+        Without a wrapper around the optimizer (stage 0, fp32) DeepSpeed neither reports the norm nor looks for
+        values that are not finite, and one such step would ruin the weights and both averages for good.
+        """
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        self._norm = float(norm)
+        if not math.isfinite(self._norm):
+            self.ds.zero_grad()
+            self._dropped += 1
+        elif self._norm > self.max_norm:
+            torch._foreach_mul_(gradients, self.max_norm / (self._norm + 1e-6))
+
     def grad_norm(self) -> float | None:
-        """Global gradient norm of the last step before clipping; None where DeepSpeed does not know it."""
-        norm = self.ds.get_global_grad_norm()
+        """Global gradient norm of the last step before clipping; nan when it was not finite."""
+        norm = self._norm if self._bare else self.ds.get_global_grad_norm()
         if norm is None:
             return None
         value = float(norm)
-        return value if math.isfinite(value) else math.nan
+        return value if math.isfinite(value) and value >= 0 else math.nan
 
     @property
     def skipped(self) -> int:
         """Steps that were not applied because a gradient was not finite."""
-        return int(self.ds.skipped_steps)
+        return int(self.ds.skipped_steps) + self._dropped
 
     def optimizer_bytes(self) -> dict[str, int]:
         """Bytes of optimizer states on this rank; see `partitions.optimizer_bytes`."""

@@ -21,10 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from finetune.config import ExportConfig
+from finetune.config import ExportConfig, ModelConfig
 from finetune.dist import World
 from finetune.engine import Engine
 from finetune.errors import RunFailed, UserError
+from finetune.gptj.load import DTYPES, draw, local_folder, meta_model, read_config
 from finetune.gptj.model import ARCHITECTURES
 
 REFERENCE_TOKENS = 64
@@ -127,6 +128,15 @@ def write_model(tensors: Iterable[tuple[str, Tensor]], config, info: ExportInfo,
     _write_json(folder / "config.json", values)
     _write_json(folder / "generation_config.json", {"bos_token_id": config.bos_token_id,
                                                     "eos_token_id": config.eos_token_id})
+
+
+def write_random_base(cfg: ModelConfig, head: str, seed: int, folder: Path, num_labels: int | None) -> None:
+    """The model that `model.init=random` started from, drawn again tensor by tensor."""
+    _fresh(folder)
+    config = read_config(local_folder(cfg), cfg, num_labels)
+    shapes = {name: tuple(p.shape) for name, p in meta_model(config, head).named_parameters()}
+    tensors = ((name, draw(name, shape, config, seed).to(DTYPES[cfg.dtype.value])) for name, shape in shapes.items())
+    write_model(tensors, config, ExportInfo("base", head, "", cfg.dtype.value, {}), folder, 5.0)
 
 
 def _dtype_name(short: str) -> str:

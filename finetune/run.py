@@ -23,7 +23,7 @@ from finetune.assets_path import resolve
 from finetune.callbacks import CallbackList, RunInfo
 from finetune.check import check
 from finetune.checkpoint import Checkpoints, TrainState, find_resume
-from finetune.config import Config, FullConfig, Offload
+from finetune.config import Config, FullConfig, Init, Offload
 from finetune.data.batches import StepBatches
 from finetune.data.columns import Store, open_store
 from finetune.data.order import Order
@@ -37,13 +37,13 @@ from finetune.engine import Engine, connect_deepspeed, partitioned_build, place_
 from finetune.environment import environment
 from finetune.errors import EXIT_DONE, EXIT_PREEMPTED, RunFailed, UserError, gib
 from finetune.evaluate import evaluate
-from finetune.export import ExportInfo, export_run
+from finetune.export import ExportInfo, export_run, write_random_base
 from finetune.gptj.attention import pick_attention
 from finetune.gptj.load import DTYPES, build_model, local_folder
 from finetune.metrics_log import MetricsLog
 from finetune.plan import Plan, measure_machine, plan, render_table
 from finetune.redact import redact
-from finetune.report import Report
+from finetune.report import Report, build_report
 from finetune.sample import sample_texts
 from finetune.shape import load_shape
 from finetune.signals import StopRequest
@@ -56,19 +56,23 @@ from finetune.trainer import Hooks, Result, Trainer
 def run(cfg: Config) -> int:
     """Train as `cfg` says; every rank calls this. Returns the process's exit code."""
     world = dist.connect(cfg.train.threads)
+    result = run_in(world, cfg)
+    dist.disconnect()
+    return EXIT_PREEMPTED if result.status == "preempted" else EXIT_DONE
+
+
+def run_in(world: World, cfg: Config) -> Result:
+    """One run among the ranks of `world`. A failure leaves result.json and the page behind, then is raised."""
     silence_libraries(cfg.verbose, world.rank)
-    cuda = world.device.type == "cuda"
-    check(cfg, world.size, cuda)
+    check(cfg, world.size, world.device.type == "cuda")
     run_dir = _run_dir(cfg, world)
     display = Display() if world.main else None
     try:
-        result = _run(cfg, world, run_dir, display)
+        return _run(cfg, world, run_dir, display)
     except BaseException as error:
         if world.main:
             _record_failure(run_dir, error, display)
         raise
-    dist.disconnect()
-    return EXIT_PREEMPTED if result.status == "preempted" else EXIT_DONE
 
 
 def _run(cfg: Config, world: World, run_dir: Path, display: Display | None) -> Result:
@@ -232,7 +236,9 @@ def _module(cfg: Config, task: Task, config: dict, world: World, display: Displa
 
 
 def _base_name(cfg: Config) -> str:
-    """How others find the base model: an absolute path, or the hub id."""
+    """How others find the base model: an absolute path, or the hub id; a random base is written beside the export."""
+    if cfg.model.init is Init.random:
+        return str(Path(cfg.run_dir or ".") / "base")
     path = Path(resolve(cfg.model.path)).expanduser()
     return str(path.absolute()) if path.is_dir() else cfg.model.path
 
@@ -240,7 +246,7 @@ def _base_name(cfg: Config) -> str:
 def _identity(cfg: Config, store: Store) -> dict[str, Any]:
     """What must be the same for a resumed run to be the same run."""
     return {"data": store.fingerprint, "seed": cfg.seed, "global_batch": cfg.train.global_batch,
-            "packing": cfg.train.packing, "max_length": cfg.task.max_length, "model": _base_name(cfg),
+            "packing": cfg.train.packing, "max_length": cfg.task.max_length, "model": f"{cfg.model.init.value} {cfg.model.path}",
             "dtype": cfg.model.dtype.value, "adapter": str(cfg.adapter), "optim": str(cfg.optim)}
 
 
@@ -252,7 +258,7 @@ def _callbacks(cfg: Config, run_dir: Path, state: TrainState, display: Display |
             (run_dir / old).unlink(missing_ok=True)
     metrics_log.truncate(run_dir / metrics_log.METRICS, state.step)
     metrics_log.truncate(run_dir / metrics_log.SAMPLES, state.step)
-    callbacks = CallbackList([MetricsLog(run_dir), display, *build_trackers(cfg.tracker), Report(run_dir)])
+    callbacks = CallbackList([MetricsLog(run_dir), display, *build_trackers(cfg.tracker), Report()])
     callbacks.restore(state.callbacks)
     return callbacks
 
@@ -327,9 +333,8 @@ def _run_info(cfg: Config, run_dir: Path, state: TrainState, length: Length, par
         data["eval"] = eval_store.stats
     if world.main:
         metrics_log.write_json(run_dir / "data_stats.json", data)
-        metrics_log.write_json(run_dir / "environment.json", environment(world.size, world.device))
     return RunInfo(run_dir, cfg.name, length.steps, state.step, plain_config(cfg), parameters, world.size,
-                   state.step > 0, planned.to_json(), data)
+                   state.step > 0, planned.to_json(), data, environment(world.size, world.device))
 
 
 def _export(cfg: Config, engine: Engine, tokenizer, task: Task, store: Store, result: Result, run_dir: Path,
@@ -340,6 +345,9 @@ def _export(cfg: Config, engine: Engine, tokenizer, task: Task, store: Store, re
     say("exporting and verifying in a fresh process")
     card = {"recipe": cfg.name, "data": cfg.data.train, "steps": result.step, "tokens": result.tokens,
             "training loss": result.loss, "evaluation": result.eval.get("loss")}
+    if cfg.model.init is Init.random and not isinstance(cfg.adapter, FullConfig):
+        # An adapter is worth nothing without the very weights it was trained on, and nobody else has these.
+        world.on_main(lambda: write_random_base(cfg.model, task.head, cfg.seed, run_dir / "base", task.num_labels))
     info = ExportInfo(cfg.name, task.head, _base_name(cfg), cfg.model.dtype.value,
                       task.describe() | ({"num_labels": task.num_labels} if task.num_labels else {}), card)
     return export_run(engine, tokenizer, info, cfg.export, _reference_texts(store), run_dir / "export", world)
@@ -389,6 +397,6 @@ def _record_failure(run_dir: Path, error: BaseException, display: Display | None
             "tokens": last.get("tokens", 0), "seconds": 0.0, "tokens_per_second": 0.0,
             "peak_host_bytes": memory_watch.peak_host_bytes(), "start_host_bytes": 0, "peak_gpu_bytes": 0,
             "world_size": 0, "zero_stage": None, "export": None, "error": text})
-        Report(run_dir).finish({})
+        build_report(run_dir)
     except Exception:
         return

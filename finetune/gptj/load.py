@@ -214,6 +214,12 @@ def build_model(cfg: ModelConfig, head: str, *, device: torch.device, seed: int,
     return model
 
 
+def meta_model(config: GPTJConfig, head: str) -> nn.Module:
+    """The module without memory behind its parameters: names and shapes."""
+    with _no_init(), torch.device("meta"):
+        return HEADS[head](copy_config(config))
+
+
 def _check_names(source: Weights, wanted: dict[str, tuple[int, ...]], folder: Path) -> None:
     """Every parameter of the body must be there in its shape; heads may be new, nothing may be left over."""
     heads = ("lm_head.", "score.", "qa_outputs.")

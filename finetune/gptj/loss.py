@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from finetune.data.constants import IGNORE
 
-LOSS_CHUNK = 1024
+LOSS_CHUNK = 256
 """Rows (tokens) per chunk."""
 
 
@@ -70,9 +70,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_hidden = torch.zeros_like(hidden) if want_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
+        scratch = _Scratch(weight, hidden.device)
         for rows in _scored_rows(labels):
             part, target = hidden[rows], labels[rows, None]
-            logprobs = F.linear(part, weight, bias).log_softmax(-1, dtype=torch.float32)
+            logits, logprobs = scratch.forward(part, weight, bias)
             total -= logprobs.gather(1, target).sum()
             if not (want_hidden or want_weight or want_bias):
                 continue
@@ -80,7 +81,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
             if d_bias is not None:
                 d_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
+            grad = grad if logits.dtype == torch.float32 else logits.copy_(grad)
             if d_hidden is not None:
                 d_hidden[rows] = grad @ weight
             if d_weight is not None:
@@ -99,6 +100,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if d_bias is None else d_bias.mul_(scale).to(bias_dtype),
             None,
         )
+
+
+class _Scratch:
+    """The two (chunk, V) buffers of the loop, allocated once: fresh ones would be paged in anew for every chunk."""
+
+    def __init__(self, weight: Tensor, device: torch.device):
+        self.weight, self.device = weight, device
+        self.logits: Tensor | None = None
+        self.logprobs: Tensor | None = None
+
+    def forward(self, part: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits in the model's precision and their fp32 log-softmax."""
+        if self.logits is None or self.logprobs is None:
+            shape = (part.shape[0], weight.shape[0])
+            self.logits = torch.empty(shape, dtype=part.dtype, device=self.device)
+            self.logprobs = torch.empty(shape, dtype=torch.float32, device=self.device)
+        logits, logprobs = self.logits[: part.shape[0]], self.logprobs[: part.shape[0]]
+        if bias is None:
+            torch.mm(part, weight.T, out=logits)
+        else:
+            torch.addmm(bias, part, weight.T, out=logits)
+        torch.log_softmax(logits, -1, dtype=torch.float32, out=logprobs)
+        return logits, logprobs
 
 
 def _accumulate(total: Tensor, grad: Tensor, hidden: Tensor) -> None:

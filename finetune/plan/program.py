@@ -1,0 +1,33 @@
+"""`launch/plan.py`: compose, measure or imagine the machine, plan, print. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from finetune.app import Composed, settle
+from finetune.check import planning_problems
+from finetune.errors import EXIT_DONE, EXIT_FAILED
+from finetune.plan.choose import plan
+from finetune.plan.machine import measure_machine
+from finetune.plan.table import render_table
+from finetune.shape import load_shape
+
+HEADS = {"ClassifyConfig": "classify", "QaConfig": "qa"}
+
+
+def run(composed: Composed) -> int:
+    """Print the plan; exit code 0 when it fits, 1 when nothing does."""
+    cfg = settle(composed)
+    machine = measure_machine(cfg.machine)
+    ranks = max(1, machine.gpus)
+    planning_problems(cfg, ranks, machine.gpus > 0)
+    labels = len(getattr(cfg.task, "labels", None) or []) or 2
+    shape = load_shape(cfg.model.path, HEADS.get(type(cfg.task).__name__, "lm"), labels)
+    found = plan(cfg, machine, shape, ranks)
+    if cfg.plan.picture:
+        from finetune.plan.picture import draw
+
+        draw(found, Path(cfg.plan.picture).expanduser())
+    print(json.dumps(found.to_json(), indent=1) if cfg.plan.format == "json" else render_table(found))
+    return EXIT_DONE if found.fits else EXIT_FAILED

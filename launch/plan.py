@@ -1,0 +1,12 @@
+"""Will it fit? `python launch/plan.py recipe=R [k=v ...]`. No GPU, no weights, no torch."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if __name__ == "__main__":
+    from finetune.app import main
+    from finetune.plan.program import run
+
+    sys.exit(main(run, "plan"))
