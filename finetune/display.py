@@ -22,6 +22,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -96,7 +97,7 @@ class Phase:
         self.done = 0.0
         self.started = self.printed = time.monotonic()
         self.bar: Progress | None = _phase_bar(console) if console.is_terminal else None
-        self.task = self.bar.add_task(name, total=total) if self.bar else None
+        self.task = self.bar.add_task(name, total=total) if self.bar else TaskID(0)
 
     def advance(self, n: float = 1) -> None:
         self.update(self.done + n)

@@ -55,5 +55,6 @@ def _rusage_bytes() -> int:
 def _cuda():
     """torch.cuda when a program already uses it; asking must not create a CUDA context or import torch."""
     torch = sys.modules.get("torch")
-    usable = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
-    return torch.cuda if usable else None
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None
+    return torch.cuda

@@ -116,10 +116,10 @@ def tested_versions() -> Check:
         return yellow("versions", f"{DISTRIBUTION} is not installed: its ranges are unknown", "pip install -e .")
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist") or []]
     wanted = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
-    found = {r.name: package_version(r.name) for r in wanted}
-    missing = [r.name for r in wanted if found[r.name] is None]
-    outside = [f"{r.name} {found[r.name]} (tested {r.specifier})" for r in wanted
-               if found[r.name] and not r.specifier.contains(found[r.name], prereleases=True)]
+    found = [(r, package_version(r.name)) for r in wanted]
+    missing = [r.name for r, version in found if version is None]
+    outside = [f"{r.name} {version} (tested {r.specifier})" for r, version in found
+               if version is not None and not r.specifier.contains(version, prereleases=True)]
     if missing:
         return red("versions", f"missing: {', '.join(missing)}", "pip install -e .")
     if outside:

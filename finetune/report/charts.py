@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeGuard
 
 WIDTH, HEIGHT = 1000.0, 400.0
 MAX_POINTS = 800
@@ -66,7 +66,7 @@ def column(records: list[dict[str, Any]], key: str) -> list[Point]:
     return [(float(record["step"]), float(record[key])) for record in records if is_number(record.get(key))]
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

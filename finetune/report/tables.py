@@ -93,7 +93,7 @@ def groups(run: RunFiles) -> Table | None:
     with_groups = [record for record in run.evals if record.get("subsets") or record.get("per_class")]
     if not with_groups:
         return None
-    first, last = (record.get("subsets") or record.get("per_class") for record in (with_groups[0], with_groups[-1]))
+    first, last = (record.get("subsets") or record["per_class"] for record in (with_groups[0], with_groups[-1]))
     rows_of = {str(name): row for name, row in last.items() if isinstance(row, dict)}
     names = list(dict.fromkeys(key for row in rows_of.values() for key in row))
     changed = len(with_groups) > 1 and "loss" in names
@@ -249,5 +249,5 @@ def _ratio(measured: float | None, expected: float | None) -> str:
 
 
 def _change(before: Any, now: dict[str, Any]) -> str:
-    losses = ((before or {}).get("loss") if isinstance(before, dict) else None, now.get("loss"))
-    return f"{losses[1] - losses[0]:+.4f}" if all(map(is_number, losses)) else "-"
+    old, new = before.get("loss") if isinstance(before, dict) else None, now.get("loss")
+    return f"{new - old:+.4f}" if is_number(old) and is_number(new) else "-"
