@@ -105,9 +105,9 @@ def windows(ends: list[int], max_length: int) -> list[tuple[int, int, int]]:
 def prompt_ids(template: Template, tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message]) -> list[int]:
     """What a model reads before it answers: the ids that training put before a completion."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    pieces = TextTokenizer(tokenizer)(template.pieces(messages, "prompt"))
+    pieces = tokenizer(template.pieces(messages, "prompt"), add_special_tokens=False)["input_ids"]
     eos = cast(int, tokenizer.eos_token_id)
-    return [i for n, piece in enumerate(pieces) for i in (*piece, *([eos] if n % 2 else []))]
+    return [i for n, piece in enumerate(cast(list, pieces)) for i in (*piece, *([eos] if n % 2 else []))]
 
 
 def _window(ids: np.ndarray, scored: np.ndarray, begin: int, scored_from: int, end: int) -> Example:

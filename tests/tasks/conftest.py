@@ -1,0 +1,57 @@
+"""The real tokenizer once per session, a cache of its own for every test, and tasks built from literal rows."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+
+import pytest
+from task_setup import Made
+
+from finetune.data import dialogue, labels, windows
+from finetune.data.store import build_store
+from finetune.data.tokenizer import load_tokenizer
+from finetune.tasks import build_task
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_tokenizer(None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tokenizers_once():
+    """Copying and hashing 50400 entries takes a second; the tests' encoders share one copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((dialogue, "TextTokenizer"), (labels, "TextTokenizer"), (windows, "_OffsetTokenizer"),
+                             (windows, "tokenizer_fingerprint")):
+            patch.setattr(module, name, lru_cache(None)(getattr(module, name)))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def make(tokenizer, tmp_path):
+    """make(cfg, rows, eval_rows=None): task, store and rows of literal records, by the way that training takes."""
+
+    def write(name, records):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        return str(path)
+
+    def made(cfg, records, eval_records=None, packing=True, previous=None, on_bad_row="error"):
+        task = build_task(cfg, tokenizer, packing)
+        if previous:
+            task.prepare(None, previous)
+        store = build_store(write("train", records), "train", task.encoder(), on_bad_row=on_bad_row)
+        if not previous:
+            task.prepare(store, None)
+        if eval_records is not None:
+            store = build_store(write("eval", eval_records), "train", task.encoder(), on_bad_row=on_bad_row)
+        return Made(task, store, task.rows(store))
+
+    return made

@@ -1,0 +1,197 @@
+"""Instructions: exact ids and labels for every layout, truncation, packing, and the loss against Hugging Face's."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from task_setup import EOS, NEWLINE, assert_same_gradients, evaluate_on, models
+
+from finetune.assets_path import resolve
+from finetune.config import InstructConfig
+from finetune.data.dialogue import windows
+from finetune.data.packing import efficiency
+from finetune.data.store import build_store
+from finetune.preview import preview
+from finetune.tasks import build_task
+
+SUM = [17, 10, 17, 30]  # "2+2?"
+FOUR = 19
+USER, ASSISTANT = [12982, 25], [NEWLINE, NEWLINE, 48902, 25]  # "User:" and "\n\nAssistant:"
+HI, HELLO, BYE, CIAO, NICE = [15902], [18435], [47843], [327, 13481], [3856, 3621, 13]
+
+PROMPT = {"prompt": "2+2?", "completion": "4"}
+MESSAGES = {"messages": [{"role": "system", "content": "Be nice."}, {"role": "user", "content": "Hi"},
+                         {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Bye"},
+                         {"role": "assistant", "content": "Ciao"}, {"role": "user", "content": "Still there?"}]}
+SHAREGPT = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+ALPACA = {"instruction": "Add.", "input": "2+2", "output": "4"}
+
+
+def plain(**options) -> InstructConfig:
+    return InstructConfig(template="plain", **options)
+
+
+def chat(**options) -> InstructConfig:
+    return InstructConfig(template="chat", **options)
+
+
+def test_a_prompt_and_its_completion(make):
+    made = make(plain(), [PROMPT])
+    assert made.example(0) == {"ids": [*SUM, FOUR, EOS], "scored": [0, 0, 0, 0, 1, 1], "cut": 0}
+    batch = made.batch()
+    assert batch["labels"].tolist() == [-100, -100, -100, FOUR, EOS, -100]  # shifted: labels[t] follows token t
+    assert made.task.count(batch) == 2 and batch["tokens"] == 6
+
+
+def test_messages_score_every_turn_of_the_assistant_and_its_eos(make):
+    made = make(chat(), [MESSAGES])
+    first = [*NICE, NEWLINE, NEWLINE, *USER, *HI, *ASSISTANT]
+    second = [NEWLINE, NEWLINE, *USER, *BYE, *ASSISTANT]
+    assert made.example(0) == {
+        "ids": [*first, *HELLO, EOS, *second, *CIAO, EOS],  # what stands behind the last answer is left out
+        "scored": [0] * len(first) + [1, 1] + [0] * len(second) + [1, 1, 1], "cut": 0}
+
+
+def test_sharegpt_and_alpaca_rows_are_the_same_conversation(make):
+    made = make(chat(), [SHAREGPT, ALPACA])
+    assert made.example(0)["ids"] == [*USER, *HI, *ASSISTANT, *HELLO, EOS]
+    assert made.example(1)["ids"] == [12982, 25, 3060, 13, NEWLINE, NEWLINE, 17, 10, 17, *ASSISTANT, 604, EOS]
+    assert made.example(1)["scored"] == [0] * 13 + [1, 1]
+
+
+def test_layouts_are_recognised_row_by_row_or_named(make):
+    mixed = make(plain(), [PROMPT, MESSAGES, SHAREGPT, ALPACA])
+    for i, (name, row) in enumerate([("prompt", PROMPT), ("messages", MESSAGES), ("sharegpt", SHAREGPT),
+                                     ("alpaca", ALPACA)]):
+        assert make(plain(format=name), [row]).example(0) == mixed.example(i)
+    renamed = make(plain(prompt_field="q.text", completion_field="a"), [{"q": {"text": "2+2?"}, "a": "4"}])
+    assert renamed.example(0) == mixed.example(0)
+
+
+def test_the_default_is_alpaca(make):
+    made = make(InstructConfig(), [PROMPT])
+    ids = made.example(0)["ids"]
+    assert made.task.tokenizer.decode(ids).endswith("\n\n### Instruction:\n2+2?\n\n### Response:\n4<|endoftext|>")
+    assert ids[-3:] == [NEWLINE, FOUR, EOS]
+    assert made.example(0)["scored"] == [0] * (len(ids) - 2) + [1, 1]
+
+
+def test_a_too_long_prompt_loses_tokens_from_its_left_and_is_counted(make):
+    made = make(plain(max_length=8), [{"prompt": "a b c d e f", "completion": "2+2?"}, PROMPT])
+    assert made.example(0) == {"ids": [288, 304, 277, *SUM, EOS], "scored": [0, 0, 0, 1, 1, 1, 1, 1], "cut": 3}
+    assert made.task.notes(made.store) == [
+        "1 of 2 prompts lost tokens from their left: 3 in all (task.max_length = 8)"]
+    barely = make(plain(max_length=6), [{"prompt": "a b c d e f", "completion": "2+2?"}])
+    assert barely.example(0) == {"ids": [277, *SUM, EOS], "scored": [0, 1, 1, 1, 1, 1], "cut": 5}
+
+
+def test_a_too_long_conversation_scores_every_completion_once(make):
+    turns = [("a b", "c"), ("d", "e f"), ("2+2?", "4")]
+    row = {"conversations": [{"from": who, "value": text} for pair in turns
+                             for who, text in zip(("human", "gpt"), pair, strict=True)]}
+    whole = make(plain(), [row])
+    assert whole.example(0)["ids"] == [64, 275, 66, EOS, 67, 68, 277, EOS, *SUM, FOUR, EOS]
+    made = make(plain(max_length=8), [row])
+    assert [made.example(i) for i in range(len(made.store))] == [
+        {"ids": [64, 275, 66, EOS, 67, 68, 277, EOS], "scored": [0, 0, 1, 1, 0, 1, 1, 1], "cut": 0},
+        # Filled up with what was said before, which is not scored again.
+        {"ids": [277, EOS, *SUM, FOUR, EOS], "scored": [0, 0, 0, 0, 0, 0, 1, 1], "cut": 6}]
+
+
+def test_windows_cover_every_turn_once():
+    assert windows([4, 8, 12], 12) == [(0, 0, 12)]
+    assert windows([4, 8, 12], 11) == [(0, 0, 8), (1, 8, 12)]
+    assert windows([20, 24], 8) == [(12, 0, 20), (16, 20, 24)]
+
+
+def test_a_file_with_a_chat_template(make, tmp_path):
+    path = tmp_path / "mine.jinja"
+    path.write_text("{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{{ eos_token }}{% endfor %}"
+                    "{% if add_generation_prompt %}a:{% endif %}")
+    made = make(InstructConfig(template=str(path)), [PROMPT])
+    assert made.example(0)["ids"] == [84, 25, *SUM, EOS, 64, 25, FOUR, EOS]
+    assert made.example(0)["scored"] == [0] * 9 + [1, 1]
+
+
+def test_the_template_travels_with_the_description(make, tokenizer, tmp_path):
+    path = tmp_path / "mine.jinja"
+    path.write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    described = make(InstructConfig(template=str(path)), [PROMPT]).task.describe()
+    path.unlink()
+    again = build_task(InstructConfig(), tokenizer, True)
+    again.prepare(None, described)
+    assert again.template.text == "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    assert tokenizer.decode(again.prompt_ids("2+2?")) == "<2+2?>"
+    assert again.describe() == described
+
+
+def test_real_rows_fill_97_percent_of_the_positions(tokenizer, tmp_path):
+    for max_length in (512, 1024):
+        task = build_task(InstructConfig(max_length=max_length), tokenizer, True)
+        store = build_store(resolve("asset:data/instruct/train.jsonl"), "train", task.encoder())
+        rows = task.rows(store)
+        assert efficiency(rows, max_length) >= 0.97
+        assert sorted(rows.examples.tolist()) == list(range(len(store)))
+
+
+ROWS = [PROMPT, MESSAGES, SHAREGPT, ALPACA, {"prompt": "a b c d e f", "completion": "Ciao"}]
+
+
+def _reference(theirs, made) -> tuple[torch.Tensor, int]:
+    """Sum and count over conversations, one at a time, from Hugging Face's logits."""
+    total, count = torch.zeros(()), 0
+    for i in range(len(made.store)):
+        example = made.example(i)
+        ids, scored = torch.tensor([example["ids"]]), torch.tensor(example["scored"])
+        logits = theirs(input_ids=ids, use_cache=False).logits[0]
+        targets = torch.where(scored[1:] == 1, ids[0, 1:], -100)
+        total = total + F.cross_entropy(logits[:-1], targets, reduction="sum")
+        count += int(scored.sum())
+    return total, count
+
+
+def test_packed_and_unpacked_equal_hugging_face_one_conversation_at_a_time(make):
+    ours, theirs = models("lm")
+    for packing, max_length in ((True, 64), (False, 64), (True, 32)):
+        made = make(chat(max_length=max_length), ROWS, packing=packing)
+        if packing:
+            assert len(made.rows) < len(ROWS)
+        expected, count = _reference(theirs, made)
+        loss = made.loss(ours)
+        assert made.task.count(made.batch()) == count
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+        for model in (ours, theirs):
+            model.zero_grad()
+        loss.backward()
+        expected.backward()
+        assert_same_gradients(ours, theirs)
+
+
+def test_a_rank_without_rows_takes_part_with_loss_zero(make):
+    ours, _ = models("lm")
+    made = make(plain(), [PROMPT])
+    loss = made.loss(ours, [])
+    loss.backward()
+    assert float(loss.detach()) == 0 and made.task.count(made.batch([])) == 0 and made.batch([])["tokens"] == 0
+    assert all(not p.grad.any() for p in ours.parameters() if p.grad is not None)
+
+
+def test_one_rank_and_three_report_the_same(make):
+    ours, _ = models("lm")
+    made = make(chat(), ROWS, packing=False)
+    (alone,), _ = evaluate_on(1, ours, made)
+    several, _ = evaluate_on(3, ours, made, batch=1)
+    assert several[0] == several[1] == several[2]
+    assert several[0]["tokens"] == alone["tokens"] == sum(sum(made.example(i)["scored"]) for i in range(5))
+    assert abs(several[0]["loss"] - alone["loss"]) < 1e-6 * alone["loss"]
+
+
+def test_a_preview_that_a_person_can_check(make):
+    made = make(chat(max_length=24), [SHAREGPT, PROMPT])
+    assert preview(made.task, made.store, made.rows, made.task.tokenizer, 2) == (
+        "-- row 0, example 0: 9 tokens, 2 scored\n"
+        "User: Hi\\n\n\\n\nAssistant:\n"
+        "⟦ Hello<|endoftext|>⟧\n\n"
+        "-- row 0, example 1: 12 tokens, 2 scored\n"
+        "User: 2+2?\\n\n\\n\nAssistant:\n"
+        "⟦ 4<|endoftext|>⟧")

@@ -1,0 +1,107 @@
+"""Templates: exact texts, what is scored, and what a foreign template may and may not do."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune.data.dialogue import prompt_ids
+from finetune.data.template import FOLDER, Template, load_template
+from finetune.errors import UserError
+
+EOS = "<|endoftext|>"
+ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+ALPACA_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further context. "
+                "Write a response that appropriately completes the request.")
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+ONE = [turn("user", "2+2?"), turn("assistant", "4")]
+TWO = [turn("system", "Be nice."), turn("user", "Hi"), turn("assistant", "Hello"), turn("user", "Bye"),
+       turn("assistant", "Ciao")]
+WITH_INPUT = [{"role": "user", "content": "Add.\n\n2+2", "instruction": "Add.", "input": "2+2"}, turn("assistant", "4")]
+
+EXPECTED = {
+    ("alpaca", "ONE"): [f"{ALPACA}\n\n### Instruction:\n2+2?\n\n### Response:\n", "4"],
+    ("alpaca", "WITH_INPUT"): [f"{ALPACA_INPUT}\n\n### Instruction:\nAdd.\n\n### Input:\n2+2\n\n### Response:\n", "4"],
+    ("alpaca", "TWO"): ["Be nice.\n\n### Instruction:\nHi\n\n### Response:\n", "Hello",
+                        "\n\n### Instruction:\nBye\n\n### Response:\n", "Ciao"],
+    ("chat", "ONE"): ["User: 2+2?\n\nAssistant:", " 4"],
+    ("chat", "WITH_INPUT"): ["User: Add.\n\n2+2\n\nAssistant:", " 4"],
+    ("chat", "TWO"): ["Be nice.\n\nUser: Hi\n\nAssistant:", " Hello", "\n\nUser: Bye\n\nAssistant:", " Ciao"],
+    ("plain", "ONE"): ["2+2?", "4"],
+    ("plain", "WITH_INPUT"): ["Add.\n\n2+2", "4"],
+    ("plain", "TWO"): ["Be nice.Hi", "Hello", "Bye", "Ciao"],
+}
+
+
+@pytest.mark.parametrize(("name", "messages"), EXPECTED)
+def test_shipped_templates_write_exactly_this(name, messages):
+    pieces = load_template(name, EOS).pieces(globals()[messages], "here")
+    assert pieces == EXPECTED[name, messages]
+
+
+def test_every_shipped_template_is_tested():
+    assert {path.stem for path in FOLDER.glob("*.jinja")} == {name for name, _ in EXPECTED}
+
+
+@pytest.mark.parametrize("name", ["alpaca", "chat", "plain"])
+def test_generation_reads_what_training_put_before_the_completion(name, tokenizer):
+    template = load_template(name, EOS)
+    asked = prompt_ids(template, tokenizer, TWO[:4])
+    first, answer, second, _ = (tokenizer(text)["input_ids"] for text in template.pieces(TWO, "here"))
+    assert asked == [*first, *answer, tokenizer.eos_token_id, *second]
+    assert prompt_ids(template, tokenizer, "2+2?") == tokenizer(EXPECTED[name, "ONE"][0])["input_ids"]
+
+
+CHATML = """{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}
+<|im_end|>{{ eos_token }}
+{% endfor %}
+{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def test_a_foreign_chat_template_from_a_file(tmp_path):
+    path = tmp_path / "chatml.jinja"
+    path.write_text(CHATML)
+    template = load_template(str(path), EOS, "<s>")
+    # Its own eos ends the completion; what it writes behind belongs to the next prompt.
+    assert template.pieces(TWO[1:], "here") == [
+        "<s><|im_start|>user\nHi<|im_end|><|endoftext|>\n<|im_start|>assistant\n", "Hello<|im_end|>",
+        "\n<|im_start|>user\nBye<|im_end|><|endoftext|>\n<|im_start|>assistant\n", "Ciao<|im_end|>"]
+
+
+def test_it_reads_as_transformers_reads_it(tokenizer):
+    ours = Template("chatml", CHATML, EOS, tokenizer.bos_token)
+    theirs = tokenizer.apply_chat_template(TWO[1:], chat_template=CHATML, tokenize=False)
+    first, answer, second, last = ours.pieces(TWO[1:], "here")
+    assert theirs == first + answer + EOS + second + last + EOS + "\n"
+    asked = tokenizer.apply_chat_template(TWO[1:4], chat_template=CHATML, tokenize=False, add_generation_prompt=True)
+    assert asked == first + answer + EOS + second
+
+
+REFUSED = {
+    "no valid Jinja": "{% for m in messages %}",
+    "'nothing' is undefined": "{{ nothing.at_all }}",
+    "only user turns please": "{{ raise_exception('only user turns please') }}",
+    "leaves out the assistant's words": "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+    "writes earlier turns differently": "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
+    "access to attribute": "{{ ''.__class__.__mro__ }}",
+    "Range too big": "{% for i in range(10**9) %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("problem", REFUSED)
+def test_a_broken_template_is_refused_before_any_row_is_read(problem):
+    with pytest.raises(UserError, match=problem) as error:
+        Template("mine", REFUSED[problem], EOS)
+    assert "task.template=alpaca" in error.value.remedy
+
+
+def test_an_unknown_name_lists_those_that_are_there():
+    with pytest.raises(UserError, match="no template 'vicuna'") as error:
+        load_template("vicuna", EOS)
+    assert "alpaca, chat, plain" in error.value.remedy
