@@ -109,8 +109,9 @@ def _partitioned(job: Job, option: Option, rank: int) -> States:
     element = job.work.element_bytes
     partition = sum(_flat(job)) // job.world_size
     sums_in_fp32 = job.work.accumulation_bytes != element
-    owned = 4 * partition if sums_in_fp32 else element * _touched(job, rank)
-    kept = _kept(job, option, owned)
+    touched, padding = _touched(job, rank)
+    owned = 4 * partition if sums_in_fp32 else element * (touched + padding)
+    kept = _kept(job, option, owned if sums_in_fp32 else element * touched)
     step = 0 if sums_in_fp32 else partition * (element + (4 if element == 2 else 0))
     optimizer, weights = _flat_optimizer(job), _flat_weights(job)
     if option.offload_optimizer == "none":
@@ -164,18 +165,18 @@ def _unreduced(job: Job, option: Option) -> int:
     return job.work.element_bytes * large * (job.world_size - 1) // job.world_size
 
 
-def _touched(job: Job, rank: int) -> int:
-    """Elements of the tensors that reach into this rank's partitions, whole, plus the padding at the end.
+def _touched(job: Job, rank: int) -> tuple[int, int]:
+    """Elements of the tensors that reach into this rank's partitions, whole, and the padding added for the step.
 
     `copy_grads_in_partition` allocates every such tensor at its full size, also where a neighbour owns a part.
     """
-    total = 0
+    touched = padding = 0
     for group, flat in zip(job.trainable_groups, _flat(job), strict=True):
         size = flat // job.world_size
         start, end, position = rank * size, (rank + 1) * size, 0
         for numel in group:
             if position < end and position + numel > start:
-                total += numel
+                touched += numel
             position += numel
-        total += max(0, end - max(start, position))
-    return total
+        padding += max(0, end - max(start, position))
+    return touched, padding
