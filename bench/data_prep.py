@@ -19,6 +19,7 @@ import resource
 import sys
 import tempfile
 import time
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def run_clm(file: Path, folder: Path, tokenizer, num_proc: int) -> int:
 
 def corpus(folder: Path, source: str, mib: float) -> Path:
     """A .jsonl of about `mib` MiB of text; a smaller source is repeated (fair to both: each word is cached anyway)."""
-    texts = [record["text"] for _, record in read(source, "train")]
+    texts = [row[1]["text"] for row in read(source, "train") if isinstance(row, tuple)]
     path, size = folder / "corpus.jsonl", 0
     with open(path, "w", encoding="utf-8") as file:
         while size < mib * 2**20:
@@ -87,8 +88,8 @@ def advantage(results: dict[str, dict], figure: str) -> float:
 def measure(file: Path, tokenizer, repeat: int) -> dict[str, dict]:
     cores = os.cpu_count() or 1
     sides = {"build_store": ours,
-             f"run_clm, {cores} processes": lambda *a: run_clm(*a, cores),
-             "run_clm, 1 process": lambda *a: run_clm(*a, 1)}
+             f"run_clm, {cores} processes": partial(run_clm, num_proc=cores),
+             "run_clm, 1 process": partial(run_clm, num_proc=1)}
     results: dict[str, dict] = {name: {"tokens": 0, "seconds": [], "cpu_seconds": []} for name in sides}
     for _ in range(repeat):
         for name, side in sides.items():
@@ -120,12 +121,12 @@ def main() -> None:
         print(f"{name:24} {result['tokens']:>12,} tokens  {min(result['seconds']):>8.2f} s  "
               f"{result['tokens_per_second']:>10,} tokens/s  {result['tokens_per_cpu_second']:>10,} tokens/CPU s")
     ratios = {figure: advantage(results, figure) for figure in ("tokens_per_second", "tokens_per_cpu_second")}
-    print(f"build_store beside the better run_clm, best of {options.repeat}: {ratios['tokens_per_second']} times by the "
-          f"clock, {ratios['tokens_per_cpu_second']} times by CPU seconds")
+    print(f"build_store beside the better run_clm, best of {options.repeat}: {ratios['tokens_per_second']} times "
+          f"by the clock, {ratios['tokens_per_cpu_second']} times by CPU seconds")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        about = {"cores": os.cpu_count(), "load": os.getloadavg()[0], "python": platform.python_version(),
-                 "data": options.data, "mib": options.mib}
+        about = {"cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1), "data": options.data,
+                 "mib": options.mib, "python": platform.python_version()}
         options.out.write_text(json.dumps({**about, "ratios": ratios, "results": results}, indent=1) + "\n")
 
 
