@@ -110,8 +110,7 @@ def connect(threads: int = 0) -> World:
     if cuda:
         torch.cuda.set_device(device)
     else:
-        _keep_freed_memory()
-        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+        use_cores(threads, local_size)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
     for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", local_rank), ("LOCAL_SIZE", local_size)):
@@ -125,6 +124,12 @@ def connect(threads: int = 0) -> World:
 def disconnect() -> None:
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
+
+
+def use_cores(threads: int, local_size: int) -> None:
+    """Compute on `threads` CPU threads, or on this process's share of the cores that the job may use."""
+    _keep_freed_memory()
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
 
 
 def _keep_freed_memory() -> None:

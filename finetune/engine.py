@@ -7,10 +7,11 @@ and decides nothing: stage and offload come from the planner through `ds_config`
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, redirect_stdout
 from pathlib import Path
 
 import deepspeed
@@ -39,7 +40,9 @@ def connect_deepspeed(world: World, message) -> None:
                             remedy=f"Remove it and start again: rm {lock}")
         if world.main and not _op_is_built():
             message(COMPILE_NOTE)
-    deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
+    # DeepSpeed prints that its op was built, from every rank.
+    with redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
 
 
 def _op_is_built() -> bool:

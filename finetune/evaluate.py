@@ -18,9 +18,14 @@ def evaluate(model: Model, task: Task, store: Store, world: World, batch: int) -
     Args:
         batch: rows per rank and forward.
     """
+    return evaluate_with(model, task, store, world, batch)[0]
+
+
+def evaluate_with(model: Model, task: Task, store: Store, world: World, batch: int) -> tuple[dict[str, Any], list | None]:
+    """As `evaluate`, and the predictions where the task makes some."""
     rows = task.rows(store)
     meter = task.meter(store, rows)
     with torch.no_grad():
         for indices in eval_batches(len(rows), batch, world.size, world.rank):
             meter.add(model, to_device(task.collate(store, rows, indices), world.device))
-    return meter.result(world)
+    return meter.result(world), getattr(meter, "predictions", None)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from finetune.config import ExportConfig, ModelConfig
+from finetune.data.columns import Store
 from finetune.dist import World
 from finetune.engine import Engine
 from finetune.errors import RunFailed, UserError
@@ -44,19 +45,27 @@ class ExportInfo:
     dtype: str
     task: dict[str, Any]
     """`Task.describe()`: label names, template, ..."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The task's config section, so that evaluation and generation use the same."""
     card: dict[str, Any] = field(default_factory=dict)
     """Figures for the model card: data, loss, steps."""
 
 
-def reference_outputs(engine: Engine, head: str, texts: list[list[int]]) -> dict[str, Tensor]:
+def reference_texts(store: Store) -> list[list[int]]:
+    """The beginnings of some training examples: real text to compare trained and exported model on."""
+    ids, offsets = store.column("ids"), store.offsets
+    chosen = list(range(0, len(store), max(1, len(store) // REFERENCE_TEXTS)))[:REFERENCE_TEXTS]
+    return [ids[offsets[i] : min(offsets[i + 1], offsets[i] + REFERENCE_TOKENS)].tolist() for i in chosen]
+
+
+def reference_outputs(module: nn.Module, texts: list[list[int]], device: torch.device) -> dict[str, Tensor]:
     """Trained model's outputs on each text alone, {"ids.0": (T,), "outputs.0": (T, V)}. Collective at stage 3."""
-    module = engine.module
     was_training = module.training
     module.eval()
     found: dict[str, Tensor] = {}
     with torch.no_grad():
         for i, ids in enumerate(texts):
-            batch = torch.tensor([ids], device=engine.world.device)
+            batch = torch.tensor([ids], device=device)
             out = module(input_ids=batch)
             out = out.logits if hasattr(out, "logits") else out
             found[f"ids.{i}"] = batch[0].cpu()
@@ -72,10 +81,9 @@ def export_run(engine: Engine, tokenizer, info: ExportInfo, cfg: ExportConfig, t
     Raises:
         RunFailed: the export is empty or not equal to the trained model; nothing is left at `target`.
     """
-    reference = reference_outputs(engine, info.head, texts)
+    reference = reference_outputs(engine.module, texts, world.device) if cfg.verify else None
     adapter = hasattr(engine.module, "peft_config")
-    stage = target.with_name(f".tmp-{target.name}")
-    world.on_main(lambda: _fresh(stage))
+    stage = world.on_main(lambda: fresh_stage(target))
     tensors = engine.full_parameters(trained_only=adapter)
     if adapter:
         kept = {name: t.to("cpu", copy=True) for name, t in tensors if world.main or t is None}
@@ -87,7 +95,8 @@ def export_run(engine: Engine, tokenizer, info: ExportInfo, cfg: ExportConfig, t
         except OSError as problem:
             error = problem
         _raise_any(world, error)
-    return world.on_main(lambda: _finish(stage, target, tokenizer, info, cfg, reference, adapter))
+    kind = "adapter" if adapter else "full"
+    return world.on_main(lambda: finish_export(stage, target, tokenizer, info, kind, reference))
 
 
 def _raise_any(world: World, error: Exception | None) -> None:
@@ -97,9 +106,12 @@ def _raise_any(world: World, error: Exception | None) -> None:
                         "python launch/export.py run=RUN kind=full")
 
 
-def _fresh(stage: Path) -> None:
+def fresh_stage(target: Path) -> Path:
+    """An empty folder beside `target`, in which the export grows until it is proven."""
+    stage = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
+    return stage
 
 
 def write_adapter(model: nn.Module, trained: dict[str, Tensor], folder: Path) -> None:
@@ -132,7 +144,8 @@ def write_model(tensors: Iterable[tuple[str, Tensor]], config, info: ExportInfo,
 
 def write_random_base(cfg: ModelConfig, head: str, seed: int, folder: Path, num_labels: int | None) -> None:
     """The model that `model.init=random` started from, drawn again tensor by tensor."""
-    _fresh(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     config = read_config(local_folder(cfg), cfg, num_labels)
     shapes = {name: tuple(p.shape) for name, p in meta_model(config, head).named_parameters()}
     tensors = ((name, draw(name, shape, config, seed).to(DTYPES[cfg.dtype.value])) for name, shape in shapes.items())
@@ -181,17 +194,21 @@ class ShardWriter:
                     {"metadata": {"total_size": self.total}, "weight_map": weight_map})
 
 
-def _finish(stage: Path, target: Path, tokenizer, info: ExportInfo, cfg: ExportConfig, reference: dict[str, Tensor],
-            adapter: bool) -> dict[str, Any]:
+def finish_export(stage: Path, target: Path, tokenizer, info: ExportInfo, kind: str,
+                  reference: dict[str, Tensor] | None) -> dict[str, Any]:
+    """Tokenizer, card and proof; then the staging folder becomes `target`. Returns export.json's figures.
+
+    Raises:
+        RunFailed: the export is empty, does not load, or is not equal; `target` is as it was before.
+    """
     try:
-        kind = "adapter" if adapter else "full"
         tokenizer.save_pretrained(str(stage))
-        if adapter:
+        if kind == "adapter":
             check_adapter(stage)
         _write_json(stage / "finetune.json", {"head": info.head, "dtype": info.dtype, "base": info.base,
-                                              "kind": kind, "task": info.task})
-        figures = {"kind": kind, "verified": False}
-        if cfg.verify:
+                                              "kind": kind, "task": info.task, "settings": info.settings})
+        figures: dict[str, Any] = {"kind": kind, "verified": False}
+        if reference is not None:
             figures |= verify_export(stage, reference)
         _write_json(stage / "export.json", figures)
         (stage / "README.md").write_text(model_card(info, kind, figures), encoding="utf-8")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 from finetune.app import Composed, main, settle
+from finetune.display import silence_libraries
 
 
 def train(argv: list[str]) -> int:
@@ -15,6 +18,9 @@ def train(argv: list[str]) -> int:
 
 
 def _train(composed: Composed) -> int:
+    cfg = settle(composed)
+    # Before DeepSpeed is imported: it logs while that happens.
+    silence_libraries(cfg.verbose, int(os.environ.get("RANK", "0")))
     from finetune.run import run
 
-    return run(settle(composed))
+    return run(cfg, composed.overrides)

@@ -37,12 +37,12 @@ from finetune.engine import Engine, connect_deepspeed, partitioned_build, place_
 from finetune.environment import environment
 from finetune.errors import EXIT_DONE, EXIT_PREEMPTED, RunFailed, UserError, gib
 from finetune.evaluate import evaluate
-from finetune.export import ExportInfo, export_run, write_random_base
+from finetune.export import ExportInfo, export_run, reference_texts, write_random_base
 from finetune.gptj.attention import pick_attention
 from finetune.gptj.load import DTYPES, build_model, local_folder
 from finetune.metrics_log import MetricsLog
+from finetune.plain import plain_config
 from finetune.plan import Plan, measure_machine, plan, render_table
-from finetune.redact import redact
 from finetune.report import Report, build_report
 from finetune.sample import sample_texts
 from finetune.shape import load_shape
@@ -53,29 +53,33 @@ from finetune.trackers import build_trackers
 from finetune.trainer import Hooks, Result, Trainer
 
 
-def run(cfg: Config) -> int:
-    """Train as `cfg` says; every rank calls this. Returns the process's exit code."""
+def run(cfg: Config, words: list[str]) -> int:
+    """Train as `cfg` says; every rank calls this. Returns the process's exit code.
+
+    Args:
+        words: the k=v words of the command line, for the page's "continue" command.
+    """
     world = dist.connect(cfg.train.threads)
-    result = run_in(world, cfg)
+    result = run_in(world, cfg, words)
     dist.disconnect()
     return EXIT_PREEMPTED if result.status == "preempted" else EXIT_DONE
 
 
-def run_in(world: World, cfg: Config) -> Result:
+def run_in(world: World, cfg: Config, words: list[str] | None = None) -> Result:
     """One run among the ranks of `world`. A failure leaves result.json and the page behind, then is raised."""
     silence_libraries(cfg.verbose, world.rank)
     check(cfg, world.size, world.device.type == "cuda")
     run_dir = _run_dir(cfg, world)
     display = Display() if world.main else None
     try:
-        return _run(cfg, world, run_dir, display)
+        return _run(cfg, world, run_dir, display, words or [])
     except BaseException as error:
         if world.main:
             _record_failure(run_dir, error, display)
         raise
 
 
-def _run(cfg: Config, world: World, run_dir: Path, display: Display | None) -> Result:
+def _run(cfg: Config, world: World, run_dir: Path, display: Display | None, words: list[str]) -> Result:
     started = time.perf_counter()
     say = display.message if display else lambda text: None
     resume_from = world.on_main(lambda: find_resume(cfg.resume, run_dir, say))
@@ -93,7 +97,7 @@ def _run(cfg: Config, world: World, run_dir: Path, display: Display | None) -> R
     sharding = _sharding(planned)
     cfg.train.micro_batch = planned.micro_batch
     length = _length(cfg, len(rows))
-    world.on_main(lambda: _save_config(cfg, run_dir))
+    world.on_main(lambda: _save_config(cfg, run_dir, _about(task)))
 
     connect_deepspeed(world, say)
     config = ds_config.build(cfg, sharding, world.size, world.device.type == "cuda")
@@ -121,7 +125,7 @@ def _run(cfg: Config, world: World, run_dir: Path, display: Display | None) -> R
     trainer = Trainer(engine, task, batches, hooks, checkpoints, callbacks, stop, world, train=cfg.train,
                       checkpoint=cfg.checkpoint, seed=cfg.seed, total_steps=length.steps)
 
-    callbacks.start(_run_info(cfg, run_dir, state, length, parameters, world, planned, train_store, rows, eval_store))
+    callbacks.start(_run_info(cfg, words, run_dir, state, length, parameters, world, planned, train_store, rows, eval_store))
     start_host = int(world.maximum(memory_watch.host_bytes()))
     result = trainer.fit(state)
     exported = _export(cfg, engine, tokenizer, task, train_store, result, run_dir, world, say)
@@ -263,17 +267,9 @@ def _callbacks(cfg: Config, run_dir: Path, state: TrainState, display: Display |
     return callbacks
 
 
-def _save_config(cfg: Config, run_dir: Path) -> None:
+def _save_config(cfg: Config, run_dir: Path, about: dict[str, Any]) -> None:
+    metrics_log.write_json(run_dir / "task.json", about)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain_config(cfg))), encoding="utf-8")
-
-
-def plain_config(cfg: Config) -> dict[str, Any]:
-    """The config as plain values without secrets; task and adapter name their kinds."""
-    values = OmegaConf.to_container(OmegaConf.structured(cfg), resolve=True, enum_to_str=True)
-    assert isinstance(values, dict)
-    values["task"]["kind"] = type(cfg.task).__name__.removesuffix("Config").lower()
-    values["adapter"]["kind"] = type(cfg.adapter).__name__.removesuffix("Config").lower()
-    return redact(values)
 
 
 def _summary(cfg: Config, world: World, run_dir: Path, sharding: Sharding, length: Length, parameters: dict[str, int],
@@ -325,7 +321,7 @@ def _sampler(cfg: Config, engine: Engine, tokenizer, task: Task, callbacks: Call
     return sample
 
 
-def _run_info(cfg: Config, run_dir: Path, state: TrainState, length: Length, parameters: dict[str, int], world: World,
+def _run_info(cfg: Config, words: list[str], run_dir: Path, state: TrainState, length: Length, parameters: dict[str, int], world: World,
               planned: Plan, store: Store, rows: Rows, eval_store: Store | None) -> RunInfo:
     data = {"train": store.stats | {"rows": len(rows),
                                     "packing_efficiency": efficiency(rows, cfg.task.max_length)}}
@@ -334,7 +330,13 @@ def _run_info(cfg: Config, run_dir: Path, state: TrainState, length: Length, par
     if world.main:
         metrics_log.write_json(run_dir / "data_stats.json", data)
     return RunInfo(run_dir, cfg.name, length.steps, state.step, plain_config(cfg), parameters, world.size,
-                   state.step > 0, planned.to_json(), data, environment(world.size, world.device))
+                   state.step > 0, planned.to_json(), data,
+                   environment(world.size, world.device) | {"overrides": words, "ranks_per_node": world.local_size})
+
+
+def _about(task: Task) -> dict[str, Any]:
+    """What the head learned from the data, for evaluation and export."""
+    return task.describe() | ({"num_labels": task.num_labels} if task.num_labels else {})
 
 
 def _export(cfg: Config, engine: Engine, tokenizer, task: Task, store: Store, result: Result, run_dir: Path,
@@ -349,18 +351,9 @@ def _export(cfg: Config, engine: Engine, tokenizer, task: Task, store: Store, re
         # An adapter is worth nothing without the very weights it was trained on, and nobody else has these.
         world.on_main(lambda: write_random_base(cfg.model, task.head, cfg.seed, run_dir / "base", task.num_labels))
     info = ExportInfo(cfg.name, task.head, _base_name(cfg), cfg.model.dtype.value,
-                      task.describe() | ({"num_labels": task.num_labels} if task.num_labels else {}), card)
-    return export_run(engine, tokenizer, info, cfg.export, _reference_texts(store), run_dir / "export", world)
-
-
-def _reference_texts(store: Store) -> list[list[int]]:
-    """The beginnings of some training examples: real text to compare trained and exported model on."""
-    from finetune.export import REFERENCE_TEXTS, REFERENCE_TOKENS
-
-    ids, offsets = store.column("ids"), store.offsets
-    chosen = range(0, len(store), max(1, len(store) // REFERENCE_TEXTS))
-    return [ids[offsets[i] : min(offsets[i + 1], offsets[i] + REFERENCE_TOKENS)].tolist()
-            for i in list(chosen)[:REFERENCE_TEXTS]]
+                      _about(task),
+                      plain_config(cfg)["task"], card)
+    return export_run(engine, tokenizer, info, cfg.export, reference_texts(store), run_dir / "export", world)
 
 
 def _finish(cfg: Config, world: World, run_dir: Path, result: Result, engine: Engine, start_host: int,

@@ -1,0 +1,141 @@
+"""Models that were trained before: from a run's checkpoint, or from an export. No DeepSpeed.
+
+    run_dir/config.yaml -> Config ; base weights + masters of the newest valid checkpoint -> module
+    export/finetune.json -> what the export is ; base + adapter, or the whole model -> module
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from finetune import adapter
+from finetune.app import SCHEMAS
+from finetune.checkpoint import find_resume, saved_masters
+from finetune.config import Config, Dtype, Init, ModelConfig, TaskConfig
+from finetune.errors import UserError
+from finetune.gptj.load import build_model
+
+ABOUT = "finetune.json"
+
+
+def typed(kind: type, values: dict[str, Any]) -> Any:
+    """A dataclass of the schema from plain values; keys that the schema no longer has are left out."""
+    known = {f.name for f in fields(kind)}
+    node = OmegaConf.merge(OmegaConf.structured(kind), {k: v for k, v in values.items() if k in known})
+    return OmegaConf.to_object(node)
+
+
+def typed_task(values: dict[str, Any]) -> TaskConfig:
+    """A task section as `plain_config` writes it, `kind` included."""
+    return typed(SCHEMAS["task"][values["kind"]], values)
+
+
+def load_config(run_dir: Path) -> Config:
+    """The config of a finished or interrupted run.
+
+    Raises:
+        UserError: this is not a run directory.
+    """
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        raise UserError("there is no config.yaml: not a run directory", str(run_dir), "Pass run=DIR as training printed it.")
+    values = OmegaConf.to_container(OmegaConf.load(file))
+    assert isinstance(values, dict)
+    task, trained = values.pop("task"), values.pop("adapter")
+    cfg = _sections(values)
+    cfg.task = typed_task(task)
+    cfg.adapter = typed(SCHEMAS["adapter"][trained["kind"]], trained)
+    return cfg
+
+
+def _sections(values: dict[str, Any]) -> Config:
+    cfg = Config()
+    template = {f.name: f for f in fields(Config)}
+    for key, value in values.items():
+        if key not in template:
+            continue
+        current = getattr(cfg, key)
+        kind = ModelConfig if key == "model" else type(current)
+        setattr(cfg, key, typed(kind, value) if isinstance(value, dict) else value)
+    return cfg
+
+
+@dataclass
+class Trained:
+    """A model ready to compute, and what it is."""
+
+    module: nn.Module
+    head: str
+    dtype: str
+    base: str
+    task: dict[str, Any]
+    """`Task.describe()` of the training."""
+    settings: dict[str, Any]
+    """The task's config section."""
+
+
+def checkpoint_of(path: Path) -> tuple[Path, Path]:
+    """(run_dir, checkpoint) for a run directory or one of its checkpoints."""
+    if path.parent.name == "checkpoints":
+        return path.parent.parent, path
+    found = find_resume(str(path), path, lambda text: None)
+    assert found is not None
+    return path, found
+
+
+def fill_from_checkpoint(module: nn.Module, checkpoint: Path) -> None:
+    """Copy the trained weights of a checkpoint into a module of the same build, rounding once."""
+    masters = saved_masters(checkpoint)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                parameter.view(-1).copy_(masters.read(name, "master", 0, parameter.numel()))
+
+
+def load_run(cfg: Config, checkpoint: Path, head: str, num_labels: int | None, device: torch.device) -> nn.Module:
+    """The module of a run as it was at `checkpoint`, in evaluation mode."""
+    model = build_model(cfg.model, head, device=device, seed=cfg.seed, num_labels=num_labels)
+    module = adapter.attach(model, cfg.adapter, head, cfg.model.path, cfg.seed)
+    fill_from_checkpoint(module, checkpoint)
+    return module.to(device).eval()
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """finetune.json of an export; for any other GPT-J checkpoint what its config.json tells."""
+    if (folder / ABOUT).is_file():
+        return json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    if (folder / "adapter_config.json").is_file():
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return {"head": "lm", "dtype": "bf16", "base": base, "kind": "adapter", "task": {}, "settings": {"kind": "clm"}}
+    if (folder / "config.json").is_file():
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = (values.get("architectures") or ["GPTJForCausalLM"])[0]
+        head = {"GPTJForSequenceClassification": "classify", "GPTJForQuestionAnswering": "qa"}.get(kind, "lm")
+        dtype = {"float32": "fp32", "float16": "fp16"}.get(values.get("dtype") or values.get("torch_dtype"), "bf16")
+        return {"head": head, "dtype": dtype, "base": str(folder), "kind": "full", "task": {},
+                "settings": {"kind": "clm" if head == "lm" else head}}
+    raise UserError("neither an export nor a GPT-J checkpoint", str(folder), "Pass model=RUN_DIR/export.")
+
+
+def load_export(folder: Path, dtype: Dtype | None, device: torch.device) -> Trained:
+    """An adapter on its base, or a whole model, in evaluation mode on the fast GPT-J."""
+    if not folder.is_dir():
+        raise UserError(f"there is no directory {folder}", "model", "Pass model=RUN_DIR/export.")
+    about = read_about(folder)
+    precision = dtype or Dtype(about["dtype"])
+    is_adapter = (folder / "adapter_config.json").is_file()
+    config = ModelConfig(path=about["base"] if is_adapter else str(folder), dtype=precision, init=Init.pretrained)
+    module: Any = build_model(config, about["head"], device=device, seed=0, num_labels=about["task"].get("num_labels"))
+    if is_adapter:
+        from peft import PeftModel
+
+        module = PeftModel.from_pretrained(module, str(folder), autocast_adapter_dtype=False)
+        module = module.to(device=device, dtype=next(module.get_base_model().transformer.h.parameters()).dtype)
+    return Trained(module.eval(), about["head"], precision.value, about["base"], about["task"], about["settings"])

@@ -1,0 +1,12 @@
+"""Metrics of a run or an export: `deepspeed launch/evaluate.py run=RUN` or `model=EXPORT data.eval=FILE`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if __name__ == "__main__":
+    from finetune.app import main
+    from finetune.evaluate_program import run
+
+    sys.exit(main(run, "evaluate"))

@@ -1,0 +1,12 @@
+"""A verified export: `python launch/export.py run=RUN kind=adapter|merged|full [out=DIR]`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if __name__ == "__main__":
+    from finetune.app import main
+    from finetune.export_program import run
+
+    sys.exit(main(run, "export"))

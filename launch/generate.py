@@ -1,0 +1,12 @@
+"""Text from an export: `python launch/generate.py model=EXPORT prompt="..."`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if __name__ == "__main__":
+    from finetune.app import main
+    from finetune.generate import run
+
+    sys.exit(main(run, "generate"))

@@ -1,0 +1,67 @@
+"""Shared by all tests: small GPT-J checkpoints made here, a private cache, one thread a process."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+ROOT = Path(__file__).resolve().parents[1]
+
+SMALL = {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8, "n_positions": 2048, "vocab_size": 50400,
+         "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 50256, "eos_token_id": 50256}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokenised data of the tests never mix with the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["FINETUNE_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_gptj(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a two-layer fp32 GPT-J with the real vocabulary, saved by transformers."""
+    import torch
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    folder = tmp_path_factory.mktemp("small_gptj")
+    torch.manual_seed(0)
+    GPTJForCausalLM(GPTJConfig(**SMALL)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unequal_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pile-format jsonl of 60 documents between 2 and about 300 tokens, from the shipped speeches."""
+    import random
+
+    from finetune.assets_path import asset
+    from finetune.data.records import read
+
+    rng = random.Random(0)
+    words = " ".join(item[1]["text"] for item in list(read(str(asset("data") / "pile_sample/eval.jsonl.zst"), "train"))[:12]).split()
+    file = tmp_path_factory.mktemp("data") / "unequal.jsonl"
+    with file.open("w", encoding="utf-8") as f:
+        for i in range(60):
+            n = rng.choice([1, 2, 5, 20, 60, 220])
+            start = rng.randrange(len(words) - n)
+            row = {"text": " ".join(words[start : start + n]), "meta": {"pile_set_name": "AB"[i % 2]}}
+            f.write(json.dumps(row) + "\n")
+    return file
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """GPU tests skip where there is no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
