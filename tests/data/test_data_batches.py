@@ -87,6 +87,9 @@ def test_it_prepares_ahead_but_not_without_bound():
     made = []
     iterator = iter(batches(lambda rows: made.append(rows), end_step=1000, prefetch=3))
     next(iterator)
+    deadline = time.monotonic() + 60
+    while len(made) < 2 * 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
     time.sleep(0.3)
     assert 2 * 3 <= len(made) <= 2 * 6  # two micro-steps each; one taken, three waiting, one or two in the making
     iterator.close()
