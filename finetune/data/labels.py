@@ -111,11 +111,12 @@ class LabelReader:
 
     def __init__(self, cfg: ClassifyConfig, names: list[str] | None, by_index: bool):
         self.field, self.problem, self.names, self.by_index = cfg.label_field, cfg.problem, names, by_index
+        self._texts = (cfg.text_field, cfg.text_pair_field)
 
     def read(self, record: dict, where: str) -> Label:
         value = get_field(record, self.field)
         if value is MISSING:
-            raise field_error(record, self.field, where, "task.label_field")
+            raise self._missing(record, where)
         match self.problem:
             case "single_label":
                 return self._single(value, where)
@@ -170,6 +171,12 @@ class LabelReader:
         if not name:
             raise UserError(f"field '{self.field}' is an empty label", where, MEND)
         return name
+
+    def _missing(self, record: dict, where: str) -> UserError:
+        """The remedy proposes no field that is a text already."""
+        others = {name: value for name, value in record.items() if name not in self._texts}
+        remedy = field_error(others, self.field, where, "task.label_field").remedy
+        return UserError(field_error(record, self.field, where, "task.label_field").problem, where, remedy)
 
     def _wrong_type(self, value: Any, wanted: str, where: str, remedy: str) -> UserError:
         quoted = f" {shown(str(value))}" if isinstance(value, (str, float, int)) else ""
