@@ -21,10 +21,8 @@ from finetune.config import FullConfig, Ia3Config, LoraConfig
 from finetune.plan.job import Job
 from finetune.shape import adapter_targets
 
-LOSS_CHUNK = 1024
-"""Tokens whose logits exist at once."""
-LOGIT_BYTES = 4 + 4 + 2
-"""Per logit: fp32 logits, fp32 probabilities that become their gradient, and the low precision copy of it."""
+LOSS_CHUNK = 256
+"""Tokens whose logits exist at once (gptj/loss.py)."""
 
 
 class Activations(NamedTuple):
@@ -35,35 +33,52 @@ class Activations(NamedTuple):
     block: int
     """What one block keeps: rebuilt, one at a time, under checkpointing."""
     transient: int
-    """Gradients and copies inside one block while its backward runs."""
+    """Gradients inside one block while its backward runs, beyond what it keeps."""
     loss: int
-    """Workspace of the loss, alive before the backward of the blocks begins."""
+    """Workspace of the head and its loss, gone before the backward of the blocks begins."""
+    head_gradient: int
+    """Gradient of a trained head's weight, the first one that the backward makes."""
 
 
 def activations(job: Job) -> Activations:
-    element, d = job.work.element_bytes, job.shape.n_embd
-    tokens = job.tokens
-    block = tokens * (element * _block_elements(job) + _block_fp32(job) * 4)
-    stream = element * tokens * d
-    layers = stream if job.work.checkpointing else block
-    ends = 2 * stream  # input of the last norm, and the gradient that the loss leaves for it
-    kept = job.shape.n_layer * layers + ends
-    return Activations(
-        kept, block, element * tokens * (4 * d + 2 * job.shape.n_inner) + 4 * tokens * d, loss_bytes(job)
-    )
+    element, d, inner = job.work.element_bytes, job.shape.n_embd, job.shape.n_inner
+    stream = element * job.tokens * d
+    block = job.tokens * (element * _block_elements(job) + 4 * _block_fp32(job))
+    layers = job.shape.n_layer * (stream if job.work.checkpointing else block) - _unneeded(job)
+    # Input of the last norm, the gradient that the loss leaves for its output, and the table of rotations.
+    ends = 2 * stream + 4 * job.tokens * job.shape.rotary_dim
+    transient = element * job.tokens * (inner + (2 if job.full else 3) * d)
+    head_gradient = element * job.shape.vocab_size * d if job.full and job.shape.head == "lm" else 0
+    return Activations(layers + ends, block, transient, loss_bytes(job), head_gradient)
+
+
+def _unneeded(job: Job) -> int:
+    """Nothing before the first adapter needs a gradient: the first block keeps neither x nor the GELU's input."""
+    if job.work.checkpointing or not isinstance(job.adapter, (LoraConfig, Ia3Config)):
+        return 0
+    gelu = 0 if "fc_in" in adapter_targets(job.adapter) else job.shape.n_inner
+    return job.work.element_bytes * job.tokens * (job.shape.n_embd + gelu)
 
 
 def _block_elements(job: Job) -> int:
     """Elements that one block keeps per token."""
     d, inner, adapter = job.shape.n_embd, job.shape.n_inner, job.adapter
+    joined = d if job.work.packing and not job.on_gpu and _reads_attention(job) else 0
     if isinstance(adapter, FullConfig):
-        return 6 * d + 2 * inner
-    elements = 5 * d + inner  # x, q, k, v, attention output, input of the GELU
+        return 6 * d + 2 * inner + joined
+    elements = 5 * d + inner + joined  # x, q, k, v, attention output, input of the GELU
     if isinstance(adapter, LoraConfig):
         elements += _lora_elements(job, adapter)
     if isinstance(adapter, Ia3Config):  # each rescaled activation is kept as it was before
         elements += sum({"fc_out": inner, "fc_in": inner}.get(name, d) for name in adapter_targets(adapter))
     return elements
+
+
+def _reads_attention(job: Job) -> bool:
+    """Whether `out_proj` keeps its input. On a CPU documents of different lengths are attended to one by one, and
+    what they are joined to is one tensor more; the kernel for GPUs takes them all at once."""
+    adapter = job.adapter
+    return job.full or (isinstance(adapter, (LoraConfig, Ia3Config)) and "out_proj" in adapter_targets(adapter))
 
 
 def _lora_elements(job: Job, adapter: LoraConfig) -> int:
@@ -83,9 +98,18 @@ def _block_fp32(job: Job) -> int:
 
 
 def loss_bytes(job: Job) -> int:
-    """Workspace of the head and its loss, including the fp32 sum of the head's weight gradient where it is trained."""
+    """Workspace of the head and its loss: one chunk of logits, its fp32 log-softmax, and the head's weight gradient.
+
+    That gradient is summed in fp32 and each chunk's share is made whole first: in fp32 on a GPU; on a CPU in low
+    precision and then, because the addition converts it, in fp32 as well. fp32 models add in place.
+    """
+    element, d, vocab = job.work.element_bytes, job.shape.n_embd, job.shape.vocab_size
+    hidden = element * job.tokens * d
     if job.shape.head != "lm":
-        return 4 * 3 * job.tokens * job.shape.num_labels
-    rows, vocab = min(job.tokens, LOSS_CHUNK), job.shape.vocab_size
-    weight_gradient = 4 * vocab * job.shape.n_embd if job.full else 0
-    return rows * vocab * LOGIT_BYTES + rows * job.shape.n_embd * 4 + weight_gradient
+        return hidden + 4 * job.tokens * job.shape.num_labels
+    logits = min(job.tokens, LOSS_CHUNK) * vocab
+    scratch, converted = (element + 4) * logits, 0 if job.on_gpu or element == 4 else 4 * logits
+    if not job.full:
+        return hidden + scratch + converted
+    share = 0 if element == 4 else 4 if job.on_gpu else element + 4
+    return hidden + scratch + 4 * vocab * d + max(converted, share * vocab * d)

@@ -12,7 +12,7 @@ from typing import Optional
 
 from finetune.config import Config, LoraConfig, Offload
 from finetune.errors import gib
-from finetune.plan.choose import choose, largest_micro_batch
+from finetune.plan.choose import choose, largest_micro_batch, missing
 from finetune.plan.estimate import Estimate
 from finetune.plan.job import Job, Option
 from finetune.plan.options import wanted_options
@@ -37,6 +37,10 @@ def _room(job: Job, chosen: Estimate) -> Iterator[str]:
 
 def _remedies(cfg: Config, job: Job) -> Iterator[str]:
     """Changes of one thing each, cheapest first; then the same with a smaller batch and checkpointing."""
+    chosen, _ = choose(job, wanted_options(cfg, job))
+    if chosen.short in ("disk", "nvme"):  # no change to the run shrinks what it must write
+        yield f"free disk space: {missing(job, chosen)}"
+        return
     for overrides, changed in _changes(cfg, job):
         found = _best(cfg, changed)
         if found:

@@ -98,15 +98,13 @@ def _ranks(job: Job, option: Option) -> range:
     return range(job.world_size if option.stage in (1, 2) and job.world_size <= 64 else 1)
 
 
-def _live(job: Job, acts: Activations) -> int:
-    """A block's activations while its backward runs; without checkpointing they are among the kept ones."""
-    return acts.block if job.work.checkpointing else 0
-
-
 def _peak(job: Job, states: States, acts: Activations, buffers: int) -> int:
     """The largest of the moments of a step, in tensor bytes."""
+    # The block at work is rebuilt under checkpointing, except its input; otherwise it is among the kept ones.
+    stream = job.work.element_bytes * job.tokens * job.shape.n_embd
+    rebuilt = acts.block - stream if job.work.checkpointing else 0
     loss = states.kept_gradients + acts.kept + acts.loss
-    first_block = states.kept_gradients + acts.kept + _live(job, acts) + acts.transient
+    first_block = states.kept_gradients + acts.kept + rebuilt + acts.transient + acts.head_gradient
     last_block = states.peak_gradients + acts.block + acts.transient
     step = max(states.gradients, states.kept_gradients) + states.step_bytes
     return states.weights + states.optimizer + max(buffers + max(loss, first_block, last_block), step)

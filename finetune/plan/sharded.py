@@ -16,8 +16,8 @@ PERSISTENCE_ELEMENTS = 100_000
 """Stage 3 keeps smaller tensors whole on every rank (DeepSpeed's stage3_param_persistence_threshold)."""
 SUB_GROUP_ELEMENTS = 1_000_000_000
 """Stage 3 updates at most this many elements at once (DeepSpeed's sub_group_size)."""
-NVME_BUFFERS = 8
-"""Sub-groups in flight between host and nvme: DeepSpeed's default buffer_count of 4, read and written at once."""
+NVME_BUFFERS = 4
+"""Sub-group sized fp32 buffers between host and nvme: weights, gradients and two moments (DeepSpeed's buffer_count)."""
 
 
 def sharded_states(job: Job, option: Option) -> States:
@@ -60,13 +60,13 @@ def _move_optimizer(states: States, option: Option, owned: int, sub_groups: list
             host_optimizer=states.optimizer,
             pinned=(*states.pinned, *blocks),
         )
-    buffers = NVME_BUFFERS * 4 * max(sub_groups, default=0)
+    buffers = NVME_BUFFERS * (4 * max(sub_groups, default=0),)
     return replace(
         device_free,
         host_gradients=states.gradients,
-        host_optimizer=buffers,
+        host_optimizer=sum(buffers),
         nvme_bytes=states.nvme_bytes + states.optimizer + 4 * owned,
-        pinned=(*states.pinned, states.gradients, buffers),
+        pinned=(*states.pinned, states.gradients, *buffers),
     )
 
 

@@ -15,10 +15,11 @@ from finetune.plan.estimate import PARTS, Estimate
 from finetune.plan.machine import GIB, Machine
 from finetune.shape import load_shape
 
+HEADS = {"optimizer": "optim", "activations": "activ", "gradients": "grads", "workspace": "work"}
 README_GPUS = (1, 2, 4, 8)
 README_GIB = (24, 40, 80)
 README_HOST_GIB = 256
-SHORT = {"gpu": "GPU memory", "host": "host memory", "disk": "disk", "nvme": "nvme"}
+SHORT = {"gpu": "GPU", "host": "host", "disk": "disk", "nvme": "nvme"}
 
 
 def render_table(plan: Plan) -> str:
@@ -52,9 +53,12 @@ def plural(count: int, noun: str) -> str:
 
 def _options_table(plan: Plan) -> list[str]:
     device = "GPU" if plan.job.on_gpu else "rank"
-    head = ["", "stage", "optimizer", "weights", device, "host", "disk", *PARTS, ""]
+    head = ["", "stage", "states", "weights", device, "host", "disk", *(HEADS.get(part, part) for part in PARTS), ""]
     rows = [_row(plan, option) for option in plan.options]
-    return ["GiB per rank (host and disk: per node)", *align([head, *rows], left=(0, 1, 2, 3, len(head) - 1))]
+    return [
+        "GiB per rank; host and disk per node. states, weights: where they live",
+        *align([head, *rows], left=(0, 1, 2, 3, len(head) - 1)),
+    ]
 
 
 def _row(plan: Plan, option: Estimate) -> list[str]:
@@ -65,7 +69,7 @@ def _row(plan: Plan, option: Estimate) -> list[str]:
     if not plan.job.on_gpu:
         places = ["host", "host"]
     sizes = [option.gpu_bytes, option.host_bytes, option.disk_bytes, *(option.parts[part] for part in PARTS)]
-    verdict = "fits" if option.fits else f"too little {SHORT.get(option.short, 'memory')}"
+    verdict = "fits" if option.fits else f"{SHORT[option.short]} too small"
     return [
         "->" if chosen else "",
         str(option.option.stage),

@@ -38,10 +38,10 @@ def gpu_machine(gpus: int, gib: float, host_gib: float = 512) -> Machine:
     return Machine(gpus, min(gpus, 8), int(gib * GIB), int(host_gib * GIB), 5000 * GIB)
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder: Path, values: dict | None = None) -> Path:
     """A checkpoint directory with a config and no weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(TINY))
+    (folder / "config.json").write_text(json.dumps(values or TINY))
     return folder
 
 

@@ -37,13 +37,13 @@ KINDS = [
 
 def reference(head: str, labels: int) -> torch.nn.Module:
     with torch.device("meta"):
-        return MODELS[head](transformers.GPTJConfig(**TINY, num_labels=labels))
+        return MODELS[head](transformers.GPTJConfig(**{**TINY, "num_labels": labels}))
 
 
 def wrapped(head: str, adapter: AdapterConfig) -> torch.nn.Module:
     from finetune.adapter import _peft_config
 
-    model = MODELS[head](transformers.GPTJConfig(**TINY, num_labels=2))
+    model = MODELS[head](transformers.GPTJConfig(**{**TINY, "num_labels": 2}))
     return peft.get_peft_model(model, _peft_config(adapter, head))
 
 
