@@ -31,7 +31,7 @@ RENDER_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, Arith
 
 
 class Template:
-    """A compiled template.
+    """A compiled template. It may write eos behind the assistant's words, or leave that to the encoder.
 
     Args:
         name: what errors and exports call it.

@@ -43,6 +43,16 @@ def test_shipped_templates_write_exactly_this(name, messages):
     assert pieces == EXPECTED[name, messages]
 
 
+@pytest.mark.parametrize("name", ["alpaca", "chat", "plain"])
+def test_transformers_makes_the_same_ids_of_a_shipped_template(name, tokenizer):
+    """An export's tokenizer with this chat template needs nothing of ours, also in a second turn."""
+    template = load_template(name, EOS)
+    for messages in (ONE[:1], WITH_INPUT[:1], TWO[:4]):
+        theirs = tokenizer.apply_chat_template(messages, chat_template=template.text, add_generation_prompt=True,
+                                               return_dict=False)
+        assert theirs == prompt_ids(template, tokenizer, messages)
+
+
 def test_every_shipped_template_is_tested():
     assert {path.stem for path in FOLDER.glob("*.jinja")} == {name for name, _ in EXPECTED}
 
