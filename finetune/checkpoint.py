@@ -21,6 +21,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -173,6 +174,11 @@ class Checkpoints:
         if self.folder.is_dir():
             for path in self.folder.glob(".tmp-step-*"):
                 shutil.rmtree(path, ignore_errors=True)
+
+    def set_aside(self) -> None:
+        """For resume=never: older checkpoints must not be taken for this run's; they are kept under another name."""
+        if step_folders(self.folder):
+            os.replace(self.folder, self.folder.with_name(f"{self.folder.name}-before-{time.strftime('%Y%m%d-%H%M%S')}"))
 
     def restore(self, engine, folder: Path) -> TrainState:
         """Load one verified checkpoint into the engine; any world size, any stage."""

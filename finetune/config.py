@@ -13,8 +13,6 @@ from typing import Any, Optional, Union
 
 from omegaconf import MISSING
 
-from finetune.errors import UserError
-
 GPTJ_POSITIONS = 2048
 
 
@@ -239,6 +237,8 @@ class TrainConfig:
     """Recompute each block in the backward pass instead of keeping its activations."""
     eval_every: int = 0
     """Optimizer steps between evaluations; 0: only at the end."""
+    eval_at_start: bool = False
+    """Evaluate before the first step too: the base model's figures, as step 0."""
     eval_batch: int = 8
     """Sequences per rank and forward in evaluation."""
     log_every: int = 1
@@ -326,6 +326,14 @@ class PlanConfig:
 
 
 @dataclass
+class SweepConfig:
+    dir: Optional[str] = None
+    """Where a sweep lives (-m); null: multirun/<YYYYmmdd-HHMMSS>. Given again, finished jobs are not repeated."""
+    on_failure: str = "continue"
+    """continue with the next job, or stop."""
+
+
+@dataclass
 class Config:
     name: str = "custom"
     """Name of the recipe; part of the default run_dir."""
@@ -351,3 +359,4 @@ class Config:
     machine: MachineConfig = field(default_factory=MachineConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)

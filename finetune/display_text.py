@@ -70,12 +70,11 @@ def sample_text(step: int, prompt: str, text: str) -> str:
 
 
 def result_text(result: dict[str, Any]) -> str:
-    """The last line of a run: status, loss, tokens, time; the error when it failed."""
+    """The last line of a run: status, loss, tokens, time. An error is told by the program, once and last."""
     head = f"{result.get('status', 'ended')} at step {result.get('step', 0)}"
     parts = [head, f"loss {number(result.get('loss'), '.4f')}"]
     if result.get("tokens"):
         parts.append(f"{count(result['tokens'])} tokens in {clock(result.get('seconds'))}")
     if result.get("tokens_per_second"):
         parts.append(f"{number(result['tokens_per_second'], ',.0f')} tok/s")
-    line = "  ".join(parts)
-    return f"{line}\n{result['error']}" if result.get("error") else line
+    return "  ".join(parts)

@@ -8,7 +8,6 @@ Works under the deepspeed launcher, torchrun and plain python (one process).
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as torch_dist
 
+from finetune.dist_environment import free_port
 from finetune.errors import UserError
 
 T = TypeVar("T")
@@ -112,7 +112,7 @@ def connect(threads: int = 0) -> World:
     else:
         use_cores(threads, local_size)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
     for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", local_rank), ("LOCAL_SIZE", local_size)):
         os.environ.setdefault(name, str(value))
     backend = "nccl" if cuda else "gloo"
@@ -143,12 +143,6 @@ def _keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
     except (OSError, AttributeError):
         return
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def seed_for(seed: int, position: int) -> None:

@@ -158,6 +158,7 @@ class Engine:
 
     def optimizer_bytes(self) -> dict[str, int]:
         """Bytes of optimizer states on this rank; see `partitions.optimizer_bytes`."""
+        partitions.ensure_states(self.ds)
         return partitions.optimizer_bytes(self.ds)
 
     def full_parameters(self, trained_only: bool) -> Iterator[tuple[str, Tensor]]:

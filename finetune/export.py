@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from finetune.config import ExportConfig, ModelConfig
 from finetune.data.columns import Store
 from finetune.dist import World
+from finetune.dist_environment import LAUNCHER_VARIABLES
 from finetune.engine import Engine
 from finetune.errors import RunFailed, UserError
 from finetune.gptj.load import DTYPES, draw, local_folder, meta_model, read_config
@@ -175,7 +176,9 @@ class ShardWriter:
 
     def _flush(self) -> None:
         self.shards.append(list(self.pending))
-        save_file(self.pending, self.folder / f"part-{len(self.shards)}", metadata={"format": "pt"})
+        part = self.folder / f"part-{len(self.shards)}"
+        save_file(self.pending, part, metadata={"format": "pt"})
+        part.chmod(0o644)  # safetensors makes files that only their owner can read
         self.pending, self.size = {}, 0
 
     def close(self) -> None:
@@ -262,8 +265,7 @@ def verify_export(folder: Path, reference: dict[str, Tensor]) -> dict[str, Any]:
 
 def _fresh_environment() -> dict[str, str]:
     """The environment without the launcher's variables and without GPUs: the trained model still holds those."""
-    drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {key: value for key, value in os.environ.items() if key not in drop}
+    kept = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
     root = str(Path(__file__).resolve().parents[1])
     return kept | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, [root, kept.get("PYTHONPATH")]))}
 

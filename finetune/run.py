@@ -10,13 +10,11 @@ from __future__ import annotations
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from finetune import adapter, dist, ds_config, memory_watch, metrics_log, schedule
 from finetune.assets_path import resolve
@@ -30,24 +28,25 @@ from finetune.data.order import Order
 from finetune.data.packing import Rows, efficiency
 from finetune.data.store import build_store
 from finetune.data.tokenizer import load_tokenizer
-from finetune.display import Display, silence_libraries, summary_table
+from finetune.display import Display, silence_libraries
 from finetune.dist import World
 from finetune.ds_config import Sharding
 from finetune.engine import Engine, connect_deepspeed, partitioned_build, place_partitioned
 from finetune.environment import environment
-from finetune.errors import EXIT_DONE, EXIT_PREEMPTED, RunFailed, UserError, gib
+from finetune.errors import EXIT_DONE, EXIT_PREEMPTED, RunFailed
 from finetune.evaluate import evaluate
 from finetune.export import ExportInfo, export_run, reference_texts, write_random_base
-from finetune.gptj.attention import pick_attention
-from finetune.gptj.load import DTYPES, build_model, local_folder
+from finetune.gptj.load import build_model, local_folder
 from finetune.metrics_log import MetricsLog
 from finetune.plain import plain_config
 from finetune.plan import Plan, measure_machine, plan, render_table
-from finetune.report import Report, build_report
+from finetune.report import Report
+from finetune.run_files import failed_result, final_result, make_run_dir, save_config
 from finetune.sample import sample_texts
 from finetune.shape import load_shape
 from finetune.signals import StopRequest
-from finetune.tasks import build_task, head_of
+from finetune.summary import print_summary
+from finetune.tasks import build_task
 from finetune.tasks.base import Task
 from finetune.trackers import build_trackers
 from finetune.trainer import Hooks, Result, Trainer
@@ -69,19 +68,22 @@ def run_in(world: World, cfg: Config, words: list[str] | None = None) -> Result:
     """One run among the ranks of `world`. A failure leaves result.json and the page behind, then is raised."""
     silence_libraries(cfg.verbose, world.rank)
     check(cfg, world.size, world.device.type == "cuda")
-    run_dir = _run_dir(cfg, world)
-    display = Display() if world.main else None
+    run_dir = make_run_dir(cfg, world)
+    watchers = CallbackList([Display()] if world.main else [])
     try:
-        return _run(cfg, world, run_dir, display, words or [])
+        return _run(cfg, world, run_dir, watchers, words or [])
     except BaseException as error:
         if world.main:
-            _record_failure(run_dir, error, display)
+            failed = failed_result(run_dir, error, world)
+            metrics_log.write_result(run_dir, failed)
+            watchers.finish(failed)
         raise
 
 
-def _run(cfg: Config, world: World, run_dir: Path, display: Display | None, words: list[str]) -> Result:
+def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, words: list[str]) -> Result:
     started = time.perf_counter()
-    say = display.message if display else lambda text: None
+    display = callbacks.callbacks[0] if world.main else None
+    say = callbacks.message
     resume_from = world.on_main(lambda: find_resume(cfg.resume, run_dir, say))
 
     tokenizer = load_tokenizer(cfg.model.tokenizer or _tokenizer_folder(cfg))
@@ -97,7 +99,7 @@ def _run(cfg: Config, world: World, run_dir: Path, display: Display | None, word
     sharding = _sharding(planned)
     cfg.train.micro_batch = planned.micro_batch
     length = _length(cfg, len(rows))
-    world.on_main(lambda: _save_config(cfg, run_dir, _about(task)))
+    world.on_main(lambda: save_config(cfg, _about(task), run_dir))
 
     connect_deepspeed(world, say)
     config = ds_config.build(cfg, sharding, world.size, world.device.type == "cuda")
@@ -107,10 +109,12 @@ def _run(cfg: Config, world: World, run_dir: Path, display: Display | None, word
 
     checkpoints = Checkpoints(run_dir / "checkpoints", cfg.checkpoint.keep, world, _identity(cfg, train_store),
                               cfg.resume_changed)
-    world.on_main(checkpoints.clean)
+    world.on_main(checkpoints.set_aside if cfg.resume == "never" else checkpoints.clean)
     state = checkpoints.restore(engine.ds, resume_from) if resume_from else TrainState()
-    callbacks = _callbacks(cfg, run_dir, state, display, world)
-    _summary(cfg, world, run_dir, sharding, length, parameters, engine, train_store, rows, planned)
+    _watch(callbacks, cfg, run_dir, state, world)
+    if world.main:
+        print_summary(cfg, run_dir, world.size, world.device.type, sharding, planned.reason, length.steps, length.epochs,
+                      parameters, engine.optimizer_bytes()["total"], train_store, rows)
 
     stop = StopRequest(run_dir, watch_files=world.main)
     batches = StepBatches(
@@ -129,25 +133,14 @@ def _run(cfg: Config, world: World, run_dir: Path, display: Display | None, word
     start_host = int(world.maximum(memory_watch.host_bytes()))
     result = trainer.fit(state)
     exported = _export(cfg, engine, tokenizer, task, train_store, result, run_dir, world, say)
-    _finish(cfg, world, run_dir, result, engine, start_host, exported, callbacks, time.perf_counter() - started,
-            sharding)
+    final = final_result(result, world, engine.optimizer_bytes()["total"], {
+        "start_host_bytes": start_host, "zero_stage": sharding.stage, "export": "export" if exported else None,
+        "skipped_steps": engine.skipped, "wall_seconds": time.perf_counter() - started,
+        "bad_rows": train_store.stats["bad_rows"]})
+    if world.main:
+        metrics_log.write_result(run_dir, final)
+        callbacks.finish(final)
     return result
-
-
-def _run_dir(cfg: Config, world: World) -> Path:
-    """The one run directory of all ranks, made by rank 0."""
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = Path(world.broadcast(cfg.run_dir or f"runs/{cfg.name}/{stamp}")).expanduser().absolute()
-    cfg.run_dir = str(folder)
-
-    def make() -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot be made: {error.strerror}", str(folder), "Try run_dir=DIR.") from None
-
-    world.on_main(make)
-    return folder
 
 
 def _tokenizer_folder(cfg: Config) -> str | None:
@@ -254,58 +247,15 @@ def _identity(cfg: Config, store: Store) -> dict[str, Any]:
             "dtype": cfg.model.dtype.value, "adapter": str(cfg.adapter), "optim": str(cfg.optim)}
 
 
-def _callbacks(cfg: Config, run_dir: Path, state: TrainState, display: Display | None, world: World) -> CallbackList:
-    if display is None:
-        return CallbackList([])
-    if cfg.resume == "never":
-        for old in (metrics_log.METRICS, metrics_log.SAMPLES):
-            (run_dir / old).unlink(missing_ok=True)
-    metrics_log.truncate(run_dir / metrics_log.METRICS, state.step)
-    metrics_log.truncate(run_dir / metrics_log.SAMPLES, state.step)
-    callbacks = CallbackList([MetricsLog(run_dir), display, *build_trackers(cfg.tracker), Report()])
-    callbacks.restore(state.callbacks)
-    return callbacks
-
-
-def _save_config(cfg: Config, run_dir: Path, about: dict[str, Any]) -> None:
-    metrics_log.write_json(run_dir / "task.json", about)
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain_config(cfg))), encoding="utf-8")
-
-
-def _summary(cfg: Config, world: World, run_dir: Path, sharding: Sharding, length: Length, parameters: dict[str, int],
-             engine: Engine, store: Store, rows: Rows, planned: Plan) -> None:
-    """Print the run in a few lines, with the batch as an equation."""
+def _watch(callbacks: CallbackList, cfg: Config, run_dir: Path, state: TrainState, world: World) -> None:
+    """Add the listeners on rank 0, after dropping what metrics.jsonl holds beyond the checkpoint."""
     if not world.main:
         return
-    accumulation = ds_config.accumulation(cfg, world.size)
-    tokens = len(store.column("ids")) / len(rows) * cfg.train.global_batch
-    share = 100 * parameters["trainable"] / parameters["total"]
-    dtype = DTYPES[cfg.model.dtype.value]
-    attention = pick_attention(cfg.model.attention.value, world.device.type, dtype)
-    sharded = f"stage {sharding.stage}, {world.size} ranks"
-    offloads = [f"{what} on {where.value}" for what, where in
-                (("optimizer", sharding.offload_optimizer), ("weights", sharding.offload_params))
-                if where is not Offload.none]
-    summary_table(f"finetune {cfg.name}", [
-        ("run_dir", str(run_dir)),
-        ("model", f"{cfg.model.path}  {parameters['total']:,} parameters, {cfg.model.dtype.value}, attention {attention}"),
-        ("trained", f"{parameters['trainable']:,} parameters ({share:.2f}%)"),
-        ("data", f"{cfg.data.train}  {store.stats['documents']:,} records, {store.stats['tokens']:,} tokens, "
-                 f"{len(rows):,} rows, {100 * efficiency(rows, cfg.task.max_length):.1f}% filled"),
-        ("batch", f"{cfg.train.micro_batch} micro x {world.size} ranks x {accumulation} accumulation = "
-                  f"{cfg.train.global_batch} rows, about {tokens:,.0f} tokens a step"),
-        ("length", f"{length.steps:,} steps = {length.epochs:.2f} epochs"),
-        ("ZeRO", "; ".join([sharded, *offloads]) + f"  ({planned.reason})"),
-        ("optimizer", f"{gib(_state_bytes(engine))} of Adam states on each rank"),
-    ])
-
-
-def _state_bytes(engine: Engine) -> int:
-    """Optimizer bytes of this rank once Adam's averages exist."""
-    from finetune import partitions
-
-    partitions.ensure_states(engine.ds)
-    return engine.optimizer_bytes()["total"]
+    for name in (metrics_log.METRICS, metrics_log.SAMPLES):
+        metrics_log.truncate(run_dir / name, state.step)
+    callbacks.callbacks[:0] = [MetricsLog(run_dir)]
+    callbacks.callbacks += [*build_trackers(cfg.tracker), Report()]
+    callbacks.restore(state.callbacks)
 
 
 def _sampler(cfg: Config, engine: Engine, tokenizer, task: Task, callbacks: CallbackList):
@@ -354,42 +304,3 @@ def _export(cfg: Config, engine: Engine, tokenizer, task: Task, store: Store, re
                       _about(task),
                       plain_config(cfg)["task"], card)
     return export_run(engine, tokenizer, info, cfg.export, reference_texts(store), run_dir / "export", world)
-
-
-def _finish(cfg: Config, world: World, run_dir: Path, result: Result, engine: Engine, start_host: int,
-            exported: dict[str, Any] | None, callbacks: CallbackList, seconds: float, sharding: Sharding) -> None:
-    """result.json, and the last word to every callback."""
-    ranks = world.gather({"host": memory_watch.peak_host_bytes(), "gpu": memory_watch.peak_gpu_bytes(),
-                          "optimizer": engine.optimizer_bytes()["total"]})
-    if not world.main:
-        return
-    final = {
-        "status": result.status, "step": result.step, "loss": result.loss, "eval": result.eval,
-        "tokens": result.tokens, "seconds": result.seconds, "tokens_per_second": result.tokens_per_second,
-        "peak_host_bytes": max(r["host"] for r in ranks), "start_host_bytes": start_host,
-        "peak_gpu_bytes": max(r["gpu"] for r in ranks), "world_size": world.size, "zero_stage": sharding.stage,
-        "export": "export" if exported else None, "error": None,
-        "optimizer_bytes_per_rank": [r["optimizer"] for r in ranks], "skipped_steps": engine.skipped,
-        "wall_seconds": seconds, "trained": "full" if isinstance(cfg.adapter, FullConfig) else "adapter",
-    }
-    metrics_log.write_result(run_dir, final)
-    callbacks.finish(final)
-
-
-def _record_failure(run_dir: Path, error: BaseException, display: Display | None) -> None:
-    """Leave what is known of a failed run: result.json and the page; never a second error."""
-    if display:
-        display.close()
-    lines = metrics_log.read(run_dir / metrics_log.METRICS)
-    steps = [line for line in lines if line.get("kind") == "train"]
-    last = steps[-1] if steps else {}
-    text = error.render() if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    try:
-        metrics_log.write_result(run_dir, {
-            "status": "failed", "step": last.get("step", 0), "loss": last.get("loss"), "eval": {},
-            "tokens": last.get("tokens", 0), "seconds": 0.0, "tokens_per_second": 0.0,
-            "peak_host_bytes": memory_watch.peak_host_bytes(), "start_host_bytes": 0, "peak_gpu_bytes": 0,
-            "world_size": 0, "zero_stage": None, "export": None, "error": text})
-        build_report(run_dir)
-    except Exception:
-        return

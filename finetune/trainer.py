@@ -64,6 +64,8 @@ class Trainer:
 
     def fit(self, state: TrainState) -> Result:
         """Train from `state` to the last step, or until a stop is asked for."""
+        if self.train.eval_at_start and self.hooks.evaluate and state.step == 0:
+            self.run_evaluation(state)
         self.engine.train()
         status, clock, tokens = "done", time.perf_counter(), 0
         for batches in self.batches:
@@ -87,7 +89,7 @@ class Trainer:
         return self._finish(state, status)
 
     def _agree(self, batches: list[Batch]) -> list[float]:
-        """Scored tokens, real tokens, stop and save requests of this step, over all ranks: the one exchange a step needs."""
+        """Scored tokens, real tokens, stop and save requests over all ranks: the one exchange a step needs."""
         scored = sum(self.task.count(batch) for batch in batches)
         tokens = sum(batch["tokens"] for batch in batches)
         return self.world.sum([scored, tokens, bool(self.stop), self.stop.wants_save()])

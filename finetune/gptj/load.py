@@ -242,7 +242,9 @@ def draw(name: str, shape: tuple[int, ...], config: GPTJConfig, seed: int) -> Te
         return torch.zeros(shape)
     if ".ln_" in name:
         return torch.ones(shape)
-    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    # torch's CPU generator takes 32 bits of its seed.
+    mixed = zlib.crc32(name.encode()) ^ (seed * 2654435761 % 2**32)
+    generator = torch.Generator().manual_seed(mixed)
     return torch.empty(shape).normal_(0.0, config.initializer_range, generator=generator)
 
 

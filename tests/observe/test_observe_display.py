@@ -100,7 +100,7 @@ def test_a_terminal_gets_a_bar_and_messages_stay(tmp_path: Path):
     display.close()
     text = out.getvalue()
     assert "resumed after step 1" in text and "tokenising: done" in text
-    assert "something to say" in text and "out of [memory]" in text
+    assert "something to say" in text and "failed at step 4" in text
     assert text.count("\x1b[?25h") >= 1, "the cursor must come back"
 
 

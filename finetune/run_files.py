@@ -1,0 +1,69 @@
+"""The files of a run directory that are not metrics or checkpoints: config.yaml, task.json, result.json."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from finetune import memory_watch, metrics_log
+from finetune.config import Config
+from finetune.dist import World
+from finetune.errors import UserError
+from finetune.plain import plain_config
+from finetune.trainer import Result
+
+
+def make_run_dir(cfg: Config, world: World) -> Path:
+    """The one run directory of all ranks, named and made by rank 0; written into `cfg`.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = Path(world.broadcast(cfg.run_dir or f"runs/{cfg.name}/{stamp}")).expanduser().absolute()
+    cfg.run_dir = str(folder)
+
+    def make() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot be made: {error.strerror}", str(folder), "Try run_dir=DIR.") from None
+
+    world.on_main(make)
+    return folder
+
+
+def save_config(cfg: Config, about: dict[str, Any], run_dir: Path) -> None:
+    """config.yaml, and in task.json what the head learned from the data."""
+    metrics_log.write_json(run_dir / "task.json", about)
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain_config(cfg))), encoding="utf-8")
+
+
+def final_result(result: Result, world: World, optimizer_bytes: int, extra: dict[str, Any]) -> dict[str, Any]:
+    """The object of result.json. Collective: peaks are those of the largest rank."""
+    ranks = world.gather((memory_watch.peak_host_bytes(), memory_watch.peak_gpu_bytes(), optimizer_bytes))
+    return {
+        "status": result.status, "step": result.step, "loss": result.loss, "eval": result.eval,
+        "tokens": result.tokens, "seconds": result.seconds, "tokens_per_second": result.tokens_per_second,
+        "peak_host_bytes": max(host for host, _, _ in ranks), "peak_gpu_bytes": max(gpu for _, gpu, _ in ranks),
+        "world_size": world.size, "error": None, "optimizer_bytes_per_rank": [held for _, _, held in ranks], **extra,
+    }
+
+
+def failed_result(run_dir: Path, error: BaseException, world: World) -> dict[str, Any]:
+    """result.json of a run that ended in an error: what its own lines still tell."""
+    lines = metrics_log.read(run_dir / metrics_log.METRICS)
+    last = next((line for line in reversed(lines) if line.get("kind") == "train"), {})
+    evaluated = next((line for line in reversed(lines) if line.get("kind") == "eval"), {})
+    text = error.render() if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return {
+        "status": "failed", "step": last.get("step", 0), "loss": last.get("loss"),
+        "eval": {k: v for k, v in evaluated.items() if k not in ("kind", "step")}, "tokens": last.get("tokens", 0),
+        "seconds": 0.0, "tokens_per_second": last.get("tokens_per_second", 0.0),
+        "peak_host_bytes": memory_watch.peak_host_bytes(), "start_host_bytes": 0,
+        "peak_gpu_bytes": memory_watch.peak_gpu_bytes(), "world_size": world.size, "zero_stage": None, "export": None,
+        "error": text,
+    }

@@ -1,0 +1,99 @@
+"""n steps == k steps + resume + (n - k) steps: bit by bit on the same ranks, within 1e-5 on others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.ranks import losses, metrics, run_cases
+
+STEPS, CUT = 10, 4
+
+
+def overrides(small: Path, data: Path, run_dir: Path, *more: str) -> list[str]:
+    """Dropout, accumulation 2 on two ranks, and an epoch boundary inside: 60 documents make few rows of 256 tokens."""
+    return ["recipe=clm_pile", f"model.path={small}", "model.dtype=fp32", f"data.train={data}", f"data.eval={data}",
+            f"run_dir={run_dir}", "task.max_length=256", f"train.steps={STEPS}", "train.global_batch=8", "seed=5",
+            "train.micro_batch=2", "optim.lr=1e-3", "train.eval_every=5", "train.activation_checkpointing=false",
+            "model.attn_pdrop=0.1", "model.resid_pdrop=0.1", "model.embd_pdrop=0.1", f"checkpoint.every={CUT}",
+            "checkpoint.keep=5", "export.enabled=false", *more]
+
+
+VARIANTS = {
+    "stage0": ["zero=stage0"], "stage2": ["zero=stage2"], "stage3": ["zero=stage3"],
+    "stage2-bf16": ["zero=stage2", "model.dtype=bf16"], "stage1-bf16": ["zero=stage1", "model.dtype=bf16"],
+    "stage3-lora": ["zero=stage3", "adapter=lora", "adapter.dropout=0.1", "adapter.targets=all-linear"],
+}
+
+
+def branch(run: Path, name: str) -> Path:
+    """A copy of `run` as a kill right after the save of step CUT would have left it (with later metrics lines)."""
+    copy = run.with_name(name)
+    shutil.copytree(run, copy)
+    for later in (copy / "checkpoints").glob("step-*"):
+        if int(later.name[5:]) > CUT:
+            shutil.rmtree(later)
+    return copy
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in (run / f"checkpoints/step-{STEPS:08d}").glob("optim-*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(small_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("resume")
+
+    def case(name: str, *more: str) -> list[str]:
+        return overrides(small_gptj, unequal_documents, root / name, *more)
+
+    run_cases(2, [case(name, *words) for name, words in VARIANTS.items()])
+    for name in VARIANTS:
+        branch(root / name, f"{name}-again")
+    elastic = {f"{a}-to-{b}": (branch(root / a, f"{a}-to-{b}"), b)
+               for a, b in (("stage0", "stage3"), ("stage3", "stage0"), ("stage2", "stage1"), ("stage3-lora", "stage1"))}
+    ones = [branch(root / name, f"{name}-one") for name in ("stage2", "stage3")]
+
+    def resumed(folder: Path, name: str, stage: str) -> list[str]:
+        words = [w for w in VARIANTS[name] if not w.startswith("zero=")]
+        return overrides(small_gptj, unequal_documents, folder, *words, f"zero={stage}")
+
+    again = [case(f"{name}-again", *words) for name, words in VARIANTS.items()]
+    run_cases(2, again + [resumed(folder, name.split("-to-")[0], stage) for name, (folder, stage) in elastic.items()])
+    run_cases(1, [resumed(folder, "stage2", "stage2") for folder in ones])
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_bitwise_on_the_same_ranks(runs, name):
+    whole, again = runs / name, runs / f"{name}-again"
+    assert losses(again) == losses(whole)
+    assert [r["step"] for r in metrics(again)] == list(range(1, STEPS + 1))
+    assert [(r["step"], r["loss"]) for r in metrics(again, "eval")] == [(r["step"], r["loss"]) for r in metrics(whole, "eval")]
+    a, b = tensors(again), tensors(whole)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stage0-to-stage3", "stage3-to-stage0", "stage2-to-stage1", "stage3-lora-to-stage1",
+                                  "stage2-one", "stage3-one"])
+def test_elastic(runs, name):
+    """Another stage or another number of ranks continues the same losses."""
+    whole = runs / name.split("-to-")[0].removesuffix("-one")
+    for a, b in zip(losses(runs / name), losses(whole), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_epoch_boundary_was_crossed(runs):
+    stats = json.loads((runs / "stage0" / "data_stats.json").read_text())["train"]
+    assert CUT * 8 < 2 * stats["rows"] and STEPS * 8 > stats["rows"]

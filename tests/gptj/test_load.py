@@ -1,0 +1,137 @@
+"""Loading: every layout people have, and a named file or tensor for everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPTJForCausalLM
+
+from finetune.config import Dtype, Init, ModelConfig
+from finetune.errors import UserError
+from finetune.gptj.load import build_model
+
+CPU = torch.device("cpu")
+
+
+def build(folder: Path, **changes):
+    return build_model(ModelConfig(path=str(folder), dtype=Dtype.fp32, **changes), "lm", device=CPU, seed=0)
+
+
+@pytest.fixture
+def copy(small_gptj: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small_gptj, tmp_path / "model"))
+
+
+def same(folder: Path, reference: Path) -> bool:
+    wanted = GPTJForCausalLM.from_pretrained(reference).state_dict()
+    found = build(folder).state_dict()
+    return wanted.keys() == found.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
+
+
+def test_safetensors(copy, small_gptj):
+    assert same(copy, small_gptj)
+
+
+def test_published_layout_with_legacy_buffers(copy, small_gptj):
+    """One pytorch_model.bin in fp16's neighbour fp32, with the attention's old causal mask buffers."""
+    state = load_file(copy / "model.safetensors")
+    for layer in range(2):
+        state[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 8, 8).tril().bool()
+        state[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e9)
+    torch.save(state, copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    assert same(copy, small_gptj)
+
+
+def test_sharded_and_bare_body_names(copy, small_gptj):
+    state = load_file(copy / "model.safetensors")
+    names = sorted(state)
+    first = {n.removeprefix("transformer."): state[n] for n in names[:5]}
+    second = {n: state[n] for n in names[5:]}
+    save_file(first, copy / "a.safetensors")
+    save_file(second, copy / "b.safetensors")
+    weight_map = dict.fromkeys(first, "a.safetensors") | dict.fromkeys(second, "b.safetensors")
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (copy / "model.safetensors").unlink()
+    assert same(copy, small_gptj)
+
+
+def test_casts_to_the_dtype_asked_for(copy):
+    model = build_model(ModelConfig(path=str(copy), dtype=Dtype.bf16), "lm", device=CPU, seed=0)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_random_reads_only_the_config_and_depends_on_the_seed_alone(copy):
+    (copy / "model.safetensors").unlink()
+    one, again = build(copy, init=Init.random), build(copy, init=Init.random)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), again.parameters(), strict=True))
+    other = build_model(ModelConfig(path=str(copy), dtype=Dtype.fp32, init=Init.random), "lm", device=CPU, seed=1)
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+    assert one.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def broken(copy: Path, match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        build(copy)
+
+
+def test_missing_tensor_is_named(copy):
+    state = load_file(copy / "model.safetensors")
+    state.pop("transformer.h.1.mlp.fc_in.weight")
+    save_file(state, copy / "model.safetensors")
+    broken(copy, r"missing: transformer\.h\.1\.mlp\.fc_in\.weight")
+
+
+def test_misshaped_and_extra_tensors_are_named(copy):
+    state = load_file(copy / "model.safetensors")
+    state["transformer.ln_f.weight"] = torch.ones(7)
+    state["transformer.h.9.ln_1.weight"] = torch.ones(32)
+    save_file(state, copy / "model.safetensors")
+    with pytest.raises(UserError) as caught:
+        build(copy)
+    assert "transformer.h.9.ln_1.weight" in str(caught.value)
+    assert "transformer.ln_f.weight is (7,), the config says (32,)" in str(caught.value)
+
+
+def test_truncated_file_is_named(copy):
+    data = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
+    broken(copy, r"model\.safetensors: cannot be read")
+
+
+def test_index_may_not_leave_its_directory(copy):
+    (copy / "model.safetensors").rename(copy.parent / "outside.safetensors")
+    names = load_file(copy.parent / "outside.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "../outside.safetensors")}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    broken(copy, "outside its own directory")
+
+
+class Planted:
+    def __reduce__(self):
+        return (open, (str(Path("/tmp/planted-by-a-pickle")), "w"))
+
+
+def test_planted_pickle_is_refused_and_does_not_run(copy):
+    target = Path("/tmp/planted-by-a-pickle")
+    target.unlink(missing_ok=True)
+    (copy / "model.safetensors").unlink()
+    torch.save({"transformer.wte.weight": Planted()}, copy / "pytorch_model.bin")
+    broken(copy, "refused")
+    assert not target.exists()
+
+
+def test_not_a_gptj(copy):
+    (copy / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    broken(copy, "model_type is 'llama'")
+
+
+def test_hub_id_offline_says_what_to_do():
+    with pytest.raises(UserError) as caught:
+        build_model(ModelConfig(path="EleutherAI/gpt-j-6b"), "lm", device=CPU, seed=0)
+    assert "recipe=quickstart" in str(caught.value) and "model.path=DIR" in str(caught.value)

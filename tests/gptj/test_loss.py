@@ -1,0 +1,74 @@
+"""The loss without logits against torch's cross-entropy: value, gradients, frozen weights, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from finetune.data.constants import IGNORE
+from finetune.gptj.loss import LOSS_CHUNK, LMHead, chunked_cross_entropy, token_losses
+
+ROWS, WIDTH, VOCAB = 2 * LOSS_CHUNK + 37, 16, 300
+
+
+def tensors(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    hidden = torch.randn(ROWS, WIDTH, dtype=dtype, requires_grad=True)
+    weight = torch.randn(VOCAB, WIDTH, dtype=dtype, requires_grad=True)
+    bias = torch.randn(VOCAB, dtype=dtype, requires_grad=True)
+    labels = torch.randint(0, VOCAB, (ROWS,))
+    labels[torch.rand(ROWS) < 0.3] = IGNORE
+    return hidden, weight, bias, labels
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.003])
+def test_value_and_gradients(scale):
+    hidden, weight, bias, labels = tensors()
+    wanted = F.cross_entropy(F.linear(hidden, weight, bias), labels, ignore_index=IGNORE, reduction="sum") * scale
+    gradients = torch.autograd.grad(wanted, (hidden, weight, bias))
+    loss = chunked_cross_entropy(hidden, weight, bias, labels) * scale
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
+    for mine, theirs in zip(torch.autograd.grad(loss, (hidden, weight, bias)), gradients, strict=True):
+        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_bf16_gradient_is_as_close_to_the_truth_as_plain_torch():
+    """Plain torch rounds the whole product once; on CPU ours rounds each chunk's product and adds them in fp32."""
+    hidden, weight, bias, labels = tensors(torch.bfloat16)
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight, bias)]
+    truth = torch.autograd.grad(
+        F.cross_entropy(F.linear(*exact), labels, ignore_index=IGNORE, reduction="sum"), exact)
+    plain = torch.autograd.grad(F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, ignore_index=IGNORE,
+                                                reduction="sum"), (hidden, weight, bias))
+    ours = torch.autograd.grad(chunked_cross_entropy(hidden, weight, bias, labels), (hidden, weight, bias))
+    for mine, theirs, true in zip(ours, plain, truth, strict=True):
+        assert (mine.double() - true).norm() <= 1.25 * (theirs.double() - true).norm()
+
+
+def test_frozen_head_costs_no_gradient():
+    hidden, weight, bias, labels = tensors()
+    weight.requires_grad_(False)
+    bias.requires_grad_(False)
+    chunked_cross_entropy(hidden, weight, bias, labels).backward()
+    assert hidden.grad is not None and weight.grad is None and bias.grad is None
+
+
+def test_nothing_scored_is_zero_with_zero_gradient():
+    hidden, weight, bias, labels = tensors()
+    loss = chunked_cross_entropy(hidden, weight, bias, torch.full_like(labels, IGNORE))
+    loss.backward()
+    assert loss.item() == 0 and not hidden.grad.any() and not weight.grad.any()
+
+
+def test_token_losses_add_up():
+    hidden, weight, bias, labels = tensors()
+    losses = token_losses(hidden, weight, bias, labels)
+    wanted = F.cross_entropy(F.linear(hidden, weight, bias), labels, ignore_index=IGNORE, reduction="none")
+    torch.testing.assert_close(losses, wanted.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_head_returns_logits_without_labels():
+    head = LMHead(WIDTH, VOCAB)
+    hidden = torch.randn(2, 3, WIDTH)
+    torch.testing.assert_close(head(hidden), F.linear(hidden, head.weight, head.bias))

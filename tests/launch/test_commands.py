@@ -1,0 +1,173 @@
+"""The commands as users type them, in real processes: launchers, exit codes, files, messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+DEEPSPEED = [str(BIN / "deepspeed")]
+QUICK = ["recipe=quickstart", "debug=tiny"]
+
+
+def call(command: list[str], cwd: Path = ROOT, timeout: int = 280, **more) -> subprocess.CompletedProcess:
+    env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | more.pop("env", {})
+    return subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, timeout=timeout, check=False, **more)
+
+
+def result(run_dir: Path) -> dict:
+    return json.loads((run_dir / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short quickstart under `deepspeed` with two ranks, from another directory."""
+    folder = tmp_path_factory.mktemp("quick")
+    done = call([*DEEPSPEED, "--num_gpus", "2", str(ROOT / "launch/train.py"), *QUICK, "train.steps=6",
+                 f"run_dir={folder / 'run'}", "checkpoint.every=3", "tracker=[tensorboard]"], cwd=folder)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_run_directory_has_everything(quick_run):
+    for name in ("config.yaml", "plan.json", "metrics.jsonl", "result.json", "report.html", "curves.png",
+                 "export/adapter_model.safetensors", "export/adapter_config.json", "export/README.md", "export/export.json"):
+        assert (quick_run / name).stat().st_size > 0, name
+    assert any((quick_run / "tensorboard").iterdir())
+    found = result(quick_run)
+    assert found["status"] == "done" and found["step"] == 6 and found["world_size"] == 2 and found["export"] == "export"
+    assert found["peak_host_bytes"] >= found["start_host_bytes"] > 0 and found["error"] is None
+    lines = [json.loads(line) for line in (quick_run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "lr", "grad_norm", "tokens", "tokens_per_second", "host_bytes", "gpu_bytes"} <= lines[0].keys()
+    assert all(line["grad_norm"] > 0 for line in lines if line["kind"] == "train")
+    steps = sorted(p.name for p in (quick_run / "checkpoints").iterdir())
+    assert steps == ["step-00000003", "step-00000006"]
+    assert json.loads((quick_run / "export/export.json").read_text())["verified"] is True
+
+
+@pytest.mark.slow
+def test_export_opens_in_plain_peft_and_is_equal(quick_run):
+    """An independent reopening: our own checkpointed weights through Hugging Face's model and peft only."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = json.loads((quick_run / "export/adapter_config.json").read_text())["base_model_name_or_path"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), quick_run / "export")
+    assert any(p.abs().max() > 0 for n, p in model.named_parameters() if "lora_B" in n)
+
+
+@pytest.mark.slow
+def test_evaluate_export_and_generate(quick_run, tmp_path):
+    run = call([sys.executable, "launch/evaluate.py", f"run={quick_run}"])
+    assert run.returncode == 0, run.stderr[-2000:]
+    from_run = json.loads((quick_run / "eval.json").read_text())["loss"]
+    assert from_run == pytest.approx(result(quick_run)["eval"]["loss"], rel=1e-6)
+    merged = call([sys.executable, "launch/export.py", f"run={quick_run}", "kind=merged", f"out={tmp_path / 'merged'}"])
+    assert merged.returncode == 0, merged.stderr[-2000:]
+    data = json.loads((quick_run / "eval.json").read_text())["data"]
+    again = call([sys.executable, "launch/evaluate.py", f"model={tmp_path / 'merged'}", f"data.eval={data}"])
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert json.loads((tmp_path / "merged/eval.json").read_text())["loss"] == pytest.approx(from_run, rel=1e-5)
+    texts = [call([sys.executable, "launch/generate.py", f"model={folder}", "prompt=The patients were", "temperature=0",
+                   "max_new_tokens=12"]).stdout for folder in (quick_run / "export", tmp_path / "merged")]
+    assert texts[0] == texts[1] and len(texts[0]) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[sys.executable], [str(BIN / "torchrun"), "--nproc_per_node", "2"]],
+                         ids=["python", "torchrun"])
+def test_other_launchers(launcher, tmp_path):
+    done = call([*launcher, "launch/train.py", *QUICK, "train.steps=2", f"run_dir={tmp_path}", "export.enabled=false"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert result(tmp_path)["world_size"] == (2 if "torchrun" in launcher[0] else 1)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_command_continues(tmp_path):
+    command = [sys.executable, "launch/train.py", *QUICK, "train.steps=400", f"run_dir={tmp_path}", "export.enabled=false"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 75, output[-2000:]
+    stopped = result(tmp_path)
+    assert stopped["status"] == "preempted" and 0 < stopped["step"] < 400
+    done = call([*command[:-1], f"train.steps={stopped['step'] + 2}", "export.enabled=false"])
+    assert done.returncode == 0, done.stderr[-2000:]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [s for s in steps if steps.count(s) == 1][: stopped["step"]] == list(range(1, stopped["step"] + 1))
+    assert result(tmp_path)["step"] == stopped["step"] + 2
+
+
+@pytest.mark.slow
+def test_sweep_runs_each_job_and_repeats_nothing(tmp_path):
+    command = [sys.executable, "launch/train.py", "-m", *QUICK, "train.steps=2", "optim.lr=1e-3,5e-3", "export.enabled=false",
+               f"sweep.dir={tmp_path}"]
+    done = call(command)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    jobs = json.loads((tmp_path / "sweep.json").read_text())["jobs"]
+    assert [job["status"] for job in jobs] == ["done", "done"] and jobs[0]["eval"]["loss"] <= jobs[1]["eval"]["loss"]
+    stamps = [(tmp_path / f"{n}/result.json").stat().st_mtime for n in range(2)]
+    assert call(command).returncode == 0
+    assert stamps == [(tmp_path / f"{n}/result.json").stat().st_mtime for n in range(2)]
+
+
+WRONG = {
+    "unknown recipe": (["recipe=clm_pille"], "Did you mean recipe=clm_pile?"),
+    "unknown key": (["recipe=quickstart", "optim.lrr=1"], "Did you mean optim.lr"),
+    "unknown option": (["recipe=quickstart", "zero=stage5"], "stage0, stage1, stage2, stage3"),
+    "wrong type": (["recipe=quickstart", "optim.lr=fast"], "optim.lr"),
+    "no data": (["recipe=clm_pile"], "deepspeed launch/train.py recipe=quickstart"),
+    "several at once": (["recipe=quickstart", "task.max_length=4096", "train.global_batch=7"], "2 problems"),
+    "no weights": (["recipe=clm_pile", "data.train=asset:data/pile_sample/train.jsonl.zst", "data.eval=null"], "model.path=DIR"),
+    "bad resume": (["recipe=quickstart", "resume=/nowhere"], "resume"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_usage_is_exit_code_2_without_traceback(name, tmp_path):
+    words, remedy = WRONG[name]
+    done = call([sys.executable, "launch/train.py", *words, f"run_dir={tmp_path / 'run'}"])
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert remedy in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_launcher_returns_our_exit_code_and_message():
+    done = call([*DEEPSPEED, "--num_gpus", "2", "launch/train.py", "recipe=quickstart", "optim.lrr=1"])
+    assert done.returncode == 2 and "Did you mean optim.lr" in done.stdout + done.stderr
+
+
+def test_plan_prints_one_json_object_without_torch():
+    done = call([sys.executable, "-X", "importtime", "launch/plan.py", "recipe=clm_pile", "machine=h100_80", "machine.gpus=4",
+                 "plan.format=json"])
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["fits"] and found["parameters"]["total"] == 6050882784
+    assert not re.search(r"\|\s+torch$", done.stderr, re.M)
+
+
+@pytest.mark.parametrize("name", ["train", "plan", "evaluate", "export", "generate"])
+def test_help_and_cfg(name):
+    shown = call([sys.executable, f"launch/{name}.py", "--help"])
+    assert shown.returncode == 0 and "Usage:" in shown.stdout and "Examples:" in shown.stdout
+
+
+def test_cfg_job_prints_the_config():
+    shown = call([sys.executable, "launch/train.py", "recipe=quickstart", "--cfg", "job"])
+    assert shown.returncode == 0 and "max_length: 256" in shown.stdout

@@ -1,0 +1,88 @@
+"""Every recipe composes, is valid, states itself, and trains two steps under debug=tiny."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune.app import RECIPES, compose_train
+from finetune.check import check
+from finetune.errors import UserError
+from finetune.helptext import first_comment
+from finetune.schedule import learning_rate
+from tests.distributed.ranks import metrics, run_cases
+
+ALL = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+
+
+def test_some_recipes_were_found():
+    assert {"quickstart", "clm_pile", "clm_pile_lora", "instruct_lora", "classify_lora", "qa_lora"} <= set(ALL)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_composes_and_is_valid(name):
+    cfg = compose_train([f"recipe={name}", "data.train=x.jsonl"])
+    assert cfg.name == name
+    check(cfg, world_size=1, cuda=True)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_header_states_purpose_command_and_hardware(name):
+    text = (RECIPES / f"{name}.yaml").read_text()
+    assert text.startswith("# @package _global_") and len(first_comment(RECIPES / f"{name}.yaml")) > 20
+    assert "# Command" in text and f"recipe={name}" in text and "# Hardware" in text
+
+
+@pytest.fixture(scope="module")
+def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tiny")
+    run_cases(1, [[f"recipe={name}", "debug=tiny", "train.steps=2", f"run_dir={root / name}", "data.train=null",
+                   "data.eval=null"] for name in ALL])
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+def test_trains_two_steps_under_debug_tiny(tiny_runs, name):
+    result = json.loads((tiny_runs / name / "result.json").read_text())
+    assert result["status"] == "done" and result["step"] == 2 and result["export"] == "export"
+    assert len(metrics(tiny_runs / name)) == 2 and result["eval"]
+
+
+def test_the_command_line_decides_between_steps_and_epochs():
+    assert compose_train(["recipe=quickstart", "train.epochs=2"]).train.steps is None
+    assert compose_train(["recipe=clm_pile", "train.steps=7"]).train.epochs is None
+    both = compose_train(["recipe=clm_pile", "train.steps=7", "train.epochs=2"]).train
+    assert (both.steps, both.epochs) == (7, 2)
+
+
+def test_all_problems_at_once():
+    cfg = compose_train(["recipe=quickstart", "task.max_length=4096", "train.global_batch=50", "optim.schedule=zigzag",
+                         "zero=stage2", "zero.offload_params=cpu"])
+    with pytest.raises(UserError) as caught:
+        check(cfg, world_size=8, cuda=False)
+    text = str(caught.value)
+    assert text.startswith("4 problems in the configuration:")
+    assert "train.global_batch = 50 is not a multiple of train.micro_batch x ranks = 4 x 8 = 32" in text
+    assert "Try train.global_batch=64" in text and "Try task.max_length=2048." in text
+
+
+def test_adapter_key_of_another_kind_is_refused():
+    with pytest.raises(UserError, match="Key 'rank' not in 'FullConfig'"):
+        compose_train(["recipe=quickstart", "adapter=full", "adapter.rank=4"])
+
+
+def test_several_trackers():
+    cfg = compose_train(["recipe=quickstart", "tracker=[tensorboard,wandb]"])
+    assert cfg.tracker.tensorboard.enabled and cfg.tracker.wandb.enabled
+
+
+@pytest.mark.parametrize("schedule,last", [("linear", 0.1), ("cosine", 0.1), ("constant", 1.0)])
+def test_schedules(schedule, last):
+    optim = compose_train(["recipe=quickstart", f"optim.schedule={schedule}", "optim.lr=1", "optim.warmup=10",
+                           "optim.min_lr=0.1"]).optim
+    rates = [learning_rate(optim, step, 100) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(last) and rates[9:] == sorted(rates[9:], reverse=True)
