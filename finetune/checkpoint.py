@@ -126,9 +126,10 @@ class Checkpoints:
 
     def _write_rank(self, engine, stage: Path) -> tuple[str, dict]:
         partitions.ensure_states(engine)
+        mine = self.world.main or not partitions.replicated(engine)
         tensors = {
             f"{piece.name}|{piece.start}|{kind}": tensor.detach().to("cpu").contiguous()
-            for piece in partitions.fragments(engine)
+            for piece in (partitions.fragments(engine) if mine else ())
             for kind, tensor in piece.tensors().items()
         }
         name = f"optim-{self.world.rank:05d}-of-{self.world.size:05d}.safetensors"

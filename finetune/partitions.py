@@ -83,6 +83,11 @@ def optimizer_bytes(engine) -> dict[str, int]:
     return {"masters": masters, "moments": moments, "total": masters + moments}
 
 
+def replicated(engine) -> bool:
+    """Whether every rank holds the same whole states (stage 0)."""
+    return _kind(engine) not in ("DeepSpeedZeroOptimizer_Stage3", "DeepSpeedZeroOptimizer", "BF16_Optimizer")
+
+
 def _kind(engine) -> str:
     return type(engine.optimizer).__name__
 

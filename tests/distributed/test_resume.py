@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.distributed.ranks import losses, metrics, run_cases
 
-STEPS, CUT = 10, 4
+STEPS, CUT = 10, 3
 
 
 def overrides(small: Path, data: Path, run_dir: Path, *more: str) -> list[str]:
@@ -96,4 +96,4 @@ def test_elastic(runs, name):
 @pytest.mark.slow
 def test_the_epoch_boundary_was_crossed(runs):
     stats = json.loads((runs / "stage0" / "data_stats.json").read_text())["train"]
-    assert CUT * 8 < 2 * stats["rows"] and STEPS * 8 > stats["rows"]
+    assert CUT * 8 % stats["rows"] != 0 and CUT * 8 // stats["rows"] < (STEPS * 8 - 1) // stats["rows"]
