@@ -50,6 +50,9 @@ SCHEMAS = {
     },
 }
 
+ALIASES = {"evaluate": {"model": "export_dir"}, "generate": {"model": "export_dir"}}
+"""program -> key as users type it -> key in the schema: `model` alone would name the group of base models."""
+
 SHIPPED_DATA = {
     schema.ClmConfig: ("asset:data/pile_sample/train.jsonl.zst", "asset:data/pile_sample/eval.jsonl.zst"),
     schema.InstructConfig: ("asset:data/instruct/train.jsonl", "asset:data/instruct/eval.jsonl"),
@@ -90,6 +93,7 @@ def compose_config(overrides: list[str], name: str = "train") -> Composed:
     """
     register()
     GlobalHydra.instance().clear()
+    overrides = _schema_words(overrides, name)
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             node = compose(config_name=name, overrides=overrides, return_hydra_config=True)
@@ -100,6 +104,13 @@ def compose_config(overrides: list[str], name: str = "train") -> Composed:
     except (HydraException, OmegaConfBaseException) as error:
         raise _as_user_error(error, overrides, name) from None
     return Composed(typed, {k: v for k, v in choices.items() if "schema" not in k}, overrides)
+
+
+def _schema_words(words: list[str], name: str) -> list[str]:
+    """The command line's words with the schema's keys."""
+    renamed = ALIASES.get(name, {})
+    return [f"{renamed[word.split('=')[0]]}={word.partition('=')[2]}" if word.split("=")[0] in renamed else word
+            for word in words]
 
 
 def compose_train(overrides: list[str]) -> schema.Config:
@@ -234,7 +245,7 @@ def _hydra_prints(name: str, argv: list[str]) -> int:
 
     register()
     GlobalHydra.instance().clear()
-    sys.argv = [sys.argv[0], *argv]
+    sys.argv = [sys.argv[0], *_schema_words(argv, name)]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(lambda cfg: None)()
     except SystemExit as error:

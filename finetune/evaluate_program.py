@@ -25,7 +25,7 @@ from finetune.tasks import build_task, head_of
 def run(composed: Composed) -> int:
     """Evaluate, print a table, write eval.json (and predictions.jsonl where the task makes some)."""
     cfg: EvaluateConfig = composed.config
-    if bool(cfg.run) == bool(cfg.model):
+    if bool(cfg.run) == bool(cfg.export_dir):
         raise UserError("give either run=RUN_DIR or model=EXPORT_DIR", remedy="python launch/evaluate.py run=runs/quickstart/...")
     world = dist.connect()
     silence_libraries(cfg.verbose, world.rank)
@@ -59,8 +59,8 @@ def _subject(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> tuple[P
         trained = Trained(module, head_of(settings), config.model.dtype.value, config.model.path, about, {})
         _override(data, cfg.data, typed_keys)
         return folder, trained, _override_task(settings, cfg.task, typed_keys), data
-    assert cfg.model
-    folder = Path(cfg.model).expanduser().absolute()
+    assert cfg.export_dir
+    folder = Path(resolve(cfg.export_dir)).expanduser().absolute()
     about = read_about(folder) if folder.is_dir() else {}
     settings = cfg.task if "task" in typed_keys or not about.get("settings") else typed_task(about["settings"])
     if about and head_of(settings) != about["head"]:

@@ -48,6 +48,9 @@ def run(composed: Composed) -> int:
     """Write and verify one export; prints its figures."""
     app: ExportAppConfig = composed.config
     silence_libraries(app.verbose, 0)
+    if not app.run or not app.kind:
+        raise UserError("run=RUN_DIR and kind=adapter|merged|full are both needed",
+                        remedy="python launch/export.py run=runs/quickstart/... kind=merged")
     folder, checkpoint = checkpoint_of(Path(app.run).expanduser().absolute())
     cfg = load_config(folder)
     _check_kind(app.kind, cfg)

@@ -30,7 +30,8 @@ def run(composed: Composed) -> int:
     silence_libraries(cfg.verbose, 0)
     _check(cfg)
     prompts = read_prompts(cfg)
-    folder = Path(resolve(cfg.model)).expanduser().absolute()
+    assert cfg.export_dir
+    folder = Path(resolve(cfg.export_dir)).expanduser().absolute()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         dist.use_cores(0, 1)
@@ -51,6 +52,8 @@ def run(composed: Composed) -> int:
 
 
 def _check(cfg: GenerateConfig) -> None:
+    if not cfg.export_dir:
+        raise UserError("no model is given", "model", "Pass model=RUN_DIR/export, or model=asset:gptj_tiny.")
     if cfg.max_new_tokens < 1:
         raise UserError(f"max_new_tokens = {cfg.max_new_tokens} generates nothing", remedy="Try max_new_tokens=100.")
     if cfg.temperature < 0 or not 0 < cfg.top_p <= 1:

@@ -14,8 +14,8 @@ from finetune.config import Config, DataConfig, Dtype, TaskConfig
 class EvaluateConfig:
     run: Optional[str] = None
     """Run directory whose newest checkpoint (or export) is evaluated."""
-    model: Optional[str] = None
-    """Export directory: adapter, merged or full."""
+    export_dir: Optional[str] = None
+    """Typed as model=DIR: an export, or any GPT-J checkpoint directory."""
     task: TaskConfig = MISSING
     data: DataConfig = field(default_factory=DataConfig)
     batch: int = 8
@@ -32,9 +32,9 @@ class EvaluateConfig:
 
 @dataclass
 class ExportAppConfig:
-    run: str = MISSING
+    run: Optional[str] = None
     """Run directory, or one checkpoint in it."""
-    kind: str = MISSING
+    kind: Optional[str] = None
     """adapter, merged or full."""
     out: Optional[str] = None
     """Target directory; null: RUN/export-KIND."""
@@ -50,8 +50,8 @@ class ExportAppConfig:
 
 @dataclass
 class GenerateConfig:
-    model: str = MISSING
-    """Export directory (adapter, merged or full), or any GPT-J checkpoint directory."""
+    export_dir: Optional[str] = None
+    """Typed as model=DIR: an export (adapter, merged or full), or any GPT-J checkpoint directory."""
     prompt: Optional[str] = None
     """One prompt; with neither prompt nor prompts it is read from standard input."""
     prompts: Optional[str] = None

@@ -25,8 +25,11 @@ CUDA_CONTEXT_BYTES = 600 * MIB
 """Driver context, kernels and cuBLAS workspaces of one process; no tensor, so no allocator counts it."""
 NCCL_BYTES = 400 * MIB
 """Channels of NCCL's communicators."""
-ALLOCATOR_SLACK = 0.03
+GPU_SLACK = 0.03
 """Share of the tensors that blocks cut too large or out of order cost on top."""
+CPU_RESTING_SLACK, CPU_PASSING_SLACK, CPU_STAGE3_SLACK = 0.02, 0.25, 0.10
+"""The same for glibc: of what stays, of what comes and goes and leaves holes, and of everything at stage 3, which
+gathers and frees tensors of many sizes. Fitted to measured peaks, see docs/memory.md."""
 GPU_PROCESS_BYTES = 2560 * MIB
 """Resident memory of a rank that uses CUDA: interpreter, torch, DeepSpeed and CUDA's libraries."""
 CPU_PROCESS_BYTES = 700 * MIB
@@ -74,7 +77,7 @@ def estimate(job: Job, option: Option) -> Estimate:
     states = max((model_states(job, option, rank) for rank in _ranks(job, option)), key=lambda s: s.peak_gradients)
     acts, buffers = activations(job), buffer_bytes(job, option)
     peak = _peak(job, states, acts, buffers)
-    fixed = _fixed_bytes(job, peak)
+    fixed = _fixed_bytes(job, option, states, peak)
     host_parts = _host_parts(job, states, peak + fixed)
     nvme = job.ranks_per_node * states.nvme_bytes
     disk = job.checkpoints_kept * checkpoint_bytes(job, option) + export_bytes(job)
@@ -145,12 +148,16 @@ def gathered_bytes(job: Job, option: Option) -> int:
     return job.work.element_bytes * min(total, live)
 
 
-def _fixed_bytes(job: Job, peak: int) -> int:
-    """Device memory beside the tensors."""
-    slack = int(ALLOCATOR_SLACK * peak)
-    if not job.on_gpu:
-        return slack
-    return slack + CUDA_CONTEXT_BYTES + (NCCL_BYTES if job.world_size > 1 else 0)
+def _fixed_bytes(job: Job, option: Option, states: States, peak: int) -> int:
+    """Memory beside the tensors: the allocator's slack, and on a GPU context and communicators."""
+    if job.on_gpu:
+        return int(GPU_SLACK * peak) + CUDA_CONTEXT_BYTES + (NCCL_BYTES if job.world_size > 1 else 0)
+    if option.stage < 3:
+        resting = states.weights + states.optimizer + states.peak_gradients
+        return int(CPU_RESTING_SLACK * resting + CPU_PASSING_SLACK * (peak - resting))
+    # glibc keeps what loading freed: the largest tensor as it was read, cast, and gathered.
+    largest = job.shape.vocab_size * job.shape.n_embd
+    return int(CPU_STAGE3_SLACK * peak) + (4 + 2 * job.work.element_bytes) * largest
 
 
 # ---------------------------------------------------------------------- host and disk
