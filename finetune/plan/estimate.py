@@ -27,12 +27,12 @@ NCCL_BYTES = 400 * MIB
 """Channels of NCCL's communicators."""
 GPU_SLACK = 0.03
 """Share of the tensors that blocks cut too large or out of order cost on top."""
-CPU_RESTING_SLACK, CPU_PASSING_SLACK, CPU_STAGE3_SLACK = 0.02, 0.25, 0.10
+CPU_RESTING_SLACK, CPU_PASSING_SLACK, CPU_STAGE3_SLACK = 0.03, 0.15, 0.10
 """The same for glibc: of what stays, of what comes and goes and leaves holes, and of everything at stage 3, which
 gathers and frees tensors of many sizes. Fitted to measured peaks, see docs/memory.md."""
 GPU_PROCESS_BYTES = 2560 * MIB
 """Resident memory of a rank that uses CUDA: interpreter, torch, DeepSpeed and CUDA's libraries."""
-CPU_PROCESS_BYTES = 700 * MIB
+CPU_PROCESS_BYTES = 760 * MIB
 """The same without CUDA."""
 STAGE0_BUCKET_ELEMENTS = 500_000_000
 """Elements that stage 0 all-reduces at once (engine.py MEMORY_OPT_ALLREDUCE_SIZE)."""
@@ -124,9 +124,11 @@ def _parts(states: States, acts: Activations, buffers: int, peak: int, fixed: in
 
 def buffer_bytes(job: Job, option: Option) -> int:
     """Communication and gather buffers of one rank while gradients are made, and the gradient in flight."""
-    element, bucket, overlap = job.work.element_bytes, job.bucket_elements, job.on_gpu
+    element, overlap = job.work.element_bytes, job.on_gpu
     numels = [numel for group in job.trainable_groups for numel in group]
     trained, largest = sum(numels), max(numels)
+    # A host gives pages to the part of a bucket that is written; a GPU gives all of it at once.
+    bucket = job.bucket_elements if job.on_gpu else min(job.bucket_elements, trained)
     if option.stage == 0:
         return element * min(trained, STAGE0_BUCKET_ELEMENTS) if job.world_size > 1 else 0
     if option.stage == 3:
@@ -204,15 +206,24 @@ def export_bytes(job: Job) -> int:
 
 
 def load_host_bytes(job: Job, option: Option) -> int:
-    """Host memory of one node while weights are read: what stays there, one tensor in fp32, and stage 3's repacking."""
-    element = job.work.element_bytes
+    """Host memory of one node until the engine stands: what stays there, one tensor in fp32, DeepSpeed's repacking."""
     kept = 0 if job.on_gpu and option.offload_params == "none" else model_states(job, option).weights
-    if option.stage == 3:
-        # zero/utils.py `defragment` collects this rank's trained partition on the host first.
-        kept += element * job.shape.trainable(job.adapter) // job.world_size
     readers = 1 if option.stage == 3 else job.ranks_per_node
     largest = 4 * job.shape.vocab_size * job.shape.n_embd
-    return job.ranks_per_node * (process_bytes(job) + kept) + readers * largest
+    return job.ranks_per_node * (process_bytes(job) + kept + _repacking_bytes(job, option)) + readers * largest
+
+
+def _repacking_bytes(job: Job, option: Option) -> int:
+    """Trained weights that one rank collects on the host to lay them out in one piece.
+
+    Stage 3 always does (zero/utils.py `defragment`). Stages 1 and 2 do, with a second copy, where the GPU has no room
+    for the weights twice (stage_1_and_2.py `flatten_on_accelerator`).
+    """
+    trained = job.work.element_bytes * job.shape.trainable(job.adapter)
+    if option.stage == 3:
+        return trained // job.world_size
+    twice = job.work.element_bytes * job.shape.total(job.adapter) + trained + CUDA_CONTEXT_BYTES
+    return 2 * trained if job.on_gpu and option.stage and twice > job.machine.gpu_bytes else 0
 
 
 def _short(job: Job, gpu: int, host: int, disk: int, nvme: int) -> str:

@@ -68,48 +68,45 @@ def _why(option: Estimate) -> str:
 
 
 def _limit(axes: Axes, plan: Plan) -> None:
-    """The device's memory; without GPUs each rank's share of the host."""
+    """The device's memory; without GPUs each rank's share of the host. One far away is only named."""
     limit = (plan.machine.gpu_bytes if plan.job.on_gpu else plan.machine.host_bytes // plan.job.ranks_per_node) / GIB
     largest = max(option.gpu_bytes for option in plan.options) / GIB
-    if limit < 3 * largest:  # a limit far away would squeeze the bars it is compared with
-        axes.axvline(limit, color=LIMIT, linewidth=1.5)
-        axes.annotate(
-            f"{limit:.0f} GiB",
-            (limit, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(4, 3),
-            textcoords="offset points",
-            color=LIMIT,
-            fontsize=9,
+    label = f"limit {limit:.0f} GiB"
+    if limit > 3 * largest:
+        axes.text(
+            0.995, 0.02, f"{label} (far to the right)", transform=axes.transAxes, ha="right", color=LIMIT, fontsize=9
         )
+    else:
+        axes.axvline(limit, color=LIMIT, linewidth=1.5, zorder=3)
+        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "bottom"}
+        axes.annotate(label, (limit, 0), xytext=(5, 4), color=LIMIT, fontsize=9, zorder=4, **place)
         largest = max(largest, limit)
-    axes.set_xlim(0, largest * 1.22)
+    axes.set_xlim(0, largest * 1.25)
 
 
 def _dress(axes: Axes, plan: Plan) -> None:
-    labels = [
-        str(option.option) + ("  (chosen)" if option.option == plan.chosen.option else "") for option in plan.options
-    ]
-    axes.set_yticks(range(len(labels)), labels, fontsize=9)
-    for tick, option in zip(axes.get_yticklabels(), plan.options, strict=False):
+    from matplotlib.patches import Patch
+
+    axes.set_yticks(range(len(plan.options)), [_label(plan, option) for option in plan.options], fontsize=9)
+    for tick, option in zip(axes.get_yticklabels(), plan.options, strict=True):
         tick.set_fontweight("bold" if option.option == plan.chosen.option else "normal")
-    axes.invert_yaxis()
-    axes.set_xlabel(f"GiB per {'GPU' if plan.job.on_gpu else 'rank'}", fontsize=9)
+    axes.set_ylim(len(plan.options) - 0.3, -0.6)
+    axes.set_xlabel(f"GiB per {'GPU' if plan.job.on_gpu else 'rank'} (faded: does not fit)", fontsize=9)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.xaxis.grid(True, color="#e5e5e5", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.set_title(_title(plan), loc="left", fontsize=10, color=INK, pad=34)
+    axes.set_title(_title(plan), loc="left", fontsize=10, color=INK, pad=30)
+    handles = [Patch(color=COLOURS[part], label=part) for part in PARTS]
+    place = {"loc": "lower left", "bbox_to_anchor": (-0.005, 1.0), "borderaxespad": 0.3}
     axes.legend(
-        ncols=len(PARTS),
-        loc="lower left",
-        bbox_to_anchor=(-0.005, 1.0),
-        frameon=False,
-        fontsize=9,
-        handlelength=1.0,
-        columnspacing=1.2,
+        handles=handles, ncols=len(PARTS), frameon=False, fontsize=9, handlelength=1.0, columnspacing=1.4, **place
     )
+
+
+def _label(plan: Plan, option: Estimate) -> str:
+    return f"{option.option}  (chosen)" if option.option == plan.chosen.option else str(option.option)
 
 
 def _title(plan: Plan) -> str:
