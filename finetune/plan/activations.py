@@ -38,6 +38,8 @@ class Activations(NamedTuple):
     """Workspace of the head and its loss, gone before the backward of the blocks begins."""
     head_gradient: int
     """Gradient of a trained head's weight, the first one that the backward makes."""
+    evaluation: int
+    """A forward without gradients: one block's tensors, nothing kept."""
 
 
 def activations(job: Job) -> Activations:
@@ -49,7 +51,10 @@ def activations(job: Job) -> Activations:
     ends = 2 * stream + 4 * job.tokens * job.shape.rotary_dim
     transient = element * job.tokens * (inner + (2 if job.full else 3) * d)
     head_gradient = element * job.shape.vocab_size * d if job.full and job.shape.head == "lm" else 0
-    return Activations(layers + ends, block, transient, loss_bytes(job), head_gradient)
+    # Evaluation: input, norm and attention output of a block, and the MLP's two wide tensors; logits in chunks.
+    chunk = (element + 4) * LOSS_CHUNK * job.shape.vocab_size if job.eval_tokens else 0
+    evaluation = element * job.eval_tokens * (3 * d + 2 * inner) + chunk
+    return Activations(layers + ends, block, transient, loss_bytes(job), head_gradient, evaluation)
 
 
 def _unneeded(job: Job) -> int:

@@ -65,8 +65,10 @@ def _changes(cfg: Config, job: Job) -> Iterator[tuple[str, Job]]:
         )
     if job.full:
         yield "adapter=lora", replace(job, adapter=LoraConfig())
+    if job.full and not work.checkpointing:
         yield "adapter=lora train.activation_checkpointing=true", replace(lighter, adapter=LoraConfig())
-    yield "train.activation_checkpointing=true train.micro_batch=1", lighter.with_micro_batch(1)
+    if work.micro_batch > 1 and not work.checkpointing:
+        yield "train.activation_checkpointing=true train.micro_batch=1", lighter.with_micro_batch(1)
 
 
 def _best(cfg: Config, job: Job) -> Optional[Estimate]:

@@ -103,7 +103,7 @@ def plan(cfg: Config, machine: Machine, shape: ModelShape, world_size: int) -> P
         options=[estimate(job, option) for option in listed],
         parameters={"total": shape.total(job.adapter), "trainable": shape.trainable(job.adapter)},
         max_micro_batch=largest_micro_batch(job, chosen.option) or 0,
-        checkpoint_bytes=checkpoint_bytes(job, chosen.option),
+        checkpoint_bytes=checkpoint_bytes(job),
         export_bytes=export_bytes(job),
         load_host_bytes=load_host_bytes(job, chosen.option),
         reason=_reason(cfg, job, chosen, wanted),
@@ -117,7 +117,10 @@ def build_job(cfg: Config, machine: Machine, shape: ModelShape, world_size: int)
     micro = 1 if train.micro_batch == "auto" else int(train.micro_batch)
     work = Work(micro, cfg.task.max_length, 1, cfg.model.dtype.value, train.packing, train.activation_checkpointing)
     kept = cfg.checkpoint.keep + 1 if cfg.checkpoint.every else 1
-    job = Job(shape, cfg.adapter, work, world_size, machine, train.global_batch, cfg.zero.bucket_elements, kept)
+    evaluated = train.eval_batch * cfg.task.max_length if cfg.data.eval else 0
+    job = Job(
+        shape, cfg.adapter, work, world_size, machine, train.global_batch, cfg.zero.bucket_elements, evaluated, kept
+    )
     return job.with_micro_batch(micro)
 
 

@@ -5,6 +5,7 @@ Flow: `estimate(job, option)` adds up the moments of a step and takes the larges
     first block   states + kept gradients + all activations + a block's backward
     last block    states + gradients at their fullest + one block's activations and backward
     step          states + gradients + fp32 copies of them
+    evaluation    states + kept gradients + a forward without gradients
 The parts add up to `gpu_bytes`: weights, gradients and optimizer are always whole, and activations are what they add
 on top of gradients that were not there yet.
 """
@@ -76,11 +77,11 @@ class Estimate:
 def estimate(job: Job, option: Option) -> Estimate:
     states = max((model_states(job, option, rank) for rank in _ranks(job, option)), key=lambda s: s.peak_gradients)
     acts, buffers = activations(job), buffer_bytes(job, option)
-    peak = _peak(job, states, acts, buffers)
+    peak = _peak(job, option, states, acts, buffers)
     fixed = _fixed_bytes(job, option, states, peak)
-    host_parts = _host_parts(job, states, peak + fixed)
+    host_parts = _host_parts(job, option, states, peak + fixed)
     nvme = job.ranks_per_node * states.nvme_bytes
-    disk = job.checkpoints_kept * checkpoint_bytes(job, option) + export_bytes(job)
+    disk = job.checkpoints_kept * checkpoint_bytes(job) + export_bytes(job)
     host = max(sum(host_parts.values()), load_host_bytes(job, option))
     short = _short(job, peak + fixed, host, disk, nvme)
     return Estimate(
@@ -101,7 +102,7 @@ def _ranks(job: Job, option: Option) -> range:
     return range(job.world_size if option.stage in (1, 2) and job.world_size <= 64 else 1)
 
 
-def _peak(job: Job, states: States, acts: Activations, buffers: int) -> int:
+def _peak(job: Job, option: Option, states: States, acts: Activations, buffers: int) -> int:
     """The largest of the moments of a step, in tensor bytes."""
     # The block at work is rebuilt under checkpointing, except its input; otherwise it is among the kept ones.
     stream = job.work.element_bytes * job.tokens * job.shape.n_embd
@@ -110,7 +111,8 @@ def _peak(job: Job, states: States, acts: Activations, buffers: int) -> int:
     first_block = states.kept_gradients + acts.kept + rebuilt + acts.transient + acts.head_gradient
     last_block = states.peak_gradients + acts.block + acts.transient
     step = max(states.gradients, states.kept_gradients) + states.step_bytes
-    return states.weights + states.optimizer + max(buffers + max(loss, first_block, last_block), step)
+    evaluation = states.kept_gradients + acts.evaluation + (buffers if option.stage == 3 else 0)
+    return states.weights + states.optimizer + max(buffers + max(loss, first_block, last_block), step, evaluation)
 
 
 def _parts(states: States, acts: Activations, buffers: int, peak: int, fixed: int) -> dict[str, int]:
@@ -118,7 +120,7 @@ def _parts(states: States, acts: Activations, buffers: int, peak: int, fixed: in
     whole = {"weights": states.weights, "gradients": states.peak_gradients, "optimizer": states.optimizer}
     room = peak - sum(whole.values())
     logits = min(acts.loss, room)
-    kept = min(acts.kept + acts.block + acts.transient, max(0, room - logits - buffers))
+    kept = min(max(acts.kept + acts.block + acts.transient, acts.evaluation), max(0, room - logits - buffers))
     return {**whole, "activations": kept, "logits": logits, "workspace": room - logits - kept + fixed}
 
 
@@ -165,7 +167,7 @@ def _fixed_bytes(job: Job, option: Option, states: States, peak: int) -> int:
 # ---------------------------------------------------------------------- host and disk
 
 
-def _host_parts(job: Job, states: States, device_bytes: int) -> dict[str, int]:
+def _host_parts(job: Job, option: Option, states: States, device_bytes: int) -> dict[str, int]:
     """Host memory of one node; without GPUs the ranks' tensors are in it too, and nothing is page-locked."""
     rank = {
         "processes": process_bytes(job),
@@ -174,7 +176,15 @@ def _host_parts(job: Job, states: States, device_bytes: int) -> dict[str, int]:
         "optimizer": states.host_optimizer,
     }
     rank |= {"rounding": rounding_bytes(states.pinned)} if job.on_gpu else {"tensors": device_bytes}
-    return {part: size * job.ranks_per_node for part, size in rank.items()}
+    parts = {part: size * job.ranks_per_node for part, size in rank.items()}
+    return {**parts, "checkpoint": _saving_bytes(job, option, states)}
+
+
+def _saving_bytes(job: Job, option: Option, states: States) -> int:
+    """A checkpoint brings the optimizer's states to the host before it writes them; at stage 0 one rank does."""
+    if not job.on_gpu or option.offload_optimizer != "none":
+        return 0
+    return states.optimizer * (1 if option.stage == 0 else job.ranks_per_node)
 
 
 def process_bytes(job: Job) -> int:
@@ -194,10 +204,9 @@ def _round_limit() -> float:
     return int(found[1]) * MIB if found else float("inf")
 
 
-def checkpoint_bytes(job: Job, option: Option) -> int:
-    """One checkpoint: trained weights, fp32 masters and two moments. An adapter's leaves the frozen model out."""
-    master = 0 if option.stage == 0 and job.work.element_bytes == 4 else 4
-    return job.shape.trainable(job.adapter) * (job.work.element_bytes + master + 8)
+def checkpoint_bytes(job: Job) -> int:
+    """One checkpoint: fp32 weights and two moments of what is trained (checkpoint.py); nothing of what is frozen."""
+    return 12 * job.shape.trainable(job.adapter)
 
 
 def export_bytes(job: Job) -> int:

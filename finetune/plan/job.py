@@ -77,6 +77,8 @@ class Job:
     global_batch: int = 1
     """Sequences per optimizer step, all ranks together."""
     bucket_elements: int = 50_000_000
+    eval_tokens: int = 0
+    """Tokens of one forward in evaluation; 0 without evaluation."""
     checkpoints_kept: int = 1
     """Checkpoints on disk at once, one being written included."""
 
