@@ -21,7 +21,8 @@ from finetune.display import silence_libraries
 from finetune.errors import EXIT_DONE, UserError
 from finetune.programs import GenerateConfig
 from finetune.sample import sample_texts
-from finetune.saved import Trained, load_export
+from finetune.saved import Trained, load_export, typed_task
+from finetune.tasks import build_task
 
 
 def run(composed: Composed) -> int:
@@ -37,14 +38,13 @@ def run(composed: Composed) -> int:
         dist.use_cores(0, 1)
     trained = load_export(folder, cfg.dtype, device)
     tokenizer = load_tokenizer(str(folder))
-    answer = {"lm": _continue, "classify": _classify}.get(trained.head)
-    if answer is None:
-        raise UserError("question answering needs a context beside the question", "model",
+    if trained.head != "lm":
+        raise UserError(f"this export has the head '{trained.head}': it writes no text", "model",
                         "Use launch/evaluate.py model=DIR data.eval=FILE: it writes predictions.jsonl.")
     out = Path(cfg.out).expanduser().open("w", encoding="utf-8") if cfg.out else None
     try:
         for start in range(0, len(prompts), cfg.batch):
-            _write(out, answer(cfg, trained, tokenizer, prompts[start : start + cfg.batch], device), start, cfg)
+            _write(out, _continue(cfg, trained, tokenizer, prompts[start : start + cfg.batch], device), start, cfg)
     finally:
         if out:
             out.close()
@@ -92,7 +92,7 @@ def _prompt_of(line: str, where: str) -> str:
 
 
 def _continue(cfg: GenerateConfig, trained: Trained, tokenizer, prompts: list[str], device) -> list[dict[str, Any]]:
-    shown = [_wrap(trained, prompt) for prompt in prompts] if cfg.chat else prompts
+    shown = [_wrap(trained, tokenizer, prompt) for prompt in prompts] if cfg.chat else prompts
     texts = sample_texts(trained.module, tokenizer, shown, cfg.max_new_tokens, cfg.seed, device, **_options(cfg, tokenizer))
     return [{"prompt": p, "text": _cut(text, list(cfg.stop))} for p, text in zip(prompts, texts, strict=True)]
 
@@ -107,25 +107,17 @@ def _options(cfg: GenerateConfig, tokenizer) -> dict[str, Any]:
     return options
 
 
-def _wrap(trained: Trained, prompt: str) -> str:
+def _wrap(trained: Trained, tokenizer, prompt: str) -> str:
     """The prompt in the instruction template that the export was trained with."""
     if trained.settings.get("kind") != "instruct":
         raise UserError("this export was not trained on instructions: it has no template", "chat", "Leave chat out.")
-    from finetune.tasks.instruct import render_prompt
-
-    return render_prompt(trained.task, prompt)
+    task = build_task(typed_task(trained.settings), tokenizer, packing=True)
+    return tokenizer.decode(task.prompt_ids(prompt))  # type: ignore[attr-defined]
 
 
 def _cut(text: str, stops: list[str]) -> str:
     ends = [text.find(stop) for stop in stops if stop and stop in text]
     return text[: min(ends)] if ends else text
-
-
-@torch.no_grad()
-def _classify(cfg: GenerateConfig, trained: Trained, tokenizer, prompts: list[str], device) -> list[dict[str, Any]]:
-    from finetune.tasks.classify import answer_texts
-
-    return answer_texts(trained, tokenizer, prompts, device)
 
 
 def _write(out: TextIO | None, rows: list[dict[str, Any]], start: int, cfg: GenerateConfig) -> None:
