@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Optional
 
 from finetune.config import MachineConfig
+from finetune.errors import UserError
 
 GIB = 2**30
 CGROUP_V2 = Path("/sys/fs/cgroup")
@@ -42,18 +43,32 @@ class Machine:
 
 
 def measure_machine(
-    config: MachineConfig, world_size: Optional[int] = None, run_dir: str = ".", nvme_path: Optional[str] = None
+    config: MachineConfig,
+    world_size: Optional[int] = None,
+    run_dir: str = ".",
+    nvme_path: Optional[str] = None,
+    cuda: bool = True,
 ) -> Machine:
     """The machine that `config` describes; what it leaves null is measured on this one.
 
     Args:
         world_size: ranks of a run that has been launched; with GPUs it is how many of them are used.
         run_dir: where runs are written; its disk is measured.
+        cuda: False where a run trains on the CPU although there are GPUs.
+
+    Raises:
+        UserError: GPUs are asked for whose memory is neither given nor measurable.
     """
-    free = [] if config.gpus is not None and config.gpu_gib is not None else gpu_free_bytes()
-    gpus = config.gpus if config.gpus is not None else min(len(free), world_size or len(free))
+    given = config.gpus is not None and config.gpu_gib is not None
+    free = gpu_free_bytes() if cuda and not given else []
+    measured = (world_size or len(free)) if free else 0  # one GPU per rank; a launched run may span nodes like this one
+    gpus = config.gpus if config.gpus is not None else measured
     gpu_bytes = _bytes(config.gpu_gib, min(free[:gpus], default=0)) if gpus else 0
-    per_node = max(1, min(gpus, config.gpus_per_node or 8))
+    if gpus and not gpu_bytes:
+        raise UserError(
+            "there is no GPU here to measure", "machine.gpu_gib", "Try machine.gpu_gib=80 or machine=a100_80."
+        )
+    per_node = max(1, min(gpus, config.gpus_per_node or len(free) or 8))
     machine = Machine(
         gpus,
         per_node,

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from plan_cases import GIB
 
 from finetune.config import MachineConfig
+from finetune.errors import UserError
 from finetune.plan import machine as module
 from finetune.plan import measure_machine
 
@@ -36,12 +37,18 @@ def test_given_values_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = measure_machine(MachineConfig())
     assert (measured.gpus, measured.gpu_bytes) == (3, 10 * GIB), "the smallest GPU is the limit"
     assert measure_machine(MachineConfig(), world_size=1).gpus == 1
+    six = measure_machine(MachineConfig(), world_size=6)
+    assert (six.gpus, six.gpus_per_node, six.nodes) == (6, 3, 2)
 
 
 def test_no_gpu_is_a_cpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "gpu_free_bytes", lambda: [])
     machine = measure_machine(MachineConfig(), world_size=4)
     assert machine.gpus == 0 and machine.gpu_bytes == 0 and machine.name.startswith("CPU")
+    with pytest.raises(UserError, match=r"machine\.gpu_gib"):
+        measure_machine(MachineConfig(gpus=2))
+    monkeypatch.setattr(module, "gpu_free_bytes", lambda: [GIB])
+    assert measure_machine(MachineConfig(), world_size=1, cuda=False).gpus == 0
 
 
 @pytest.mark.parametrize(
