@@ -327,10 +327,42 @@ class PlanConfig:
 
 @dataclass
 class SweepConfig:
+    strategy: str = "grid"
+    """grid: every combination; random: `trials` drawn from the seed; optuna: `trials` chosen from what came before."""
+    space: dict[str, str] = field(default_factory=dict)
+    """What varies besides the command line: key -> values in Hydra's sweep grammar, e.g. optim.lr: "1e-5,3e-5"."""
     dir: Optional[str] = None
     """Where a sweep lives (-m); null: multirun/<YYYYmmdd-HHMMSS>. Given again, finished jobs are not repeated."""
     on_failure: str = "continue"
     """continue with the next job, or stop."""
+    metric: str = "auto"
+    """What is compared: a key of the last evaluation; auto: its loss, or the training loss without evaluation."""
+    direction: str = "auto"
+    """minimize or maximize; auto: by the metric's name."""
+    trials: int = 20
+    """Jobs of a random or optuna sweep."""
+    seed: int = 0
+    """Seed of the draws; the jobs' own seed is `seed`."""
+    pruner: str = "median"
+    """optuna: stop a job whose metric is worse than others' at the same step: median, halving or none."""
+    prune_after: int = 2
+    """optuna: jobs that must be done before any is stopped early."""
+    parallel: int = 1
+    """Jobs at once, on GPUs or CPU cores that they do not share."""
+    gpus_per_job: Optional[int] = None
+    """GPUs (on CPU: processes) of one job; null: all, shared evenly between the jobs at once."""
+    num_gpus: Optional[int] = None
+    """DeepSpeed's --num_gpus: GPUs of each node that the sweep may use."""
+    num_nodes: Optional[int] = None
+    """DeepSpeed's --num_nodes."""
+    include: Optional[str] = None
+    """DeepSpeed's --include: localhost:0,1 or worker-0@worker-1:0,2."""
+    exclude: Optional[str] = None
+    """DeepSpeed's --exclude."""
+    hostfile: Optional[str] = None
+    """DeepSpeed's --hostfile: a sweep over several nodes."""
+    launcher: str = ""
+    """Any other options of DeepSpeed's launcher, e.g. '--bind_cores_to_rank'."""
 
 
 @dataclass

@@ -6,6 +6,7 @@ import os
 
 from finetune.app import Composed, main, settle
 from finetune.display import silence_libraries
+from finetune.errors import UserError
 
 
 def train(argv: list[str]) -> int:
@@ -18,6 +19,9 @@ def train(argv: list[str]) -> int:
 
 
 def _train(composed: Composed) -> int:
+    if composed.choices.get("sweep") != "grid":
+        raise UserError("a sweep needs -m", f"sweep={composed.choices['sweep']}",
+                        f"python launch/train.py -m {' '.join(composed.overrides)}")
     cfg = settle(composed)
     # Before DeepSpeed is imported: it logs while that happens.
     silence_libraries(cfg.verbose, int(os.environ.get("RANK", "0")))

@@ -7,14 +7,9 @@ would count as memory of the run.
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-from markupsafe import Markup
 
 from finetune.callbacks import Callback, RunInfo
 from finetune.metrics_log import write_json
@@ -24,6 +19,7 @@ from finetune.report.charts import draw
 from finetune.report.curves import curves
 from finetune.report.data import sections
 from finetune.report.files import DATA, ENVIRONMENT, RunFiles, read_run
+from finetune.report.template import render, write_page
 
 PAGE, PICTURE, TEMPLATE = "report.html", "curves.png", "page.html"
 REBUILD_SECONDS = 30.0
@@ -33,12 +29,11 @@ def build_report(run_dir: Path | str, picture: bool = True) -> Path:
     """Write run_dir/report.html (and curves.png) from what the run has written so far; returns the page's path."""
     run = read_run(run_dir)
     charts = curves(run)
-    page = _template().render(**page_context(run))
-    _write(run.run_dir / PAGE, page.encode("utf-8"))
+    write_page(run.run_dir / PAGE, render(TEMPLATE, page_context(run)))
     if picture and charts:
         from finetune.report.picture import curves_png
 
-        _write(run.run_dir / PICTURE, curves_png(charts, title=tables.run_name(run)))
+        write_page(run.run_dir / PICTURE, curves_png(charts, title=tables.run_name(run)))
     return run.run_dir / PAGE
 
 
@@ -91,29 +86,3 @@ class Report(Callback):
     def finish(self, result: dict[str, Any]) -> None:
         if self.run_dir is not None:
             build_report(self.run_dir)
-
-
-@lru_cache(maxsize=1)
-def _template() -> Any:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    folder = Path(__file__).parent
-    environment = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
-    environment.globals["style"] = Markup((folder / "page.css").read_text(encoding="utf-8"))
-    environment.globals["script"] = Markup((folder / "page.js").read_text(encoding="utf-8"))
-    environment.filters["data"] = _script_data
-    return environment.get_template(TEMPLATE)
-
-
-def _script_data(value: Any) -> Markup:
-    """JSON for a script element, where `</script>` in a name would end it and entities are not decoded."""
-    text = json.dumps(value, separators=(",", ":"))
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all: a browser may be reading."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    scratch.write_bytes(content)
-    os.replace(scratch, path)

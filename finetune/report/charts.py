@@ -130,6 +130,11 @@ def bytes_label(value: float) -> str:
     return f"{value:.0f} B"
 
 
+def linear_axis(low: float, high: float, unit: str = "number") -> Axis:
+    """An axis with about four round ticks that spans at least `low` to `high`."""
+    return _axis(low, high, unit)
+
+
 def _axis(low: float, high: float, unit: str, pad: bool = True) -> Axis:
     if low == high:
         spread = abs(low) * 0.1 or 1.0

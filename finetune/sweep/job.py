@@ -1,0 +1,225 @@
+"""One job: its run directory, its process group, and how it ended.
+
+    SWEEP/<n>/           the run directory of job n
+        job.json         what the job is and how it ended, as the parent knows it
+        output.log       what its processes printed
+
+The group is a session of its own, so that Ctrl-C reaches the parent alone, which then asks the ranks to save. If the
+parent is killed the kernel tells the launcher, the ranks notice that it died, and save too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from finetune import metrics_log
+from finetune.dist_environment import LAUNCHER_VARIABLES
+from finetune.errors import EXIT_DONE, EXIT_PREEMPTED
+from finetune.sweep.pool import Place
+
+WAITING, RUNNING, DONE, FAILED, PRUNED, STOPPED = "waiting", "running", "done", "failed", "pruned", "stopped"
+OUTPUT, RECORD = "output.log", "job.json"
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class Job:
+    number: int
+    run_dir: Path
+    words: list[str]
+    """k=v words, without run_dir."""
+    chosen: dict[str, str]
+    """The varied keys and their values."""
+    status: str = WAITING
+    error: str | None = None
+    seconds: float = 0.0
+    place: int = 0
+    process: subprocess.Popen | None = None
+    pruning: bool = False
+    started: float = 0.0
+    records: list[dict[str, Any]] = field(default_factory=list)
+    """metrics.jsonl as far as it is read."""
+    _seen: tuple[int, int] = (0, 0)
+
+    def start(self, script: Path, place: Place, extra: list[str]) -> None:
+        """Start the process group; what an earlier attempt left in the run directory is continued."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        (self.run_dir / "STOP").unlink(missing_ok=True)
+        self.status, self.error, self.started = RUNNING, None, time.time()
+        self.save()
+        environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
+        if place.explicit:
+            environment.pop("CUDA_VISIBLE_DEVICES", None)
+        command = [*place.command(), str(script), *self.words, *extra, f"run_dir={_hydra_text(self.run_dir)}"]
+        with open(self.run_dir / OUTPUT, "ab") as output:
+            self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT,
+                                            stdin=subprocess.DEVNULL, start_new_session=True,
+                                            preexec_fn=_prepare(place.cores, os.getpid()))
+
+    def poll(self) -> bool:
+        """Look at a running job; True when it has ended, with `status` and `error` set."""
+        assert self.process is not None
+        code = self.process.poll()
+        if code is None:
+            return False
+        self.status = self._ended(code)
+        self.error = None if self.status in (DONE, PRUNED, STOPPED) else self._why(code)
+        self.seconds += time.time() - self.started
+        self.process = None
+        self.read_metrics()
+        self.save()
+        return True
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Records of metrics.jsonl that are new since the last call."""
+        path, before = self.run_dir / metrics_log.METRICS, len(self.records)
+        try:
+            found = path.stat()
+        except OSError:
+            return []
+        if (found.st_mtime_ns, found.st_size) != self._seen:
+            self._seen = (found.st_mtime_ns, found.st_size)
+            records = metrics_log.read(path)
+            # A resumed attempt drops the steps that it will repeat.
+            before = min(before, len(records))
+            self.records = records
+        return self.records[before:]
+
+    def stop(self) -> None:
+        """Ask the ranks to save and end, or the launcher to go where there are no ranks yet."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        ranks = [p for p in _descendants(self.process.pid) if any(w.startswith("--local_rank") for w in _cmdline(p))]
+        for rank in ranks:
+            rank.send_signal(signal.SIGTERM)
+        if not ranks:
+            self.kill(signal.SIGTERM)
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """End the whole group at once."""
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, number)
+
+    def result(self) -> dict[str, Any]:
+        return read_json(self.run_dir / metrics_log.RESULT)
+
+    def save(self) -> None:
+        metrics_log.write_json(self.run_dir / RECORD, {
+            "job": self.number, "overrides": self.words, "chosen": self.chosen, "status": self.status,
+            "error": self.error, "seconds": self.seconds})
+
+    def load(self) -> bool:
+        """Take over what an earlier attempt noted; False when there is nothing."""
+        noted = read_json(self.run_dir / RECORD)
+        if not noted:
+            return False
+        self.status, self.error = noted.get("status", WAITING), noted.get("error")
+        self.seconds = noted.get("seconds") or 0.0
+        if self.status == RUNNING:
+            # The parent was killed: the job may have ended by itself since.
+            self.status = DONE if self.result().get("status") == DONE else STOPPED
+        self.read_metrics()
+        return True
+
+    def _ended(self, code: int) -> str:
+        finished = self.result().get("status") == DONE
+        if code == EXIT_DONE and finished:
+            return DONE
+        if self.pruning:
+            return PRUNED
+        return STOPPED if code in (EXIT_PREEMPTED, -signal.SIGTERM) else FAILED
+
+    def _why(self, code: int) -> str:
+        """The run's own words, else the last line it printed."""
+        try:
+            fresh = (self.run_dir / metrics_log.RESULT).stat().st_mtime >= self.started - 1
+        except OSError:
+            fresh = False
+        error = self.result().get("error") if fresh else None
+        return str(error or _last_words(self.run_dir / OUTPUT) or f"exit code {code}")
+
+
+def wait_for_earlier(job: Job, say: Callable[[str], None], seconds: float = 120.0) -> None:
+    """Wait while processes of an earlier attempt still save into this run directory."""
+    deadline, told = time.monotonic() + seconds, False
+    while time.monotonic() < deadline and _still_running(job.run_dir):
+        if not told:
+            say(f"[{job.number}] an earlier attempt still saves; waiting")
+            told = True
+        time.sleep(1)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    import json
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _still_running(run_dir: Path) -> bool:
+    wanted = f"run_dir={_hydra_text(run_dir)}"
+    return any(wanted in _cmdline(process) for process in psutil.process_iter())
+
+
+def _hydra_text(path: Path) -> str:
+    """A path as a Hydra value: quoted where the grammar would trip over it."""
+    text = str(path)
+    plain = all(c.isalnum() or c in "/_-.+%@:" for c in text)
+    return text if plain else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _prepare(cores: frozenset[int], parent: int) -> Callable[[], None]:
+    def prepare() -> None:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+    return prepare
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def _last_words(log: Path) -> str:
+    """The program's last error message in what a job printed; without one its last line."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, log.stat().st_size - 20_000))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    starts = [i for i, line in enumerate(lines) if line.startswith("error: ")]
+    if not starts:
+        return next((line.strip() for line in reversed(lines) if line.strip() and "[INFO]" not in line), "")
+    message = [lines[starts[-1]].removeprefix("error: ")]
+    for line in lines[starts[-1] + 1:]:
+        if not line.startswith("  "):
+            break
+        message.append(line)
+    return "\n".join(message)

@@ -1,0 +1,139 @@
+"""What a sweep varies, from the words of the command line and `sweep.space`, in Hydra's own sweep grammar.
+
+    optim.lr=1e-5,3e-5   adapter.rank=choice(4,8)   task.max_length=range(256,1024,256)     a list of values
+    optim.lr='tag(log,interval(1e-5,1e-3))'   adapter.rank='int(interval(4,64))'             a range to draw from
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from dataclasses import dataclass
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.errors import HydraException
+
+from finetune.errors import UserError
+
+PLAIN_KEYS = ("sweep.include", "sweep.exclude", "sweep.launcher", "sweep.dir", "sweep.hostfile")
+"""Settings whose values may hold commas and blanks of their own."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a list of values, written as they were typed."""
+
+    key: str
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number between two others, both included; whole if both ends are."""
+
+    key: str
+    low: float
+    high: float
+    log: bool
+    whole: bool
+
+
+Parameter = Choice | Interval
+
+
+@dataclass(frozen=True)
+class Space:
+    fixed: tuple[str, ...]
+    """Words that every job has."""
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def keys(self) -> list[str]:
+        return [parameter.key for parameter in self.parameters]
+
+    def words(self, chosen: dict[str, str]) -> list[str]:
+        """The k=v words of one job."""
+        return [*self.fixed, *(f"{key}={value}" for key, value in chosen.items())]
+
+
+def settings_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """(words about the sweep itself, words of its jobs)."""
+    own = [_quoted(word) for word in words if key_of(word) == "sweep" or key_of(word).startswith("sweep.")]
+    jobs = [word for word in words if not (key_of(word) == "sweep" or key_of(word).startswith("sweep."))]
+    return own, jobs
+
+
+def key_of(word: str) -> str:
+    return word.lstrip("+~").split("=")[0]
+
+
+def read_space(words: list[str], space: dict[str, str]) -> Space:
+    """What `words` and the configured `space` vary; a key that is typed replaces the configured one.
+
+    Raises:
+        UserError: a word that Hydra cannot read.
+    """
+    typed = {key_of(word) for word in words}
+    words = words + [f"{key}={value}" for key, value in space.items() if key not in typed]
+    try:
+        parsed = OverridesParser.create().parse_overrides(words)
+        found = [_parameter(override) for override in parsed]
+    except (HydraException, ValueError, TypeError) as error:
+        raise UserError(str(error).split("\nSee https")[0],
+                        remedy="Separate the values of a sweep by commas: optim.lr=1e-3,5e-3.") from None
+    fixed = [word for word, parameter in zip(words, found, strict=True) if parameter is None]
+    return Space(tuple(fixed), tuple(parameter for parameter in found if parameter is not None))
+
+
+def grid(space: Space) -> list[dict[str, str]]:
+    """Every combination, the last key changing fastest.
+
+    Raises:
+        UserError: a range has no list of values.
+    """
+    for parameter in space.parameters:
+        if isinstance(parameter, Interval):
+            raise UserError("a grid needs a list of values, not a range", parameter.key,
+                            f"Try {parameter.key}={parameter.low:g},{parameter.high:g}, or draw from the range with "
+                            "sweep=random or sweep=optuna.")
+    lists = [parameter.values for parameter in space.parameters if isinstance(parameter, Choice)]
+    return [dict(zip(space.keys, values, strict=True)) for values in itertools.product(*lists)]
+
+
+def draw(space: Space, seed: int, n: int) -> dict[str, str]:
+    """The n-th random job: a pure function of the seed and n, so that a continued sweep draws the same."""
+    source = random.Random(f"{seed}/{n}")
+    return {parameter.key: _draw(parameter, source) for parameter in space.parameters}
+
+
+def _draw(parameter: Parameter, source: random.Random) -> str:
+    if isinstance(parameter, Choice):
+        return source.choice(parameter.values)
+    if parameter.log:
+        value = math.exp(source.uniform(math.log(parameter.low), math.log(parameter.high)))
+    else:
+        value = source.uniform(parameter.low, parameter.high)
+    return str(round(value)) if parameter.whole else f"{value:.4g}"
+
+
+def _parameter(override: Override) -> Parameter | None:
+    if not override.is_sweep_override():
+        return None
+    key = override.get_key_element()
+    value = override.value()
+    if not isinstance(value, IntervalSweep):
+        return Choice(key, tuple(override.sweep_string_iterator()))
+    low, high = value.start, value.end
+    if low is None or high is None or not low < high or ("log" in value.tags and low <= 0):
+        raise UserError(f"the range from {low} to {high} is empty, or not positive on a logarithmic scale", key,
+                        f"Try {key}='tag(log,interval(1e-5,1e-3))'.")
+    return Interval(key, float(low), float(high), "log" in value.tags, isinstance(low, int) and isinstance(high, int))
+
+
+def _quoted(word: str) -> str:
+    """Hydra reads bare commas as a sweep: quote the values that are not one."""
+    key, separator, value = word.partition("=")
+    plain = key in PLAIN_KEYS and separator and value and value != "null" and value[0] not in "'\""
+    return f"{key}='{value}'" if plain else word

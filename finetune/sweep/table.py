@@ -1,0 +1,106 @@
+"""What a sweep found: sweep.json for programs, a table for people, the best job's commands to paste."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from finetune import metrics_log
+from finetune.display_text import clock, number
+from finetune.redact import redact_words
+from finetune.sweep.job import DONE, Job
+from finetune.sweep.search import Goal
+
+SUMMARY = "sweep.json"
+
+
+def write_summary(jobs: list[Job], goal: Goal, folder: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """SWEEP/sweep.json: every job once, best first."""
+    ranked = sorted(jobs, key=goal.rank)
+    summary = {**about, "metric": metric_name(ranked, goal), "direction": "maximize" if goal.maximize else "minimize",
+               "best": ranked[0].number if ranked and ranked[0].status == DONE else None,
+               "jobs": [_row(job, goal) for job in ranked]}
+    metrics_log.write_json(folder / SUMMARY, summary)
+    return summary
+
+
+def metric_name(jobs: list[Job], goal: Goal) -> str:
+    """As the table heads it."""
+    if goal.metric != "auto":
+        return goal.metric.replace("_", " ")
+    evaluated = any((job.result().get("eval") or {}).get("loss") is not None for job in jobs)
+    return "eval loss" if evaluated else "loss"
+
+
+def render(summary: dict[str, Any]) -> str:
+    """The table and, below it, what to do with the best job."""
+    jobs = summary["jobs"]
+    keys = list(dict.fromkeys(key for job in jobs for key in job["chosen"]))
+    short = shortest(keys)
+    head = ["job", "status", summary["metric"], *(short[key] for key in keys), "steps", "time"]
+    rows = [head, *(_cells(job, keys) for job in jobs)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = ["  ".join(_aligned(cell, widths[i], i) for i, cell in enumerate(row)).rstrip() for row in rows]
+    failures = [f"[{job['job']}] {job['error']}".replace("\n", "\n    ") for job in jobs if job["error"]]
+    return "\n".join(["  " + line for line in lines] + failures + _advice(summary))
+
+
+def _cells(job: dict[str, Any], keys: list[str]) -> list[str]:
+    return [str(job["job"]), job["status"], number(job["value"], ".4f"),
+            *(brief(job["chosen"].get(key, "")) for key in keys), str(job["step"] or "-"), clock(job["seconds"])]
+
+
+def shortest(keys: list[str]) -> dict[str, str]:
+    """Keys by their last part where that is unambiguous: optim.lr -> lr."""
+    leaves = [key.rpartition(".")[2] for key in keys]
+    return {key: leaf if leaves.count(leaf) == 1 else key for key, leaf in zip(keys, leaves, strict=True)}
+
+
+def brief(value: str) -> str:
+    """A number of many digits in a few."""
+    try:
+        return value if len(value) <= 8 else f"{float(value):.4g}"
+    except ValueError:
+        return value
+
+
+def commands(job: dict[str, Any], launcher: list[str]) -> list[tuple[str, str]]:
+    """(what, command) to go on with a job."""
+    folder = shlex.quote(job["run_dir"])
+    words = " ".join(shlex.quote(word) for word in redact_words(job["overrides"]))
+    start = " ".join(["deepspeed", *map(shlex.quote, launcher), "launch/train.py"])
+    return [("train it alone", f"{start} {words}"),
+            ("look at it", f"{folder}/report.html"),
+            ("compare", f"python launch/report.py 'runs={Path(job['run_dir']).parent}/*'"),
+            ("evaluate", f"deepspeed launch/evaluate.py run={folder}")]
+
+
+def _advice(summary: dict[str, Any]) -> list[str]:
+    if summary["best"] is None:
+        return ["no job is done"]
+    best = summary["jobs"][0]
+    what = " ".join(f"{key}={brief(value)}" for key, value in best["chosen"].items())
+    lines = [f"best: job {best['job']}  {summary['metric']} {number(best['value'], '.4f')}  {what}"]
+    return lines + [f"  {name + ':':<16}{command}" for name, command in commands(best, summary.get("launcher") or [])]
+
+
+def _row(job: Job, goal: Goal) -> dict[str, Any]:
+    result = job.result()
+    # `or`: a job that was stopped early has no result of its own, but its lines still tell.
+    last = next((r for r in reversed(job.records) if r.get("kind") == "train"), {})
+    return {"job": job.number, "status": job.status,
+            "value": goal.value(job) if job.status == DONE else _last(job, goal),
+            "chosen": job.chosen, "overrides": redact_words(job.words), "run_dir": str(job.run_dir),
+            "step": result.get("step") or last.get("step") or 0, "loss": result.get("loss"),
+            "eval": result.get("eval") or {}, "tokens_per_second": result.get("tokens_per_second"),
+            "seconds": job.seconds, "error": job.error}
+
+
+def _last(job: Job, goal: Goal) -> float | None:
+    reports = goal.reports(job.records)
+    return reports[-1][1] if reports else None
+
+
+def _aligned(cell: str, width: int, column: int) -> str:
+    return f"{cell:<{width}}" if column == 1 else f"{cell:>{width}}"
