@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
 from finetune.config import AdapterConfig, FullConfig, Ia3Config, LoraConfig, PrefixConfig, PromptConfig
 from finetune.names import target_modules
+from finetune.prompts import flat
 
 PEFT_TASKS = {"lm": "CAUSAL_LM", "classify": "SEQ_CLS", "qa": "QUESTION_ANS"}
 HEAD_MODULES = {"lm": None, "classify": ["score"], "qa": ["qa_outputs"]}
@@ -26,12 +30,29 @@ def attach(model: nn.Module, cfg: AdapterConfig, head: str, base: str, seed: int
     torch.manual_seed(seed)
     model.name_or_path = base
     model.config._name_or_path = base  # type: ignore[union-attr]
-    wrapped = peft.get_peft_model(model, _peft_config(cfg, head), autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    with _peft_gathers(model):
+        wrapped = peft.get_peft_model(model, _peft_config(cfg, head), autocast_adapter_dtype=False)  # type: ignore[arg-type]
     dtype = next(p for p in model.parameters() if not p.requires_grad).dtype
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
-    return wrapped
+    return flat(wrapped)
+
+
+@contextmanager
+def _peft_gathers(model: nn.Module) -> Iterator[None]:
+    """peft gathers the partitioned weights that it reads (DoRA's norms, prompts from words) only if told so here."""
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    known = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # held only weakly by transformers
+    try:
+        yield
+    finally:
+        del known
+        unset_hf_deepspeed_config()
 
 
 def _peft_config(cfg: AdapterConfig, head: str):
@@ -50,7 +71,9 @@ def _peft_config(cfg: AdapterConfig, head: str):
             return peft.IA3Config(task_type=task, target_modules=names, modules_to_save=heads,
                                   feedforward_modules=[n for n in names if n.startswith("fc_")])
         case PromptConfig():
-            return peft.PromptTuningConfig(task_type=task, num_virtual_tokens=cfg.virtual_tokens)  # type: ignore[arg-type]
+            # The embeddings of random words: from noise, prompts learn far more slowly (arXiv:2104.08691, section 3.2).
+            return peft.PromptTuningConfig(task_type=task, num_virtual_tokens=cfg.virtual_tokens,  # type: ignore[arg-type]
+                                           prompt_tuning_init="SAMPLE_VOCAB")
         case PrefixConfig():
             return peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=cfg.virtual_tokens)  # type: ignore[arg-type]
         case _:

@@ -72,8 +72,14 @@ class Composed:
     """The command line's k=v words."""
 
 
-def register() -> None:
-    """Put the schema and the recipes into Hydra's store; idempotent."""
+def register(words: Iterable[str] = ()) -> None:
+    """Put the schema and the recipes into Hydra's store; idempotent.
+
+    Args:
+        words: the command line. Where it picks another kind of adapter or task than a recipe, the recipe's numbers for
+            its own kind fall away: `recipe=classify_lora adapter=full` has no use for a rank.
+    """
+    typed = dict(word.split("=", 1) for word in words if "=" in word)
     store = ConfigStore.instance()
     store.store(name="schema", node=schema.Config)
     for name, node in programs.SCHEMAS.items():
@@ -82,7 +88,27 @@ def register() -> None:
         for name, node in kinds.items():
             store.store(group=f"schema/{group}", name=name, node=node)
     for path in sorted(RECIPES.glob("**/*.yaml")):
-        store.store(group="recipe", name=path.stem, node=OmegaConf.load(path), package="_global_")
+        store.store(group="recipe", name=path.stem, node=_fitting(OmegaConf.load(path), typed), package="_global_")
+
+
+def _fitting(recipe: Any, typed: dict[str, str]) -> Any:
+    """The recipe without the keys that the typed kinds do not share with its own."""
+    own = {key.removeprefix("override /"): value for entry in recipe.get("defaults", []) for key, value in entry.items()}
+    for group in SCHEMAS:
+        kind, recipe_kind = _kind(group, typed.get(group)), _kind(group, own.get(group))
+        if kind and recipe_kind and kind != recipe_kind and group in recipe:
+            shared = {f.name for f in fields(SCHEMAS[group][kind].__base__)}  # type: ignore[arg-type]
+            recipe[group] = {key: value for key, value in recipe[group].items() if key in shared}
+    return recipe
+
+
+def _kind(group: str, option: str | None) -> str | None:
+    """The schema of a group's option: adapter=dora is of kind lora."""
+    file = CONF / group / f"{option}.yaml"
+    if not option or not file.is_file():
+        return None
+    key = f"/schema/{group}@_here_"
+    return next((entry[key] for entry in OmegaConf.load(file).defaults if not isinstance(entry, str) and key in entry), None)
 
 
 def compose_config(overrides: list[str], name: str = "train") -> Composed:
@@ -91,7 +117,7 @@ def compose_config(overrides: list[str], name: str = "train") -> Composed:
     Raises:
         UserError: an unknown group, option or key, or a value of the wrong type; the nearest name is suggested.
     """
-    register()
+    register(overrides)
     GlobalHydra.instance().clear()
     overrides = _schema_words(overrides, name)
     try:
@@ -172,7 +198,7 @@ def _key_error(key: str, error: Exception, name: str) -> UserError:
 
 
 def _unknown_key(key: str, name: str, text: str = "") -> UserError:
-    keys = sorted(_all_keys(programs.SCHEMAS.get(name, schema.Config)))
+    keys = sorted(set(_all_keys(programs.SCHEMAS.get(name, schema.Config))) - {key})
     near = difflib.get_close_matches(key, keys, 3, 0.6)
     if not near:
         leaf = key.rpartition(".")[2]
@@ -243,7 +269,7 @@ def report_error(error: UserError) -> None:
 def _hydra_prints(name: str, argv: list[str]) -> int:
     import hydra
 
-    register()
+    register(argv)
     GlobalHydra.instance().clear()
     sys.argv = [sys.argv[0], *_schema_words(argv, name)]
     try:

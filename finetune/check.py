@@ -136,8 +136,13 @@ def _adapter(cfg: Config) -> Iterator[UserError]:
             target_modules(adapter.targets)
         except UserError as error:
             yield error
-    if isinstance(adapter, (PromptConfig, PrefixConfig)) and adapter.virtual_tokens < 1:
-        yield UserError("adapter.virtual_tokens must be at least 1", remedy="Try adapter.virtual_tokens=20.")
+    if isinstance(adapter, (PromptConfig, PrefixConfig)):
+        count, room = adapter.virtual_tokens, GPTJ_POSITIONS - cfg.task.max_length
+        if count < 1:
+            yield UserError("adapter.virtual_tokens must be at least 1", remedy="Try adapter.virtual_tokens=20.")
+        elif count > room >= 0:
+            yield UserError(f"adapter.virtual_tokens = {count} and task.max_length = {cfg.task.max_length} exceed GPT-J's "
+                            f"{GPTJ_POSITIONS} positions", remedy=f"Try task.max_length={GPTJ_POSITIONS - count}.")
 
 
 def _zero(cfg: Config, world_size: int) -> Iterator[UserError]:

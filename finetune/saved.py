@@ -21,6 +21,7 @@ from finetune.checkpoint import find_resume, saved_masters
 from finetune.config import Config, Dtype, Init, ModelConfig, TaskConfig
 from finetune.errors import UserError
 from finetune.gptj.load import build_model
+from finetune.prompts import flat
 
 ABOUT = "finetune.json"
 
@@ -136,6 +137,6 @@ def load_export(folder: Path, dtype: Dtype | None, device: torch.device) -> Trai
     if is_adapter:
         from peft import PeftModel
 
-        module = PeftModel.from_pretrained(module, str(folder), autocast_adapter_dtype=False)
+        module = flat(PeftModel.from_pretrained(module, str(folder), autocast_adapter_dtype=False))
         module = module.to(device=device, dtype=next(module.get_base_model().transformer.h.parameters()).dtype)
     return Trained(module.eval(), about["head"], precision.value, about["base"], about["task"], about["settings"])

@@ -160,7 +160,7 @@ class ModelShape:
         module = f"{PEFT_PREFIX}transformer.h.{layer}.{part}.{name}"
         if isinstance(adapter, Ia3Config):
             # peft rescales the input of feed-forward modules and the output of the others.
-            yield f"{module}.ia3_l.default", (1, in_features) if name == "fc_out" else (out_features, 1)
+            yield f"{module}.ia3_l.default", (1, in_features) if name.startswith("fc_") else (out_features, 1)
             return
         yield f"{module}.lora_A.default.weight", (adapter.rank, in_features)
         yield f"{module}.lora_B.default.weight", (out_features, adapter.rank)

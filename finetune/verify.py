@@ -39,13 +39,18 @@ def open_export(folder: Path):
 
 
 def outputs(model, head: str, ids):
-    """Head outputs at every position, fp32 (T, V): pooling is the task's business, not the export's."""
+    """Head outputs at every position of the text, fp32 (T, V): pooling is the task's business, not the export's."""
     if head == "lm":
-        return model(input_ids=ids[None]).logits[0].float()
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = inner.transformer(input_ids=ids[None])[0]
-    layer = inner.score if head == "classify" else inner.qa_outputs
-    return layer(hidden)[0].float()
+        found = model(input_ids=ids[None]).logits[0]
+    else:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        seen: list = []
+        layer = inner.score if head == "classify" else inner.qa_outputs
+        hook = layer.register_forward_hook(lambda module, given, output: seen.append(output[0]))
+        model(input_ids=ids[None])
+        hook.remove()
+        found = seen[-1]
+    return found[-len(ids):].float()  # a prompt's own outputs stand in front
 
 
 def compare(folder: Path, reference: Path) -> dict:

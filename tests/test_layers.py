@@ -17,7 +17,7 @@ LAYERS = [
     ["plan"],
     ["data"],
     ["dist", "memory_watch", "callbacks", "metrics_log", "display", "display_text", "environment", "doctor"],
-    ["gptj", "adapter", "merge", "sample"],
+    ["gptj", "adapter", "prompts", "merge", "sample"],
     ["tasks", "preview", "trackers", "report", "signals"],
     ["partitions", "engine", "checkpoint", "saved"],
     ["evaluate", "trainer", "summary", "run_files"],

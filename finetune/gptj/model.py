@@ -22,6 +22,7 @@ from transformers.models.gptj.modeling_gptj import GPTJPreTrainedModel as HFPreT
 
 from finetune.gptj.attention import Packed, pack, packed_attention, pick_attention, rope_tables, rotate
 from finetune.gptj.loss import LMHead
+from finetune.gptj.virtual import Virtual, prefixed_attention
 
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
@@ -37,14 +38,18 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width, bias=False)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x: Tensor, rope: Tensor, packed: Packed | None, mask: Tensor | None, cache) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, packed: Packed | None, mask: Tensor | None, cache,
+                prefix: Tensor | None = None) -> Tensor:
         batch, length, width = x.shape
         flat = x.view(-1, width)
         q = rotate(self.q_proj(flat), rope, self.heads)
         k = rotate(self.k_proj(flat), rope, self.heads)
         v = self.v_proj(flat).view(*k.shape)
-        if packed is not None:
-            out = packed_attention(q, k, v, packed, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        if packed is not None and prefix is not None:
+            out = prefixed_attention(q, k, v, packed, prefix, dropout)
+        elif packed is not None:
+            out = packed_attention(q, k, v, packed, dropout)
         else:
             out = self._padded(*(t.view(batch, length, *t.shape[1:]) for t in (q, k, v)), mask, cache)
         return self.resid_dropout(self.out_proj(out.reshape(batch, length, width)))
@@ -81,9 +86,10 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: Tensor, packed: Packed | None, mask: Tensor | None, cache) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, packed: Packed | None, mask: Tensor | None, cache,
+                prefix: Tensor | None = None) -> Tensor:
         normed = self.ln_1(x)
-        return self.attn(normed, rope, packed, mask, cache) + self.mlp(normed) + x
+        return self.attn(normed, rope, packed, mask, cache, prefix) + self.mlp(normed) + x
 
 
 class PreTrained(HFPreTrainedModel):
@@ -123,6 +129,7 @@ class Transformer(PreTrained):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        virtual: Virtual | None = None,
         **unused,
     ) -> BaseModelOutputWithPast:
         """Hidden states (B, T, D).
@@ -131,8 +138,12 @@ class Transformer(PreTrained):
             input_ids: (B, T), or flat (1, N) with `cu_seqlens` (S+1,): documents that do not see each other.
             attention_mask: (B, keys), 1 for real tokens, padded on either side; not with `cu_seqlens`.
             position_ids: (B, T); by default counted per row over the real tokens.
+            virtual: rows in front of every document (without `cu_seqlens`, of every row); the output leaves them out.
         """
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        shape = x.shape
+        if virtual is not None:
+            x, position_ids, cu_seqlens = virtual.enter(x, position_ids, cu_seqlens)
         if use_cache and past_key_values is None and cu_seqlens is None:
             past_key_values = DynamicCache(config=self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -146,12 +157,17 @@ class Transformer(PreTrained):
         else:
             mask = _padding_mask(attention_mask, x.shape[1], past, x.device)
         x = self.drop(x)
-        for block in self.h:
+        for layer, block in enumerate(self.h):
+            prefix = virtual.layer(layer) if virtual is not None else None
             if self.checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, packed, mask, None, use_reentrant=False)
+                x = checkpoint(block, x, rope, packed, mask, None, prefix, use_reentrant=False)
             else:
-                x = block(x, rope, packed, mask, past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(x), past_key_values=past_key_values)
+                x = block(x, rope, packed, mask, past_key_values, prefix)
+        hidden = self.ln_f(x)
+        if virtual is not None:
+            assert packed is not None
+            hidden = virtual.leave(hidden, packed, shape)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
 
 
 def _positions(x: Tensor, attention_mask: Tensor | None, past: int) -> Tensor:
@@ -200,11 +216,12 @@ class CausalLM(PreTrained, GenerationMixin):
         cu_seqlens: Tensor | None = None,
         per_token: bool = False,
         logits_to_keep: int = 0,
+        virtual: Virtual | None = None,
         **unused,
     ) -> CausalLMOutputWithPast | Tensor:
         """Logits (B, T, V); with labels (1, N), shifted already: the summed loss, or (N,) losses with per_token."""
         body = self.transformer(
-            input_ids, past_key_values, attention_mask, position_ids, inputs_embeds, use_cache, cu_seqlens
+            input_ids, past_key_values, attention_mask, position_ids, inputs_embeds, use_cache, cu_seqlens, virtual
         )
         hidden = body.last_hidden_state
         if labels is not None:

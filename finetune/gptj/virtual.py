@@ -1,0 +1,82 @@
+"""Virtual tokens: trained rows in front of every document of a flat batch (prompt and prefix tuning).
+
+Documents of 3 and 2 tokens with two virtual tokens V:
+
+    flat     a b c | d e             cu_seqlens 0 3 5        positions 0 1 2 | 0 1
+    wide     V V a b c | V V d e                0 5 9        positions 0 1 2 3 4 | 0 1 2 3
+
+Prompt tuning (arXiv:2104.08691) runs the whole body on the wide batch and drops the virtual rows behind the last layer.
+Prefix tuning (arXiv:2101.00190) gives each layer keys and values of its own: only attention is wide, with queries of
+zero whose results are dropped, so one causal kernel serves both. Text counts its positions from V on, as in peft.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from finetune.gptj.attention import Packed, packed_attention
+
+
+@dataclass(frozen=True)
+class Virtual:
+    """What an adapter puts in front of every document; one of the two."""
+
+    prompt: Tensor | None = None
+    """Embeddings (V, D)."""
+    prefix: Tensor | None = None
+    """Keys, not rotated, and values of each layer: (layers, 2, V, heads, head_dim)."""
+
+    @property
+    def count(self) -> int:
+        return self.prompt.shape[0] if self.prompt is not None else self.prefix.shape[2]  # type: ignore[union-attr]
+
+    def enter(self, x: Tensor, position_ids: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings, positions and boundaries that the body computes with: (1, M, D), (1, M) and (S+1,).
+
+        Args:
+            x: (1, N, D) with `cu_seqlens`, or (B, T, D) without: then every row is a document.
+        """
+        if cu_seqlens is None:
+            cu_seqlens = torch.arange(x.shape[0] + 1, dtype=torch.int32) * x.shape[1]
+            position_ids = torch.arange(x.shape[1], device=x.device).repeat(x.shape[0])
+        assert position_ids is not None
+        flat, positions = x.reshape(-1, x.shape[-1]), position_ids.reshape(-1) + self.count
+        if self.prompt is not None:
+            lengths = torch.diff(cu_seqlens).tolist()
+            flat = insert(flat, self.prompt.to(flat.dtype), lengths)
+            positions = insert(positions, torch.arange(self.count, device=x.device), lengths)
+            cu_seqlens = cu_seqlens + self.count * torch.arange(len(cu_seqlens), dtype=torch.int32, device=cu_seqlens.device)
+        return flat[None], positions[None], cu_seqlens
+
+    def leave(self, hidden: Tensor, packed: Packed, shape: torch.Size) -> Tensor:
+        """Hidden states of the text alone, in the `shape` that it came in."""
+        if self.prompt is not None:
+            hidden = remove(hidden[0], self.count, [length - self.count for length in packed.lengths])
+        return hidden.view(shape)
+
+    def layer(self, index: int) -> Tensor | None:
+        return None if self.prefix is None else self.prefix[index]
+
+
+def prefixed_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, prefix: Tensor, dropout: float) -> Tensor:
+    """Causal attention in which each document of (N, heads, head_dim) sees `prefix` (2, V, heads, head_dim) too."""
+    keys, values = prefix.to(k.dtype)
+    lengths, count = packed.lengths, len(keys)
+    steps = count * torch.arange(len(lengths) + 1, dtype=torch.int32, device=packed.cu_seqlens.device)
+    wide = Packed(tuple(length + count for length in lengths), packed.cu_seqlens + steps, packed.kind)
+    out = packed_attention(insert(q, torch.zeros_like(keys), lengths), insert(k, keys, lengths),
+                           insert(v, values, lengths), wide, dropout)
+    return remove(out, count, lengths)
+
+
+def insert(flat: Tensor, rows: Tensor, lengths) -> Tensor:
+    """`rows` (V, ...) in front of every document of `flat` (N, ...)."""
+    return torch.cat([part for document in flat.split(list(lengths)) for part in (rows, document)])
+
+
+def remove(flat: Tensor, count: int, lengths) -> Tensor:
+    """The opposite: the documents, `lengths` long, without the `count` rows in front of each."""
+    return torch.cat(flat.split([size for length in lengths for size in (count, length)])[1::2])
