@@ -74,13 +74,15 @@ def test_adapter_key_of_another_kind_is_refused():
         compose_train(["recipe=quickstart", "adapter=full", "adapter.rank=4"])
 
 
-@pytest.mark.parametrize(("name", "adapter"), [("qa_lora", a) for a in ("lora", "rslora", "dora", "ia3", "prompt", "prefix")]
-                         + [(n, "full") for n in ALL])
+@pytest.mark.parametrize(("name", "adapter"), [("qa_lora", "lora"), ("qa_lora", "rslora"), ("qa_lora", "dora"),
+                                               ("qa_lora", "ia3"), ("qa_lora", "prompt"), ("qa_lora", "prefix"),
+                                               *((n, "full") for n in ALL)])
 def test_any_recipe_takes_any_adapter(name, adapter):
     """A recipe's numbers for its own kind fall away; those for the same kind stay."""
     cfg = compose_train([f"recipe={name}", f"adapter={adapter}"]).adapter
     if adapter in ("lora", "rslora", "dora"):
-        assert (cfg.rank, cfg.targets, cfg.rslora, cfg.dora) == (16, "all-linear", adapter == "rslora", adapter == "dora")
+        assert (cfg.rank, cfg.targets) == (16, "all-linear")
+        assert (cfg.rslora, cfg.dora) == (adapter == "rslora", adapter == "dora")
     else:
         assert type(cfg).__name__ == f"{adapter.title()}Config" and cfg == type(cfg)()
 
