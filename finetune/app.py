@@ -8,20 +8,20 @@ Does not know what the programs do.
 
 from __future__ import annotations
 
-import difflib
+import importlib
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from omegaconf import OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,26 +29,11 @@ from finetune import config as schema
 from finetune import programs
 from finetune.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, UserError
 from finetune.helptext import help_text
+from finetune.suggest import SCHEMAS, unknown_option, user_error
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF, RECIPES = ROOT / "conf", ROOT / "recipes"
 T = TypeVar("T")
-
-SCHEMAS = {
-    "task": {
-        "clm": schema.ClmConfig,
-        "instruct": schema.InstructConfig,
-        "classify": schema.ClassifyConfig,
-        "qa": schema.QaConfig,
-    },
-    "adapter": {
-        "full": schema.FullConfig,
-        "lora": schema.LoraConfig,
-        "ia3": schema.Ia3Config,
-        "prompt": schema.PromptConfig,
-        "prefix": schema.PrefixConfig,
-    },
-}
 
 ALIASES = {"evaluate": {"model": "export_dir"}, "generate": {"model": "export_dir"}}
 """program -> key as users type it -> key in the schema: `model` alone would name the group of base models."""
@@ -128,15 +113,28 @@ def compose_config(overrides: list[str], name: str = "train") -> Composed:
             del node["hydra"]
         typed = OmegaConf.to_object(node)
     except (HydraException, OmegaConfBaseException) as error:
-        raise _as_user_error(error, overrides, name) from None
+        raise user_error(error, overrides, name, CONF) from None
     return Composed(typed, {k: v for k, v in choices.items() if "schema" not in k}, overrides)
 
 
 def _schema_words(words: list[str], name: str) -> list[str]:
     """The command line's words with the schema's keys."""
+    if name == "report":
+        return report_words(words)
     renamed = ALIASES.get(name, {})
     return [f"{renamed[word.split('=')[0]]}={word.partition('=')[2]}" if word.split("=")[0] in renamed else word
             for word in words]
+
+
+def report_words(words: list[str]) -> list[str]:
+    """`run=A run=B` and `runs=A*` -> `runs=['A','B']`: Hydra knows each key once, and lists in brackets."""
+    single = [word[4:] for word in words if word.startswith("run=")]
+    several = [word[5:] for word in words if word.startswith("runs=") and not word.startswith("runs=[")]
+    if len(single) < 2 and not several:
+        return words
+    rest = [word for word in words if word.split("=")[0] not in ("run", "runs") or word.startswith("runs=[")]
+    quoted = ("'" + path.strip("'\"").replace("'", "\\'") + "'" for path in [*single, *several])
+    return [*rest, f"runs=[{','.join(quoted)}]"]
 
 
 def compose_train(overrides: list[str]) -> schema.Config:
@@ -164,89 +162,33 @@ def _settle_length(train: schema.TrainConfig, overrides: list[str]) -> None:
         train.steps = None
 
 
-def _as_user_error(error: Exception, overrides: list[str], name: str) -> UserError:
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        return _unknown_option(error)
-    chain: Exception | None = error
-    while chain is not None:
-        key = getattr(chain, "full_key", None)
-        if isinstance(chain, OmegaConfBaseException) and key:
-            return _key_error(str(key), chain, name)
-        chain = chain.__cause__ or chain.__context__  # type: ignore[assignment]
-    text = str(error)
-    text = text.split("\nTo append")[0].split("\nSet the environment")[0]
-    for word in overrides:
-        group = word.lstrip("+~").split("=")[0]
-        if "Could not override" in text and f"'{group}'" in text:
-            return _unknown_key(group, name)
-    return UserError(text, remedy="See --help for the keys and groups.")
-
-
-def _unknown_option(error: MissingConfigException) -> UserError:
-    group, _, option = str(error.missing_cfg_file).rpartition("/")
-    options = [o for o in (error.options or []) if not o.endswith("schema")]
-    remedy = f"Known: {', '.join(sorted(options))}."
-    near = difflib.get_close_matches(option, options, 1, 0.5)
-    return UserError(f"there is no {group or 'config'} named '{option}'", f"{group}={option}",
-                     f"Did you mean {group}={near[0]}?  {remedy}" if near else remedy)
-
-
-def _key_error(key: str, error: Exception, name: str) -> UserError:
-    if "not in" in str(error) and ("Key '" in str(error) or "key '" in str(error)):
-        return _unknown_key(key, name, str(error).split("\n")[0])
-    return UserError(str(error).split("\n")[0], key, "See --help for the keys and their types.")
-
-
-def _unknown_key(key: str, name: str, text: str = "") -> UserError:
-    keys = sorted(set(_all_keys(programs.SCHEMAS.get(name, schema.Config))) - {key})
-    near = difflib.get_close_matches(key, keys, 3, 0.6)
-    if not near:
-        leaf = key.rpartition(".")[2]
-        near = [k for k in keys if difflib.SequenceMatcher(None, leaf, k.rpartition(".")[2]).ratio() > 0.75][:3]
-    remedy = f"Did you mean {' or '.join(near)}?" if near else "See --help for the keys."
-    return UserError(text or "there is no such key", key, remedy)
-
-
-def _all_keys(node: type, prefix: str = "") -> Iterable[str]:
-    for f in fields(node):
-        kind = _field_class(f.name, f.type)
-        for k in kind:
-            yield from _all_keys(k, f"{prefix}{f.name}.")
-        if not kind:
-            yield prefix + f.name
-
-
-def _field_class(name: str, annotation: Any) -> list[type]:
-    if name in SCHEMAS and "Config" in str(annotation):
-        return list(SCHEMAS[name].values())
-    kind = getattr(schema, str(annotation), None) or getattr(programs, str(annotation), None)
-    return [kind] if kind is not None and is_dataclass(kind) else []
-
-
 def strip_launcher_arguments(argv: list[str]) -> list[str]:
     """Drop `--local_rank=N`, which the deepspeed launcher appends and Hydra would refuse."""
     return [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]
 
 
-def main(run: Callable[[Composed], int | None], name: str, argv: list[str] | None = None) -> int:
+Program = Callable[[Composed], int | None]
+
+
+def main(run: Program | str, name: str, argv: list[str] | None = None) -> int:
     """Run one program; returns its exit code. Prints a UserError without a traceback.
 
     Args:
-        run: the program; gets what was composed, returns an exit code or None for 0.
+        run: the program; gets what was composed, returns an exit code or None for 0. As text: the module whose `run`
+            it is, imported once the command line is known to be right.
         name: primary config, e.g. "train".
     """
     argv = strip_launcher_arguments(sys.argv[1:] if argv is None else argv)
     if any(word in ("-h", "--help") for word in argv):
-        print(help_text(name, CONF, RECIPES))
-        return EXIT_DONE
+        return _print_help(name, [word for word in argv if not word.startswith("-") and "=" not in word])
     if any(word.startswith(("--cfg", "-c", "--info", "--hydra-help", "-sc", "--shell-completion")) for word in argv):
         return _hydra_prints(name, argv)
     try:
         words = [word for word in argv if word not in ("-m", "--multirun")]
         unknown = [word for word in words if word.startswith("-")]
         if unknown:
-            raise UserError(f"unknown option {unknown[0]}", remedy="Settings are written key=value; see --help.")
-        return run(compose_config(words, name)) or EXIT_DONE
+            raise unknown_option(unknown[0], name, CONF)
+        return _program(run)(compose_config(words, name)) or EXIT_DONE
     except UserError as error:
         report_error(error)
         return error.exit_code
@@ -255,6 +197,22 @@ def main(run: Callable[[Composed], int | None], name: str, argv: list[str] | Non
     except Exception:
         traceback.print_exc()
         return EXIT_FAILED
+
+
+def _program(run: Program | str) -> Program:
+    return importlib.import_module(run).run if isinstance(run, str) else run
+
+
+def _print_help(name: str, topics: list[str]) -> int:
+    """On rank 0 alone; exit code 2 for a topic that does not exist."""
+    if os.environ.get("RANK", "0") != "0":
+        return EXIT_DONE
+    try:
+        print(help_text(name, CONF, RECIPES, topics))
+    except UserError as error:
+        report_error(error)
+        return error.exit_code
+    return EXIT_DONE
 
 
 def report_error(error: UserError) -> None:

@@ -284,7 +284,9 @@ class WandbConfig:
     tags: list[str] = field(default_factory=list)
     """Tags of the run."""
     mode: str = "online"
-    """online, offline or disabled."""
+    """online, offline or disabled; online without a key goes on offline."""
+    artifact: bool = False
+    """Upload the export as an artifact of type model when the run is done."""
 
 
 @dataclass

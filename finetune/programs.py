@@ -15,7 +15,7 @@ class EvaluateConfig:
     run: Optional[str] = None
     """Run directory whose newest checkpoint (or export) is evaluated."""
     export_dir: Optional[str] = None
-    """Typed as model=DIR: an export, or any GPT-J checkpoint directory."""
+    """Typed as model=DIR: An export, or any GPT-J checkpoint directory."""
     task: TaskConfig = MISSING
     data: DataConfig = field(default_factory=DataConfig)
     batch: int = 8
@@ -51,7 +51,7 @@ class ExportAppConfig:
 @dataclass
 class GenerateConfig:
     export_dir: Optional[str] = None
-    """Typed as model=DIR: an export (adapter, merged or full), or any GPT-J checkpoint directory."""
+    """Typed as model=DIR: An export (adapter, merged or full), or any GPT-J checkpoint directory."""
     prompt: Optional[str] = None
     """One prompt; with neither prompt nor prompts it is read from standard input."""
     prompts: Optional[str] = None
@@ -82,5 +82,15 @@ class GenerateConfig:
     """Let the libraries' own log lines through."""
 
 
-SCHEMAS = {"evaluate": EvaluateConfig, "export": ExportAppConfig, "generate": GenerateConfig, "train": Config,
-           "plan": Config}
+@dataclass
+class ReportConfig:
+    run: Optional[str] = None
+    """Run directory whose page is written anew; several run= words compare them."""
+    runs: list[str] = field(default_factory=list)
+    """Run directories to compare, or patterns of them: 'runs=[A,B]', 'runs=multirun/20260101-120000/*'."""
+    out: Optional[str] = None
+    """The page; null: RUN/report.html, or compare.html here."""
+
+
+SCHEMAS = {"evaluate": EvaluateConfig, "export": ExportAppConfig, "generate": GenerateConfig,
+           "report": ReportConfig, "train": Config, "plan": Config}

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from finetune.callbacks import Callback, RunInfo
@@ -24,6 +27,8 @@ from finetune.redact import redact, redact_words
 __all__ = ["TensorboardTracker", "WandbTracker", "build_trackers", "redact", "scalars"]
 
 WANDB_MODES = ("online", "offline", "disabled")
+
+log = logging.getLogger("finetune")
 
 
 def build_trackers(cfg: TrackerConfig) -> list[Callback]:
@@ -95,6 +100,7 @@ class WandbTracker(Callback):
         self.wandb = _require("wandb", "tracker=[wandb]")
         self.run_id: str | None = None
         self.run: Any = None
+        self.run_dir = Path()
         self.evaluations: list[dict[str, float]] = []
 
     def state(self) -> dict[str, Any]:
@@ -104,6 +110,7 @@ class WandbTracker(Callback):
         self.run_id = state["run_id"]
 
     def start(self, run: RunInfo) -> None:
+        self.run_dir = run.run_dir
         with _redacted_argv():
             self.run = self.wandb.init(**self._options(run))
         self.run_id = self.run.id
@@ -130,13 +137,14 @@ class WandbTracker(Callback):
         self.run.summary.update({f"result/{key}": value for key, value in redact(result).items() if _is_plain(value)})
         if self.evaluations:
             self.run.log({"evaluations": self._table()})
+        if self.cfg.artifact and status == "done" and result.get("export"):
+            self.run.log_artifact(self._artifact(self.run_dir / str(result["export"])))
         if status == "preempted":
             self.run.mark_preempting()
         self.run.finish(exit_code=0 if status == "done" else 1)
 
     def _options(self, run: RunInfo) -> dict[str, Any]:
-        # WANDB_MODE wins: clusters without a way out set it for everybody.
-        mode = os.environ.get("WANDB_MODE") or self.cfg.mode
+        mode = self._mode()
         options = {
             "project": self.cfg.project, "entity": self.cfg.entity, "group": self.cfg.group, "tags": self.cfg.tags,
             "name": f"{run.name}/{run.run_dir.name}", "dir": str(run.run_dir), "config": redact(run.config),
@@ -146,6 +154,22 @@ class WandbTracker(Callback):
                                             init_timeout=60, silent=True),
         }
         return {key: value for key, value in options.items() if value is not None}
+
+    def _mode(self) -> str:
+        """WANDB_MODE wins: clusters without a way out set it for everybody. Without a key wandb would ask for one."""
+        mode = os.environ.get("WANDB_MODE") or self.cfg.mode
+        if mode == "online" and not self.wandb.api.api_key:
+            log.warning("wandb knows no API key (WANDB_API_KEY, or wandb login): logging offline; later: wandb sync %s",
+                        self.run_dir / "wandb/offline-run-*")
+            return "offline"
+        return mode
+
+    def _artifact(self, export: Path) -> Any:
+        """The export as a model; wandb allows few characters in a name."""
+        parts = "-".join(export.absolute().parts[-3:-1])
+        artifact = self.wandb.Artifact(re.sub(r"[^\w.-]+", "-", parts), type="model")
+        artifact.add_dir(str(export))
+        return artifact
 
     def _table(self) -> Any:
         columns = sorted({key for row in self.evaluations for key in row}, key=lambda key: (key != "step", key))

@@ -7,6 +7,5 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if __name__ == "__main__":
     from finetune.app import main
-    from finetune.export_program import run
 
-    sys.exit(main(run, "export"))
+    sys.exit(main("finetune.export_program", "export"))

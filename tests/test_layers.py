@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "finetune"
 
 LAYERS = [
-    ["errors", "config", "programs", "names", "schedule", "check", "assets_path", "assets", "redact", "helptext", "app",
-     "dist_environment", "plain", "ds_config"],
+    ["errors", "config", "programs", "names", "schedule", "check", "assets_path", "assets", "redact",
+     "other_names", "helptext", "suggest", "app", "dist_environment", "plain", "ds_config"],
     ["shape"],
     ["plan"],
     ["data"],

@@ -18,6 +18,7 @@ from finetune.report import tables
 from finetune.report.charts import draw
 from finetune.report.curves import curves
 from finetune.report.data import sections
+from finetune.report.differences import from_recipe
 from finetune.report.files import DATA, ENVIRONMENT, RunFiles, read_run
 from finetune.report.template import render, write_page
 
@@ -25,16 +26,20 @@ PAGE, PICTURE, TEMPLATE = "report.html", "curves.png", "page.html"
 REBUILD_SECONDS = 30.0
 
 
-def build_report(run_dir: Path | str, picture: bool = True) -> Path:
-    """Write run_dir/report.html (and curves.png) from what the run has written so far; returns the page's path."""
+def build_report(run_dir: Path | str, picture: bool = True, out: Path | None = None) -> Path:
+    """Write run_dir/report.html (and curves.png) from what the run has written so far; returns the page's path.
+
+    Args:
+        out: the page's place, instead of the run directory.
+    """
     run = read_run(run_dir)
     charts = curves(run)
-    write_page(run.run_dir / PAGE, render(TEMPLATE, page_context(run)))
+    page = write_page(out or run.run_dir / PAGE, render(TEMPLATE, page_context(run)))
     if picture and charts:
         from finetune.report.picture import curves_png
 
         write_page(run.run_dir / PICTURE, curves_png(charts, title=tables.run_name(run)))
-    return run.run_dir / PAGE
+    return page
 
 
 def page_context(run: RunFiles) -> dict[str, Any]:
@@ -56,6 +61,8 @@ def page_context(run: RunFiles) -> dict[str, Any]:
         "groups": tables.groups(run),
         "data": sections(run.data),
         "samples": tables.samples(run),
+        "differences": from_recipe(run.config),
+        "recipe": str(run.config.get("name") or ""),
         "config": tables.config_rows(run),
         "environment": tables.environment_rows(run),
         "commands": tables.commands(run),

@@ -38,17 +38,17 @@ def read_run(run_dir: Path | str) -> RunFiles:
     """Everything the run has written so far; what is missing or broken is empty."""
     run_dir = Path(run_dir)
     records = read(run_dir / METRICS)
-    result = _json(run_dir / RESULT)
+    result = read_json(run_dir / RESULT)
     return RunFiles(
         run_dir=run_dir,
         config=_yaml(run_dir / CONFIG),
-        plan=_json(run_dir / PLAN),
+        plan=read_json(run_dir / PLAN),
         train=_by_step(records, "train"),
         evals=_by_step(records, "eval"),
         samples=read(run_dir / SAMPLES),
         result=result,
-        data=_json(run_dir / DATA),
-        env=result.get("env") or _json(run_dir / ENVIRONMENT),
+        data=read_json(run_dir / DATA),
+        env=result.get("env") or read_json(run_dir / ENVIRONMENT),
     )
 
 
@@ -59,7 +59,8 @@ def _by_step(records: list[Record], kind: str) -> list[Record]:
     return [found[step] for step in sorted(found)]
 
 
-def _json(path: Path) -> Record:
+def read_json(path: Path) -> Record:
+    """An object, {} when the file is missing, torn or something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -82,6 +82,30 @@ def test_wandb_offline_resumes_its_id_and_stores_no_secret(tmp_path: Path, monke
     assert sys.argv[2] == f"hub_token={SECRET}", "the program's own command line is untouched"
 
 
+def test_wandb_keeps_the_export_as_an_artifact_when_asked(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "adapter_model.safetensors").write_bytes(b"ARTIFACTBYTES")
+    stored = {}
+    for asked in (True, False):
+        run_dir = tmp_path / str(asked)
+        run_dir.mkdir()
+        (run_dir / "export").symlink_to(tmp_path / "export")
+        callbacks = CallbackList([WandbTracker(WandbConfig(enabled=True, artifact=asked))])
+        callbacks.start(run_info(run_dir))
+        callbacks.finish({"status": "done", "export": "export"})
+        assert len(callbacks.callbacks) == 1, "the tracker was switched off"
+        stored[asked] = b"".join(path.read_bytes() for path in (run_dir / "wandb").rglob("*.wandb"))
+    assert b"adapter_model.safetensors" in stored[True] and b"adapter_model.safetensors" not in stored[False]
+
+
+def test_wandb_without_a_key_goes_on_offline(tmp_path: Path, monkeypatch, caplog):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    tracker = WandbTracker(WandbConfig(enabled=True))
+    monkeypatch.setattr(type(tracker.wandb.api), "api_key", None)
+    assert tracker._options(run_info(tmp_path))["mode"] == "offline" and "wandb sync" in caplog.text
+
+
 def test_a_missing_package_and_a_wrong_mode_are_told_before_training(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
