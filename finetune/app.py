@@ -61,8 +61,8 @@ def register(words: Iterable[str] = ()) -> None:
     """Put the schema and the recipes into Hydra's store; idempotent.
 
     Args:
-        words: the command line. Where it picks another kind of adapter or task than a recipe, the recipe's numbers for
-            its own kind fall away: `recipe=classify_lora adapter=full` has no use for a rank.
+        words: the command line. Where it picks another kind of adapter or task than a recipe, the recipe's numbers
+            for its own kind fall away: `recipe=classify_lora adapter=full` has no use for a rank.
     """
     typed = dict(word.split("=", 1) for word in words if "=" in word)
     store = ConfigStore.instance()
@@ -78,7 +78,8 @@ def register(words: Iterable[str] = ()) -> None:
 
 def _fitting(recipe: Any, typed: dict[str, str]) -> Any:
     """The recipe without the keys that the typed kinds do not share with its own."""
-    own = {key.removeprefix("override /"): value for entry in recipe.get("defaults", []) for key, value in entry.items()}
+    entries = recipe.get("defaults", [])
+    own = {key.removeprefix("override /"): value for entry in entries for key, value in entry.items()}
     for group in SCHEMAS:
         kind, recipe_kind = _kind(group, typed.get(group)), _kind(group, own.get(group))
         if kind and recipe_kind and kind != recipe_kind and group in recipe:
@@ -93,7 +94,8 @@ def _kind(group: str, option: str | None) -> str | None:
     if not option or not file.is_file():
         return None
     key = f"/schema/{group}@_here_"
-    return next((entry[key] for entry in OmegaConf.load(file).defaults if not isinstance(entry, str) and key in entry), None)
+    entries = [entry for entry in OmegaConf.load(file).defaults if not isinstance(entry, str)]
+    return next((entry[key] for entry in entries if key in entry), None)
 
 
 def compose_config(overrides: list[str], name: str = "train") -> Composed:
