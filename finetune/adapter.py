@@ -31,7 +31,7 @@ def attach(model: nn.Module, cfg: AdapterConfig, head: str, base: str, seed: int
     model.name_or_path = base
     model.config._name_or_path = base  # type: ignore[union-attr]
     with _peft_gathers(model):
-        wrapped = peft.get_peft_model(model, _peft_config(cfg, head), autocast_adapter_dtype=False)  # type: ignore[arg-type]
+        wrapped = peft.get_peft_model(model, peft_config(cfg, head), autocast_adapter_dtype=False)  # type: ignore[arg-type]
     dtype = next(p for p in model.parameters() if not p.requires_grad).dtype
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype != dtype:
@@ -55,19 +55,25 @@ def _peft_gathers(model: nn.Module) -> Iterator[None]:
         unset_hf_deepspeed_config()
 
 
-def _peft_config(cfg: AdapterConfig, head: str):
+def peft_config(cfg: AdapterConfig, head: str | None, targets: list[str] | None = None):
+    """peft's form of an adapter section.
+
+    Args:
+        head: lm, classify or qa; None for a bare module.
+        targets: names of the adapted modules; None: those of `cfg`.
+    """
     import peft
 
-    task, heads = PEFT_TASKS[head], HEAD_MODULES[head]
+    task, heads = (PEFT_TASKS[head], HEAD_MODULES[head]) if head else (None, None)
     match cfg:
         case LoraConfig():
             return peft.LoraConfig(
                 task_type=task, r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout,  # type: ignore[arg-type]
-                target_modules=target_modules(cfg.targets), use_rslora=cfg.rslora, use_dora=cfg.dora,
+                target_modules=targets or target_modules(cfg.targets), use_rslora=cfg.rslora, use_dora=cfg.dora,
                 modules_to_save=heads,
             )
         case Ia3Config():
-            names = target_modules(cfg.targets)
+            names = targets or target_modules(cfg.targets)
             return peft.IA3Config(task_type=task, target_modules=names, modules_to_save=heads,
                                   feedforward_modules=[n for n in names if n.startswith("fc_")])
         case PromptConfig():

@@ -35,7 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CONF, RECIPES = ROOT / "conf", ROOT / "recipes"
 T = TypeVar("T")
 
-ALIASES = {"evaluate": {"model": "export_dir"}, "generate": {"model": "export_dir"}}
+ALIASES = {"evaluate": {"model": "export_dir"}, "generate": {"model": "export_dir"}, "serve": {"model": "export_dir"},
+           "export": {"export.push_to_hub": "push_to_hub", "export.hub_private": "hub_private"}}
 """program -> key as users type it -> key in the schema: `model` alone would name the group of base models."""
 
 SHIPPED_DATA = {
@@ -124,6 +125,8 @@ def _schema_words(words: list[str], name: str) -> list[str]:
     if name == "report":
         return report_words(words)
     renamed = ALIASES.get(name, {})
+    if name == "evaluate":  # lm-eval's users write tasks=a,b
+        words = [f"tasks=[{word[6:]}]" if word.startswith("tasks=") and "[" not in word else word for word in words]
     return [f"{renamed[word.split('=')[0]]}={word.partition('=')[2]}" if word.split("=")[0] in renamed else word
             for word in words]
 

@@ -317,6 +317,10 @@ class ExportConfig:
     """Reopen the export with plain transformers and peft in a fresh process and compare logits."""
     max_shard_gib: float = 5.0
     """Largest safetensors file of an exported model, in GiB."""
+    push_to_hub: Optional[str] = None
+    """ORG/NAME: upload the verified export to the Hugging Face hub, with the token of `hf auth login` or HF_TOKEN."""
+    hub_private: bool = True
+    """Whether a hub repository that is made now is private."""
 
 
 @dataclass

@@ -17,8 +17,18 @@ from finetune.display import silence_libraries, summary_table
 from finetune.dist import World
 from finetune.errors import EXIT_DONE, UserError
 from finetune.evaluate import evaluate_with
+from finetune.lm_eval_suite import check_suite, run_suite
 from finetune.programs import EvaluateConfig
-from finetune.saved import Trained, checkpoint_of, load_config, load_export, load_run, read_about, typed_task
+from finetune.saved import (
+    Trained,
+    about_of_run,
+    checkpoint_of,
+    load_config,
+    load_export,
+    load_run,
+    read_about,
+    typed_task,
+)
 from finetune.tasks import build_task, head_of
 
 
@@ -27,10 +37,18 @@ def run(composed: Composed) -> int:
     cfg: EvaluateConfig = composed.config
     if bool(cfg.run) == bool(cfg.export_dir):
         raise UserError("give either run=RUN_DIR or model=EXPORT_DIR", remedy="python launch/evaluate.py run=runs/quickstart/...")
+    if cfg.suite not in ("task", "lm_eval"):
+        raise UserError(f"suite = {cfg.suite} is unknown", "suite", "Choose from task, lm_eval.")
+    if cfg.suite == "lm_eval":
+        check_suite(cfg.tasks, cfg.task_dir)
     world = dist.connect()
     silence_libraries(cfg.verbose, world.rank)
     typed_keys = {word.split("=")[0].lstrip("+") for word in composed.overrides}
     folder, trained, settings, data = _subject(cfg, typed_keys, world)
+    if cfg.suite == "lm_eval":
+        _lm_eval(cfg, folder, trained, world)
+        dist.disconnect()
+        return EXIT_DONE
     task = build_task(settings, load_tokenizer(_tokenizer(folder)), cfg.packing)
     task.prepare(None, trained.task)
     if not data.eval:
@@ -46,13 +64,41 @@ def run(composed: Composed) -> int:
     return EXIT_DONE
 
 
+def _lm_eval(cfg: EvaluateConfig, folder: Path, trained: Trained, world: World) -> None:
+    """lm-eval's figures into eval.json, beside those of the model's own task."""
+    if trained.head != "lm":
+        raise UserError(f"lm-eval asks language models; this one has the head '{trained.head}'", "suite",
+                        "Leave suite out: the model's own task has metrics.")
+    if world.size > 1:
+        raise UserError("suite=lm_eval runs in one process", "suite", "Start it with plain python.")
+    found = run_suite(trained.module, load_tokenizer(_tokenizer(folder)), list(cfg.tasks), cfg.task_dir,
+                      fewshot=cfg.fewshot, limit=cfg.limit, batch=cfg.batch, seed=cfg.seed,
+                      chat=cfg.chat)
+    target = Path(cfg.out).expanduser() if cfg.out else folder
+    target.mkdir(parents=True, exist_ok=True)
+    before = _before(target)
+    tasks = (before.get("lm_eval") or {}).get("tasks", {}) | found["tasks"]
+    metrics_log.write_json(target / "eval.json", {**before, "lm_eval": {**found, "tasks": tasks}})
+    summary_table("lm-eval", [(task, ", ".join(f"{k} {_figure(v)}" for k, v in row.items()))
+                              for task, row in found["tasks"].items()])
+    print(f"written to {target / 'eval.json'}")
+
+
+def _before(folder: Path) -> dict[str, Any]:
+    """What eval.json holds already."""
+    try:
+        return json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 def _subject(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> tuple[Path, Trained, Any, DataConfig]:
     """What is evaluated: its folder, the model, the task's settings and the data."""
     if cfg.run:
         folder, checkpoint = checkpoint_of(Path(cfg.run).expanduser().absolute())
         config = load_config(folder)
         settings, data = config.task, config.data
-        about = _about_of_run(folder)
+        about = about_of_run(folder)
         if cfg.dtype:
             config.model.dtype = cfg.dtype
         module = load_run(config, checkpoint, head_of(settings), about.get("num_labels"), world.device)
@@ -68,12 +114,6 @@ def _subject(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> tuple[P
                         "Leave task out: an export knows its own.")
     trained = load_export(folder, cfg.dtype, world.device)
     return folder, trained, _override_task(settings, cfg.task, typed_keys), cfg.data
-
-
-def _about_of_run(folder: Path) -> dict[str, Any]:
-    """What the head learned from the training data (label names), as the run wrote it down."""
-    file = folder / "task.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _override(data: DataConfig, given: DataConfig, typed_keys: set[str]) -> None:
@@ -99,7 +139,8 @@ def _tokenizer(folder: Path) -> str | None:
 
 def _report(metrics: dict[str, Any], predictions: list[dict] | None, folder: Path, spec: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    metrics_log.write_json(folder / "eval.json", {"data": spec, **metrics})
+    kept = {"lm_eval": before["lm_eval"]} if "lm_eval" in (before := _before(folder)) else {}
+    metrics_log.write_json(folder / "eval.json", {"data": spec, **metrics, **kept})
     if predictions is not None:
         with (folder / "predictions.jsonl").open("w", encoding="utf-8") as f:
             f.writelines(metrics_log.dumps(row) + "\n" for row in predictions)

@@ -1,6 +1,6 @@
 """Exports of a run, and their verification in a fresh process.
 
-trained model -> reference logits on real text -> files in a staging folder -> `finetune.verify` reopens them with
+trained model -> reference outputs on real text -> files in a staging folder -> `finetune.verify` reopens them with
 plain transformers and peft in another process -> figures to export.json -> rename. A failed verification leaves no
 export. Layout is Hugging Face's: an adapter as peft writes it, a model as sharded safetensors.
 """
@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from finetune.card import model_card
 from finetune.config import ExportConfig, ModelConfig
 from finetune.data.columns import Store
 from finetune.dist import World
@@ -28,11 +29,13 @@ from finetune.dist_environment import LAUNCHER_VARIABLES
 from finetune.engine import Engine
 from finetune.errors import RunFailed, UserError
 from finetune.gptj.load import DTYPES, draw, local_folder, meta_model, read_config
-from finetune.gptj.model import ARCHITECTURES
+from finetune.hf_layout import write_small_files
+from finetune.shards import Shapes, ShardWriter, file_sha256, write_json
 
 REFERENCE_TOKENS = 64
 """Length of each text that trained and exported model are compared on."""
 REFERENCE_TEXTS = 4
+ADAPTER_FILE = "adapter_model.safetensors"
 
 
 @dataclass
@@ -44,12 +47,15 @@ class ExportInfo:
     base: str
     """Path or hub id of the model that was fine-tuned."""
     dtype: str
+    """bf16, fp16 or fp32."""
     task: dict[str, Any]
     """`Task.describe()`: label names, template, ..."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The task's config section, so that evaluation and generation use the same."""
-    card: dict[str, Any] = field(default_factory=dict)
-    """Figures for the model card: data, loss, steps."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Lines of the model card: recipe, data, steps."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """The evaluation at the exported step."""
 
 
 def reference_texts(store: Store) -> list[list[int]]:
@@ -90,14 +96,12 @@ def export_run(engine: Engine, tokenizer, info: ExportInfo, cfg: ExportConfig, t
         kept = {name: t.to("cpu", copy=True) for name, t in tensors if world.main or t is None}
         world.on_main(lambda: write_adapter(engine.module, kept, stage))
     else:
-        error = None
-        try:
-            write_model(tensors, engine.module.config, info, stage, cfg.max_shard_gib, write=world.main)
-        except OSError as problem:
-            error = problem
+        shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+        error = write_model(tensors, shapes, info.dtype, stage, cfg.max_shard_gib, write=world.main)
         _raise_any(world, error)
     kind = "adapter" if adapter else "full"
-    return world.on_main(lambda: finish_export(stage, target, tokenizer, info, kind, reference))
+    config = engine.module.config
+    return world.on_main(lambda: finish_export(stage, target, tokenizer, config, info, kind, reference))
 
 
 def _raise_any(world: World, error: Exception | None) -> None:
@@ -119,28 +123,34 @@ def write_adapter(model: nn.Module, trained: dict[str, Tensor], folder: Path) ->
     """adapter_config.json and adapter_model.safetensors in peft's own layout."""
     model.save_pretrained(str(folder), state_dict=trained, safe_serialization=True)  # type: ignore[operator]
     (folder / "README.md").unlink(missing_ok=True)
+    (folder / ADAPTER_FILE).chmod(0o644)  # safetensors makes files that only their owner can read
 
 
-def write_model(tensors: Iterable[tuple[str, Tensor]], config, info: ExportInfo, folder: Path, shard_gib: float,
-                write: bool = True) -> None:
-    """Sharded safetensors, one shard in memory at a time; `write` False only takes part in the gathering."""
-    writer = ShardWriter(folder, int(shard_gib * 2**30)) if write else None
+def write_model(tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, dtype: str, folder: Path, shard_gib: float,
+                write: bool = True) -> OSError | None:
+    """Sharded safetensors, one tensor in memory at a time; `write` False only takes part in the gathering.
+
+    Returns:
+        What the disk said against it. The tensors are taken to the end all the same: other ranks wait in their
+        gathering.
+    """
+    error: OSError | None = None
+    try:
+        writer = ShardWriter(folder, shapes, DTYPES[dtype], int(shard_gib * 2**30)) if write else None
+    except OSError as problem:
+        writer, error = None, problem
     for name, tensor in tensors:
-        if writer is not None:
-            writer.add(name, tensor)
-    if writer is None:
-        return
-    writer.close()
-    values = config.to_dict()
-    values |= {"architectures": [ARCHITECTURES[info.head]], "dtype": _dtype_name(info.dtype), "use_cache": True,
-               "_name_or_path": info.base}
-    names = info.task.get("labels")
-    if names:
-        values |= {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
-    values.pop("transformers_version", None)
-    _write_json(folder / "config.json", values)
-    _write_json(folder / "generation_config.json", {"bos_token_id": config.bos_token_id,
-                                                    "eos_token_id": config.eos_token_id})
+        if writer is not None and error is None:
+            try:
+                writer.add(name, tensor)
+            except OSError as problem:
+                error = problem
+    try:
+        if writer is not None and error is None:
+            writer.close()
+    except OSError as problem:
+        error = problem
+    return error
 
 
 def write_random_base(cfg: ModelConfig, head: str, seed: int, folder: Path, num_labels: int | None) -> None:
@@ -149,95 +159,77 @@ def write_random_base(cfg: ModelConfig, head: str, seed: int, folder: Path, num_
     folder.mkdir(parents=True)
     config = read_config(local_folder(cfg), cfg, num_labels)
     shapes = {name: tuple(p.shape) for name, p in meta_model(config, head).named_parameters()}
-    tensors = ((name, draw(name, shape, config, seed).to(DTYPES[cfg.dtype.value])) for name, shape in shapes.items())
-    write_model(tensors, config, ExportInfo("base", head, "", cfg.dtype.value, {}), folder, 5.0)
+    tensors = ((name, draw(name, shape, config, seed)) for name, shape in shapes.items())
+    error = write_model(tensors, shapes, cfg.dtype.value, folder, 5.0)
+    if error is not None:
+        raise RunFailed(f"the base model could not be written: {error}", str(folder))
+    from finetune.data.tokenizer import load_tokenizer
+
+    write_small_files(folder, config, head, "", cfg.dtype.value, {}, load_tokenizer(None), with_config=True)
 
 
-def _dtype_name(short: str) -> str:
-    return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[short]
+def finish_export(stage: Path, target: Path, tokenizer, config, info: ExportInfo, kind: str,
+                  reference: dict[str, Tensor] | None, figures: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Small files, card and proof; then the staging folder becomes `target`. Returns export.json's figures.
 
-
-class ShardWriter:
-    """model-00001-of-0000N.safetensors and their index; tensors are copied as they come."""
-
-    def __init__(self, folder: Path, shard_bytes: int):
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self.pending: dict[str, Tensor] = {}
-        self.size = self.total = 0
-        self.shards: list[list[str]] = []
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self.pending and self.size + size > self.shard_bytes:
-            self._flush()
-        self.pending[name] = tensor.to("cpu", copy=True).contiguous()
-        self.size += size
-        self.total += size
-
-    def _flush(self) -> None:
-        self.shards.append(list(self.pending))
-        part = self.folder / f"part-{len(self.shards)}"
-        save_file(self.pending, part, metadata={"format": "pt"})
-        part.chmod(0o644)  # safetensors makes files that only their owner can read
-        self.pending, self.size = {}, 0
-
-    def close(self) -> None:
-        if self.pending:
-            self._flush()
-        count = len(self.shards)
-        if count == 1:
-            os.replace(self.folder / "part-1", self.folder / "model.safetensors")
-            return
-        weight_map = {}
-        for i, names in enumerate(self.shards, 1):
-            file = f"model-{i:05d}-of-{count:05d}.safetensors"
-            os.replace(self.folder / f"part-{i}", self.folder / file)
-            weight_map |= dict.fromkeys(names, file)
-        _write_json(self.folder / "model.safetensors.index.json",
-                    {"metadata": {"total_size": self.total}, "weight_map": weight_map})
-
-
-def finish_export(stage: Path, target: Path, tokenizer, info: ExportInfo, kind: str,
-                  reference: dict[str, Tensor] | None) -> dict[str, Any]:
-    """Tokenizer, card and proof; then the staging folder becomes `target`. Returns export.json's figures.
+    Args:
+        config: the trained model's GPTJConfig.
+        reference: outputs that the reopened export must repeat; None: no reopening.
+        figures: of a verification that was done already.
 
     Raises:
         RunFailed: the export is empty, does not load, or is not equal; `target` is as it was before.
     """
     try:
-        tokenizer.save_pretrained(str(stage))
+        write_small_files(stage, config, info.head, info.base, info.dtype, info.task, tokenizer,
+                          with_config=kind != "adapter" or info.head != "lm")
+        found: dict[str, Any] = {"kind": kind, "verified": False, **(figures or {})}
         if kind == "adapter":
-            check_adapter(stage)
-        _write_json(stage / "finetune.json", {"head": info.head, "dtype": info.dtype, "base": info.base,
-                                              "kind": kind, "task": info.task, "settings": info.settings})
-        figures: dict[str, Any] = {"kind": kind, "verified": False}
+            found |= check_adapter(stage)
+        write_json(stage / "finetune.json", {"head": info.head, "dtype": info.dtype, "base": info.base,
+                                             "kind": kind, "task": info.task, "settings": info.settings})
         if reference is not None:
-            figures |= verify_export(stage, reference)
-        _write_json(stage / "export.json", figures)
-        (stage / "README.md").write_text(model_card(info, kind, figures), encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(stage, target)
-        return figures
+            found |= verify_export(stage, reference)
+        found["files"] = {file.name: file_sha256(file) for file in sorted(stage.glob("*.safetensors"))}
+        write_json(stage / "export.json", found)
+        chat = bool(info.task.get("template_text"))
+        card = model_card(info.name, info.head, kind, info.base, info.dtype, info.facts, info.metrics, found,
+                          found["files"], chat, getattr(config, "_name_or_path", None) or "")
+        (stage / "README.md").write_text(card, encoding="utf-8")
+        _replace(stage, target)
+        return found
     except OSError as error:
         raise RunFailed(f"the export could not be written: {error}", str(target)) from None
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def check_adapter(folder: Path) -> None:
-    """Refuse an adapter that holds nothing: ZeRO-3 run wrongly writes such files without a word.
+def _replace(stage: Path, target: Path) -> None:
+    """The old export goes only when the new one is whole."""
+    old = target.with_name(f".old-{target.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(stage, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_adapter(folder: Path) -> dict[str, Any]:
+    """Count an adapter's tensors, and refuse one that holds nothing: ZeRO-3 run wrongly writes such files.
 
     Raises:
         RunFailed: no tensors, an empty one, or LoRA's B matrices are all zero.
     """
-    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = load_file(folder / ADAPTER_FILE)
     empty = [name for name, t in tensors.items() if t.numel() == 0]
     updates = [name for name in tensors if "lora_B" in name]
+    nonzero = sum(bool(tensors[name].any()) for name in updates)
     if not tensors or empty:
         raise RunFailed(f"the exported adapter is empty: {', '.join(empty[:4]) or 'no tensors'}", str(folder))
-    if updates and all(not tensors[name].any() for name in updates):
+    if updates and not nonzero:
         raise RunFailed("every lora_B of the exported adapter is zero: nothing was trained", str(folder),
                         "Check optim.lr and train.steps.")
+    return {"adapter_tensors": len(tensors)} | ({"lora_B": len(updates), "lora_B_nonzero": nonzero} if updates else {})
 
 
 def verify_export(folder: Path, reference: dict[str, Tensor]) -> dict[str, Any]:
@@ -248,53 +240,41 @@ def verify_export(folder: Path, reference: dict[str, Tensor]) -> dict[str, Any]:
     """
     file = folder.with_name(f"{folder.name}.reference.safetensors")
     save_file(reference, file)
-    command = [sys.executable, "-m", "finetune.verify", str(folder), str(file)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=_fresh_environment(), check=False)
+        figures = json.loads(fresh_process("finetune.verify", [str(folder), str(file)], str(folder)))
     finally:
         file.unlink(missing_ok=True)
-    lines = done.stdout.strip().splitlines()
-    if done.returncode != 0 or not lines:
-        raise RunFailed("the export does not load in plain transformers and peft: " +
-                        (done.stderr.strip().splitlines() or ["no output"])[-1], str(folder))
-    figures = json.loads(lines[-1])
     if not figures["equal"]:
         raise RunFailed(f"the export is not equal to the trained model: {figures}", str(folder))
     return {"verified": True, **figures}
+
+
+def fresh_process(module: str, words: list[str], where: str) -> str:
+    """Run one of the package's modules in a new process without GPUs; the last line it prints.
+
+    Raises:
+        RunFailed: it failed; the message is its last line.
+    """
+    done = subprocess.run([sys.executable, "-m", module, *words], capture_output=True, text=True,
+                          env=_fresh_environment(), check=False)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode != 0 or not lines:
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        killed = " (killed: not enough memory?)" if done.returncode < 0 else ""
+        raise RunFailed(f"{module} could not open it{killed}: {reason}", where)
+    return lines[-1]
 
 
 def _fresh_environment() -> dict[str, str]:
     """The environment without the launcher's variables and without GPUs: the trained model still holds those."""
     kept = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
     root = str(Path(__file__).resolve().parents[1])
-    return kept | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, [root, kept.get("PYTHONPATH")]))}
-
-
-def model_card(info: ExportInfo, kind: str, figures: dict[str, Any]) -> str:
-    """README.md with valid Hub metadata and the command that loads it."""
-    head = ["---", "library_name: " + ("peft" if kind == "adapter" else "transformers"), "license: apache-2.0",
-            "pipeline_tag: " + {"lm": "text-generation", "classify": "text-classification", "qa": "question-answering"}[info.head],
-            "tags:", "- gptj", "- deepspeed"]
-    if not Path(info.base).is_absolute():
-        head.append(f"base_model: {info.base}")
-    lines = [*head, "---", "", f"# {info.name}", "", f"A {kind} fine-tuned from `{info.base}` ({info.dtype}).", ""]
-    lines += [f"- {key}: {value}" for key, value in info.card.items()]
-    if figures.get("verified"):
-        lines += ["", f"Reopened with plain transformers and peft: largest output difference {figures['max_difference']:.3g}, "
-                      f"the same most likely token at {100 * figures['argmax_agreement']:.2f}% of {figures['positions']} positions."]
-    load = (f"from transformers import AutoModelForCausalLM\nfrom peft import PeftModel\n"
-            f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({info.base!r}), 'THIS_FOLDER')"
-            if kind == "adapter" else
-            "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained('THIS_FOLDER')")
-    auto = {"lm": "AutoModelForCausalLM", "classify": "AutoModelForSequenceClassification",
-            "qa": "AutoModelForQuestionAnswering"}[info.head]
-    return "\n".join([*lines, "", "```python", load.replace("AutoModelForCausalLM", auto), "```", ""])
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path = os.pathsep.join(filter(None, [root, kept.get("PYTHONPATH")]))
+    return kept | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
 
 
 def refuse_overwrite(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise UserError("this is a file", str(target), "Choose another with out=DIR.")
     if target.exists() and any(target.iterdir()) and not (target / "export.json").exists():
         raise UserError("the directory is not empty and not an export", str(target), "Choose another with out=DIR.")

@@ -1,74 +1,150 @@
 """`launch/export.py`: an export from a checkpoint of any stage and world size, in one process without a GPU.
 
-The base streams from its files, the trained weights from the checkpoint's fp32 masters; a merge is done in fp32 and
-rounded once. Nothing holds the whole model, except the verification.
+The base streams from its files, the trained weights from the checkpoint's fp32 masters, tensor by tensor into the
+export's files; a merge is done in fp32 and rounded once. This process holds a tensor, never the model. Verification
+by outputs happens in two further processes, one after the other, each of which holds the model once.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from finetune import adapter as adapters
+from finetune import metrics_log
 from finetune.app import Composed
 from finetune.assets_path import resolve
-from finetune.checkpoint import read_state, saved_masters
-from finetune.config import Config, Dtype, FullConfig, Init
-from finetune.data.columns import Store, open_store
-from finetune.data.store import build_store
+from finetune.checkpoint import read_state
+from finetune.config import Config, FullConfig, Init
 from finetune.data.tokenizer import load_tokenizer
 from finetune.display import silence_libraries, summary_table
-from finetune.errors import EXIT_DONE, UserError
+from finetune.errors import EXIT_DONE, RunFailed, UserError
 from finetune.export import (
     ExportInfo,
     finish_export,
+    fresh_process,
     fresh_stage,
-    reference_outputs,
-    reference_texts,
     refuse_overwrite,
     write_adapter,
     write_model,
     write_random_base,
 )
 from finetune.gptj.load import DTYPES, Weights, draw, local_folder, meta_model, read_config
-from finetune.merge import merged_tensor
+from finetune.hub import check_hub, push
+from finetune.merge import check_mergeable, merged_tensor
 from finetune.plain import plain_config
 from finetune.programs import ExportAppConfig
-from finetune.saved import checkpoint_of, load_config, load_run
-from finetune.tasks import build_task, head_of
+from finetune.saved import Masters, about_of_run, checkpoint_of, load_config, reference_texts_of
+from finetune.tasks import head_of
+from finetune.verify_tensors import verify_adapter, verify_model
 
 KINDS = ("adapter", "merged", "full")
+VERIFY = {"true": "outputs", "outputs": "outputs", "tensors": "tensors", "false": "none", "none": "none"}
+
+
+@dataclass
+class Source:
+    """What is exported: a run's config and one of its checkpoints."""
+
+    cfg: Config
+    folder: Path
+    checkpoint: Path
+    info: ExportInfo
+    config: Any
+    """The trained model's GPTJConfig."""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the whole model in fp32 or the run's precision, one at a time."""
+        masters = Masters(self.checkpoint)
+        names = set(masters.names())
+        pretrained = self.cfg.model.init is Init.pretrained
+        source = Weights(local_folder(self.cfg.model)) if pretrained else None
+        for name, parameter in meta_model(self.config, self.info.head).named_parameters():
+            shape = tuple(parameter.shape)
+            if name in names:
+                yield name, masters.read(name, "master", 0, parameter.numel()).view(shape)
+                continue
+            known = source is not None and name in source.files
+            base = source[name] if source is not None and known else draw(name, shape, self.config, self.cfg.seed)
+            # What computed during training was the base in the run's precision: merge with exactly that.
+            base = base.to(DTYPES[self.cfg.model.dtype.value])
+            yield name, merged_tensor(name, base, self.cfg.adapter, masters, names)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(p.shape) for name, p in meta_model(self.config, self.info.head).named_parameters()}
+
+    def adapter_shell(self) -> nn.Module:
+        """The model with its adapter, without memory behind its parameters."""
+        model = meta_model(self.config, self.info.head)
+        return adapters.attach(model, self.cfg.adapter, self.info.head, self.info.base, self.cfg.seed)
 
 
 def run(composed: Composed) -> int:
     """Write and verify one export; prints its figures."""
     app: ExportAppConfig = composed.config
     silence_libraries(app.verbose, 0)
-    if not app.run or not app.kind:
-        raise UserError("run=RUN_DIR and kind=adapter|merged|full are both needed",
-                        remedy="python launch/export.py run=runs/quickstart/... kind=merged")
+    verify = _check(app)
+    assert app.run and app.kind
     folder, checkpoint = checkpoint_of(Path(app.run).expanduser().absolute())
     cfg = load_config(folder)
     _check_kind(app.kind, cfg)
     target = Path(app.out).expanduser().absolute() if app.out else folder / f"export-{app.kind}"
     refuse_overwrite(target)
     if cfg.model.init is Init.random and not (folder / "base").exists() and app.kind == "adapter":
-        write_random_base(cfg.model, head_of(cfg.task), cfg.seed, folder / "base", _num_labels(folder))
+        labels = about_of_run(folder).get("num_labels")
+        write_random_base(cfg.model, head_of(cfg.task), cfg.seed, folder / "base", labels)
+    source = _source(cfg, app, folder, checkpoint)
     stage = fresh_stage(target)
-    info = _info(cfg, app, folder, checkpoint)
-    if app.kind == "adapter":
-        _write_adapter(cfg, info, checkpoint, stage, _num_labels(folder))
-    else:
-        config = read_config(local_folder(cfg.model), cfg.model, _num_labels(folder))
-        write_model(_tensors(cfg, info, config, checkpoint, app.dtype), config, info, stage, app.max_shard_gib)
-    reference = _reference(cfg, app, checkpoint, folder) if app.verify else None
-    figures = finish_export(stage, target, load_tokenizer(_tokenizer(cfg)), info, app.kind, reference)
-    summary_table(f"export {app.kind}", [("folder", str(target)), *((k, str(v)) for k, v in figures.items())])
+    try:
+        figures = _export(source, app, verify, stage, target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    rows = [(key, str(value)) for key, value in figures.items() if key != "files"]
+    summary_table(f"export {app.kind}", [("folder", str(target)), *rows])
+    if app.push_to_hub:
+        print(f"pushed to {push(target, app.push_to_hub, app.hub_private)}")
     return EXIT_DONE
+
+
+def _export(source: Source, app: ExportAppConfig, verify: str, stage: Path, target: Path) -> dict[str, Any]:
+    info, figures = source.info, None
+    if app.kind == "adapter":
+        _write_adapter(source, stage)
+        if verify == "tensors":
+            masters = Masters(source.checkpoint)
+            figures = verify_adapter(stage, source.adapter_shell(), masters, DTYPES[info.dtype])
+    else:
+        error = write_model(source.tensors(), source.shapes(), info.dtype, stage, app.max_shard_gib)
+        if error is not None:
+            raise RunFailed(f"the export could not be written: {error}", str(stage), "Free space, or choose out=DIR.")
+        if verify == "tensors":
+            figures = verify_model(stage, source.cfg, source.config, info, source.checkpoint)
+    assert app.kind
+    reference = _reference(source, app.kind, stage) if verify == "outputs" else None
+    tokenizer = load_tokenizer(_tokenizer(source.cfg))
+    return finish_export(stage, target, tokenizer, source.config, info, app.kind, reference, figures)
+
+
+def _check(app: ExportAppConfig) -> str:
+    """Problems that need no run; which verification is meant."""
+    if not app.run or not app.kind:
+        raise UserError("run=RUN_DIR and kind=adapter|merged|full are both needed",
+                        remedy="python launch/export.py run=runs/quickstart/... kind=merged")
+    if app.max_shard_gib <= 0:
+        raise UserError(f"max_shard_gib = {app.max_shard_gib} holds nothing", remedy="Try max_shard_gib=5.")
+    verify = VERIFY.get(str(app.verify).lower())
+    if verify is None:
+        raise UserError(f"verify = {app.verify} is unknown", "verify", "Choose from outputs, tensors, none.")
+    if app.push_to_hub:
+        check_hub(app.push_to_hub)
+    return verify
 
 
 def _check_kind(kind: str, cfg: Config) -> None:
@@ -76,14 +152,12 @@ def _check_kind(kind: str, cfg: Config) -> None:
     if kind not in KINDS:
         raise UserError(f"kind = {kind} is unknown", "kind", f"Choose from {', '.join(KINDS)}.")
     if full and kind != "full":
-        raise UserError(f"this run trained every weight: there is no adapter to export as {kind}", "kind", "Use kind=full.")
+        raise UserError(f"this run trained every weight: there is no adapter to export as {kind}", "kind",
+                        "Use kind=full.")
     if not full and kind == "full":
         raise UserError("this run trained an adapter", "kind", "Use kind=merged for a whole model, or kind=adapter.")
-
-
-def _num_labels(folder: Path) -> int | None:
-    file = folder / "task.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("num_labels") if file.is_file() else None
+    if kind == "merged":
+        check_mergeable(cfg.adapter)
 
 
 def _tokenizer(cfg: Config) -> str | None:
@@ -98,53 +172,39 @@ def _base_name(cfg: Config, folder: Path) -> str:
     return str(path.absolute()) if path.is_dir() else cfg.model.path
 
 
-def _info(cfg: Config, app: ExportAppConfig, folder: Path, checkpoint: Path) -> ExportInfo:
-    about = folder / "task.json"
-    task = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
-    state = read_state(checkpoint)["state"]
-    card = {"recipe": cfg.name, "data": cfg.data.train, "steps": state["step"], "tokens": state["tokens"]}
+def _source(cfg: Config, app: ExportAppConfig, folder: Path, checkpoint: Path) -> Source:
+    about, saved = about_of_run(folder), read_state(checkpoint)
+    state, step = saved["state"], saved["state"]["step"]
+    lines = metrics_log.read(folder / metrics_log.METRICS)
+    evaluated = [line for line in lines if line.get("kind") == "eval" and line.get("step") == step]
+    metrics = {k: v for k, v in (evaluated[-1] if evaluated else {}).items() if k not in ("kind", "step")}
+    facts = {"recipe": cfg.name, "training data": cfg.data.train,
+             "training data's fingerprint": saved["identity"].get("data"),
+             "evaluation data": cfg.data.eval, "steps": step, "tokens": state["tokens"], "seed": cfg.seed,
+             "checkpoint": checkpoint.name}
     dtype = (app.dtype or cfg.model.dtype).value
-    return ExportInfo(cfg.name, head_of(cfg.task), _base_name(cfg, folder), dtype, task, plain_config(cfg)["task"], card)
+    info = ExportInfo(cfg.name, head_of(cfg.task), _base_name(cfg, folder), dtype, about, plain_config(cfg)["task"],
+                      facts, metrics)
+    config = read_config(local_folder(cfg.model), cfg.model, about.get("num_labels"))
+    return Source(cfg, folder, checkpoint, info, config)
 
 
-def _write_adapter(cfg: Config, info: ExportInfo, checkpoint: Path, stage: Path, num_labels: int | None) -> None:
-    masters = saved_masters(checkpoint)
-    config = read_config(local_folder(cfg.model), cfg.model, num_labels)
-    shell = adapters.attach(meta_model(config, info.head), cfg.adapter, info.head, info.base, cfg.seed)
-    trained = {name: masters.read(name, "master", 0, p.numel()).view(p.shape).to(DTYPES[info.dtype])
+def _write_adapter(source: Source, stage: Path) -> None:
+    masters = Masters(source.checkpoint)
+    shell = source.adapter_shell()
+    trained = {name: masters.read(name, "master", 0, p.numel()).view(p.shape).to(DTYPES[source.info.dtype])
                for name, p in shell.named_parameters() if p.requires_grad}
     write_adapter(shell, trained, stage)
 
 
-def _tensors(cfg: Config, info: ExportInfo, config, checkpoint: Path, dtype: Dtype | None) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the exported model, one at a time."""
-    masters = saved_masters(checkpoint)
-    names = set(masters.names())
-    source = Weights(local_folder(cfg.model)) if cfg.model.init is Init.pretrained else None
-    for name, parameter in meta_model(config, info.head).named_parameters():
-        shape = tuple(parameter.shape)
-        if name in names:
-            value = masters.read(name, "master", 0, parameter.numel()).view(shape)
-        else:
-            base = source[name] if source is not None and name in source.files else draw(name, shape, config, cfg.seed)
-            # What computed during training was the base in the run's precision: merge with exactly that.
-            value = merged_tensor(name, base.to(DTYPES[cfg.model.dtype.value]).float(), cfg.adapter, masters, names)
-        yield name, value.to(DTYPES[info.dtype])
-
-
-def _reference(cfg: Config, app: ExportAppConfig, checkpoint: Path, folder: Path) -> dict[str, Tensor]:
-    """Outputs of the model as it was trained, in the export's precision."""
-    if app.dtype:
-        cfg.model.dtype = app.dtype
-    device = torch.device("cpu")
-    module = load_run(cfg, checkpoint, head_of(cfg.task), _num_labels(folder), device)
-    return reference_outputs(module, reference_texts(_store(cfg)), device)
-
-
-def _store(cfg: Config) -> Store:
-    task = build_task(cfg.task, load_tokenizer(_tokenizer(cfg)), cfg.train.packing)
-    assert cfg.data.train
-    store = build_store(resolve(cfg.data.train), cfg.data.split, task.encoder(), on_bad_row=cfg.data.on_bad_row.value,
-                        max_bad_rows=cfg.data.max_bad_rows,
-                        cache_dir=Path(cfg.data.cache_dir).expanduser() if cfg.data.cache_dir else None)
-    return open_store(store.path)
+def _reference(source: Source, kind: str, stage: Path) -> dict[str, Tensor]:
+    """Outputs of the model as it was trained, in the export's precision, from a process that ends."""
+    texts, out = (stage.with_name(f"{stage.name}.{end}") for end in ("texts.json", "outputs.safetensors"))
+    try:
+        texts.write_text(json.dumps(reference_texts_of(source.folder)), encoding="utf-8")
+        fresh_process("finetune.reference", [str(source.checkpoint), kind, source.info.dtype, str(texts), str(out)],
+                      str(source.checkpoint))
+        return load_file(out)
+    finally:
+        texts.unlink(missing_ok=True)
+        out.unlink(missing_ok=True)

@@ -1,28 +1,90 @@
-"""`launch/generate.py`: text from an adapter, a merged or full export, or any GPT-J checkpoint.
+"""`launch/generate.py`: what an export, or any GPT-J checkpoint, says.
 
-Prompts come from the argument, a file or standard input; batches are left-padded and give the same text as one by
-one. A single greedy or sampled prompt streams to the terminal. Classification exports answer with a label.
+Language models continue prompts (with `chat=true` inside the template they were trained with), classification exports
+label them, question answering exports find the answer in a context. Prompts come from the argument, a file or standard
+input. Batches are left-padded and give the same text as one by one. A single prompt streams to the terminal.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
 from finetune import dist
+from finetune.answer import answer_question, classify_text
 from finetune.app import Composed
 from finetune.assets_path import resolve
+from finetune.data.records import read
 from finetune.data.tokenizer import load_tokenizer
 from finetune.display import silence_libraries
 from finetune.errors import EXIT_DONE, UserError
 from finetune.programs import GenerateConfig
-from finetune.sample import sample_texts
-from finetune.saved import Trained, load_export, typed_task
+from finetune.sample import Sampling, Streamer, continue_ids, finished_text
+from finetune.saved import Trained, load_export, read_about, typed_task
 from finetune.tasks import build_task
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Speaker:
+    """A model, its tokenizer and its task."""
+
+    trained: Trained
+    tokenizer: Any
+    task: Any
+    device: torch.device
+
+    @property
+    def chats(self) -> bool:
+        return hasattr(self.task, "prompt_ids")
+
+    @property
+    def positions(self) -> int:
+        return int(self.trained.module.config.n_positions)  # type: ignore[union-attr]
+
+    def ids(self, prompt: Any, chat: bool) -> list[int]:
+        """Ids of a prompt; with `chat` of a prompt or a conversation inside the export's template."""
+        if chat:
+            return self.task.prompt_ids(prompt)
+        return self.tokenizer(prompt, add_special_tokens=False)["input_ids"] or [self.tokenizer.eos_token_id]
+
+    def continue_ids(self, prompts: list[list[int]], how: Sampling, streamer=None) -> list[list[int]]:
+        return continue_ids(self.trained.module, self.tokenizer, prompts, how, self.device, streamer)
+
+
+def load_speaker(export_dir: str, dtype, engine: str = "torch") -> Speaker:
+    """Open an export (adapter, merged or full) or any GPT-J checkpoint for use.
+
+    Raises:
+        UserError: there is no such folder, or `engine` cannot run here.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if engine not in ("torch", "deepspeed"):
+        raise UserError(f"engine = {engine} is unknown", "engine", "Choose from torch, deepspeed.")
+    if engine == "deepspeed" and device.type != "cuda":
+        raise UserError("DeepSpeed-Inference needs a GPU; this machine has none", "engine", "Leave engine out.")
+    if device.type == "cpu":
+        dist.use_cores(0, 1)
+    folder = Path(resolve(export_dir)).expanduser().absolute()
+    if not folder.is_dir():
+        raise UserError(f"there is no directory {folder}", "model", "Pass model=RUN_DIR/export.")
+    about = read_about(folder)
+    tokenizer = load_tokenizer(str(folder))
+    task = build_task(typed_task(about["settings"]), tokenizer, packing=True)
+    task.prepare(None, about["task"])
+    trained = load_export(folder, dtype, device)
+    if engine == "deepspeed":
+        from finetune.ds_inference import accelerated
+
+        trained.module = accelerated(trained.module, folder, about, device)
+    return Speaker(trained, tokenizer, task, device)
 
 
 def run(composed: Composed) -> int:
@@ -30,21 +92,17 @@ def run(composed: Composed) -> int:
     cfg: GenerateConfig = composed.config
     silence_libraries(cfg.verbose, 0)
     _check(cfg)
-    prompts = read_prompts(cfg)
+    asked = list(read_prompts(cfg))
     assert cfg.export_dir
-    folder = Path(resolve(cfg.export_dir)).expanduser().absolute()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        dist.use_cores(0, 1)
-    trained = load_export(folder, cfg.dtype, device)
-    tokenizer = load_tokenizer(str(folder))
-    if trained.head != "lm":
-        raise UserError(f"this export has the head '{trained.head}': it writes no text", "model",
-                        "Use launch/evaluate.py model=DIR data.eval=FILE: it writes predictions.jsonl.")
-    out = Path(cfg.out).expanduser().open("w", encoding="utf-8") if cfg.out else None
+    speaker = load_speaker(cfg.export_dir, cfg.dtype, cfg.engine)
+    _check_questions(cfg, speaker, asked)
+    if speaker.trained.head == "lm" and len(asked) == 1 and cfg.beams == 1 and not cfg.out and not cfg.prompts:
+        _stream(cfg, speaker, asked[0])
+        return EXIT_DONE
+    out = _open(cfg.out)
     try:
-        for start in range(0, len(prompts), cfg.batch):
-            _write(out, _continue(cfg, trained, tokenizer, prompts[start : start + cfg.batch], device), start, cfg)
+        for i, row in enumerate(_answers(cfg, speaker, asked)):
+            _write(out, row, i, cfg)
     finally:
         if out:
             out.close()
@@ -56,75 +114,134 @@ def _check(cfg: GenerateConfig) -> None:
         raise UserError("no model is given", "model", "Pass model=RUN_DIR/export, or model=asset:gptj_tiny.")
     if cfg.max_new_tokens < 1:
         raise UserError(f"max_new_tokens = {cfg.max_new_tokens} generates nothing", remedy="Try max_new_tokens=100.")
-    if cfg.temperature < 0 or not 0 < cfg.top_p <= 1:
-        raise UserError("temperature must be at least 0 and top_p in (0, 1]", remedy="Try temperature=0.9 top_p=0.95.")
+    if cfg.temperature < 0 or not 0 < cfg.top_p <= 1 or cfg.top_k < 0:
+        raise UserError("temperature and top_k must be at least 0 and top_p in (0, 1]",
+                        remedy="Try temperature=0.9 top_p=0.95.")
     if cfg.batch < 1 or cfg.beams < 1:
         raise UserError("batch and beams must be at least 1", remedy="Try batch=8 beams=1.")
+    if (cfg.question is None) != (cfg.context is None):
+        raise UserError("question and context go together", remedy="Pass question='...' context='...'.")
 
 
-def read_prompts(cfg: GenerateConfig) -> list[str]:
-    """Prompts from `prompt=`, the file `prompts=` (a line each, or jsonl with `prompt`), or standard input.
+def read_prompts(cfg: GenerateConfig) -> Iterator[Row]:
+    """What is asked, from `prompt=`, `question=` and `context=`, the file `prompts=`, or standard input.
+
+    Yields:
+        {"prompt": ..}, or the fields of a jsonl row, with `where` for errors.
 
     Raises:
-        UserError: none, or a line that is not JSON.
+        UserError: nothing, or a row that cannot be read.
     """
     if cfg.prompt is not None:
-        return [cfg.prompt]
-    if cfg.prompts is None:
+        yield {"prompt": cfg.prompt, "where": "prompt"}
+    elif cfg.question is not None:
+        yield {"question": cfg.question, "context": cfg.context, "where": "question"}
+    elif cfg.prompts is None:
         text = sys.stdin.read().rstrip("\n")
         if not text:
             raise UserError("there is no prompt", "prompt", "Pass prompt='...' or prompts=FILE, or pipe text in.")
-        return [text]
-    file = Path(cfg.prompts).expanduser()
+        yield {"prompt": text, "where": "standard input"}
+    elif not Path(cfg.prompts).expanduser().is_file():
+        raise UserError("there is no such file", str(cfg.prompts), "Check prompts=FILE.")
+    elif ".json" in Path(cfg.prompts).name:
+        for where, row in read(str(Path(cfg.prompts).expanduser()), "train"):
+            yield {**row, "where": where}
+    else:
+        yield from _lines(Path(cfg.prompts).expanduser())
+
+
+def _lines(file: Path) -> Iterator[Row]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot be read: {error}", str(file), "Check prompts=FILE.") from None
-    return [_prompt_of(line, f"{file}:{n}") if file.suffix == ".jsonl" else line
-            for n, line in enumerate(lines, 1) if line.strip()]
+    found = [(n, line.rstrip("\r")) for n, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise UserError("the file holds no prompt", str(file), "Write a prompt on each line.")
+    for n, line in found:
+        yield {"prompt": line, "where": f"{file}:{n}"}
 
 
-def _prompt_of(line: str, where: str) -> str:
-    try:
-        return str(json.loads(line)["prompt"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError("not a JSON object with a field 'prompt'", where, 'Write {"prompt": "..."} on each line.') from None
+def _check_questions(cfg: GenerateConfig, speaker: Speaker, asked: list[Row]) -> None:
+    """Every row has what this head needs, and fits.
 
-
-def _continue(cfg: GenerateConfig, trained: Trained, tokenizer, prompts: list[str], device) -> list[dict[str, Any]]:
-    shown = [_wrap(trained, tokenizer, prompt) for prompt in prompts] if cfg.chat else prompts
-    texts = sample_texts(trained.module, tokenizer, shown, cfg.max_new_tokens, cfg.seed, device, **_options(cfg, tokenizer))
-    return [{"prompt": p, "text": _cut(text, list(cfg.stop))} for p, text in zip(prompts, texts, strict=True)]
-
-
-def _options(cfg: GenerateConfig, tokenizer) -> dict[str, Any]:
-    greedy = cfg.temperature == 0 or cfg.beams > 1
-    options: dict[str, Any] = {"do_sample": not greedy, "num_beams": cfg.beams}
-    options |= {"temperature": None, "top_p": None, "top_k": None} if greedy else {
-        "temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k}
-    if cfg.stop:
-        options |= {"stop_strings": list(cfg.stop), "tokenizer": tokenizer}
-    return options
-
-
-def _wrap(trained: Trained, tokenizer, prompt: str) -> str:
-    """The prompt in the instruction template that the export was trained with."""
-    if trained.settings.get("kind") != "instruct":
+    Raises:
+        UserError: names the first row that does not.
+    """
+    head = speaker.trained.head
+    if cfg.chat and not speaker.chats:
         raise UserError("this export was not trained on instructions: it has no template", "chat", "Leave chat out.")
-    task = build_task(typed_task(trained.settings), tokenizer, packing=True)
-    return tokenizer.decode(task.prompt_ids(prompt))  # type: ignore[attr-defined]
+    for row in asked:
+        if head == "qa" and not ("question" in row and "context" in row):
+            raise UserError("this export answers questions: 'question' and 'context' are needed", row["where"],
+                            "Pass question='...' context='...', or rows with these fields.")
+        if head == "lm":
+            room = speaker.positions - len(speaker.ids(_prompt(row, speaker), cfg.chat))
+            if room < cfg.max_new_tokens:
+                raise UserError(f"the prompt leaves room for {max(0, room)} of max_new_tokens = {cfg.max_new_tokens} "
+                                f"(the model has {speaker.positions} positions)", row["where"],
+                                "Shorten it, or lower max_new_tokens.")
 
 
-def _cut(text: str, stops: list[str]) -> str:
-    ends = [text.find(stop) for stop in stops if stop and stop in text]
-    return text[: min(ends)] if ends else text
+def _prompt(row: Row, speaker: Speaker) -> Any:
+    """The row's text, or its conversation."""
+    if speaker.chats and isinstance(row.get("messages"), list):
+        return row["messages"]
+    for name in ("prompt", getattr(speaker.task.cfg, "text_field", "text"), "text"):
+        if isinstance(row.get(name), str):
+            return row[name]
+    raise UserError("the row has no text field 'prompt'", row["where"], 'Write {"prompt": "..."} on each line.')
 
 
-def _write(out: TextIO | None, rows: list[dict[str, Any]], start: int, cfg: GenerateConfig) -> None:
-    for i, row in enumerate(rows, start):
-        if out is not None:
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
-        elif cfg.prompts is None:
-            print(row.get("text") if "text" in row else json.dumps(row, ensure_ascii=False))
-        else:
-            print(json.dumps({"index": i, **row}, ensure_ascii=False))
+def _sampling(cfg: GenerateConfig) -> Sampling:
+    return Sampling(cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, cfg.beams, list(cfg.stop), cfg.seed)
+
+
+def _stream(cfg: GenerateConfig, speaker: Speaker, row: Row) -> None:
+    def emit(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    ids = speaker.ids(_prompt(row, speaker), cfg.chat)
+    speaker.continue_ids([ids], _sampling(cfg), Streamer(speaker.tokenizer, cfg.stop, emit))
+    emit("\n")
+
+
+def _answers(cfg: GenerateConfig, speaker: Speaker, asked: list[Row]) -> Iterator[Row]:
+    head, module, device = speaker.trained.head, speaker.trained.module, speaker.device
+    if head == "classify":
+        pair = getattr(speaker.task.cfg, "text_pair_field", None)
+        for row in asked:
+            texts = [_prompt(row, speaker), *([str(row[pair])] if pair and pair in row else [])]
+            yield {"prompt": texts[0], **classify_text(module, speaker.task, texts, device)}
+    elif head == "qa":
+        for row in asked:
+            answer = answer_question(module, speaker.task, str(row["question"]), str(row["context"]), device)
+            yield {"question": row["question"], **answer}
+    else:
+        for start in range(0, len(asked), cfg.batch):
+            rows = [_prompt(row, speaker) for row in asked[start : start + cfg.batch]]
+            ids = speaker.continue_ids([speaker.ids(row, cfg.chat) for row in rows], _sampling(cfg))
+            for prompt, found in zip(rows, ids, strict=True):
+                yield {"prompt": prompt, "text": finished_text(speaker.tokenizer, found, cfg.stop)}
+
+
+def _open(out: str | None) -> TextIO | None:
+    if not out:
+        return None
+    try:
+        Path(out).expanduser().parent.mkdir(parents=True, exist_ok=True)
+        return Path(out).expanduser().open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", out, "Check out=FILE.") from None
+
+
+def _write(out: TextIO | None, row: Row, index: int, cfg: GenerateConfig) -> None:
+    if out is not None:
+        out.write(json.dumps(row, ensure_ascii=False) + "\n")
+    elif cfg.prompts is None and "text" in row:
+        print(row["text"])
+    elif cfg.prompts is None:
+        print(json.dumps({k: v for k, v in row.items() if k not in ("prompt", "question")}, ensure_ascii=False))
+    else:
+        print(json.dumps({"index": index, **row}, ensure_ascii=False), flush=True)

@@ -41,17 +41,29 @@ USAGE = {
                       "deepspeed launch/evaluate.py run=RUN | model=EXPORT task=T data.eval=FILE [key=value ...]", [
         "deepspeed launch/evaluate.py run=runs/quickstart/20260101-120000",
         "deepspeed launch/evaluate.py run=runs/quickstart/20260101-120000 data.eval=other.jsonl",
-        "python launch/evaluate.py model=runs/q/1/export task=clm data.eval=val.jsonl.zst"]),
+        "python launch/evaluate.py model=runs/q/1/export task=clm data.eval=val.jsonl.zst",
+        "python launch/evaluate.py run=runs/q/1 suite=lm_eval tasks=lambada_openai,piqa"]),
     "export": Usage("A run's adapter or model in Hugging Face layout, reopened and proven equal.",
                     "python launch/export.py run=RUN kind=adapter|merged|full [out=DIR] [key=value ...]", [
         "python launch/export.py run=runs/quickstart/20260101-120000 kind=merged",
         "python launch/export.py run=runs/clm_pile/20260101-120000/checkpoints/step-00000500 kind=full out=model",
         "python launch/export.py run=runs/quickstart/20260101-120000 kind=merged dtype=fp16"]),
-    "generate": Usage("Text from an export, or from any GPT-J checkpoint directory.",
+    "generate": Usage("What an export, or any GPT-J checkpoint directory, says.",
                       "python launch/generate.py model=EXPORT prompt=TEXT [key=value ...]", [
         "python launch/generate.py model=runs/q/1/export prompt='The patients were' temperature=0",
         "python launch/generate.py model=runs/q/1/export prompts=questions.jsonl out=answers.jsonl batch=16",
-        "echo 'Once upon a time' | python launch/generate.py model=runs/q/1/export"]),
+        "echo 'Once upon a time' | python launch/generate.py model=runs/q/1/export",
+        "python launch/generate.py model=runs/i/1/export chat=true prompt='Name three colours.'",
+        "python launch/generate.py model=runs/qa/1/export question='Who?' context='Ada wrote it.'"]),
+    "serve": Usage("OpenAI's completions interface around an export, and a page to type in.",
+                   "python launch/serve.py model=EXPORT [key=value ...]", [
+        "python launch/serve.py model=runs/q/1/export",
+        "SERVE_TOKEN=... python launch/serve.py model=runs/i/1/export host=0.0.0.0 port=8080"]),
+    "convert": Usage("A checkpoint in another form: sharded safetensors, or mesh-transformer-jax's.",
+                     "python launch/convert.py source=DIR target=DIR [key=value ...]", [
+        "python launch/convert.py source=gpt-j-6b target=gpt-j-6b-bf16 dtype=bf16",
+        "python launch/convert.py source=step_383500 target=gpt-j-6b-jax config=6B_roto_256.json",
+        "python launch/convert.py source=runs/p/1/export target=slim/step_10 to=jax"]),
     "report": Usage("The page of a run, or one page that compares runs.",
                     "python launch/report.py run=RUN | 'runs=[RUN,RUN,...]' [out=FILE]", [
         "python launch/report.py run=runs/quickstart/20260101-120000",

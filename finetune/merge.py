@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from finetune.config import AdapterConfig, Ia3Config, LoraConfig
@@ -20,12 +21,12 @@ def merged_tensor(name: str, base: Tensor, cfg: AdapterConfig, masters, names: s
     """The tensor `name` of the merged model.
 
     Args:
-        base: fp32 base weight (out, in), or a bias.
+        base: base weight (out, in) or a bias, in the precision that computed during training.
         masters: checkpoint reader with read(name, "master", start, numel).
         names: parameters that the checkpoint holds.
 
-    Raises:
-        UserError: this kind of adapter has no equivalent weights (prompt and prefix tuning).
+    Returns:
+        fp32 where something was folded in, to be rounded once; else `base` as it is.
     """
     module, _, leaf = name.rpartition(".")
     head = f"{PREFIX}{module}.modules_to_save.default.{leaf}"
@@ -39,8 +40,16 @@ def merged_tensor(name: str, base: Tensor, cfg: AdapterConfig, masters, names: s
         case Ia3Config():
             return _ia3(f"{PREFIX}{module}", base, masters, names)
         case _:
-            raise UserError("prompts and prefixes are inputs, not weights: they cannot be merged", "kind",
-                            "Use kind=adapter.")
+            return base
+
+
+def check_mergeable(cfg: AdapterConfig) -> None:
+    """
+    Raises:
+        UserError: this kind of adapter has no equivalent weights (prompt and prefix tuning).
+    """
+    if not isinstance(cfg, (LoraConfig, Ia3Config)):
+        raise UserError("prompts and prefixes are inputs, not weights: they cannot be merged", "kind", "Use kind=adapter.")
 
 
 def _lora(module: str, base: Tensor, cfg: LoraConfig, masters, names: set[str]) -> Tensor:
@@ -50,11 +59,11 @@ def _lora(module: str, base: Tensor, cfg: LoraConfig, masters, names: set[str]) 
     a = masters.read(f"{module}.lora_A.default.weight", "master", 0, cfg.rank * width).view(cfg.rank, width)
     b = masters.read(f"{module}.lora_B.default.weight", "master", 0, out * cfg.rank).view(out, cfg.rank)
     scale = cfg.alpha / (math.sqrt(cfg.rank) if cfg.rslora else cfg.rank)
-    merged = base + scale * (b @ a)
+    merged = base.to(torch.float32, copy=True).addmm_(b, a, alpha=scale)  # in place: one such tensor at a time
     if not cfg.dora:
         return merged
     magnitude = masters.read(f"{module}.lora_magnitude_vector.default.weight", "master", 0, out)
-    return merged * (magnitude / merged.norm(dim=1))[:, None]
+    return merged.mul_((magnitude / merged.norm(dim=1))[:, None])
 
 
 def _ia3(module: str, base: Tensor, masters, names: set[str]) -> Tensor:
@@ -63,5 +72,5 @@ def _ia3(module: str, base: Tensor, masters, names: set[str]) -> Tensor:
         return base
     rows, columns = base.shape
     if module.rpartition(".")[2].startswith("fc_"):
-        return base * masters.read(key, "master", 0, columns)[None]
-    return base * masters.read(key, "master", 0, rows)[:, None]
+        return base.float() * masters.read(key, "master", 0, columns)[None]
+    return base.float() * masters.read(key, "master", 0, rows)[:, None]

@@ -37,6 +37,7 @@ from finetune.errors import EXIT_DONE, EXIT_PREEMPTED, RunFailed
 from finetune.evaluate import evaluate
 from finetune.export import ExportInfo, export_run, reference_texts, write_random_base
 from finetune.gptj.load import build_model, local_folder
+from finetune.hub import push_or_explain
 from finetune.metrics_log import MetricsLog
 from finetune.plain import plain_config
 from finetune.plan import Plan, measure_machine, plan, render_table
@@ -99,7 +100,7 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, word
     sharding = _sharding(planned)
     cfg.train.micro_batch = planned.micro_batch
     length = _length(cfg, len(rows))
-    world.on_main(lambda: save_config(cfg, _about(task), run_dir))
+    world.on_main(lambda: save_config(cfg, _about(task), reference_texts(train_store), run_dir))
 
     connect_deepspeed(world, say)
     config = ds_config.build(cfg, sharding, world.size, world.device.type == "cuda")
@@ -295,12 +296,16 @@ def _export(cfg: Config, engine: Engine, tokenizer, task: Task, store: Store, re
     if not cfg.export.enabled or result.status != "done":
         return None
     say("exporting and verifying in a fresh process")
-    card = {"recipe": cfg.name, "data": cfg.data.train, "steps": result.step, "tokens": result.tokens,
-            "training loss": result.loss, "evaluation": result.eval.get("loss")}
+    facts = {"recipe": cfg.name, "training data": cfg.data.train, "training data's fingerprint": store.fingerprint,
+             "evaluation data": cfg.data.eval, "steps": result.step, "tokens": result.tokens, "seed": cfg.seed,
+             "training loss": result.loss}
     if cfg.model.init is Init.random and not isinstance(cfg.adapter, FullConfig):
         # An adapter is worth nothing without the very weights it was trained on, and nobody else has these.
         world.on_main(lambda: write_random_base(cfg.model, task.head, cfg.seed, run_dir / "base", task.num_labels))
     info = ExportInfo(cfg.name, task.head, _base_name(cfg), cfg.model.dtype.value,
                       _about(task),
-                      plain_config(cfg)["task"], card)
-    return export_run(engine, tokenizer, info, cfg.export, reference_texts(store), run_dir / "export", world)
+                      plain_config(cfg)["task"], facts, result.eval)
+    figures = export_run(engine, tokenizer, info, cfg.export, reference_texts(store), run_dir / "export", world)
+    if cfg.export.push_to_hub:
+        world.on_main(lambda: say(push_or_explain(run_dir / "export", cfg.export)))
+    return figures

@@ -36,8 +36,9 @@ def make_run_dir(cfg: Config, world: World) -> Path:
     return folder
 
 
-def save_config(cfg: Config, about: dict[str, Any], run_dir: Path) -> None:
-    """config.yaml, and in task.json what the head learned from the data."""
+def save_config(cfg: Config, about: dict[str, Any], texts: list[list[int]], run_dir: Path) -> None:
+    """config.yaml, in task.json what the head learned from the data, in reference.json texts to compare exports on."""
+    metrics_log.write_json(run_dir / "reference.json", texts)
     metrics_log.write_json(run_dir / "task.json", about)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain_config(cfg))), encoding="utf-8")
 

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from finetune import adapter
 from finetune.app import SCHEMAS
-from finetune.checkpoint import find_resume, saved_masters
+from finetune.assets_path import asset
+from finetune.checkpoint import find_resume, saved_masters, verify
 from finetune.config import Config, Dtype, Init, ModelConfig, TaskConfig
+from finetune.data.records import read
+from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import UserError
-from finetune.gptj.load import build_model
+from finetune.gptj.load import DTYPES, MAPPED_BYTES, build_model
 from finetune.prompts import flat
 
-ABOUT = "finetune.json"
+ABOUT, REFERENCE = "finetune.json", "reference.json"
 
 
 def typed(kind: type, values: dict[str, Any]) -> Any:
@@ -46,7 +50,8 @@ def load_config(run_dir: Path) -> Config:
     """
     file = run_dir / "config.yaml"
     if not file.is_file():
-        raise UserError("there is no config.yaml: not a run directory", str(run_dir), "Pass run=DIR as training printed it.")
+        raise UserError("there is no config.yaml: not a run directory", str(run_dir),
+                        "Pass run=DIR as training printed it.")
     values = OmegaConf.to_container(OmegaConf.load(file))
     assert isinstance(values, dict)
     task, trained = values.pop("task"), values.pop("adapter")
@@ -83,27 +88,76 @@ class Trained:
 
 
 def checkpoint_of(path: Path) -> tuple[Path, Path]:
-    """(run_dir, checkpoint) for a run directory or one of its checkpoints."""
+    """(run_dir, checkpoint) for a run directory or one of its checkpoints.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
     if path.parent.name == "checkpoints":
+        reason = verify(path)
+        if reason:
+            raise UserError(f"the checkpoint is damaged: {reason}", "run", "Name another step, or the run directory.")
         return path.parent.parent, path
     found = find_resume(str(path), path, lambda text: None)
     assert found is not None
     return path, found
 
 
+def about_of_run(run_dir: Path) -> dict[str, Any]:
+    """What the head learned from the training data (label names, template), as the run wrote it down."""
+    file = run_dir / "task.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def reference_texts_of(run_dir: Path) -> list[list[int]]:
+    """Token ids of the texts that exports are compared on: the run's own, or speeches that ship with the project."""
+    file = run_dir / REFERENCE
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))
+    rows = islice(read(str(asset("data") / "pile_sample/eval.jsonl.zst"), "train"), 4)
+    return [load_tokenizer(None)(row["text"][:400])["input_ids"][:64] for _, row in rows]
+
+
+class Masters:
+    """The trained weights of a checkpoint in fp32, by name and range, in little memory.
+
+    Pages of a mapped file that were read stay resident for as long as it is mapped: it is mapped anew now and then.
+    """
+
+    def __init__(self, checkpoint: Path):
+        self.checkpoint, self._open, self._touched = checkpoint, saved_masters(checkpoint), 0
+
+    def names(self) -> list[str]:
+        return self._open.names()
+
+    def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of one tensor, flat."""
+        if self._touched > MAPPED_BYTES:
+            self._open, self._touched = saved_masters(self.checkpoint), 0
+        self._touched += 4 * numel
+        return self._open.read(name, kind, start, numel)
+
+
 def fill_from_checkpoint(module: nn.Module, checkpoint: Path) -> None:
     """Copy the trained weights of a checkpoint into a module of the same build, rounding once."""
-    masters = saved_masters(checkpoint)
+    masters = Masters(checkpoint)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 parameter.view(-1).copy_(masters.read(name, "master", 0, parameter.numel()))
 
 
-def load_run(cfg: Config, checkpoint: Path, head: str, num_labels: int | None, device: torch.device) -> nn.Module:
-    """The module of a run as it was at `checkpoint`, in evaluation mode."""
+def load_run(cfg: Config, checkpoint: Path, head: str, num_labels: int | None, device: torch.device,
+             dtype: Dtype | None = None) -> nn.Module:
+    """The module of a run as it was at `checkpoint`, in evaluation mode.
+
+    Args:
+        dtype: precision of the arithmetic; null: `cfg.model.dtype`, to which frozen weights are rounded in any case.
+    """
     model = build_model(cfg.model, head, device=device, seed=cfg.seed, num_labels=num_labels)
     module = adapter.attach(model, cfg.adapter, head, cfg.model.path, cfg.seed)
+    if dtype is not None:
+        module = module.to(DTYPES[dtype.value])
     fill_from_checkpoint(module, checkpoint)
     return module.to(device).eval()
 

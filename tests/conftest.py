@@ -17,6 +17,11 @@ SMALL = {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8, "n_positions"
          "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 50256, "eos_token_id": 50256}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--export-matrix", choices=("part", "full"), default="part",
+                     help="full: every head, adapter, stage and number of ranks in tests/use/test_export_matrix.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tokenised data of the tests never mix with the user's."""

@@ -30,6 +30,8 @@ LEGACY = re.compile(r"(\.attn\.(bias|masked_bias|embed_positions)|\.rotary_emb\.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "tokenizer*",
             "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
+MAPPED_BYTES = 1 << 28
+"""Bytes read from mapped files after which they are mapped anew."""
 Place = Callable[[nn.Parameter, Tensor | None], None]
 
 
@@ -44,6 +46,7 @@ class Weights:
         self.folder = folder
         self.files: dict[str, Path] = {}
         self._open: dict[Path, object] = {}
+        self._touched = 0
         for name, file in _name_to_file(folder).items():
             if not LEGACY.search(name):
                 self.files[_full_name(name)] = file
@@ -59,9 +62,14 @@ class Weights:
         return self._open[file]
 
     def __getitem__(self, name: str) -> Tensor:
+        if self._touched > MAPPED_BYTES:  # pages that were read stay resident for as long as a file is mapped
+            self._open.clear()
+            self._touched = 0
         handle = self._handle(self.files[name])
         stored = self._stored[name]
-        return handle[stored] if isinstance(handle, dict) else handle.get_tensor(stored)  # type: ignore[union-attr]
+        tensor = handle[stored] if isinstance(handle, dict) else handle.get_tensor(stored)  # type: ignore[union-attr]
+        self._touched += tensor.numel() * tensor.element_size()
+        return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         handle, stored = self._handle(self.files[name]), self._stored[name]

@@ -188,7 +188,7 @@ def test_plan_prints_one_json_object_without_torch():
     assert not re.search(r"\|\s+torch$", done.stderr, re.M)
 
 
-@pytest.mark.parametrize("name", ["train", "plan", "evaluate", "export", "generate"])
+@pytest.mark.parametrize("name", ["train", "plan", "evaluate", "export", "generate", "serve", "convert"])
 def test_help_and_cfg(name):
     shown = call([sys.executable, f"launch/{name}.py", "--help"])
     assert shown.returncode == 0 and "Usage:" in shown.stdout and "Examples:" in shown.stdout

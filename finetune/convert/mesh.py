@@ -1,0 +1,248 @@
+"""The checkpoints of mesh-transformer-jax, in which GPT-J was trained: read and written one tensor at a time.
+
+    step_383500/
+      shard_0/ 0.npz .. 15.npz      the first core's part of every parameter
+      ..
+      shard_7/ 0.npz .. 15.npz
+
+The state is a pytree {"params": {module: {"b" or "w" or ..: array}}, "step": ()}, flattened with sorted keys (so
+layer_10 comes before layer_2) and cut into 16 files of nearly equal counts. In front of a full checkpoint are the
+optimizer's leaves; a slim one, as `slim_model.py` writes it, has none. bfloat16 arrays have numpy's type V2. Described
+by mesh_transformer/checkpoint.py, layers.py and slim_model.py of github.com/kingoflolz/mesh-transformer-jax.
+
+What a core holds, with d the width, S cores, and what it becomes (torch's weights are the transposes):
+
+    embedding_shard   w (V/S, d) b (d,)      wte = rows joined, plus the sum of b: each core adds its own b
+    linear, _1, _2    w (d, d/S)             q_proj, v_proj, k_proj: columns joined
+    linear_3          w (d/S, d)             out_proj: rows joined
+    linear_4          w (d, 4d/S) b (4d/S,)  fc_in: columns joined
+    linear_5          w (4d/S, d) b (d,)     fc_out: rows joined, b summed
+    replicated_layer_norm scale, offset (d,) ln_1, ln_f: the first core's count
+    projection_shard  w (d, V/S) b (V/S,)    lm_head: columns joined
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from torch import Tensor
+
+from finetune.errors import UserError
+
+PIECES = 16
+"""Files of one shard."""
+ROWS, COLUMNS, SUM, FIRST = "rows", "columns", "sum", "first"
+LAYER = [
+    ("linear/w", "attn.q_proj.weight", COLUMNS), ("linear_1/w", "attn.v_proj.weight", COLUMNS),
+    ("linear_2/w", "attn.k_proj.weight", COLUMNS), ("linear_3/w", "attn.out_proj.weight", ROWS),
+    ("linear_4/b", "mlp.fc_in.bias", COLUMNS), ("linear_4/w", "mlp.fc_in.weight", COLUMNS),
+    ("linear_5/b", "mlp.fc_out.bias", SUM), ("linear_5/w", "mlp.fc_out.weight", ROWS),
+    ("replicated_layer_norm/offset", "ln_1.bias", FIRST), ("replicated_layer_norm/scale", "ln_1.weight", FIRST),
+]
+EMBEDDING_BIAS = "(embedding bias)"
+"""The one leaf that GPT-J in torch has no parameter for."""
+
+
+@dataclass
+class Leaf:
+    """One array of the flattened state."""
+
+    name: str
+    """As in GPTJForCausalLM's state dict, EMBEDDING_BIAS or "step"."""
+    how: str
+    """How the cores' parts make the whole."""
+
+
+def leaves(layers: int) -> list[Leaf]:
+    """The slim state's leaves in the order of the files."""
+    found = [Leaf(EMBEDDING_BIAS, SUM), Leaf("transformer.wte.weight", ROWS)]
+    for layer in sorted(range(layers), key=str):
+        found += [Leaf(f"transformer.h.{layer}.{name}", how) for _, name, how in LAYER]
+    return [*found, Leaf("lm_head.bias", COLUMNS), Leaf("lm_head.weight", COLUMNS),
+            Leaf("transformer.ln_f.bias", FIRST), Leaf("transformer.ln_f.weight", FIRST), Leaf("step", FIRST)]
+
+
+def transposed(name: str) -> bool:
+    """Whether torch stores the transpose: every matrix but the embedding."""
+    return name.endswith(".weight") and ".ln_" not in name and not name.endswith("wte.weight")
+
+
+def is_mesh(folder: Path) -> bool:
+    return (folder / "shard_0" / "0.npz").is_file()
+
+
+class MeshReader:
+    """Whole tensors of a checkpoint, by torch's names.
+
+    Raises:
+        UserError: a shard or file is missing or damaged, or the arrays are not GPT-J's.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        count = len([p for p in folder.iterdir() if p.name.startswith("shard_")])
+        self.shards = [folder / f"shard_{i}" for i in range(count)]
+        self.places = _places(self.shards[0])
+        for shard in self.shards[1:]:
+            if _places(shard) != self.places:
+                raise UserError("this shard holds other arrays than shard_0", str(shard), "Copy the checkpoint again.")
+        self.layers, skipped = self._layers()
+        self.leaves = {leaf.name: (leaf, skipped + i) for i, leaf in enumerate(leaves(self.layers))}
+        self.width = self._part(0, self.leaves[EMBEDDING_BIAS][1]).shape[0]
+        self.vocabulary = self._part(0, self.leaves["transformer.wte.weight"][1]).shape[0] * count
+        self.inner = self._part(0, self.leaves["transformer.h.0.mlp.fc_in.bias"][1]).shape[0] * count
+        self.dtype = self.read("transformer.ln_f.weight").dtype
+
+    @property
+    def step(self) -> int:
+        return int(self._part(0, self.leaves["step"][1]))
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor in torch's layout; sums are made in fp32 and rounded once."""
+        leaf, index = self.leaves[name]
+        parts = [_tensor(self._part(shard, index)) for shard in range(len(self.shards) if leaf.how != FIRST else 1)]
+        whole = _join(parts, leaf.how)
+        if name == "transformer.wte.weight":
+            bias = self.read(EMBEDDING_BIAS)
+            if bool(bias.any()):
+                whole = (whole.float() + bias.float()).to(whole.dtype)
+        return whole.T.contiguous() if transposed(name) else whole.contiguous()
+
+    def _part(self, shard: int, index: int) -> np.ndarray:
+        file, member = self.places[index]
+        path = self.shards[shard] / file
+        try:
+            with np.load(path, allow_pickle=False) as opened:
+                return opened[member]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"cannot be read: {error}", str(path), "Copy the file again.") from None
+
+    def _layers(self) -> tuple[int, int]:
+        """Number of layers, and of the optimizer's leaves in front of the parameters."""
+        total = len(self.places)
+        slim = self._part(0, 0).ndim == 1
+        if slim and (total - 7) % 10 == 0:
+            return (total - 7) // 10, 0
+        for scalars in range(1, 5):  # counters of the optimizer; then both averages of every parameter
+            layers, rest = divmod(total - 19 - scalars, 30)
+            if not slim and rest == 0 and layers > 0:
+                return layers, total - (10 * layers + 7)
+        raise UserError(f"{total} arrays are neither a slim nor a full GPT-J checkpoint", str(self.folder),
+                        "A slim checkpoint has 10 for each layer and 7 more.")
+
+
+def _places(shard: Path) -> list[tuple[str, str]]:
+    """(file, member) of each leaf, in order."""
+    found = []
+    for i in range(PIECES):
+        path = shard / f"{i}.npz"
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"cannot be read: {error}", str(path),
+                            f"Every shard has {PIECES} files; copy it again.") from None
+        found += [(path.name, f"arr_{n}") for n in range(len(names))]
+    return found
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    if array.dtype == np.dtype("V2"):
+        return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _join(parts: list[Tensor], how: str) -> Tensor:
+    if how == ROWS:
+        return torch.cat(parts)
+    if how == COLUMNS:
+        return torch.cat(parts, -1)
+    if how == FIRST:
+        return parts[0]
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part.float()
+    return total.to(parts[0].dtype)
+
+
+class MeshWriter:
+    """Writes leaves in the files' order, all shards at once.
+
+    Args:
+        dtype: of every parameter.
+    """
+
+    def __init__(self, folder: Path, layers: int, shards: int, dtype: torch.dtype):
+        self.folder, self.count, self.dtype = folder, shards, dtype
+        self.order = leaves(layers)
+        self.ends = _piece_ends(len(self.order))
+        self.open: list[zipfile.ZipFile] = []
+        self.done = self.piece = self.member = 0
+
+    def write(self, tensor_of: Any, step: int) -> None:
+        """Write everything.
+
+        Args:
+            tensor_of: name -> whole tensor in torch's layout.
+        """
+        for leaf in self.order:
+            if leaf.name == "step":
+                parts = [np.array(step, np.int32)] * self.count
+            elif leaf.name == EMBEDDING_BIAS:  # torch has it inside wte; -0.0 adds nothing, not even to a sign
+                width = tensor_of("transformer.ln_f.bias").shape[0]
+                parts = [_array(torch.full((width,), -0.0, dtype=self.dtype))] * self.count
+            else:
+                parts = [_array(part) for part in self._cut(leaf, tensor_of(leaf.name).to(self.dtype))]
+            self._put(parts)
+        self._close()
+
+    def _cut(self, leaf: Leaf, whole: Tensor) -> Iterator[Tensor]:
+        whole = whole.T if transposed(leaf.name) else whole
+        if leaf.how in (ROWS, COLUMNS):
+            yield from whole.chunk(self.count, 0 if leaf.how == ROWS else -1)
+        else:
+            yield whole
+            rest = whole if leaf.how == FIRST else torch.full_like(whole, -0.0)
+            yield from (rest for _ in range(self.count - 1))
+
+    def _put(self, parts: list[np.ndarray]) -> None:
+        while self.done == self.ends[self.piece]:
+            self._close()
+            self.piece, self.member = self.piece + 1, 0
+        if not self.open:
+            self._begin()
+        for archive, part in zip(self.open, parts, strict=True):
+            with archive.open(f"arr_{self.member}.npy", "w", force_zip64=True) as f:
+                npy.write_array(f, part, allow_pickle=False)
+        self.done, self.member = self.done + 1, self.member + 1
+
+    def _begin(self) -> None:
+        for i in range(self.count):
+            shard = self.folder / f"shard_{i}"
+            shard.mkdir(parents=True, exist_ok=True)
+            self.open.append(zipfile.ZipFile(shard / f"{self.piece}.npz", "w", zipfile.ZIP_STORED, allowZip64=True))
+
+    def _close(self) -> None:
+        for archive in self.open:
+            archive.close()
+        self.open = []
+
+
+def _piece_ends(total: int) -> list[int]:
+    """Where each of the 16 files ends, in leaves: counts differ by one at most, the first files have more."""
+    size, more = divmod(total, PIECES)
+    return [size * (i + 1) + min(i + 1, more) for i in range(PIECES)]
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view("V2")
+    return tensor.numpy()

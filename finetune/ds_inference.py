@@ -1,0 +1,32 @@
+"""DeepSpeed-Inference around Hugging Face's own GPT-J, whose layers it knows. For GPUs only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def accelerated(module: nn.Module, folder: Path, about: dict[str, Any], device: torch.device) -> nn.Module:
+    """The export as `deepspeed.init_inference` serves it: adapter folded in, kernels injected where DeepSpeed has them.
+
+    Args:
+        module: the export on this project's GPT-J; its memory is given back.
+        about: the export's finetune.json.
+    """
+    import deepspeed
+    from transformers import AutoModelForCausalLM
+
+    dtype = next(module.parameters()).dtype
+    module.to("meta")
+    torch.cuda.empty_cache()
+    adapter = (folder / "adapter_config.json").is_file()
+    model = AutoModelForCausalLM.from_pretrained(about["base"] if adapter else str(folder), dtype=dtype)
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    served = deepspeed.init_inference(model.to(device), dtype=dtype, replace_with_kernel_inject=True)
+    return served.module

@@ -1,0 +1,103 @@
+"""The small files of an export: config.json, generation_config.json, tokenizer. What makes weights a model elsewhere.
+
+A tokenizer of a classification export writes the closing eos behind every text (between the texts of a pair the same
+newline as in training), and pads with a token that no text holds. So plain transformers pools the token that was
+trained, in batches padded on either side and alone:
+
+    ids   t t t E P P      config.pad_token_id = P: the last id that is not P is E, the pooled one
+
+With pad = eos, as is usual for GPT-J, transformers would pool the last t. Question answering exports read "question,
+newline, context, eos" the same way. An instruction export carries its template as the tokenizer's chat_template.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from finetune.gptj.model import ARCHITECTURES
+from finetune.shards import write_json
+
+PAD = "<|extratoken_1|>"
+"""The first of the 143 tokens that GPT-J's embedding has and no text uses."""
+DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def tokenizer_for(tokenizer, head: str, task: dict[str, Any]):
+    """A copy of `tokenizer` that prepares text elsewhere as training did here.
+
+    Args:
+        task: `Task.describe()`.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id) and PAD in tokenizer.get_vocab():
+        tokenizer.pad_token = PAD
+    tokenizer.padding_side = "left" if head == "lm" else "right"
+    if head != "lm":
+        _close_with_eos(tokenizer, task.get("pair_separator") or task.get("separator") or "\n")
+        tokenizer.model_max_length = task.get("max_length") or tokenizer.model_max_length
+    if task.get("template_text"):
+        tokenizer.chat_template = task["template_text"]
+    return tokenizer
+
+
+def _close_with_eos(tokenizer, separator: str) -> None:
+    """Single texts become `text eos`, pairs `text separator text eos`."""
+    from tokenizers.processors import TemplateProcessing
+
+    backend = tokenizer.backend_tokenizer
+    glue = backend.encode(separator, add_special_tokens=False)
+    eos = tokenizer.eos_token
+    pair = " ".join(["$A", *glue.tokens, "$B:1", f"{eos}:1"])
+    special = dict(zip(glue.tokens, glue.ids, strict=True)) | {eos: tokenizer.eos_token_id}
+    backend.post_processor = TemplateProcessing(single=f"$A {eos}", pair=pair, special_tokens=list(special.items()))
+
+
+def config_values(config, head: str, base: str, dtype: str, task: dict[str, Any], tokenizer) -> dict[str, Any]:
+    """config.json of an exported model.
+
+    Args:
+        config: the GPTJConfig that was trained.
+        dtype: bf16, fp16 or fp32.
+        tokenizer: from `tokenizer_for`.
+    """
+    values = config.to_dict()
+    for name in ("transformers_version", "_attn_implementation_autoset", "num_labels"):
+        values.pop(name, None)
+    values |= {"architectures": [ARCHITECTURES[head]], "dtype": DTYPE_NAMES[dtype], "use_cache": True,
+               "_name_or_path": base}
+    if head == "classify":
+        values |= _label_values(task, config.num_labels)
+    if head != "lm" and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        values["pad_token_id"] = tokenizer.pad_token_id
+    return values
+
+
+def _label_values(task: dict[str, Any], count: int) -> dict[str, Any]:
+    problem = {"single_label": "single_label_classification", "multi_label": "multi_label_classification",
+               "regression": "regression"}.get(task.get("problem", ""))
+    names = task.get("labels") or [f"LABEL_{i}" for i in range(count)]
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)},
+            "problem_type": problem}
+
+
+def generation_values(config, tokenizer) -> dict[str, Any]:
+    """generation_config.json: where text starts, ends, and what fills batches."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return {"bos_token_id": config.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}
+
+
+def write_small_files(folder: Path, config, head: str, base: str, dtype: str, task: dict[str, Any], tokenizer,
+                      with_config: bool) -> None:
+    """Tokenizer, and with `with_config` config.json (and generation_config.json of a language model).
+
+    Args:
+        tokenizer: as it was trained with; what is written is `tokenizer_for` it.
+    """
+    ready = tokenizer_for(tokenizer, head, task)
+    ready.save_pretrained(str(folder))
+    if with_config:
+        write_json(folder / "config.json", config_values(config, head, base, dtype, task, ready))
+        if head == "lm":
+            write_json(folder / "generation_config.json", generation_values(config, ready))

@@ -1,0 +1,70 @@
+"""Upload of an export to the Hugging Face hub. Tokens are the hub library's business: never read or stored here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetune.config import ExportConfig
+from finetune.errors import RunFailed, UserError, gib
+
+LOGIN = "Log in with 'hf auth login', or set HF_TOKEN to a token that may write."
+
+
+def check_hub(repo: str) -> None:
+    """
+    Raises:
+        UserError: not a name like org/name.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+        if repo.count("/") != 1:
+            raise HFValidationError("a name has the form ORG/NAME")
+    except HFValidationError as error:
+        raise UserError(f"'{repo}' is no repository name: {str(error).splitlines()[0]}", "push_to_hub",
+                        "Try push_to_hub=your-name/model-name.") from None
+
+
+def push(folder: Path, repo: str, private: bool) -> str:
+    """Make the repository where there is none, upload every file of `folder`; the repository's address.
+
+    Raises:
+        RunFailed: no token, no network, refused. Says what would have been uploaded; the export stays as it is.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    try:
+        if get_token() is None:
+            raise RunFailed(f"there is no hub token. {_would(folder, repo, private)}", "push_to_hub",
+                            f"{LOGIN} {_again(folder, repo)}")
+        api = HfApi()
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message="Upload from finetune-gptj")
+        return str(url)
+    except RunFailed:
+        raise
+    except Exception as error:  # of the hub, of its HTTP library, of the network: no common class
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RunFailed(f"the hub did not take it: {reason[:200]}. {_would(folder, repo, private)}", "push_to_hub",
+                        _again(folder, repo)) from None
+
+
+def push_or_explain(folder: Path, cfg: ExportConfig) -> str:
+    """As `push` at the end of training, where a failure must not fail the run: what happened, for people."""
+    assert cfg.push_to_hub
+    try:
+        return f"pushed to {push(folder, cfg.push_to_hub, cfg.hub_private)}"
+    except RunFailed as error:
+        return f"not pushed: {error.render()}"
+
+
+def _would(folder: Path, repo: str, private: bool) -> str:
+    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    size = gib(sum(file.stat().st_size for file in files))
+    kind = "private" if private else "public"
+    return f"It would create {repo} ({kind}) where it is missing and upload {len(files)} files, {size}, from {folder}"
+
+
+def _again(folder: Path, repo: str) -> str:
+    return f"Later: hf upload {repo} {folder}"

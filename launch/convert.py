@@ -1,0 +1,12 @@
+"""A checkpoint in another form: `python launch/convert.py source=DIR target=DIR [dtype=bf16] [to=hf|jax]`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if __name__ == "__main__":
+    from finetune.app import main
+    from finetune.convert.program import run
+
+    sys.exit(main(run, "convert"))

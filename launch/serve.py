@@ -1,0 +1,12 @@
+"""An OpenAI-compatible endpoint for an export: `python launch/serve.py model=EXPORT [port=8000]`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if __name__ == "__main__":
+    from finetune.app import main
+    from finetune.serve.program import run
+
+    sys.exit(main(run, "serve"))

@@ -1,0 +1,278 @@
+"""Exports in the programs that people use: transformers' pipelines and heads, peft, lm-eval; the card, and the hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from finetune.answer import answer_question, classify_text
+from finetune.app import compose_config
+from finetune.card import model_card
+from finetune.errors import RunFailed, UserError
+from finetune.evaluate_program import run as evaluate
+from finetune.export import verify_export
+from finetune.export_program import run as export
+from finetune.generate import load_speaker
+from finetune.sample import Sampling
+from tests.use.test_export_matrix import AUTO, exported
+
+TEXTS = ["Man wins.", "Scientists find that water on the moon is wetter than expected, officials say", "No",
+         "Local man insists that he is fine " * 3]
+
+
+@pytest.fixture(scope="module")
+def merged(find_run):
+    """merged(head): its merged fp32 export."""
+    made: dict[str, Path] = {}
+
+    def make(head: str) -> Path:
+        if head not in made:
+            made[head] = exported(find_run(head, "lora"), "merged")
+        return made[head]
+
+    return make
+
+
+def probabilities(speaker) -> np.ndarray:
+    rows = [classify_text(speaker.trained.module, speaker.task, [text], speaker.device) for text in TEXTS]
+    return np.array([list(row["probabilities"].values()) for row in rows])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["right", "left", "alone"])
+def test_plain_transformers_pools_the_trained_token(merged, side):
+    """Unequal lengths in one batch padded on either side, and one by one; the tokenizer brings the eos."""
+    folder = merged("classify")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 50257 != tokenizer.eos_token_id
+    batches = [[text] for text in TEXTS] if side == "alone" else [TEXTS]
+    with torch.no_grad():
+        found = [model(**tokenizer(batch, return_tensors="pt", padding=side != "alone", padding_side=side
+                                   if side != "alone" else None)).logits.softmax(-1) for batch in batches]
+    np.testing.assert_allclose(torch.cat(found).numpy(), probabilities(load_speaker(str(folder), None)), atol=2e-6)
+
+
+@pytest.mark.slow
+def test_the_classification_pipeline_names_labels(merged, find_run):
+    folder = merged("classify")
+    labels = json.loads((find_run("classify", "lora") / "task.json").read_text())["labels"]
+    found = pipeline("text-classification", model=str(folder), top_k=None, batch_size=4)(TEXTS)
+    wanted = probabilities(load_speaker(str(folder), None))
+    for row, p in zip(found, wanted, strict=True):
+        scores = {entry["label"]: entry["score"] for entry in row}
+        assert scores == {label: pytest.approx(value, abs=2e-6) for label, value in zip(labels, p, strict=True)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["lora", "dora", "ia3"])
+def test_a_classification_adapter_opens_as_its_card_says(find_run, adapter):
+    folder = exported(find_run("classify", adapter), "adapter")
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = AutoModelForSequenceClassification.from_pretrained(base, dtype=torch.float32,
+                                                               config=AutoConfig.from_pretrained(folder))
+    model = PeftModel.from_pretrained(model, folder).eval()
+    batch = AutoTokenizer.from_pretrained(folder)(TEXTS, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        found = model(**batch).logits.softmax(-1).numpy()
+    np.testing.assert_allclose(found, probabilities(load_speaker(str(folder), None)), atol=2e-6)
+
+
+@pytest.mark.slow
+def test_the_tokenizer_cuts_like_training(merged):
+    tokenizer = AutoTokenizer.from_pretrained(merged("classify"))
+    ids = tokenizer("word " * 5000, truncation=True)["input_ids"]
+    assert len(ids) == tokenizer.model_max_length == 512 and ids[-1] == tokenizer.eos_token_id != ids[-2]
+    pair = tokenizer("one", "two")["input_ids"]
+    assert pair == [*tokenizer.encode("one", add_special_tokens=False), 198,
+                    *tokenizer.encode("two", add_special_tokens=False), tokenizer.eos_token_id]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", AUTO)
+def test_the_tokenizer_keeps_50400_entries(merged, head):
+    tokenizer = AutoTokenizer.from_pretrained(merged(head))
+    assert len(tokenizer) == 50400 and tokenizer.convert_tokens_to_ids("<|extratoken_143|>") == 50399
+
+
+@pytest.mark.slow
+def test_an_instruction_export_carries_its_template(merged):
+    folder = merged("lm")
+    speaker, tokenizer = load_speaker(str(folder), None), AutoTokenizer.from_pretrained(folder)
+    for messages in ([{"role": "user", "content": "Name a colour."}],
+                     [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"},
+                      {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Bye"}]):
+        theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert theirs == speaker.ids(messages, chat=True)
+
+
+@pytest.mark.slow
+def test_the_generation_pipeline_says_the_same(merged):
+    folder = merged("lm")
+    speaker = load_speaker(str(folder), None)
+    writer = pipeline("text-generation", model=str(folder))
+    messages = [{"role": "user", "content": "Name a colour."}]
+    theirs = writer(messages, max_new_tokens=10, do_sample=False, return_full_text=False)[0]["generated_text"]
+    ours = speaker.continue_ids([speaker.ids(messages, chat=True)], Sampling(10, 0.0))[0]
+    assert theirs == speaker.tokenizer.decode(ours, skip_special_tokens=True) != ""
+    prompts = ["One", "A much longer prompt than the first"]
+    batch = writer(prompts, max_new_tokens=8, do_sample=False, return_full_text=False, batch_size=2)
+    wanted = speaker.continue_ids([speaker.ids(p, False) for p in prompts], Sampling(8, 0.0))
+    assert [row[0]["generated_text"] for row in batch] == [speaker.tokenizer.decode(ids) for ids in wanted]
+    assert writer.model.generation_config.eos_token_id == 50256
+
+
+@pytest.mark.slow
+def test_question_answering_reads_the_pair_as_trained(merged):
+    """The tokenizer's pair, Hugging Face's head, and a search over all spans find the span that we answer with."""
+    folder = merged("qa")
+    question, context = "Who wrote it?", "The letter was written by Ada Lovelace in the year 1843, in London."
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(folder).eval()
+    batch = tokenizer(question, context, return_tensors="pt", return_offsets_mapping=True)
+    offsets, first = batch.pop("offset_mapping")[0].tolist(), len(tokenizer(question)["input_ids"])
+    with torch.no_grad():
+        out = model(**batch)
+    begin, end = out.start_logits[0], out.end_logits[0]
+    last = batch["input_ids"].shape[1] - 1
+    spans = [(float(begin[i] + end[j] - begin[last] - end[last]), i, j)
+             for i in range(first, last) for j in range(i, min(i + 32, last))]
+    score, i, j = max(spans)
+    speaker = load_speaker(str(folder), None)
+    found = answer_question(speaker.trained.module, speaker.task, question, context, speaker.device)
+    assert found["best_span"] == context[offsets[i][0] : offsets[j][1]].strip()
+    assert found["score"] == pytest.approx(score, abs=1e-3)
+    assert context[found["start"] : found["end"]] == found["best_span"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("head", "adapter", "kind"), [("lm", "lora", "adapter"), ("classify", "full", "full"),
+                                                       ("qa", "lora", "merged")])
+def test_cards_are_valid(find_run, head, adapter, kind):
+    folder = exported(find_run(head, adapter), kind)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert card.data.library_name == ("peft" if kind == "adapter" else "transformers")
+    weights = next(folder.glob("*.safetensors"))
+    assert json.loads((folder / "export.json").read_text())["files"][weights.name] in card.text
+    loading = card.text.split("```python\n")[1].split("```")[0]
+    scope: dict = {}
+    exec(loading.replace("THIS_FOLDER", str(folder)), scope)  # the card's own commands
+    assert type(scope["model"]).__name__.startswith(("GPTJ", "PeftModel")) and len(scope["tokenizer"]) == 50400
+
+
+def test_metadata_of_a_hub_base_and_of_metrics():
+    metrics = {"loss": 1.5, "accuracy": 0.25, "examples": 4, "per_class": {}}
+    card = model_card("run", "classify", "adapter", "EleutherAI/gpt-j-6b", "bf16", {"evaluation data": "x/e.jsonl"},
+                      metrics, {"verified": False}, {}, False)
+    data = ModelCard(card).data
+    assert data.base_model == "EleutherAI/gpt-j-6b" and data.pipeline_tag == "text-classification"
+    assert {(r.metric_type, r.metric_value) for r in data.eval_results} == {("loss", 1.5), ("accuracy", 0.25)}
+    local = model_card("run", "lm", "full", "/models/j", "bf16", {}, {}, {"verified": False}, {}, False,
+                       origin="EleutherAI/gpt-j-6b")
+    assert ModelCard(local).data.base_model == "EleutherAI/gpt-j-6b"
+
+
+@pytest.mark.slow
+def test_a_wrong_export_is_refused_and_leaves_nothing(find_run, merged, tmp_path):
+    """In a fresh process by outputs, and tensor by tensor."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "export"
+    shutil.copytree(merged("lm"), folder)
+    ids = torch.arange(100, 130)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        outputs = model(ids[None]).logits[0]
+    assert verify_export(folder, {"ids.0": ids, "outputs.0": outputs})["verified"]
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.h.1.mlp.fc_in.weight"][3] *= 3
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunFailed, match="not equal"):
+        verify_export(folder, {"ids.0": ids, "outputs.0": outputs})
+    del tensors["transformer.h.0.mlp.fc_in.bias"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunFailed, match="missing_keys"):
+        verify_export(folder, {"ids.0": ids, "outputs.0": outputs})
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+@pytest.mark.slow
+def test_what_a_stranger_may_mistype(find_run, tmp_path):
+    lora, full = find_run("lm", "lora"), find_run("lm", "full")
+    cases = [([f"run={lora}", "kind=full"], "kind=merged"), ([f"run={full}", "kind=merged"], "kind=full"),
+             ([f"run={lora}", "kind=best"], "unknown"), ([f"run={tmp_path}", "kind=full"], "checkpoint"),
+             ([f"run={lora}", "kind=merged", "verify=perhaps"], "verify"), ([f"run={lora}"], "kind="),
+             ([f"run={lora}", "kind=merged", "push_to_hub=a/b/c"], "repository")]
+    for words, message in cases:
+        with pytest.raises(UserError, match=message):
+            export(compose_config(words, "export"))
+    copy = tmp_path / "run"
+    shutil.copytree(lora, copy)
+    step = next((copy / "checkpoints").glob("step-*"))
+    file = next(step.glob("optim-*"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=file.name):
+        export(compose_config([f"run={step}", "kind=merged"], "export"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("token", [None, "hf_not_a_real_token"])
+def test_the_hub_offline_says_what_it_would_do(find_run, monkeypatch, tmp_path, token):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    run, out = find_run("lm", "lora"), tmp_path / "out"
+    words = [f"run={run}", "kind=adapter", f"out={out}", "verify=none", "export.push_to_hub=someone/some-model"]
+    with pytest.raises(RunFailed, match=r"someone/some-model .*upload \d+ files") as caught:
+        export(compose_config(words, "export"))
+    assert caught.value.exit_code == 1 and f"hf upload someone/some-model {out}" in str(caught.value)
+    assert (out / "adapter_model.safetensors").is_file() and (token is None or token not in str(caught.value))
+
+
+@pytest.fixture
+def local_task(tmp_path) -> Path:
+    """An lm-eval task of one's own on a local file."""
+    data, choices = tmp_path / "rows.jsonl", [" United States", " yellow banana"]
+    rows = [{"q": f"The number {i} of the", "choices": choices, "a": i % 2} for i in range(20)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({
+        "task": "own_words", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{a}}", "metric_list": [{"metric": "acc"}]}))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_lm_eval_with_its_own_hf_model_and_ours(find_run, local_task, monkeypatch):
+    """`hf` with `peft=`, as people type it, and launch/evaluate.py of the same run: the same log-likelihoods."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    run = find_run("lm", "lora")
+    folder = exported(run, "adapter")
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    manager = TaskManager(include_path=str(local_task))
+    theirs = lm_eval.simple_evaluate(
+        model="hf", model_args={"pretrained": base, "peft": str(folder), "tokenizer": str(folder), "dtype": "float32"},
+        tasks=["own_words"], task_manager=manager, device="cpu", batch_size=4)
+    words = ["suite=lm_eval", "tasks=own_words", f"task_dir={local_task}", "batch=4"]
+    assert evaluate(compose_config([f"run={run}", *words], "evaluate")) == 0
+    assert evaluate(compose_config([f"model={folder}", *words], "evaluate")) == 0
+    found = [json.loads((where / "eval.json").read_text())["lm_eval"] for where in (run, folder)]
+    assert [row["tasks"]["own_words"]["acc"] for row in found] == [theirs["results"]["own_words"]["acc,none"]] * 2
+    assert found[0]["samples"] == {"own_words": 20}
+    with pytest.raises(UserError, match="no task no_such"):
+        evaluate(compose_config([f"model={folder}", "suite=lm_eval", "tasks=no_such"], "evaluate"))

@@ -1,0 +1,118 @@
+"""Text from models: batches and single prompts, sampling, stop strings, files, and the heads that write none."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from finetune.app import compose_config
+from finetune.errors import UserError
+from finetune.generate import load_speaker, run
+from finetune.sample import GumbelNoise, Sampling, Streamer, finished_text
+from tests.conftest import ROOT
+
+PROMPTS = ["The", "The Senate of the United States met", "An economy", "In the year of our independence we have"]
+
+
+@pytest.fixture(scope="module")
+def speaker():
+    """The shipped tiny GPT-J in fp32."""
+    return load_speaker("asset:gptj_tiny", compose_config(["dtype=fp32"], "generate").config.dtype)
+
+
+def texts(speaker, prompts, how):
+    ids = speaker.continue_ids([speaker.ids(p, False) for p in prompts], how)
+    return [finished_text(speaker.tokenizer, row, how.stop) for row in ids]
+
+
+@pytest.mark.parametrize("how", [Sampling(20, 0.0), Sampling(20, 1.0, seed=3), Sampling(20, 0.8, 0.9, 40, seed=4),
+                                 Sampling(12, beams=3)], ids=["greedy", "sampled", "top-p and top-k", "beams"])
+def test_a_batch_gives_the_same_text_as_one_by_one(speaker, how):
+    together = texts(speaker, PROMPTS, how)
+    assert together == [texts(speaker, [p], how)[0] for p in PROMPTS]
+    assert len(set(together)) == len(PROMPTS) and all(together)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_greedy_and_beams_are_those_of_hugging_face(speaker, beams):
+    from finetune.assets_path import asset
+
+    judge = AutoModelForCausalLM.from_pretrained(asset("gptj_tiny"), dtype=torch.float32, attn_implementation="eager")
+    for prompt in PROMPTS[:2]:
+        ids = torch.tensor([speaker.ids(prompt, False)])
+        wanted = judge.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=15, do_sample=False,
+                                num_beams=beams, pad_token_id=50256)
+        found = speaker.continue_ids([ids[0].tolist()], Sampling(15, 0.0, beams=beams))[0]
+        assert found == wanted[0, ids.shape[1]:].tolist()
+
+
+def test_sampling_has_the_softmax_distribution():
+    """Drawn tokens against the softmax by a chi-square test: 200 seeds of two prompts, 20 steps each."""
+    scores = torch.randn(1, 12, generator=torch.Generator().manual_seed(0)).repeat(2, 1)
+    wanted, draws, counts = scores[0].softmax(-1), 8000, torch.zeros(2, 12)
+    for seed in range(200):
+        noise = GumbelNoise([[1, 2], [3]], seed)
+        for _ in range(20):
+            drawn = noise(torch.zeros(2, 1), scores).argmax(-1)
+            counts[[0, 1], drawn] += 1
+    statistic = float(((counts.sum(0) - draws * wanted) ** 2 / (draws * wanted)).sum())
+    assert statistic < 31.3  # 0.999 quantile of chi-square with 11 degrees of freedom
+    assert not torch.equal(counts[0], counts[1])
+
+
+def test_stop_strings_end_the_text(speaker):
+    whole = texts(speaker, PROMPTS[:1], Sampling(30, 0.0))[0]
+    stop = whole[10:14]
+    assert texts(speaker, PROMPTS[:1], Sampling(30, 0.0, stop=[stop]))[0] == whole[: whole.index(stop)]
+
+
+@pytest.mark.parametrize("stop", ["", "zzz", "cde", "e f", "f"])
+def test_a_stream_says_what_the_whole_text_says(stop):
+    """Pieces of any size; nothing of a stop string gets out, also when it comes in two pieces."""
+    text = "ab cde fgh"
+    wanted = text[: text.index(stop)] if stop and stop in text else text
+    for size in range(1, 6):
+        said: list[str] = []
+        streamer = Streamer(None, [stop], said.append)
+        pieces = [text[i : i + size] for i in range(0, len(text), size)]
+        for piece in pieces:
+            streamer.on_finalized_text(piece)
+        streamer.on_finalized_text("", stream_end=True)
+        assert "".join(said) == wanted
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_prompts_from_files_and_standard_input(tmp_path):
+    """The command: a text file, jsonl, and a pipe, of which only the text reaches standard output."""
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS) + "\n")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    words = ["model=asset:gptj_tiny", "temperature=0", "max_new_tokens=8", "dtype=fp32"]
+    for name in ("p.txt", "p.jsonl"):
+        more = [f"prompts={tmp_path / name}", f"out={tmp_path / name}.out", "batch=3"]
+        assert run(compose_config([*words, *more], "generate")) == 0
+    found = lines(tmp_path / "p.txt.out")
+    assert found == lines(tmp_path / "p.jsonl.out") and [row["prompt"] for row in found] == PROMPTS
+    done = subprocess.run([sys.executable, "launch/generate.py", *words], input=PROMPTS[1], cwd=ROOT, text=True,
+                          capture_output=True, check=False, env=os.environ)
+    assert done.returncode == 0 and done.stdout == found[1]["text"] + "\n", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["prompt=a", "max_new_tokens=0"], "max_new_tokens"), (["prompt=a", "top_p=0"], "top_p"),
+    (["prompt=a", "engine=deepspeed"], "GPU"), (["prompt=a", "engine=fast"], "engine = fast"),
+    (["prompts=nowhere.txt"], "no such file"), (["prompt=a", "chat=true"], "no template"),
+    (["prompt=a", "max_new_tokens=5000"], "leaves room"), (["question=Who"], "context"),
+])
+def test_wrong_use_is_explained(words, message):
+    with pytest.raises(UserError, match=message):
+        run(compose_config(["model=asset:gptj_tiny", *words], "generate"))
