@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from finetune import grouping
 from finetune.config import AdapterConfig, FullConfig, Ia3Config, LoraConfig, PrefixConfig, PromptConfig
 from finetune.names import target_modules
 from finetune.prompts import flat
@@ -93,12 +94,15 @@ def count(model: nn.Module) -> dict[str, int]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices with weight decay; biases, norms and other vectors without. Empty groups are left out."""
+    """Matrices with weight decay; biases, norms and other vectors without; each cut as `grouping` says."""
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]
     vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    return [
+        {"params": [kind[i] for i in run], "weight_decay": decay}
+        for kind, decay in ((matrices, weight_decay), (vectors, 0.0))
+        for run in grouping.cut([int(getattr(p, "ds_numel", p.numel())) for p in kind])
+    ]
 
 
 def plain_name(name: str) -> str:

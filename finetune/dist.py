@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as torch_dist
 
+from finetune import heap
 from finetune.dist_environment import free_port
 from finetune.errors import UserError
 
@@ -128,21 +129,8 @@ def disconnect() -> None:
 
 def use_cores(threads: int, local_size: int) -> None:
     """Compute on `threads` CPU threads, or on this process's share of the cores that the job may use."""
-    _keep_freed_memory()
+    heap.keep_freed_memory()
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc reuse large blocks: by default each big tensor is mapped, paged in and unmapped anew, 20% of a step."""
-    import ctypes
-
-    trim_threshold, mmap_threshold = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-    except (OSError, AttributeError):
-        return
 
 
 def seed_for(seed: int, position: int) -> None:

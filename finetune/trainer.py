@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune import memory_watch
+from finetune import heap, memory_watch
 from finetune.callbacks import Callback
 from finetune.checkpoint import Checkpoints, TrainState
 from finetune.config import CheckpointConfig, TrainConfig
@@ -57,6 +57,7 @@ class Trainer:
         self.engine, self.task, self.batches, self.hooks = engine, task, batches, hooks
         self.checkpoints, self.callbacks, self.stop, self.world = checkpoints, callbacks, stop, world
         self.train, self.checkpoint, self.seed, self.total_steps = train, checkpoint, seed, total_steps
+        self.heap = heap.Watch() if world.device.type == "cpu" else None
         self.saved_step = -1
         self.last_eval: Metrics = {}
         self.last_loss: float | None = None
@@ -114,10 +115,13 @@ class Trainer:
         self.last_loss = total / max(scored, 1)
         if not math.isfinite(self.last_loss):
             self.callbacks.message(f"step {state.step}: the loss is not finite; the update is skipped")
-        host = int(self.world.maximum(memory_watch.host_bytes()))
+        host = memory_watch.host_bytes()
+        if self.heap:
+            self.heap.after_step(host)
         self.callbacks.train_step({
             "kind": "train", "step": state.step, "loss": self.last_loss, "lr": lr, "grad_norm": self.engine.grad_norm(),
-            "tokens": state.tokens, "tokens_per_second": tokens / max(seconds, 1e-9), "host_bytes": host,
+            "tokens": state.tokens, "tokens_per_second": tokens / max(seconds, 1e-9),
+            "host_bytes": int(self.world.maximum(host)),
             "gpu_bytes": int(self.world.maximum(memory_watch.gpu_bytes())),
         })
 

@@ -14,8 +14,12 @@ from torch import Tensor, nn
 
 from finetune.data.constants import IGNORE
 
-LOSS_CHUNK = 256
-"""Rows (tokens) per chunk."""
+LOSS_CHUNK = 512
+"""Rows (tokens) whose logits exist at once."""
+SOFTMAX_ROWS = {"cpu": 16, "cuda": 256}
+"""Rows whose fp32 probabilities exist at once; on a CPU they stay in its cache."""
+WEIGHT_ROWS = 6400
+"""Rows of the head whose gradient from one chunk exists at once, before it is added to the fp32 sum."""
 
 
 class LMHead(nn.Linear):
@@ -49,9 +53,11 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, l
 def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
     """Loss of every token, fp32 (N,), 0 where the label is IGNORE; for perplexity by subset."""
     losses = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
+    step = SOFTMAX_ROWS.get(hidden.device.type, 256)
     for rows in _scored_rows(labels):
-        logprobs = F.linear(hidden[rows], weight, bias).log_softmax(-1, dtype=torch.float32)
-        losses[rows] = -logprobs.gather(1, labels[rows, None])[:, 0]
+        logits = F.linear(hidden[rows], weight, bias)
+        for part, index in zip(logits.split(step), rows.split(step), strict=True):
+            losses[index] = F.cross_entropy(part.float(), labels[index], reduction="none")
     return losses
 
 
@@ -70,22 +76,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_hidden = torch.zeros_like(hidden) if want_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
-        scratch = _Scratch(weight, hidden.device)
-        for rows in _scored_rows(labels):
-            part, target = hidden[rows], labels[rows, None]
-            logits, logprobs = scratch.forward(part, weight, bias)
-            total -= logprobs.gather(1, target).sum()
-            if not (want_hidden or want_weight or want_bias):
-                continue
-            grad = logprobs.exp_()
-            grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
-            if d_bias is not None:
-                d_bias += grad.sum(0)
-            grad = grad if logits.dtype == torch.float32 else logits.copy_(grad)
+        chunks = _scored_rows(labels)
+        # Allocated once: fresh ones would be paged in anew for every chunk.
+        buffer = hidden.new_empty(max(map(len, chunks), default=0), weight.shape[0])
+        for rows in chunks:
+            part, logits = hidden[rows], buffer[: len(rows)]
+            if bias is None:
+                torch.mm(part, weight.T, out=logits)
+            else:
+                torch.addmm(bias, part, weight.T, out=logits)
+            total += _logits_to_gradient(logits, labels[rows, None], d_bias)
             if d_hidden is not None:
-                d_hidden[rows] = grad @ weight
+                d_hidden[rows] = logits @ weight
             if d_weight is not None:
-                _accumulate(d_weight, grad, part)
+                _add_weight_gradient(d_weight, logits, part)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
         return total
@@ -102,34 +106,31 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         )
 
 
-class _Scratch:
-    """The two (chunk, V) buffers of the loop, allocated once: fresh ones would be paged in anew for every chunk."""
+def _logits_to_gradient(logits: Tensor, targets: Tensor, d_bias: Tensor | None) -> Tensor:
+    """Overwrite logits (C, V) by softmax - onehot(targets (C, 1)), a few rows at a time in fp32; returns the loss sum."""
+    step = SOFTMAX_ROWS.get(logits.device.type, 256)
+    scratch = logits.new_empty(min(step, len(logits)), logits.shape[1], dtype=torch.float32)
+    total = scratch.new_zeros(())
+    for part, target in zip(logits.split(step), targets.split(step), strict=True):
+        fp32 = scratch[: len(part)]
+        torch.log_softmax(part, -1, dtype=torch.float32, out=fp32)
+        total -= fp32.gather(1, target).sum()
+        fp32.exp_().scatter_add_(1, target, fp32.new_full(target.shape, -1.0))
+        if d_bias is not None:
+            d_bias += fp32.sum(0)
+        part.copy_(fp32)
+    return total
 
-    def __init__(self, weight: Tensor, device: torch.device):
-        self.weight, self.device = weight, device
-        self.logits: Tensor | None = None
-        self.logprobs: Tensor | None = None
 
-    def forward(self, part: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits in the model's precision and their fp32 log-softmax."""
-        if self.logits is None or self.logprobs is None:
-            shape = (part.shape[0], weight.shape[0])
-            self.logits = torch.empty(shape, dtype=part.dtype, device=self.device)
-            self.logprobs = torch.empty(shape, dtype=torch.float32, device=self.device)
-        logits, logprobs = self.logits[: part.shape[0]], self.logprobs[: part.shape[0]]
-        if bias is None:
-            torch.mm(part, weight.T, out=logits)
+def _add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    """total (V, D) += grad.T @ hidden in fp32, some rows of the head at a time.
+
+    CUDA adds half-precision products to fp32 without a rounding between.
+    """
+    for rows, columns in zip(total.split(WEIGHT_ROWS), grad.split(WEIGHT_ROWS, 1), strict=True):
+        if grad.dtype == torch.float32:
+            rows.addmm_(columns.T, hidden)
+        elif grad.is_cuda:
+            rows += torch.mm(columns.T, hidden, out_dtype=torch.float32)
         else:
-            torch.addmm(bias, part, weight.T, out=logits)
-        torch.log_softmax(logits, -1, dtype=torch.float32, out=logprobs)
-        return logits, logprobs
-
-
-def _accumulate(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """total += grad.T @ hidden, in fp32; CUDA adds half-precision products to fp32 without a rounding between."""
-    if grad.dtype == torch.float32:
-        total.addmm_(grad.T, hidden)
-    elif grad.is_cuda:
-        total += torch.mm(grad.T, hidden, out_dtype=torch.float32)
-    else:
-        total += grad.T @ hidden
+            rows += columns.T @ hidden

@@ -21,8 +21,12 @@ from finetune.config import FullConfig, Ia3Config, LoraConfig
 from finetune.plan.job import Job
 from finetune.shape import adapter_targets
 
-LOSS_CHUNK = 256
+LOSS_CHUNK = 512
 """Tokens whose logits exist at once (gptj/loss.py)."""
+SOFTMAX_ROWS = {True: 256, False: 16}
+"""Tokens whose fp32 probabilities exist at once, on a GPU and on a CPU (gptj/loss.py)."""
+WEIGHT_ROWS = 6400
+"""Rows of the head's weight gradient that one chunk makes at once (gptj/loss.py)."""
 
 
 class Activations(NamedTuple):
@@ -52,7 +56,7 @@ def activations(job: Job) -> Activations:
     transient = element * job.tokens * (inner + (2 if job.full else 3) * d)
     head_gradient = element * job.shape.vocab_size * d if job.full and job.shape.head == "lm" else 0
     # Evaluation: input, norm and attention output of a block, and the MLP's two wide tensors; logits in chunks.
-    chunk = (element + 4) * LOSS_CHUNK * job.shape.vocab_size if job.eval_tokens else 0
+    chunk = _logits_bytes(job, LOSS_CHUNK) if job.eval_tokens else 0
     evaluation = element * job.eval_tokens * (3 * d + 2 * inner) + chunk
     return Activations(layers + ends, block, transient, loss_bytes(job), head_gradient, evaluation)
 
@@ -103,18 +107,22 @@ def _block_fp32(job: Job) -> int:
 
 
 def loss_bytes(job: Job) -> int:
-    """Workspace of the head and its loss: one chunk of logits, its fp32 log-softmax, and the head's weight gradient.
+    """Workspace of the head and its loss: one chunk of logits, and the head's weight gradient.
 
-    That gradient is summed in fp32 and each chunk's share is made whole first: in fp32 on a GPU; on a CPU in low
-    precision and then, because the addition converts it, in fp32 as well. fp32 models add in place.
+    That gradient is summed in fp32 and each chunk's share is made some rows at a time: in fp32 on a GPU; on a CPU in
+    low precision and then, because the addition converts it, in fp32 as well. fp32 models add in place.
     """
     element, d, vocab = job.work.element_bytes, job.shape.n_embd, job.shape.vocab_size
     hidden = element * job.tokens * d
     if job.shape.head != "lm":
         return hidden + 4 * job.tokens * job.shape.num_labels
-    logits = min(job.tokens, LOSS_CHUNK) * vocab
-    scratch, converted = (element + 4) * logits, 0 if job.on_gpu or element == 4 else 4 * logits
+    logits = _logits_bytes(job, min(job.tokens, LOSS_CHUNK))
     if not job.full:
-        return hidden + scratch + converted
+        return hidden + logits
     share = 0 if element == 4 else 4 if job.on_gpu else element + 4
-    return hidden + scratch + 4 * vocab * d + max(converted, share * vocab * d)
+    return hidden + logits + 4 * vocab * d + share * min(WEIGHT_ROWS, vocab) * d
+
+
+def _logits_bytes(job: Job, tokens: int) -> int:
+    """Logits of some tokens in the model's precision; they become their own gradient, some rows at a time in fp32."""
+    return job.shape.vocab_size * (job.work.element_bytes * tokens + 4 * min(tokens, SOFTMAX_ROWS[job.on_gpu]))

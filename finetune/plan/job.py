@@ -10,6 +10,7 @@ from functools import cached_property
 from math import ceil, prod
 from typing import Optional
 
+from finetune import grouping
 from finetune.config import AdapterConfig, FullConfig, PrefixConfig, PromptConfig
 from finetune.plan.machine import Machine
 from finetune.shape import ModelShape
@@ -123,10 +124,11 @@ class Job:
     @cached_property
     def trainable_groups(self) -> list[list[int]]:
         """Elements of the trained tensors, split as the optimizer's parameter groups are: with weight decay
-        (matrices) and without (biases, norms). Order and split decide the padding of ZeRO's flat buffers."""
+        (matrices) and without (biases, norms), each cut by `grouping`. Order and split decide the padding of ZeRO's
+        flat buffers."""
         shapes = [shape for _, shape in self.shape.trainable_tensors(self.adapter)]
-        groups = [[prod(s) for s in shapes if len(s) >= 2], [prod(s) for s in shapes if len(s) < 2]]
-        return [group for group in groups if group]
+        kinds = [[prod(s) for s in shapes if len(s) >= 2], [prod(s) for s in shapes if len(s) < 2]]
+        return [[numels[i] for i in run] for numels in kinds for run in grouping.cut(numels)]
 
     @cached_property
     def frozen_numels(self) -> list[int]:

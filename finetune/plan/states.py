@@ -86,6 +86,12 @@ def _flat(job: Job) -> list[int]:
     return [padded(sum(group), ALIGNMENT * job.world_size) for group in job.trainable_groups]
 
 
+def _largest_group(job: Job) -> int:
+    """Elements of this rank's largest partition: groups are updated one after another, and each makes its gradients
+    flat, then fp32."""
+    return max(_flat(job), default=0) // job.world_size
+
+
 def _flat_optimizer(job: Job) -> int:
     """Master weights and moments of this rank's partition of every group."""
     return sum(12 * flat // job.world_size + STEP_BYTES for flat in _flat(job))
@@ -112,7 +118,7 @@ def _partitioned(job: Job, option: Option, rank: int) -> States:
     touched, padding = _touched(job, rank)
     owned = 4 * partition if sums_in_fp32 else element * (touched + padding)
     kept = _kept(job, option, owned if sums_in_fp32 else element * touched)
-    step = 0 if sums_in_fp32 else partition * (element + (4 if element == 2 else 0))
+    step = 0 if sums_in_fp32 else _largest_group(job) * (element + (4 if element == 2 else 0))
     optimizer, weights = _flat_optimizer(job), _flat_weights(job)
     if option.offload_optimizer == "none":
         # Stage 2 sums fp32 into one buffer; otherwise new gradients are made beside the kept ones.

@@ -204,12 +204,13 @@ def test_a_large_evaluation_batch_counts() -> None:
 
 
 def test_host_memory_of_optimizer_offload(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Page-locked blocks are powers of two, unless torch is told otherwise."""
+    """Page-locked blocks are powers of two, unless torch is told otherwise; the optimizer's groups are cut so that
+    most of GPT-J's are (2^25 elements: two projections of 4096 x 4096)."""
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     job_ = planned(six_b(), 1, 80).job
     parts = estimate(job_, Option(2, "cpu")).host_parts
-    assert sum(parts.values()) - parts["processes"] == pytest.approx(125.6 * GIB, rel=0.01)
+    assert sum(parts.values()) - parts["processes"] == pytest.approx(103.1 * GIB, rel=0.01)
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True,pinned_max_round_threshold_mb:64")
     parts = estimate(job_, Option(2, "cpu")).host_parts
     assert sum(parts.values()) - parts["processes"] == pytest.approx(18 * SIX_B.parameters(), rel=0.01)

@@ -1,0 +1,95 @@
+"""Where the time of one training step goes: torch's profiler over a few steps of this project's own engine.
+
+    python bench/profile_step.py [--length 1024] [--micro 2] [--stage 2] [--lora] [--steps 3] [--rows 25] [k=v ...]
+
+One rank, the model of `bench/peers.py` (n_embd 512, 6 layers, bf16), random tokens. Further k=v words change the config.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+from workload import Size, make_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--micro", type=int, default=2)
+    parser.add_argument("--stage", type=int, default=2)
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=25)
+    parser.add_argument("--shapes", action="store_true", help="tell calls apart by their shapes")
+    parser.add_argument("--trace", type=Path, help="write a Chrome trace here")
+    parser.add_argument("words", nargs="*")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        profile(args, make_model(Path(name) / "model", Size()))
+
+
+def profile(args: argparse.Namespace, model: Path) -> None:
+    import torch
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    from finetune import adapter, dist, ds_config
+    from finetune.app import compose_train
+    from finetune.ds_config import Sharding
+    from finetune.engine import Engine, connect_deepspeed
+    from finetune.gptj.load import build_model
+
+    words = ["recipe=clm_pile", f"model.path={model}", "model.dtype=bf16", f"task.max_length={args.length}",
+             f"train.micro_batch={args.micro}", f"train.global_batch={args.micro}",
+             "train.activation_checkpointing=false", f"adapter={'lora' if args.lora else 'full'}"]
+    cfg = compose_train([*words, *args.words])
+    world = dist.connect()
+    connect_deepspeed(world, print)
+    module = adapter.attach(build_model(cfg.model, "lm", device=world.device, seed=0), cfg.adapter, "lm", str(model), 0)
+    engine = Engine(module, ds_config.build(cfg, Sharding(args.stage), 1, world.device.type == "cuda"), cfg.optim, world)
+    engine.train()
+    tokens = args.length * args.micro
+    ids = torch.randint(0, 50000, (1, tokens), device=world.device)
+    positions = torch.arange(args.length, device=world.device).repeat(args.micro)[None]
+    boundaries = torch.arange(args.micro + 1, dtype=torch.int32) * args.length
+    parts = {"forward": 0.0, "backward": 0.0, "step": 0.0}
+
+    def step() -> None:
+        clock = time.perf_counter()
+        loss = engine(input_ids=ids, position_ids=positions, cu_seqlens=boundaries, labels=ids.roll(-1, 1))
+        parts["forward"] += time.perf_counter() - clock
+        clock = time.perf_counter()
+        engine.backward(loss, 1 / tokens)
+        parts["backward"] += time.perf_counter() - clock
+        clock = time.perf_counter()
+        engine.step(1e-4)
+        parts["step"] += time.perf_counter() - clock
+
+    for _ in range(2):
+        step()
+    parts.update(dict.fromkeys(parts, 0.0))
+    clock = time.perf_counter()
+    for _ in range(args.steps):
+        step()
+    seconds = (time.perf_counter() - clock) / args.steps
+    print(f"{tokens / seconds:.0f} tok/s, {seconds:.3f} s a step: "
+          + ", ".join(f"{name} {value / args.steps:.3f} s" for name, value in parts.items()))
+    cuda = world.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
+    import resource
+    print("peak MiB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    with torch_profile(activities=activities, record_shapes=args.shapes) as prof:
+        for _ in range(args.steps):
+            step()
+    print(prof.key_averages(group_by_input_shape=args.shapes).table(sort_by="self_cuda_time_total" if cuda else "self_cpu_time_total",
+                                    row_limit=args.rows, max_name_column_width=60))
+    if args.trace:
+        prof.export_chrome_trace(str(args.trace))
+    dist.disconnect()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""What the speed benchmarks share: a GPT-J of a given size, its data, the machine, and how programs are started."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "trl", "accelerate", "liger-kernel")
+EOS = 50256
+
+
+@dataclass(frozen=True)
+class Size:
+    """A GPT-J; the vocabulary is always GPT-J's 50400."""
+
+    n_embd: int = 512
+    n_layer: int = 6
+    n_head: int = 8
+    rotary_dim: int = 32
+
+    @property
+    def matmul_parameters(self) -> int:
+        """Weights that a token is multiplied with: blocks and head, not the embedding."""
+        return 12 * self.n_embd**2 * self.n_layer + 50400 * self.n_embd
+
+
+def make_model(folder: Path, size: Size) -> Path:
+    """A random bf16 checkpoint in Hugging Face's layout, without dropout, with GPT-J's tokenizer beside it."""
+    import torch
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    from finetune.data.tokenizer import load_tokenizer
+
+    torch.manual_seed(0)
+    config = GPTJConfig(n_embd=size.n_embd, n_layer=size.n_layer, n_head=size.n_head, rotary_dim=size.rotary_dim,
+                        n_positions=2048, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+    GPTJForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    load_tokenizer(None).save_pretrained(folder)
+    return folder
+
+
+def words() -> list[str]:
+    """Running text that ships with the project."""
+    from finetune.assets_path import asset
+    from finetune.data.records import read
+
+    texts = [row[1]["text"] for row in read(str(asset("data") / "pile_sample/train.jsonl.zst"), "train")]
+    return " ".join(texts).split()
+
+
+def dense_documents(file: Path, tokens: int) -> Path:
+    """One long document of at least `tokens` tokens: every block that is cut from it is full."""
+    text, out = words(), []
+    while len(out) < tokens:  # a word is at least one token
+        out += text
+    file.write_text(json.dumps({"text": " ".join(out[:tokens])}) + "\n", encoding="utf-8")
+    return file
+
+
+def ragged_rows(file: Path, rows: int, seed: int = 0) -> Path:
+    """prompt/completion rows with Alpaca's lengths: log-normal, mean about 170 tokens, none above 1000."""
+    rng, text = random.Random(seed), words()
+    with file.open("w", encoding="utf-8") as f:
+        for _ in range(rows):
+            sizes = [min(340, max(3, int(rng.lognormvariate(mu, sigma)))) for mu, sigma in ((2.9, 0.7), (3.9, 1.0))]
+            start = rng.randrange(len(text) - sum(sizes))
+            prompt, completion = text[start:start + sizes[0]], text[start + sizes[0]:start + sum(sizes)]
+            f.write(json.dumps({"prompt": " ".join(prompt), "completion": " ".join(completion)}) + "\n")
+    return file
+
+
+def launch(ranks: int, script: str, arguments: list[str], log: Path) -> float:
+    """Run a script under the deepspeed launcher with one CPU share per rank; seconds from start to end.
+
+    Raises:
+        RuntimeError: it failed; the end of its output.
+    """
+    cores = len(os.sched_getaffinity(0))
+    env = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // ranks)), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled",
+                        "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port",
+               str(free_port()), script, *arguments]
+    started = time.perf_counter()
+    with log.open("w") as out:
+        code = subprocess.run(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT).returncode
+    if code:
+        raise RuntimeError(f"{' '.join(command)}\n{log.read_text()[-3000:]}")
+    return time.perf_counter() - started
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def machine() -> dict:
+    """Where and with what a result was measured."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.machine())
+    return {"date": datetime.date.today().isoformat(), "cpu": cpu, "cores": len(os.sched_getaffinity(0)),
+            "python": platform.python_version(), "versions": versions}
