@@ -58,7 +58,8 @@ USAGE = {
     "serve": Usage("OpenAI's completions interface around an export, and a page to type in.",
                    "python launch/serve.py model=EXPORT [key=value ...]", [
         "python launch/serve.py model=runs/q/1/export",
-        "SERVE_TOKEN=... python launch/serve.py model=runs/i/1/export host=0.0.0.0 port=8080"]),
+        "python launch/serve.py model=runs/i/1/export host=0.0.0.0 port=8080"],
+        ["Any host but this machine's own needs a token in the environment variable SERVE_TOKEN."]),
     "convert": Usage("A checkpoint in another form: sharded safetensors, or mesh-transformer-jax's.",
                      "python launch/convert.py source=DIR target=DIR [key=value ...]", [
         "python launch/convert.py source=gpt-j-6b target=gpt-j-6b-bf16 dtype=bf16",
