@@ -194,7 +194,13 @@ def _prompt(row: Row, speaker: Speaker) -> Any:
 
 
 def _sampling(cfg: GenerateConfig) -> Sampling:
-    return Sampling(cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, cfg.beams, list(cfg.stop), cfg.seed)
+    return Sampling(cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, cfg.beams, stops(cfg), cfg.seed)
+
+
+def stops(cfg: GenerateConfig) -> list[str]:
+    """The stop strings, however they were typed."""
+    given = cfg.stop if isinstance(cfg.stop, list) else [] if cfg.stop is None else [cfg.stop]
+    return [str(stop) for stop in given if str(stop)]
 
 
 def _stream(cfg: GenerateConfig, speaker: Speaker, row: Row) -> None:
@@ -203,7 +209,7 @@ def _stream(cfg: GenerateConfig, speaker: Speaker, row: Row) -> None:
         sys.stdout.flush()
 
     ids = speaker.ids(_prompt(row, speaker), cfg.chat)
-    speaker.continue_ids([ids], _sampling(cfg), Streamer(speaker.tokenizer, cfg.stop, emit))
+    speaker.continue_ids([ids], _sampling(cfg), Streamer(speaker.tokenizer, stops(cfg), emit))
     emit("\n")
 
 
@@ -223,7 +229,7 @@ def _answers(cfg: GenerateConfig, speaker: Speaker, asked: list[Row]) -> Iterato
             rows = [_prompt(row, speaker) for row in asked[start : start + cfg.batch]]
             ids = speaker.continue_ids([speaker.ids(row, cfg.chat) for row in rows], _sampling(cfg))
             for prompt, found in zip(rows, ids, strict=True):
-                yield {"prompt": prompt, "text": finished_text(speaker.tokenizer, found, cfg.stop)}
+                yield {"prompt": prompt, "text": finished_text(speaker.tokenizer, found, stops(cfg))}
 
 
 def _open(out: str | None) -> TextIO | None:

@@ -91,8 +91,8 @@ class GenerateConfig:
     """Sample from the k likeliest tokens; 0: all."""
     beams: int = 1
     """Beams of a beam search; 1: none."""
-    stop: list[str] = field(default_factory=list)
-    """Strings that end the text."""
+    stop: Any = None
+    """String, or list of strings, that end the text and are cut off: stop=END, stop='["###", END]'."""
     batch: int = 8
     """Prompts per forward."""
     dtype: Optional[Dtype] = None
