@@ -9,6 +9,7 @@ interpreter and libraries take. Written to bench/results/export_memory.json.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -26,7 +27,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from finetune.app import compose_train  # noqa: E402
-from finetune.checkpoint import file_hash  # noqa: E402
 from finetune.gptj.load import meta_model, read_config  # noqa: E402
 from finetune.plain import plain_config  # noqa: E402
 from finetune.shards import ShardWriter  # noqa: E402
@@ -104,6 +104,12 @@ def run_folder(root: Path, name: str, layers: int, width: int, words: list[str])
     (step / "manifest.json").write_text(json.dumps({"format": 1, "step": 1, "files": files}))
     return run, {"parameters": sum(math.prod(s) for s in shapes.values()),
                  "largest_tensor_bytes_fp32": 4 * max(math.prod(s) for s in shapes.values())}
+
+
+def file_hash(path: Path) -> str:
+    """As checkpoints' manifests have it."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def lora_shapes(cfg, config) -> dict[str, tuple[int, ...]]:
