@@ -141,8 +141,8 @@ def _adapter(cfg: Config) -> Iterator[UserError]:
         if count < 1:
             yield UserError("adapter.virtual_tokens must be at least 1", remedy="Try adapter.virtual_tokens=20.")
         elif count > room >= 0:
-            yield UserError(f"adapter.virtual_tokens = {count} and task.max_length = {cfg.task.max_length} exceed GPT-J's "
-                            f"{GPTJ_POSITIONS} positions", remedy=f"Try task.max_length={GPTJ_POSITIONS - count}.")
+            yield UserError(f"adapter.virtual_tokens = {count} and task.max_length = {cfg.task.max_length} exceed "
+                            f"GPT-J's {GPTJ_POSITIONS} positions", remedy=f"Try task.max_length={GPTJ_POSITIONS - count}.")
 
 
 def _zero(cfg: Config, world_size: int) -> Iterator[UserError]:

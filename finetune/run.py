@@ -95,6 +95,7 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, word
     eval_store = _store(cfg, task, cfg.data.eval, cfg.data.eval_split, world, display)
     rows = task.rows(train_store)
     _preview(cfg, task, train_store, rows, tokenizer, say)
+    notes = _notes(task, {"train": train_store, "eval": eval_store}, say)
 
     planned = world.on_main(lambda: _plan(cfg, world, run_dir, task))
     sharding = _sharding(planned)
@@ -130,14 +131,16 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, word
     trainer = Trainer(engine, task, batches, hooks, checkpoints, callbacks, stop, world, train=cfg.train,
                       checkpoint=cfg.checkpoint, seed=cfg.seed, total_steps=length.steps)
 
-    callbacks.start(_run_info(cfg, words, run_dir, state, length, parameters, world, planned, train_store, rows, eval_store))
+    callbacks.start(_run_info(cfg, words, run_dir, state, length, parameters, world, planned, train_store, rows, eval_store,
+                              notes))
     start_host = int(world.maximum(memory_watch.host_bytes()))
     result = trainer.fit(state)
     exported = _export(cfg, engine, tokenizer, task, train_store, result, run_dir, world, say)
     final = final_result(result, world, engine.optimizer_bytes()["total"], {
         "start_host_bytes": start_host, "zero_stage": sharding.stage, "export": "export" if exported else None,
         "skipped_steps": engine.skipped, "wall_seconds": time.perf_counter() - started,
-        "bad_rows": train_store.stats["bad_rows"]})
+        "bad_rows": train_store.stats["bad_rows"], "bad_eval_rows": eval_store.stats["bad_rows"] if eval_store else 0,
+        "data_notes": notes})
     if world.main:
         metrics_log.write_result(run_dir, final)
         callbacks.finish(final)
@@ -175,6 +178,15 @@ def _preview(cfg: Config, task: Task, store: Store, rows: Rows, tokenizer, say) 
         from finetune.preview import preview
 
         say(preview(task, store, rows, tokenizer, cfg.data.preview))
+
+
+def _notes(task: Task, stores: dict[str, Store | None], say) -> dict[str, list[str]]:
+    """What encoding did to the data (texts cut, contexts split): said now, kept in result.json and data_stats.json."""
+    found = {name: task.notes(store) if store else [] for name, store in stores.items()}
+    for name, lines in found.items():
+        for line in lines:
+            say(f"{name} data: {line}")
+    return found
 
 
 def _plan(cfg: Config, world: World, run_dir: Path, task: Task) -> Plan:
@@ -273,11 +285,11 @@ def _sampler(cfg: Config, engine: Engine, tokenizer, task: Task, callbacks: Call
 
 
 def _run_info(cfg: Config, words: list[str], run_dir: Path, state: TrainState, length: Length, parameters: dict[str, int], world: World,
-              planned: Plan, store: Store, rows: Rows, eval_store: Store | None) -> RunInfo:
-    data = {"train": store.stats | {"rows": len(rows),
-                                    "packing_efficiency": efficiency(rows, cfg.task.max_length)}}
+              planned: Plan, store: Store, rows: Rows, eval_store: Store | None, notes: dict[str, list[str]]) -> RunInfo:
+    data = {"train": store.stats | {"rows": len(rows), "packing_efficiency": efficiency(rows, cfg.task.max_length),
+                                    "notes": notes["train"]}}
     if eval_store:
-        data["eval"] = eval_store.stats
+        data["eval"] = eval_store.stats | {"notes": notes["eval"]}
     if world.main:
         metrics_log.write_json(run_dir / "data_stats.json", data)
     return RunInfo(run_dir, cfg.name, length.steps, state.step, plain_config(cfg), parameters, world.size,

@@ -5,8 +5,10 @@
     alpaca     {"instruction": "Add.", "input": "2+2", "output": "4"}
     sharegpt   {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]}
 
-All become messages of the second layout. A conversation is: perhaps a system message, then user and assistant in turn.
-Turns behind the assistant's last are left out: nothing of them is scored. Renders and tokenises nothing.
+All become messages of the second layout; prompt and completion may be lists of such messages too. Turns may name their
+fields in either way, and a field `system` beside them is the system message. A conversation is: perhaps a system
+message, then user and assistant in turn. Turns behind the assistant's last are left out: nothing of them is scored.
+Renders and tokenises nothing.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ from finetune.data.rows import SKIP, json_type
 from finetune.data.template import Message
 from finetune.errors import UserError
 
-ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
                   "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant"}
+TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython", "environment")
 LAYOUTS = "prompt, messages, alpaca and sharegpt"
 
 
@@ -66,6 +69,9 @@ def _unknown_layout(record: dict, where: str, cfg: InstructConfig) -> UserError:
 
 
 def _prompt(record: dict, where: str, cfg: InstructConfig) -> list[Message]:
+    parts = [(field, get_field(record, field)) for field in (cfg.prompt_field, cfg.completion_field)]
+    if all(isinstance(value, list) and value and isinstance(value[0], dict) for _, value in parts):
+        return [message for field, value in parts for message in _list(value, field, where, "role")]
     prompt = text_field(record, cfg.prompt_field, where, "task.prompt_field")
     return _pair(prompt, text_field(record, cfg.completion_field, where, "task.completion_field"))
 
@@ -73,14 +79,25 @@ def _prompt(record: dict, where: str, cfg: InstructConfig) -> list[Message]:
 def _alpaca(record: dict, where: str, cfg: InstructConfig) -> list[Message]:
     instruction = text_field(record, "instruction", where, "task.format=prompt task.prompt_field")
     output = text_field(record, "output", where, "task.format=prompt task.completion_field")
+    if record.get("history"):
+        raise UserError("field 'history' holds earlier turns, which the layout alpaca has no place for", where,
+                        f"Write the conversation as messages; {SKIP}")
     extra = record.get("input")
     if extra is not None and not isinstance(extra, str):
         raise UserError(f"field 'input' is {json_type(extra)}, not a string", where, MEND)
     if not extra or not extra.strip():
-        return _pair(instruction, output)
+        return _system(record, where) + _pair(instruction, output)
     messages = _pair(f"{instruction}\n\n{extra}", output)
     messages[0] |= {"instruction": instruction, "input": extra}
-    return messages
+    return _system(record, where) + messages
+
+
+def _system(record: dict, where: str) -> list[Message]:
+    """The system message that stands beside the turns, if there is one."""
+    text = record.get("system")
+    if text is None or text == "":
+        return []
+    return [{"role": "system", "content": full_text(text, "field 'system'", where)}]
 
 
 def _pair(prompt: str, completion: str) -> list[Message]:
@@ -88,38 +105,58 @@ def _pair(prompt: str, completion: str) -> list[Message]:
 
 
 def _messages(record: dict, where: str, cfg: InstructConfig) -> list[Message]:
-    return _turns(record, where, "messages", "role", "content", ROLES)
+    return _system(record, where) + _turns(record, where, "messages", "role")
 
 
 def _sharegpt(record: dict, where: str, cfg: InstructConfig) -> list[Message]:
-    return _turns(record, where, "conversations", "from", "value", SHAREGPT_ROLES)
+    return _system(record, where) + _turns(record, where, "conversations", "from")
 
 
-def _turns(record: dict, where: str, field: str, role_key: str, text_key: str, roles: dict[str, str]) -> list[Message]:
+def _turns(record: dict, where: str, field: str, style: str) -> list[Message]:
     turns = record.get(field, MISSING)
     if turns is MISSING:
         present = ", ".join(f"'{name}'" for name in list(record)[:12])
         raise UserError(f"field '{field}' is missing; this record has {present}", where, "Try task.format=auto.")
+    return _list(turns, field, where, style)
+
+
+def _list(turns: Any, field: str, where: str, style: str) -> list[Message]:
+    """Messages of a list of turns that say role and content, or from and value; `style` is the expected first key."""
     if not isinstance(turns, list):
         raise UserError(f"field '{field}' is {json_type(turns)}, not an array", where, MEND)
     if not turns:
         raise UserError(f"field '{field}' is an empty array", where, MEND)
-    return [_turn(turn, f"{field}[{i}]", where, role_key, text_key, roles) for i, turn in enumerate(turns)]
+    return [_turn(turn, f"{field}[{i}]", where, style) for i, turn in enumerate(turns)]
 
 
-def _turn(turn: Any, name: str, where: str, role_key: str, text_key: str, roles: dict[str, str]) -> Message:
+def _turn(turn: Any, name: str, where: str, style: str) -> Message:
     if not isinstance(turn, dict):
         raise UserError(f"{name} is {json_type(turn)}, not an object", where, MEND)
-    missing = [key for key in (role_key, text_key) if key not in turn]
+    style = next((key for key, (text_key, _) in STYLES.items() if key in turn and text_key in turn), style)
+    text_key, roles = STYLES[style]
+    missing = [key for key in (style, text_key) if key not in turn]
     if missing:
         present = ", ".join(f"'{key}'" for key in turn) or "nothing"
         raise UserError(f"{name} has no '{missing[0]}'; it has {present}", where, MEND)
-    role = turn[role_key]
+    role = turn[style]
     if not isinstance(role, str) or role not in roles:
-        near = get_close_matches(str(role).lower(), roles, 1)
-        hint = f"Perhaps '{near[0]}' was meant; {SKIP}" if near else f"Known are {', '.join(roles)}; {SKIP}"
-        raise UserError(f"{name} has the unknown {role_key} {role!r}", where, hint)
-    return {"role": roles[role], "content": full_text(turn[text_key], f"{name}.{text_key}", where)}
+        raise UserError(f"{name} has the unknown {style} {role!r}", where, _role_hint(str(role), roles))
+    return {"role": roles[role], "content": full_text(_joined(turn[text_key]), f"{name}.{text_key}", where)}
+
+
+def _role_hint(role: str, roles: dict[str, str]) -> str:
+    if role in TOOL_ROLES:
+        return f"Known are {', '.join(roles)}: fold what tools say into the user's words; {SKIP}"
+    near = get_close_matches(role.lower(), roles, 1)
+    return f"Perhaps '{near[0]}' was meant; {SKIP}" if near else f"Known are {', '.join(roles)}; {SKIP}"
+
+
+def _joined(content: Any) -> Any:
+    """The text of content that is a list of text parts, {"type": "text", "text": ..}; anything else as it is."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
 
 
 def _check_order(messages: list[Message], where: str) -> None:
@@ -139,5 +176,7 @@ def _check_order(messages: list[Message], where: str) -> None:
                             f"Join them into one, or mend their order; {SKIP}")
 
 
+STYLES = {"role": ("content", ROLES), "from": ("value", SHAREGPT_ROLES)}
+"""Key of the role -> key of the text, and the known roles."""
 READERS: dict[str, Callable[[dict, str, InstructConfig], list[Message]]] = {
     "prompt": _prompt, "messages": _messages, "alpaca": _alpaca, "sharegpt": _sharegpt}

@@ -36,18 +36,18 @@ Turn = tuple[list[int], list[int]]
 
 
 class InstructEncoder:
-    """Rows -> columns `ids`, `scored` (1 where the token is a target) and `cut` (tokens lost on the left)."""
+    """Rows -> columns `ids`, `scored` (1 where the token is a target), `cut` (tokens lost on the left) and `where`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, cfg: InstructConfig, template: Template):
         self.cfg, self.template = cfg, template
         self.columns = {"ids": Column("token", ids_dtype(tokenizer)), "scored": Column("token", "uint8"),
-                        "cut": Column("scalar", "int32")}
+                        "cut": Column("scalar", "int32"), "where": Column("blob", "uint8")}
         self._texts = TextTokenizer(tokenizer)
         self._eos = cast(int, tokenizer.eos_token_id)
 
     def fingerprint(self) -> str:
         cfg = self.cfg
-        return digest("instruct-1", self._texts.fingerprint, self.template.text, cfg.format, cfg.prompt_field,
+        return digest("instruct-2", self._texts.fingerprint, self.template.text, cfg.format, cfg.prompt_field,
                       cfg.completion_field, cfg.max_length)
 
     def encode(self, batch: list[tuple[str, dict]]) -> list[list[Example] | UserError]:
@@ -82,7 +82,8 @@ class InstructEncoder:
         ids = np.fromiter((i for turn in turns for part in turn for i in part), np.int64)
         scored = np.concatenate([np.repeat([0, 1], [len(prompt), len(end)]) for prompt, end in turns])
         ends = list(accumulate(len(prompt) + len(completion) for prompt, completion in turns))
-        return [_window(ids, scored, *window) for window in windows(ends, self.cfg.max_length)]
+        found = [_window(ids, scored, *window) for window in windows(ends, self.cfg.max_length)]
+        return [example | {"where": where.encode()} for example in found]
 
 
 def windows(ends: list[int], max_length: int) -> list[tuple[int, int, int]]:

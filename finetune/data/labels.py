@@ -54,7 +54,7 @@ class ClassifyEncoder:
 
     def fingerprint(self) -> str:
         cfg = self.cfg
-        return digest("classify-1", self._texts.fingerprint, self.labels.names, self.labels.by_index, cfg.text_field,
+        return digest("classify-2", self._texts.fingerprint, self.labels.names, self.labels.by_index, cfg.text_field,
                       cfg.text_pair_field, cfg.label_field, cfg.problem, cfg.truncation, cfg.max_length)
 
     def encode(self, batch: list[tuple[str, dict]]) -> list[list[Example] | UserError]:
@@ -133,6 +133,7 @@ class LabelReader:
         return self._known(value, where)
 
     def _multi(self, value: Any, where: str) -> str:
+        value = _array(value)
         if not isinstance(value, list):
             raise self._wrong_type(value, "an array of labels", where, "Try task.problem=single_label.")
         names = sorted(self._known(item, where) for item in value)
@@ -146,7 +147,8 @@ class LabelReader:
         try:
             number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
-            raise self._wrong_type(value, "a number", where, "Try task.problem=single_label.") from None
+            remedy = "Try task.problem=single_label." if isinstance(value, str) and value.strip() else MEND
+            raise self._wrong_type(value, "a number", where, remedy) from None
         if not math.isfinite(number):
             raise self._wrong_type(value, "a finite number", where, MEND)
         return number
@@ -181,6 +183,16 @@ class LabelReader:
     def _wrong_type(self, value: Any, wanted: str, where: str, remedy: str) -> UserError:
         quoted = f" {shown(str(value))}" if isinstance(value, (str, float, int)) else ""
         return UserError(f"field '{self.field}' is {json_type(value)}{quoted}, not {wanted}", where, remedy)
+
+
+def _array(value: Any) -> Any:
+    """A JSON array that stands in a string, as CSV files have it, else the value."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def unseen(name: str, names: list[str], by_index: bool, where: str) -> UserError:

@@ -25,7 +25,7 @@ from finetune.errors import UserError
 READERS: dict[str, Reader] = {
     ".jsonl": jsonl_rows, ".jsonl.gz": jsonl_rows, ".jsonl.zst": jsonl_rows,
     ".json": json_rows, ".json.gz": json_rows,
-    ".csv": csv_rows, ".csv.gz": csv_rows,
+    ".csv": csv_rows, ".csv.gz": csv_rows, ".tsv": csv_rows, ".tsv.gz": csv_rows,
     ".parquet": parquet_rows,
     ".txt": txt_rows, ".txt.gz": txt_rows,
 }

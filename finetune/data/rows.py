@@ -10,6 +10,7 @@ import codecs
 import csv
 import json
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, Union
 
@@ -63,7 +64,9 @@ def csv_rows(path: Path, count: Count | None = None) -> Iterator[Row]:
     invalid: list[UserError] = []
     # Process-wide, and raised only: another reader may have set it higher.
     csv.field_size_limit(max(CSV_FIELD_BYTES, csv.field_size_limit()))
-    reader = csv.reader(_csv_lines(path, count, invalid), strict=True)
+    texts = _csv_lines(path, count, invalid)
+    first = next(texts, "")
+    reader = csv.reader(chain([first], texts) if first else texts, strict=True, delimiter=_separator(first))
     header = _csv_header(path, reader, invalid)
     if header is None:
         return
@@ -166,6 +169,11 @@ def _csv_lines(path: Path, count: Count | None, invalid: list[UserError]) -> Ite
             invalid.append(invalid_utf8(f"{path}:{line.number}", error))
             text = line.data.decode("utf-8", errors="replace")
         yield text + "\n"
+
+
+def _separator(header: str) -> str:
+    """A comma, or where the header has none the semicolon or tab that spreadsheets write instead."""
+    return next((mark for mark in (",", ";", "\t") if mark in header), ",")
 
 
 def _csv_header(path: Path, reader: Any, invalid: list[UserError]) -> list[str] | None:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Union
@@ -81,9 +82,19 @@ def _flat(record: dict, where: str) -> Question:
     name = record.get("id")
     place = f"{where} id {name}" if name is not None else where
     context = full_text(_get(record, "context", place), "'context'", place)
-    answers = _get(record, "answers", place)
+    answers = _parsed(_get(record, "answers", place))
     pairs = [_annotation(a, place) for a in answers] if isinstance(answers, list) else _columns(answers, place)
     return _question(place, str(where if name is None else name), context, _get(record, "question", place), pairs)
+
+
+def _parsed(answers: Any) -> Any:
+    """JSON that stands in a string, as CSV files have it, else the value."""
+    if not isinstance(answers, str) or answers.lstrip()[:1] not in ("{", "["):
+        return answers
+    try:
+        return json.loads(answers)
+    except ValueError:
+        return answers
 
 
 def _columns(answers: Any, where: str) -> list[tuple[int, str]]:

@@ -56,7 +56,7 @@ class QaEncoder:
         self._separator = self._tokens([SEPARATOR])[0].ids
 
     def fingerprint(self) -> str:
-        return digest("qa-1", self._fingerprint, self.cfg.max_length, self.cfg.stride)
+        return digest("qa-2", self._fingerprint, self.cfg.max_length, self.cfg.stride)
 
     def encode(self, batch: list[tuple[str, dict]]) -> list[list[Example] | UserError]:
         return [self._row(where, record) for where, record in batch]

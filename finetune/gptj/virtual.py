@@ -48,7 +48,8 @@ class Virtual:
             lengths = torch.diff(cu_seqlens).tolist()
             flat = insert(flat, self.prompt.to(flat.dtype), lengths)
             positions = insert(positions, torch.arange(self.count, device=x.device), lengths)
-            cu_seqlens = cu_seqlens + self.count * torch.arange(len(cu_seqlens), dtype=torch.int32, device=cu_seqlens.device)
+            steps = torch.arange(len(cu_seqlens), dtype=torch.int32, device=cu_seqlens.device)
+            cu_seqlens = cu_seqlens + self.count * steps
         return flat[None], positions[None], cu_seqlens
 
     def leave(self, hidden: Tensor, packed: Packed, shape: torch.Size) -> Tensor:

@@ -16,6 +16,7 @@ from finetune.metrics_log import write_json
 from finetune.redact import redact, redact_words
 from finetune.report import tables
 from finetune.report.charts import draw
+from finetune.report.confusion import confusion
 from finetune.report.curves import curves
 from finetune.report.data import sections
 from finetune.report.differences import from_recipe
@@ -59,6 +60,7 @@ def page_context(run: RunFiles) -> dict[str, Any]:
         "memory": tables.memory(run),
         "evaluations": tables.evaluations(run),
         "groups": tables.groups(run),
+        "confusion": confusion(run),
         "data": sections(run.data),
         "samples": tables.samples(run),
         "differences": from_recipe(run.config),

@@ -4,7 +4,7 @@
                "lengths": {"64": n, "128": n}  counts of lengths up to 64, 65 to 128, ...
                           or {"edges": [n + 1 numbers], "counts": [n numbers]}, or a list of lengths,
                "tokens_by_name": {column: {"ArXiv": tokens}}  or "subsets": {"ArXiv": tokens or {"tokens": n}},
-               "bad_row_messages": [text], any other number or text},
+               "notes": [text], "bad_row_messages": [text], any other number or text},
      "eval": {...}}
 
 A flat object is read as `train`. Every key is optional. Computes shares, not statistics.
@@ -18,7 +18,7 @@ from typing import Any
 
 from finetune.report.charts import is_number
 
-SHOWN_APART = ("lengths", "subsets", "tokens_by_name", "bad_row_messages")
+SHOWN_APART = ("lengths", "subsets", "tokens_by_name", "notes", "bad_row_messages")
 
 
 @dataclass
@@ -50,7 +50,7 @@ def sections(data: dict[str, Any]) -> list[DataSection]:
 def _section(name: str, part: dict[str, Any]) -> DataSection:
     by_column = [names for names in (part.get("tokens_by_name") or {}).values() if names]
     subsets = part.get("subsets") or (by_column[0] if by_column else {})
-    complaints = [str(line) for line in part.get("bad_row_messages") or []]
+    complaints = [str(line) for key in ("notes", "bad_row_messages") for line in part.get(key) or []]
     return DataSection(name, _facts(part), _lengths(part.get("lengths")), _subsets(subsets), complaints)
 
 

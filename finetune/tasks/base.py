@@ -68,6 +68,10 @@ class Task(Protocol):
         """What an export needs beside weights: label names, template."""
         ...
 
+    def notes(self, store: Store) -> list[str]:
+        """What encoding did to the data (texts cut, contexts split), for people."""
+        ...
+
 
 @dataclass
 class Inputs:

@@ -12,6 +12,7 @@ from torch import Tensor
 from finetune.config import ClmConfig
 from finetune.data.collate import lm_batch
 from finetune.data.columns import Encoder, Store
+from finetune.data.constants import IGNORE
 from finetune.data.packing import Rows, document_chunks, stream_blocks
 from finetune.data.text import TextEncoder
 from finetune.dist import World
@@ -49,6 +50,9 @@ class ClmTask:
     def describe(self) -> dict[str, Any]:
         return {}
 
+    def notes(self, store: Store) -> list[str]:
+        return []  # nothing is lost: long documents are cut into several rows
+
 
 class LmMeter:
     """Loss and perplexity per scored token, in all and by the store's category column."""
@@ -59,16 +63,18 @@ class LmMeter:
         self.losses, self.counts = np.zeros(len(self.names)), np.zeros(len(self.names))
 
     def add(self, model: Model, batch: Batch) -> None:
-        losses = model(**flat_inputs(batch), labels=batch["labels"][None], per_token=True)
-        kept = batch["labels"] != -100
-        segments = torch.repeat_interleave(
-            torch.arange(len(batch["examples"])), torch.diff(batch["cu_seqlens"].long())
-        )
-        examples = batch["examples"].cpu()[segments].numpy()
+        losses = model(**flat_inputs(batch), labels=batch["labels"][None], per_token=True).double().cpu().numpy()
+        kept = (batch["labels"] != IGNORE).double().cpu().numpy()
+        lengths = torch.diff(batch["cu_seqlens"].long()).numpy()
+        self.keep(batch["examples"].cpu().numpy(), lengths, losses, kept)
+
+    def keep(self, examples: np.ndarray, lengths: np.ndarray, losses: np.ndarray, kept: np.ndarray) -> None:
+        """Add up the losses (N,) and counts (N,) of a batch whose segments are `examples` (S,), `lengths` (S,) long."""
+        examples = np.repeat(examples, lengths)
         group = np.zeros(len(examples), np.int64) if self.groups is None else self.groups[np.maximum(examples, 0)]
         size = len(self.names)
-        self.losses += np.bincount(group, losses.double().cpu().numpy(), size)[:size]
-        self.counts += np.bincount(group, kept.double().cpu().numpy(), size)[:size]
+        self.losses += np.bincount(group, losses, size)[:size]
+        self.counts += np.bincount(group, kept, size)[:size]
 
     def result(self, world: World) -> dict[str, Any]:
         size = len(self.names)

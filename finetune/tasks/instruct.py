@@ -18,8 +18,10 @@ from finetune.data.conversations import check_format
 from finetune.data.dialogue import InstructEncoder, prompt_ids
 from finetune.data.packing import Rows, best_fit, one_per_row
 from finetune.data.template import Message, Template, load_template
+from finetune.dist import World
 from finetune.tasks.base import Batch, Model, flat_inputs, scored
 from finetune.tasks.clm import LmMeter
+from finetune.tasks.gather import Gathered
 
 
 class InstructTask:
@@ -53,8 +55,8 @@ class InstructTask:
     def loss(self, model: Model, batch: Batch) -> Tensor:
         return model(**flat_inputs(batch), labels=batch["labels"][None])
 
-    def meter(self, store: Store, rows: Rows) -> LmMeter:
-        return LmMeter(store, None)
+    def meter(self, store: Store, rows: Rows) -> InstructMeter:
+        return InstructMeter(store)
 
     def describe(self) -> dict[str, Any]:
         return {"template": self.template.name, "template_text": self.template.text, "format": self.cfg.format,
@@ -67,6 +69,27 @@ class InstructTask:
     def prompt_ids(self, prompt: str | list[Message]) -> list[int]:
         """Ids that ask the model for an answer: a prompt, or a conversation whose last message is the user's."""
         return prompt_ids(self.template, self.tokenizer, prompt)
+
+
+class InstructMeter(LmMeter):
+    """Also keeps the loss of each example; `predictions` after `result`: where it stands, loss and scored tokens."""
+
+    def __init__(self, store: Store):
+        super().__init__(store, None)
+        self.store, self.found = store, Gathered()
+        self.predictions: list[dict[str, Any]] = []
+
+    def keep(self, examples: np.ndarray, lengths: np.ndarray, losses: np.ndarray, kept: np.ndarray) -> None:
+        super().keep(examples, lengths, losses, kept)
+        first = np.cumsum(lengths) - lengths
+        self.found.add(example=examples, loss=np.add.reduceat(losses, first), tokens=np.add.reduceat(kept, first))
+
+    def result(self, world: World) -> dict[str, Any]:
+        found = self.found.together(world)
+        columns = zip(found["example"].tolist(), found["loss"].tolist(), found["tokens"].tolist(), strict=True)
+        self.predictions = [{"where": self.store.blob("where", example).decode(), "loss": loss / max(tokens, 1),
+                             "tokens": int(tokens)} for example, loss, tokens in columns] if world.main else []
+        return super().result(world)
 
 
 def cut_note(store: Store, event: str, max_length: int) -> list[str]:

@@ -20,11 +20,11 @@ RECORDS = [{"text": text, "n": str(i)} for i, text in enumerate(TEXTS)]
 JSONL = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
 
 
-def as_csv() -> bytes:
+def as_csv(delimiter: str = ",") -> bytes:
     import io
 
     out = io.StringIO(newline="")
-    writer = csv.DictWriter(out, ["text", "n"])
+    writer = csv.DictWriter(out, ["text", "n"], delimiter=delimiter)
     writer.writeheader()
     writer.writerows(RECORDS)
     return out.getvalue().encode()
@@ -56,6 +56,8 @@ FORMATS = {
     "array.json.gz": lambda: gzip.compress(json.dumps(RECORDS).encode()),
     "d.csv": as_csv,
     "bom.csv": lambda: b"\xef\xbb\xbf" + as_csv(),
+    "semicolons.csv": lambda: as_csv(";"),
+    "d.tsv": lambda: as_csv("\t"),
     "d.csv.gz": lambda: gzip.compress(as_csv()),
 }
 

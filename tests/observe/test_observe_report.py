@@ -15,6 +15,7 @@ from finetune.callbacks import RunInfo
 from finetune.report import Report, build_report
 from finetune.report import build as build_module
 from finetune.report.charts import Chart, Series, draw, smooth, thin
+from finetune.report.confusion import confusion
 from finetune.report.curves import curves, predicted
 from finetune.report.data import sections
 from finetune.report.files import read_run
@@ -186,6 +187,31 @@ def test_classification_has_its_own_curve_and_best_row(tmp_path: Path):
     write_lines(tmp_path / "metrics.jsonl", evals)
     page = page_of(tmp_path)
     assert "Evaluation" in page.titles() and "best accuracy 0.9000 step 10" in page.text and "By class" in page.text
+
+
+def run_with(run_dir: Path, labels, counts) -> Path:
+    """A complete run whose last evaluation carries a confusion matrix."""
+    with (make_run(run_dir, steps=20) / "metrics.jsonl").open("a") as f:
+        f.write(json.dumps(eval_record(21) | {"labels": labels, "confusion": counts}) + "\n")
+    return run_dir
+
+
+def test_the_confusion_matrix_is_a_shaded_grid(tmp_path: Path):
+    run_dir = run_with(tmp_path / "run", ["no", "<b>yes</b>"], [[3, 1], [0, 0]])
+    grid = confusion(read_run(run_dir))
+    assert [[(cell.text, cell.share, cell.right) for cell in cells] for _, cells in grid.rows] == [
+        [("3", 0.75, True), ("1", 0.25, False)], [("0", 0.0, False), ("0", 0.0, True)]]
+    page = Page(build_report(run_dir).read_text())
+    shades = [attributes["style"] for _, attributes in page.tags if attributes.get("class") in ("right", "wrong")]
+    assert shades == ["--share:75.0%", "--share:25.0%", "--share:0.0%", "--share:0.0%"]
+    assert "<b>yes</b>" in page.text
+
+
+@pytest.mark.parametrize(("labels", "counts"), [(["a"], [[1], [2]]), (["a"], None), (None, [[1]]), (["a"], [["x"]]),
+                                                ([], []), ([str(i) for i in range(41)], [[0] * 41] * 41)])
+def test_what_is_no_matrix_is_left_out(tmp_path: Path, labels, counts):
+    run_dir = run_with(tmp_path / "run", labels, counts)
+    assert confusion(read_run(run_dir)) is None and build_report(run_dir).is_file()
 
 
 def test_hover_data_is_what_was_logged(tmp_path: Path):

@@ -294,3 +294,9 @@ def test_eos_and_pad_need_not_differ(make):
     assert not torch.allclose(ours_logits, theirs_logits, atol=1e-3)
     theirs.config.pad_token_id = None
     torch.testing.assert_close(ours_logits, theirs(input_ids=batch["ids"][None], use_cache=False).logits)
+
+
+def test_lists_of_labels_may_stand_in_strings_as_csv_files_have_them(make):
+    made = make(cfg(problem="multi_label"), [{"text": "Hi", "label": '["x", "z"]'}, {"text": "4", "label": "[]"},
+                                             {"text": "4", "label": ' ["y"]'}])
+    assert made.batch()["targets"].tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]

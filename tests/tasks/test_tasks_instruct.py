@@ -52,6 +52,51 @@ def test_messages_score_every_turn_of_the_assistant_and_its_eos(make):
         "scored": [0] * len(first) + [1, 1] + [0] * len(second) + [1, 1, 1], "cut": 0}
 
 
+def turns(kind: str, *said: tuple[str, object]) -> list[dict]:
+    role, text = {"messages": ("role", "content"), "conversations": ("from", "value")}[kind]
+    return [{role: who, text: words} for who, words in said]
+
+
+ASKED, SAID = turns("messages", ("user", "Hi")), turns("messages", ("assistant", "Hello"))
+VARIANTS = [  # as others write the same two rows: the second with a system message "Be nice."
+    {"messages": turns("conversations", ("human", "Hi"), ("gpt", "Hello"))},
+    {"conversations": ASKED + SAID},
+    {"prompt": ASKED, "completion": SAID},
+    {"messages": turns("messages", ("user", [{"type": "text", "text": "Hi"}]), ("assistant", "Hello"))},
+    {"messages": ASKED + SAID, "system": None},
+    {"messages": ASKED + SAID, "system": "Be nice."},
+    {"messages": turns("messages", ("developer", "Be nice."), ("user", "Hi"), ("assistant", "Hello"))},
+    SHAREGPT | {"system": "Be nice."},
+    {"instruction": "Hi", "output": "Hello", "system": "Be nice."}]
+
+
+def test_the_usual_variants_of_a_layout_are_read_too(make):
+    made = make(chat(), VARIANTS)
+    bare = [*USER, *HI, *ASSISTANT, *HELLO, EOS]
+    for i in range(len(VARIANTS)):
+        assert made.example(i)["ids"] == ([] if i < 5 else [*NICE, NEWLINE, NEWLINE]) + bare, VARIANTS[i]
+        assert sum(made.example(i)["scored"]) == 2
+
+
+def test_predictions_are_each_examples_loss(make):
+    """As Hugging Face's model gives it, row by row; on three ranks as on one, packed or not."""
+    rows = [PROMPT, SHAREGPT, {"prompt": "Hi", "completion": "a b c"}, {"prompt": "4", "completion": " Hi"}]
+    ours, theirs = models("lm")
+    made = make(plain(max_length=12), rows)
+    (alone,), predictions = evaluate_on(1, ours, made)
+    several, again = evaluate_on(3, ours, make(plain(max_length=12), rows, packing=False), batch=1)
+    assert [p["where"].rpartition(":")[2] for p in predictions] == ["1", "2", "3", "4"]
+    for i, found in enumerate(predictions):
+        example = made.example(i)
+        ids, scored = torch.tensor(example["ids"]), torch.tensor(example["scored"], dtype=torch.bool)
+        logits = theirs(input_ids=ids[None], use_cache=False).logits[0]
+        wanted = F.cross_entropy(logits[:-1][scored[1:]], ids[1:][scored[1:]])
+        assert found["tokens"] == int(scored.sum()) and abs(found["loss"] - float(wanted)) < 1e-5 * float(wanted)
+        assert abs(again[i]["loss"] - found["loss"]) < 1e-5 * found["loss"]
+    mean = sum(p["loss"] * p["tokens"] for p in predictions) / alone["tokens"]
+    assert abs(mean - alone["loss"]) < 1e-6 and abs(several[0]["loss"] - alone["loss"]) < 1e-5
+
+
 def test_sharegpt_and_alpaca_rows_are_the_same_conversation(make):
     made = make(chat(), [SHAREGPT, ALPACA])
     assert made.example(0)["ids"] == [*USER, *HI, *ASSISTANT, *HELLO, EOS]

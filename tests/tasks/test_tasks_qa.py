@@ -309,3 +309,12 @@ def test_a_preview_that_a_person_can_check(make):
     assert preview(made.task, made.store, made.rows, made.task.tokenizer, 9) == (
         "-- row 0, example 0: 9 tokens, answer of 1 tokens\nWho?\\n\nAda met\n⟦ Bob⟧\n.<|endoftext|>\n\n"
         "-- row 1, example 1: 9 tokens, no answer: the null slot\nWhy?\\n\nAda met Bob.\n⟦<|endoftext|>⟧")
+
+
+def test_answers_may_stand_in_a_string_as_csv_files_have_them(make):
+    row = {"id": "1", "context": "Paris is big.", "question": "What?"}
+    answers = [{"text": ["Paris"], "answer_start": [0]}, {"text": [], "answer_start": []},
+               [{"text": "big", "answer_start": 9}]]
+    plain = make(QaConfig(), [row | {"answers": answer} for answer in answers])
+    quoted = make(QaConfig(), [row | {"answers": json.dumps(answer)} for answer in answers])
+    assert [plain.example(i) for i in range(3)] == [quoted.example(i) for i in range(3)]

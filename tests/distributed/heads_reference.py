@@ -1,0 +1,123 @@
+"""Independent training of the three heads: Hugging Face's eager GPT-J, plain peft, one text at a time, torch's AdamW.
+
+Accumulation 1 and world size 1 by construction. From the product come the examples (their ids are tested elsewhere),
+the first weights and the order of rows; nothing of its model, its losses, its batches or its engine.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import torch
+import torch.nn.functional as F
+import transformers
+
+from finetune import adapter
+from finetune.app import compose_train
+from finetune.data.order import permutation
+from finetune.data.store import build_store
+from finetune.data.tokenizer import load_tokenizer
+from finetune.gptj.load import build_model
+from finetune.gptj.model import ARCHITECTURES
+from finetune.tasks import build_task
+
+LAYERS = {"lm": "lm_head", "classify": "score", "qa": "qa_outputs"}
+
+
+def train(overrides: list[str]) -> list[float]:
+    """Loss of each step of the run that `overrides` describe: constant learning rate, no weight decay, unpacked."""
+    cfg = compose_train(overrides)
+    tokenizer = load_tokenizer(None)
+    task = build_task(cfg.task, tokenizer, packing=False)
+    store = build_store(cfg.data.train, "train", task.encoder())
+    task.prepare(store, None)
+    model = _model(cfg, task)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    betas = tuple(cfg.optim.betas)
+    optimizer = torch.optim.AdamW(trained, lr=cfg.optim.lr, betas=betas, weight_decay=0.0, foreach=False)
+    losses = []
+    for step in range(cfg.train.steps):
+        first = step * cfg.train.global_batch
+        chosen = [_row(position, cfg.seed, len(store)) for position in range(first, first + cfg.train.global_batch)]
+        parts = [_loss(model, task, store, i) for i in chosen]
+        count = sum(n for _, n in parts)
+        loss = sum(part for part, _ in parts) / count
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, cfg.optim.grad_clip)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _row(position: int, seed: int, rows: int) -> int:
+    epoch, place = divmod(position, rows)
+    return int(permutation(seed, epoch, rows)[place])
+
+
+def _model(cfg, task):
+    ours = build_model(cfg.model, task.head, device=torch.device("cpu"), seed=cfg.seed, num_labels=task.num_labels)
+    config = transformers.GPTJConfig.from_pretrained(cfg.model.path, num_labels=task.num_labels or 2)
+    config._attn_implementation, config.pad_token_id = "eager", None
+    theirs = getattr(transformers, ARCHITECTURES[task.head])(config)
+    theirs.load_state_dict(ours.state_dict())
+    if type(cfg.adapter).__name__ == "FullConfig":
+        return theirs
+    torch.manual_seed(cfg.seed)
+    return peft.get_peft_model(theirs, adapter._peft_config(cfg.adapter, task.head), autocast_adapter_dtype=False)
+
+
+def _loss(model, task, store, i: int) -> tuple[torch.Tensor, float]:
+    """Summed loss of one example, and what it counts."""
+    a, b = store.offsets[i: i + 2]
+    ids = torch.tensor(store.column("ids")[a:b].astype("int64"))
+    found: list[torch.Tensor] = []
+    layer = [module for name, module in model.named_modules()
+             if name.endswith((LAYERS[task.head], f"{LAYERS[task.head]}.modules_to_save.default"))][-1]
+    hook = layer.register_forward_hook(lambda module, given, output: found.append(output[0]))
+    model(input_ids=ids[None])
+    hook.remove()
+    out = found[0][-len(ids):]
+    if task.head == "classify":
+        names = sorted(store.names("label"))
+        target = names.index(store.names("label")[store.column("label")[i]])
+        return F.cross_entropy(out[-1], torch.tensor(target)), 1
+    if task.head == "qa":
+        first = int(store.column("context_at")[i])
+        sides = [F.cross_entropy(out[first:, side], torch.tensor(int(store.column(name)[i]) - first))
+                 for side, name in enumerate(("start", "end"))]
+        return (sides[0] + sides[1]) / 2, 1
+    scored = torch.tensor(store.column("scored")[a:b].astype(bool))
+    return F.cross_entropy(out[:-1][scored[1:]], ids[1:][scored[1:]], reduction="sum"), int(scored[1:].sum())
+
+
+def write_first_step(overrides: list[str], folder: Path) -> None:
+    """The classifier before its first step, as transformers saves it, and the rows of that step."""
+    cfg = compose_train(overrides)
+    task = build_task(cfg.task, load_tokenizer(None), packing=False)
+    store = build_store(cfg.data.train, "train", task.encoder())
+    task.prepare(store, None)
+    _model(cfg, task).save_pretrained(folder / "model")
+    names, rows = sorted(store.names("label")), []
+    for i in (_row(position, cfg.seed, len(store)) for position in range(cfg.train.global_batch)):
+        a, b = store.offsets[i: i + 2]
+        rows.append({"input_ids": store.column("ids")[a:b].tolist(),
+                     "labels": names.index(store.names("label")[store.column("label")[i]])})
+    (folder / "rows.json").write_text(json.dumps(rows))
+
+
+def trainer_loss(folder: Path, accumulation: int, rows: list[dict]) -> float:
+    """What Hugging Face's Trainer logs for one step of classification over `rows` on this process's ranks."""
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    model = transformers.GPTJForSequenceClassification.from_pretrained(folder / "model", attn_implementation="eager")
+    model.config.pad_token_id = 50257
+    arguments = transformers.TrainingArguments(
+        str(folder / "trainer"), max_steps=1, report_to=[],
+        per_device_train_batch_size=len(rows) // accumulation // ranks,
+        gradient_accumulation_steps=accumulation, logging_steps=1, learning_rate=0.0, use_cpu=True, save_strategy="no",
+        disable_tqdm=True)
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    return next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
