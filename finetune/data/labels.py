@@ -147,7 +147,7 @@ class LabelReader:
         try:
             number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
-            remedy = "Try task.problem=single_label." if isinstance(value, str) and value.strip() else MEND
+            remedy = MEND if isinstance(value, str) and not value.strip() else "Try task.problem=single_label."
             raise self._wrong_type(value, "a number", where, remedy) from None
         if not math.isfinite(number):
             raise self._wrong_type(value, "a finite number", where, MEND)

@@ -23,6 +23,7 @@ from finetune.gptj.load import build_model
 from finetune.gptj.model import ARCHITECTURES
 from finetune.tasks import build_task
 
+PAD = 50257
 LAYERS = {"lm": "lm_head", "classify": "score", "qa": "qa_outputs"}
 
 
@@ -108,16 +109,22 @@ def write_first_step(overrides: list[str], folder: Path) -> None:
     (folder / "rows.json").write_text(json.dumps(rows))
 
 
+def _padded(rows: list[dict]) -> dict[str, torch.Tensor]:
+    longest = max(len(row["input_ids"]) for row in rows)
+    return {"input_ids": torch.tensor([row["input_ids"] + [PAD] * (longest - len(row["input_ids"])) for row in rows]),
+            "labels": torch.tensor([row["labels"] for row in rows])}
+
+
 def trainer_loss(folder: Path, accumulation: int, rows: list[dict]) -> float:
     """What Hugging Face's Trainer logs for one step of classification over `rows` on this process's ranks."""
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     model = transformers.GPTJForSequenceClassification.from_pretrained(folder / "model", attn_implementation="eager")
-    model.config.pad_token_id = 50257
+    model.config.pad_token_id = PAD
     arguments = transformers.TrainingArguments(
         str(folder / "trainer"), max_steps=1, report_to=[],
         per_device_train_batch_size=len(rows) // accumulation // ranks,
         gradient_accumulation_steps=accumulation, logging_steps=1, learning_rate=0.0, use_cpu=True, save_strategy="no",
         disable_tqdm=True)
-    trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, data_collator=_padded)
     trainer.train()
     return next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)

@@ -72,7 +72,7 @@ def root(small_gptj: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ALONE)
 def test_losses_are_plain_torchs_on_any_ranks_stage_and_accumulation(root, small_gptj, name):
     wanted = heads_reference.train(overrides(root, small_gptj, name, 1))
-    assert len(wanted) == STEPS and wanted[-1] < wanted[0]
+    assert len(set(wanted)) == STEPS
     for ranks in (1, 2):
         assert losses(root / f"{name}-{ranks}") == pytest.approx(wanted, rel=1e-5), ranks
 
