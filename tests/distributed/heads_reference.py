@@ -6,9 +6,6 @@ the first weights and the order of rows; nothing of its model, its losses, its b
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import peft
 import torch
 import torch.nn.functional as F
@@ -23,7 +20,6 @@ from finetune.gptj.load import build_model
 from finetune.gptj.model import ARCHITECTURES
 from finetune.tasks import build_task
 
-PAD = 50257
 LAYERS = {"lm": "lm_head", "classify": "score", "qa": "qa_outputs"}
 
 
@@ -92,39 +88,3 @@ def _loss(model, task, store, i: int) -> tuple[torch.Tensor, float]:
         return (sides[0] + sides[1]) / 2, 1
     scored = torch.tensor(store.column("scored")[a:b].astype(bool))
     return F.cross_entropy(out[:-1][scored[1:]], ids[1:][scored[1:]], reduction="sum"), int(scored[1:].sum())
-
-
-def write_first_step(overrides: list[str], folder: Path) -> None:
-    """The classifier before its first step, as transformers saves it, and the rows of that step."""
-    cfg = compose_train(overrides)
-    task = build_task(cfg.task, load_tokenizer(None), packing=False)
-    store = build_store(cfg.data.train, "train", task.encoder())
-    task.prepare(store, None)
-    _model(cfg, task).save_pretrained(folder / "model")
-    names, rows = sorted(store.names("label")), []
-    for i in (_row(position, cfg.seed, len(store)) for position in range(cfg.train.global_batch)):
-        a, b = store.offsets[i: i + 2]
-        rows.append({"input_ids": store.column("ids")[a:b].tolist(),
-                     "labels": names.index(store.names("label")[store.column("label")[i]])})
-    (folder / "rows.json").write_text(json.dumps(rows))
-
-
-def _padded(rows: list[dict]) -> dict[str, torch.Tensor]:
-    longest = max(len(row["input_ids"]) for row in rows)
-    return {"input_ids": torch.tensor([row["input_ids"] + [PAD] * (longest - len(row["input_ids"])) for row in rows]),
-            "labels": torch.tensor([row["labels"] for row in rows])}
-
-
-def trainer_loss(folder: Path, accumulation: int, rows: list[dict]) -> float:
-    """What Hugging Face's Trainer logs for one step of classification over `rows` on this process's ranks."""
-    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    model = transformers.GPTJForSequenceClassification.from_pretrained(folder / "model", attn_implementation="eager")
-    model.config.pad_token_id = PAD
-    arguments = transformers.TrainingArguments(
-        str(folder / "trainer"), max_steps=1, report_to=[],
-        per_device_train_batch_size=len(rows) // accumulation // ranks,
-        gradient_accumulation_steps=accumulation, logging_steps=1, learning_rate=0.0, use_cpu=True, save_strategy="no",
-        disable_tqdm=True)
-    trainer = transformers.Trainer(model, arguments, train_dataset=rows, data_collator=_padded)
-    trainer.train()
-    return next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
