@@ -63,7 +63,7 @@ def _model(cfg, task):
     if type(cfg.adapter).__name__ == "FullConfig":
         return theirs
     torch.manual_seed(cfg.seed)
-    return peft.get_peft_model(theirs, adapter._peft_config(cfg.adapter, task.head), autocast_adapter_dtype=False)
+    return peft.get_peft_model(theirs, adapter.peft_config(cfg.adapter, task.head), autocast_adapter_dtype=False)
 
 
 def _loss(model, task, store, i: int) -> tuple[torch.Tensor, float]:

@@ -21,7 +21,7 @@ from finetune.config import (
     PromptConfig,
     QaConfig,
 )
-from finetune.export import ExportInfo, write_adapter, write_model
+from finetune.export import write_adapter
 from finetune.gptj.virtual import insert, remove
 from finetune.saved import load_export
 from finetune.tasks.base import to_device
@@ -51,7 +51,7 @@ def pair(head: str, name: str):
     ours, theirs = models(head)
     ours = adapter.attach(ours, ADAPTERS[name], head, "base", seed=0)
     torch.manual_seed(0)
-    theirs = peft.get_peft_model(theirs, adapter._peft_config(ADAPTERS[name], head), autocast_adapter_dtype=False)
+    theirs = peft.get_peft_model(theirs, adapter.peft_config(ADAPTERS[name], head), autocast_adapter_dtype=False)
     torch.manual_seed(1)
     for parameter in ours.parameters():
         if parameter.requires_grad:
@@ -133,10 +133,7 @@ def test_activation_checkpointing_changes_no_gradient(make, name):
 @pytest.mark.parametrize(("head", "name"), CASES)
 def test_the_saved_adapter_opens_in_plain_peft_and_here(tmp_path, head, name):
     ours, _ = pair(head, name)
-    info = ExportInfo("t", head, str(tmp_path / "base"), "fp32", {"num_labels": 2} if head == "classify" else {})
-    plain, _ = models(head)
-    (tmp_path / "base").mkdir()
-    write_model(plain.named_parameters(), plain.config, info, tmp_path / "base", 5.0)
+    models(head)[1].save_pretrained(tmp_path / "base")
     trained = {n: p.detach() for n, p in ours.named_parameters() if p.requires_grad}
     write_adapter(ours, trained, tmp_path / "adapter")
     fresh = KINDS[head].from_pretrained(models(head)[1], str(tmp_path / "adapter"))
@@ -147,7 +144,7 @@ def test_the_saved_adapter_opens_in_plain_peft_and_here(tmp_path, head, name):
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert head == "lm" or HEADS[head] in config["modules_to_save"]
     (tmp_path / "adapter" / "finetune.json").write_text(json.dumps(
-        {"head": head, "dtype": "fp32", "base": str(tmp_path / "base"), "kind": "adapter", "task": info.task,
+        {"head": head, "dtype": "fp32", "base": str(tmp_path / "base"), "kind": "adapter", "task": {"num_labels": 2},
          "settings": {}}))
     again = load_export(tmp_path / "adapter", Dtype.fp32, CPU).module(input_ids=torch.tensor([ids]))
     torch.testing.assert_close((again.logits if head == "lm" else again)[0].detach(), wanted, rtol=1e-6, atol=1e-6)
