@@ -70,7 +70,7 @@ def run_in(world: World, cfg: Config, words: list[str] | None = None) -> Result:
     silence_libraries(cfg.verbose, world.rank)
     check(cfg, world.size, world.device.type == "cuda")
     run_dir = make_run_dir(cfg, world)
-    watchers = CallbackList([Display()] if world.main else [])
+    watchers = CallbackList([Display(), Report(run_dir)] if world.main else [])
     try:
         return _run(cfg, world, run_dir, watchers, words or [])
     except BaseException as error:
@@ -267,7 +267,7 @@ def _watch(callbacks: CallbackList, cfg: Config, run_dir: Path, state: TrainStat
     for name in (metrics_log.METRICS, metrics_log.SAMPLES):
         metrics_log.truncate(run_dir / name, state.step)
     callbacks.callbacks[:0] = [MetricsLog(run_dir)]
-    callbacks.callbacks += [*build_trackers(cfg.tracker), Report()]
+    callbacks.callbacks += build_trackers(cfg.tracker)
     callbacks.restore(state.callbacks)
 
 

@@ -74,8 +74,9 @@ def page_context(run: RunFiles) -> dict[str, Any]:
 class Report(Callback):
     """Rebuilds the page at evaluations, at most every 30 seconds, and at the end."""
 
-    def __init__(self) -> None:
-        self.run_dir: Path | None = None
+    def __init__(self, run_dir: Path | None = None) -> None:
+        # Known from the beginning, so that a run which fails before its first step has a page as well.
+        self.run_dir = run_dir
         self.built = float("-inf")
 
     def start(self, run: RunInfo) -> None:

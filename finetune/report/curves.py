@@ -22,6 +22,7 @@ def curves(run: RunFiles) -> list[Chart]:
         Chart("Learning rate", [Series("learning rate", column(train, "lr"), 1)], "exp", from_zero=True),
         Chart("Gradient norm", _averaged("before clipping", column(train, "grad_norm")), from_zero=True),
         Chart("Tokens per second", _averaged("all ranks", column(train, "tokens_per_second")), from_zero=True),
+        Chart("MFU", _averaged("of the GPU's peak", column(train, "mfu")), "share", from_zero=True),
         _memory_chart(run),
     ]
     return [chart for chart in charts if any(series.points for series in chart.series)]

@@ -86,7 +86,7 @@ def page_context(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
         "tiles": tiles(summary), "axes": [*scales, metric] if keys and metric else [],
         "lines": lines(jobs, scales, metric, tones) if metric else [],
         "scatters": [scatter(jobs, scale, metric, tones) for scale in scales] if metric else [], "metric": metric,
-        "keys": keys, "rows": rows(jobs, keys, tones), "heading": summary["metric"],
+        "keys": keys, "rows": rows(jobs, keys, tones, folder), "heading": summary["metric"],
         "errors": [(f"job {job['job']}", job["error"]) for job in jobs if job["error"]],
         "commands": commands(summary, folder),
     }
@@ -161,14 +161,19 @@ def scatter(jobs: list[Row], scale: Scale, metric: Scale, tones: dict[int, int])
     return Scatter(scale, marks)
 
 
-def rows(jobs: list[Row], keys: list[str], tones: dict[int, int]) -> list[dict[str, Any]]:
+def rows(jobs: list[Row], keys: list[str], tones: dict[int, int], folder: Path) -> list[dict[str, Any]]:
+    """The table; each job leads to its page, or to what it printed where it came to none."""
     def cells(job: Row) -> list[str]:
         chosen = [_brief(job["chosen"].get(key, "-")) for key in keys]
         return [number(job["value"], ".4f"), *chosen, f"{job['step']:,}", clock(job["seconds"]),
                 number(job["tokens_per_second"], ",.0f")]
 
-    return [{"job": job["job"], "status": job["status"], "tone": tones.get(job["job"]),
-             "link": f"{job['job']}/report.html", "cells": cells(job)} for job in jobs]
+    def link(job: Row) -> str:
+        page = f"{job['job']}/report.html"
+        return page if (folder / page).is_file() else f"{job['job']}/output.log"
+
+    return [{"job": job["job"], "status": job["status"], "tone": tones.get(job["job"]), "link": link(job),
+             "cells": cells(job)} for job in jobs]
 
 
 def tiles(summary: dict[str, Any]) -> list[Tile]:

@@ -294,3 +294,10 @@ def test_the_page_of_a_run_does_not_import_torch_or_matplotlib(tmp_path: Path):
     code = ("import sys; from finetune.report import build_report; build_report(sys.argv[1], picture=False);"
             "assert not {'torch', 'matplotlib', 'deepspeed'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code, tmp_path], cwd=Path(__file__).parents[2], check=True)
+
+
+def test_a_run_that_fails_before_its_first_step_has_a_page(tmp_path: Path):
+    (tmp_path / "result.json").write_text(json.dumps({"status": "failed", "step": 0, "error": "train.jsonl:3: bad"}))
+    Report(tmp_path).finish({"status": "failed"})
+    page = (tmp_path / "report.html").read_text()
+    assert "train.jsonl:3: bad" in page and "No step has been logged yet" in page
