@@ -64,6 +64,13 @@ class Pad:
         return {"input_ids": padded("input_ids", EOS), "labels": padded("labels", IGNORE), "attention_mask": mask}
 
 
+class InOrder(Trainer):
+    """Takes the rows as they come."""
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
 def deepspeed_config(stage: int, micro: int) -> dict:
     return {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": "auto", "bf16": {"enabled": True},
             "gradient_clipping": 1.0, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
@@ -89,7 +96,7 @@ def main() -> None:
     watch, pad = Watch(), Pad()
     if spec["peer"] == "trainer":
         args = TrainingArguments(**common)
-        trainer = Trainer(model=model, args=args, train_dataset=Dataset.from_list(rows), data_collator=pad,
+        trainer = InOrder(model=model, args=args, train_dataset=Dataset.from_list(rows), data_collator=pad,
                           callbacks=[watch])
     else:
         trainer = trl_trainer(spec, common, model, rows, watch)

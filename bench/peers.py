@@ -47,8 +47,8 @@ CASES = [
     Case("dense 1024, full, 2 ranks", 1024, 2),
     Case("ragged instructions, full, 2 ranks", 1024, 2, ragged=True),
     Case("dense 1024, LoRA, 2 ranks", 1024, 2, lora=True),
-    Case("dense 1024, full, 1 rank, stage 0", 1024, 1, stage=0, micro=2),
-    Case("dense 1024, full, 2 ranks, stage 3", 1024, 2, stage=3),
+    Case("stage 0, dense 1024, full, 1 rank", 1024, 1, stage=0, micro=2),
+    Case("stage 3, dense 1024, full, 2 ranks", 1024, 2, stage=3),
 ]
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 
@@ -101,6 +101,7 @@ def rows_of(case: Case, data: Path, model: Path, file: Path) -> Path:
     """The ids and labels that our run trains on, for the peers: full blocks, or one row per example."""
     from finetune.app import compose_train
     from finetune.data.columns import open_store
+    from finetune.data.order import Order
     from finetune.data.store import build_store
     from finetune.data.tokenizer import load_tokenizer
     from finetune.tasks import build_task
@@ -111,8 +112,11 @@ def rows_of(case: Case, data: Path, model: Path, file: Path) -> Path:
     store = open_store(build_store(str(data), "train", task.encoder(), cache_dir=file.parent / "cache").path)
     task.prepare(store, None)
     rows = task.rows(store)
+    # Packed rows in the order that our run takes them, so that the first losses can be compared; examples as they come.
+    ours_first = Order(len(rows), 0, shuffle=True)
+    order = range(len(rows)) if case.ragged else [ours_first[position] for position in range(len(rows))]
     with file.open("w") as f:
-        for index in range(len(rows)):
+        for index in map(int, order):
             batch = task.collate(store, rows, [index])
             ids, labels = batch["ids"].tolist(), batch["labels"].tolist()
             # Ours are shifted already; Hugging Face's models shift by themselves.

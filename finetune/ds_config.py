@@ -73,6 +73,8 @@ def _zero(cfg: Config, sharding: Sharding, cuda: bool) -> dict:
         "allgather_bucket_size": bucket,
         "contiguous_gradients": True,
         "overlap_comm": cuda,
+        # gloo reduces to everyone faster than to each owner in turn.
+        "reduce_scatter": cuda,
         "round_robin_gradients": False,
     }
     if sharding.stage == 3:

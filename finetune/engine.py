@@ -24,6 +24,8 @@ from finetune.config import OptimConfig
 from finetune.dist import World
 from finetune.errors import RunFailed
 
+NORM_PIECE = {"cpu": 2**20, "cuda": 2**24}
+"""Elements whose norm is taken at once."""
 COMPILE_NOTE = "compiling DeepSpeed's CPU communication op, once, about a minute"
 
 
@@ -112,6 +114,7 @@ class Engine:
             config = config | {"gradient_clipping": 0.0}
         self.ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         partitions.set_adam_step(self.ds, 0)
+        _take_norms_in_pieces(self.ds.optimizer, world.device.type == "cuda")
 
     @property
     def module(self) -> nn.Module:
@@ -182,3 +185,18 @@ class Engine:
                     yield name, parameter.detach()
             else:
                 yield name, parameter.detach()
+
+
+def _take_norms_in_pieces(optimizer, cuda: bool) -> None:
+    """Let ZeRO's gradient norm convert small pieces to fp64, not whole gradients: GPT-J's head alone would take 1.7 GB."""
+    whole = getattr(optimizer, "get_grad_norm_direct", None)
+    if whole is None:
+        return
+    size = NORM_PIECE["cuda" if cuda else "cpu"]
+
+    def in_pieces(gradients, params, norm_type=2):
+        real = (g for g in gradients if not getattr(g, "_zero_padding", False))
+        pairs = [(piece, p) for g, p in zip(real, params, strict=False) for piece in g.reshape(-1).split(size)]
+        return whole([piece for piece, _ in pairs], [p for _, p in pairs] or params, norm_type)
+
+    optimizer.get_grad_norm_direct = in_pieces

@@ -81,11 +81,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         buffer = hidden.new_empty(max(map(len, chunks), default=0), weight.shape[0])
         for rows in chunks:
             part, logits = hidden[rows], buffer[: len(rows)]
-            if bias is None:
-                torch.mm(part, weight.T, out=logits)
-            else:
-                torch.addmm(bias, part, weight.T, out=logits)
-            total += _logits_to_gradient(logits, labels[rows, None], d_bias)
+            torch.mm(part, weight.T, out=logits)
+            total += _logits_to_gradient(logits, bias, labels[rows, None])
+            if d_bias is not None:
+                d_bias += logits.sum(0, dtype=torch.float32)
             if d_hidden is not None:
                 d_hidden[rows] = logits @ weight
             if d_weight is not None:
@@ -106,20 +105,38 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         )
 
 
-def _logits_to_gradient(logits: Tensor, targets: Tensor, d_bias: Tensor | None) -> Tensor:
-    """Overwrite logits (C, V) by softmax - onehot(targets (C, 1)), a few rows at a time in fp32; returns the loss sum."""
+def _logits_to_gradient(logits: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Overwrite logits (C, V), still without bias, by softmax - onehot(targets (C, 1)); returns the sum of losses.
+
+    A few rows at a time in fp32; the bias is added there too, where it costs little.
+    """
     step = SOFTMAX_ROWS.get(logits.device.type, 256)
     scratch = logits.new_empty(min(step, len(logits)), logits.shape[1], dtype=torch.float32)
     total = scratch.new_zeros(())
+    fp32_bias = None if bias is None else bias.float()
     for part, target in zip(logits.split(step), targets.split(step), strict=True):
-        fp32 = scratch[: len(part)]
-        torch.log_softmax(part, -1, dtype=torch.float32, out=fp32)
-        total -= fp32.gather(1, target).sum()
-        fp32.exp_().scatter_add_(1, target, fp32.new_full(target.shape, -1.0))
-        if d_bias is not None:
-            d_bias += fp32.sum(0)
+        fp32 = scratch[: len(part)].copy_(part)
+        if fp32_bias is not None:
+            fp32 += fp32_bias
+        total += _to_probabilities(fp32, target)
+        fp32.scatter_add_(1, target, fp32.new_full(target.shape, -1.0))
         part.copy_(fp32)
     return total
+
+
+def _to_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
+    """Overwrite fp32 logits by their softmax; returns the sum of -log softmax at `targets`."""
+    if logits.is_cuda:
+        torch.log_softmax(logits, -1, out=logits)
+        loss = -logits.gather(1, targets).sum()
+        logits.exp_()
+        return loss
+    # Half the exponentials: the logarithm of the sum follows from the largest logit and its probability.
+    chosen = logits.gather(1, targets)
+    top = logits.amax(1, keepdim=True)
+    torch.softmax(logits, -1, out=logits)
+    log_sum = top - logits.amax(1, keepdim=True).log()
+    return (log_sum - chosen).sum()
 
 
 def _add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
