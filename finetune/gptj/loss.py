@@ -82,9 +82,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for rows in chunks:
             part, logits = hidden[rows], buffer[: len(rows)]
             torch.mm(part, weight.T, out=logits)
-            total += _logits_to_gradient(logits, bias, labels[rows, None])
-            if d_bias is not None:
-                d_bias += logits.sum(0, dtype=torch.float32)
+            total += _logits_to_gradient(logits, bias, labels[rows, None], d_bias)
             if d_hidden is not None:
                 d_hidden[rows] = logits @ weight
             if d_weight is not None:
@@ -105,7 +103,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         )
 
 
-def _logits_to_gradient(logits: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def _logits_to_gradient(logits: Tensor, bias: Tensor | None, targets: Tensor, d_bias: Tensor | None) -> Tensor:
     """Overwrite logits (C, V), still without bias, by softmax - onehot(targets (C, 1)); returns the sum of losses.
 
     A few rows at a time in fp32; the bias is added there too, where it costs little.
@@ -113,13 +111,15 @@ def _logits_to_gradient(logits: Tensor, bias: Tensor | None, targets: Tensor) ->
     step = SOFTMAX_ROWS.get(logits.device.type, 256)
     scratch = logits.new_empty(min(step, len(logits)), logits.shape[1], dtype=torch.float32)
     total = scratch.new_zeros(())
-    fp32_bias = None if bias is None else bias.float()
+    fp32_bias, ones = None if bias is None else bias.float(), scratch.new_ones(len(scratch))
     for part, target in zip(logits.split(step), targets.split(step), strict=True):
         fp32 = scratch[: len(part)].copy_(part)
         if fp32_bias is not None:
             fp32 += fp32_bias
         total += _to_probabilities(fp32, target)
         fp32.scatter_add_(1, target, fp32.new_full(target.shape, -1.0))
+        if d_bias is not None:
+            d_bias.addmv_(fp32.T, ones[: len(part)])
         part.copy_(fp32)
     return total
 

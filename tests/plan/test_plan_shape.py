@@ -41,10 +41,10 @@ def reference(head: str, labels: int) -> torch.nn.Module:
 
 
 def wrapped(head: str, adapter: AdapterConfig) -> torch.nn.Module:
-    from finetune.adapter import _peft_config
+    from finetune.adapter import peft_config
 
     model = MODELS[head](transformers.GPTJConfig(**{**TINY, "num_labels": 2}))
-    return peft.get_peft_model(model, _peft_config(adapter, head))
+    return peft.get_peft_model(model, peft_config(adapter, head))
 
 
 @pytest.mark.parametrize("head", MODELS)
