@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ from finetune.gptj.load import build_model, local_folder
 from finetune.hub import push_or_explain
 from finetune.metrics_log import MetricsLog
 from finetune.plain import plain_config
+from finetune.peak import peak_flops
 from finetune.plan import Plan, measure_machine, plan, render_table
 from finetune.report import Report
 from finetune.run_files import failed_result, final_result, make_run_dir, save_config
@@ -127,7 +129,8 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, word
     hooks = Hooks(
         evaluate=(lambda: evaluate(engine, task, eval_store, world, cfg.train.eval_batch)) if eval_store else None,
         sample=_sampler(cfg, engine, tokenizer, task, callbacks),
-        learning_rate=lambda step: schedule.learning_rate(cfg.optim, step, length.steps))
+        learning_rate=lambda step: schedule.learning_rate(cfg.optim, step, length.steps),
+        flops=_flops(cfg, task), peak_flops=peak_flops(world.device, cfg.model.dtype.value))
     trainer = Trainer(engine, task, batches, hooks, checkpoints, callbacks, stop, world, train=cfg.train,
                       checkpoint=cfg.checkpoint, seed=cfg.seed, total_steps=length.steps)
 
@@ -201,6 +204,12 @@ def _plan(cfg: Config, world: World, run_dir: Path, task: Task) -> Plan:
     if not planned.fits and cfg.zero.stage == "auto":
         raise RunFailed("this run does not fit this machine\n" + render_table(planned))
     return planned
+
+
+def _flops(cfg: Config, task: Task) -> Callable[[float, float], float]:
+    """(tokens, sum of squared document lengths) -> model FLOPs of a training step on them."""
+    shape = load_shape(str(local_folder(cfg.model)), task.head, task.num_labels or 2)
+    return lambda tokens, pairs: tokens * shape.flops_per_token(round(pairs / max(tokens, 1)), cfg.adapter).model
 
 
 def _sharding(planned: Plan) -> Sharding:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from finetune import heap, memory_watch
@@ -48,6 +49,10 @@ class Hooks:
     evaluate: Callable[[], Metrics] | None
     sample: Callable[[int], None] | None
     learning_rate: Callable[[int], float]
+    flops: Callable[[float, float], float] = lambda tokens, pairs: 0.0
+    """(tokens, sum of squared document lengths) -> model FLOPs of training on them; not collective."""
+    peak_flops: float | None = None
+    """FLOP/s that one device can do at most; None: not known."""
 
 
 class Trainer:
@@ -68,9 +73,9 @@ class Trainer:
         if self.train.eval_at_start and self.hooks.evaluate and state.step == 0:
             self.run_evaluation(state)
         self.engine.train()
-        status, clock, tokens = "done", time.perf_counter(), 0
+        status, clock, tokens, flops = "done", time.perf_counter(), 0, 0.0
         for batches in self.batches:
-            scored, step_tokens, stops, saves = self._agree(batches)
+            scored, step_tokens, pairs, stops, saves = self._agree(batches)
             if stops:
                 status = "preempted"
                 break
@@ -80,9 +85,10 @@ class Trainer:
             state.step += 1
             state.tokens += int(step_tokens)
             tokens += int(step_tokens)
+            flops += self.hooks.flops(step_tokens, pairs)
             if self._is_log_step(state.step):
-                self._log(state, losses, scored, lr, tokens, clock)
-                clock, tokens = time.perf_counter(), 0
+                self._log(state, losses, scored, lr, tokens, flops, clock)
+                clock, tokens, flops = time.perf_counter(), 0, 0.0
             if self._after_step(state, bool(saves)):
                 clock = time.perf_counter()
             if self._out_of_patience(state):
@@ -90,10 +96,12 @@ class Trainer:
         return self._finish(state, status)
 
     def _agree(self, batches: list[Batch]) -> list[float]:
-        """Scored tokens, real tokens, stop and save requests over all ranks: the one exchange a step needs."""
+        """Scored and real tokens, squared document lengths, requests to stop and to save, over all ranks: the one
+        exchange a step needs."""
         scored = sum(self.task.count(batch) for batch in batches)
         tokens = sum(batch["tokens"] for batch in batches)
-        return self.world.sum([scored, tokens, bool(self.stop), self.stop.wants_save()])
+        pairs = sum(float((np.diff(batch["cu_seqlens"]).astype(np.float64) ** 2).sum()) for batch in batches)
+        return self.world.sum([scored, tokens, pairs, bool(self.stop), self.stop.wants_save()])
 
     def _micro_step(self, batch: Batch, index: int, step: int, scale: float, lr: float) -> Tensor:
         micro = int(self.train.micro_batch)
@@ -107,7 +115,8 @@ class Trainer:
     def _is_log_step(self, step: int) -> bool:
         return step % max(1, self.train.log_every) == 0 or step == self.total_steps
 
-    def _log(self, state: TrainState, losses: list[Tensor], scored: float, lr: float, tokens: int, clock: float) -> None:
+    def _log(self, state: TrainState, losses: list[Tensor], scored: float, lr: float, tokens: int, flops: float,
+             clock: float) -> None:
         (total,) = self.world.sum([sum(loss.item() for loss in losses)])
         seconds = time.perf_counter() - clock
         state.seconds += seconds
@@ -123,7 +132,13 @@ class Trainer:
             "tokens": state.tokens, "tokens_per_second": tokens / max(seconds, 1e-9),
             "host_bytes": int(self.world.maximum(host)),
             "gpu_bytes": int(self.world.maximum(memory_watch.gpu_bytes())),
+            **self._arithmetic(flops / max(seconds, 1e-9) / self.world.size),
         })
+
+    def _arithmetic(self, flops: float) -> dict[str, float]:
+        """Model FLOP/s of one device; as a share of its peak where that is known (MFU, arXiv:2204.02311)."""
+        peak = self.hooks.peak_flops
+        return {"tflops": flops / 1e12} | ({"mfu": flops / peak} if peak else {})
 
     def _after_step(self, state: TrainState, save_now: bool) -> bool:
         """Evaluation, samples and checkpoint that are due; True if any took time."""

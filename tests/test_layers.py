@@ -16,7 +16,7 @@ LAYERS = [
     ["shape"],
     ["plan"],
     ["data"],
-    ["dist", "memory_watch", "callbacks", "metrics_log", "display", "display_text", "environment", "doctor"],
+    ["dist", "memory_watch", "peak", "callbacks", "metrics_log", "display", "display_text", "environment", "doctor"],
     ["gptj", "adapter", "prompts", "merge", "sample", "shards"],
     ["hf_layout", "card", "hub"],
     ["tasks", "preview", "trackers", "report", "signals"],
