@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -120,17 +119,15 @@ def lora_shapes(cfg, config) -> dict[str, tuple[int, ...]]:
 
 
 def measure(run: Path, out: Path, words: list[str]) -> dict:
-    """Peak resident bytes, seconds and written bytes of one export in a fresh process."""
+    """Peak resident bytes and written bytes of one export in a fresh process."""
     command = [sys.executable, str(ROOT / "launch/export.py"), f"run={run}", f"out={out}", *words]
-    started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, command
     written = sum(f.stat().st_size for f in out.glob("*.safetensors"))
     shutil.rmtree(out)
-    return {"peak_bytes": usage.ru_maxrss * 1024, "seconds": round(time.perf_counter() - started, 1),
-            "written_bytes": written}
+    return {"peak_bytes": usage.ru_maxrss * 1024, "written_bytes": written}
 
 
 def main() -> None:
