@@ -29,7 +29,8 @@ from finetune import config as schema
 from finetune import programs
 from finetune.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, UserError
 from finetune.helptext import help_text
-from finetune.suggest import SCHEMAS, unknown_option, user_error
+from finetune.redact import redact_text
+from finetune.suggest import SCHEMAS, all_keys, unknown_key, unknown_option, user_error
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF, RECIPES = ROOT / "conf", ROOT / "recipes"
@@ -108,6 +109,7 @@ def compose_config(overrides: list[str], name: str = "train") -> Composed:
     register(overrides)
     GlobalHydra.instance().clear()
     overrides = _schema_words(overrides, name)
+    _refuse_additions(overrides, name)
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             node = compose(config_name=name, overrides=overrides, return_hydra_config=True)
@@ -167,6 +169,15 @@ def _settle_length(train: schema.TrainConfig, overrides: list[str]) -> None:
         train.steps = None
 
 
+def _refuse_additions(overrides: list[str], name: str) -> None:
+    """`+key=value` would add a key that nothing reads; and secrets are never settings."""
+    known = {*all_keys(programs.SCHEMAS.get(name, schema.Config)), "recipe"}
+    for word in overrides:
+        key = word.lstrip("+").split("=")[0]
+        if word.startswith("+") and "@" not in key and key not in known and not (CONF / key).is_dir():
+            raise unknown_key(key, name, CONF)
+
+
 def strip_launcher_arguments(argv: list[str]) -> list[str]:
     """Drop `--local_rank=N`, which the deepspeed launcher appends and Hydra would refuse."""
     return [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]
@@ -222,11 +233,13 @@ def _print_help(name: str, topics: list[str]) -> int:
 
 def report_error(error: UserError) -> None:
     """Print on rank 0; other ranks wait so that the launcher does not kill rank 0 before it has spoken."""
+    if error.spoken:
+        return
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)
         return
     sys.stdout.flush()
-    print(f"error: {error.render()}", file=sys.stderr, flush=True)
+    print(f"error: {redact_text(error.render())}", file=sys.stderr, flush=True)
 
 
 def _hydra_prints(name: str, argv: list[str]) -> int:

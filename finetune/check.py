@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -158,6 +159,9 @@ def _zero(cfg: Config, world_size: int) -> Iterator[UserError]:
 
 
 def _rest(cfg: Config) -> Iterator[UserError]:
+    if not re.fullmatch(r"[\w][\w.-]*", cfg.name):
+        yield UserError(f"name = {cfg.name} is part of a path and may only hold letters, digits, '.', '_' and '-'",
+                        remedy="Try name=my-run, and run_dir=DIR for another place.")
     if cfg.checkpoint.keep < 2:
         yield UserError(f"checkpoint.keep = {cfg.checkpoint.keep}: the newest may be damaged by what ended the run",
                         remedy="Try checkpoint.keep=2.")
@@ -165,6 +169,13 @@ def _rest(cfg: Config) -> Iterator[UserError]:
         value = getattr(getattr(cfg, section), key)
         if value < 0:
             yield UserError(f"{section}.{key} = {value} is negative", remedy=f"Try {section}.{key}=0.")
+    for key in ("max_skipped", "hang_timeout"):
+        value = getattr(cfg.train, key)
+        if value < 0:
+            yield UserError(f"train.{key} = {value} is negative", remedy=f"Try train.{key}=0 for never.")
+    if cfg.checkpoint.background not in ("auto", True, False):
+        yield UserError(f"checkpoint.background = {cfg.checkpoint.background} is none of auto, true, false",
+                        remedy="Try checkpoint.background=auto.")
     if cfg.train.early_stopping and not (cfg.data.eval and cfg.train.eval_every):
         yield UserError("train.early_stopping needs data.eval and train.eval_every",
                         remedy="Try train.eval_every=100 data.eval=FILE.")

@@ -255,6 +255,10 @@ class TrainConfig:
     """CPU threads per rank; 0: this rank's share of the cores."""
     prefetch: int = 2
     """Optimizer steps whose batches are prepared ahead."""
+    max_skipped: int = 5
+    """End the run after this many steps in a row whose gradient is not finite; 0: never."""
+    hang_timeout: float = 1800.0
+    """Seconds without a step, an evaluated batch or a save until every rank dumps its stacks and ends; 0: never."""
 
 
 @dataclass
@@ -263,6 +267,8 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; 0: only at the end and when the run is stopped."""
     keep: int = 2
     """Newest checkpoints kept, at least 2."""
+    background: Union[bool, str] = "auto"
+    """true: train on while a copy is written; false: wait; auto: where the optimizer states are on GPUs."""
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -39,6 +39,12 @@ class World:
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    def split(self) -> World:
+        """The same ranks on a group of their own, for another thread. Collective."""
+        if self.size == 1:
+            return self
+        return replace(self, control=torch_dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
 
     def sum(self, values: list[float]) -> list[float]:
         """Sum each value over all ranks; exact for integers up to 2**53."""

@@ -170,6 +170,11 @@ class Engine:
         """Steps that were not applied because a gradient was not finite."""
         return int(self.ds.skipped_steps) + self._dropped
 
+    @property
+    def scales_loss(self) -> bool:
+        """Whether skipped steps are also how the loss scale finds its level (fp16)."""
+        return self.config["fp16"]["enabled"]
+
     def optimizer_bytes(self) -> dict[str, int]:
         """Bytes of optimizer states on this rank; see `partitions.optimizer_bytes`."""
         partitions.ensure_states(self.ds)

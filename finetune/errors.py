@@ -21,11 +21,23 @@ class UserError(Exception):
 
     def __init__(self, problem: str, where: str = "", remedy: str = ""):
         self.problem, self.where, self.remedy = problem, where, remedy
+        self.spoken = False
         super().__init__(self.render())
 
     def render(self) -> str:
         text = f"{self.where}: {self.problem}" if self.where else self.problem
         return f"{text}\n  {self.remedy}" if self.remedy else text
+
+
+class Preempted(SystemExit):
+    """A request to stop came when there was nothing to save: the process ends with exit code 75."""
+
+    def __init__(self, reason: str):
+        self.reason = reason
+        super().__init__(EXIT_PREEMPTED)
+
+    def __str__(self) -> str:
+        return f"stopped by {self.reason}; there was nothing to save"
 
 
 class RunFailed(UserError):

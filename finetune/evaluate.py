@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,20 +13,32 @@ from finetune.dist import World
 from finetune.tasks.base import Model, Task, to_device
 
 
-def evaluate(model: Model, task: Task, store: Store, world: World, batch: int) -> dict[str, Any]:
+class Interrupted(Exception):
+    """The evaluation was not finished."""
+
+
+def evaluate(model: Model, task: Task, store: Store, world: World, batch: int,
+             go_on: Callable[[], bool] | None = None) -> dict[str, Any]:
     """Metrics of `model` (in evaluation mode) on a store; the same for any number of ranks. Collective.
 
     Args:
         batch: rows per rank and forward.
+        go_on: asked after every batch, with the same answer on all ranks.
+
+    Raises:
+        Interrupted: the answer was no.
     """
-    return evaluate_with(model, task, store, world, batch)[0]
+    return evaluate_with(model, task, store, world, batch, go_on)[0]
 
 
-def evaluate_with(model: Model, task: Task, store: Store, world: World, batch: int) -> tuple[dict[str, Any], list | None]:
+def evaluate_with(model: Model, task: Task, store: Store, world: World, batch: int,
+                  go_on: Callable[[], bool] | None = None) -> tuple[dict[str, Any], list | None]:
     """As `evaluate`, and the predictions where the task makes some."""
     rows = task.rows(store)
     meter = task.meter(store, rows)
     with torch.no_grad():
         for indices in eval_batches(len(rows), batch, world.size, world.rank):
             meter.add(model, to_device(task.collate(store, rows, indices), world.device))
+            if go_on and not go_on():
+                raise Interrupted
     return meter.result(world), getattr(meter, "predictions", None)

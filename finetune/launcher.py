@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from finetune.app import Composed, main, settle
 from finetune.display import silence_libraries
-from finetune.errors import UserError
+from finetune.errors import EXIT_PREEMPTED, Preempted, UserError
+from finetune.signals import end_on_signals
 
 
 def train(argv: list[str]) -> int:
-    """Exit code of `launch/train.py argv`."""
+    """Exit code of `launch/train.py argv`; a run that failed ends the process here."""
     if any(word in ("-m", "--multirun") for word in argv):
         from finetune.sweep import sweep
 
         return sweep(argv)
-    return main(_train, "train", argv)
+    end_on_signals()
+    try:
+        code = main(_train, "train", argv)
+    except Preempted as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr)
+        code = EXIT_PREEMPTED
+    if code and "torch" in sys.modules:
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> None:
+    """End without Python's goodbyes: threads that wait for a rank that is gone would hold them up for ever."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _train(composed: Composed) -> int:

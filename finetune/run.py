@@ -11,17 +11,18 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from finetune import adapter, dist, ds_config, memory_watch, metrics_log, schedule
+from finetune import adapter, dist, ds_config, faults, memory_watch, metrics_log, schedule
 from finetune.assets_path import resolve
 from finetune.callbacks import CallbackList, RunInfo
 from finetune.check import check
 from finetune.checkpoint import Checkpoints, TrainState, find_resume
+from finetune.checkpoint_files import folder_bytes, step_folders
 from finetune.config import Config, FullConfig, Init, Offload
 from finetune.data.batches import StepBatches
 from finetune.data.columns import Store, open_store
@@ -34,17 +35,19 @@ from finetune.dist import World
 from finetune.ds_config import Sharding
 from finetune.engine import Engine, connect_deepspeed, partitioned_build, place_partitioned
 from finetune.environment import environment
-from finetune.errors import EXIT_DONE, EXIT_PREEMPTED, RunFailed
-from finetune.evaluate import evaluate
+from finetune.errors import EXIT_DONE, EXIT_PREEMPTED, Preempted, RunFailed
+from finetune.evaluate import Interrupted, evaluate
 from finetune.export import ExportInfo, export_run, reference_texts, write_random_base
 from finetune.gptj.load import build_model, local_folder
 from finetune.hub import push_or_explain
+from finetune.last_words import LastWords
 from finetune.metrics_log import MetricsLog
 from finetune.plain import plain_config
 from finetune.peak import peak_flops
 from finetune.plan import Plan, measure_machine, plan, render_table
 from finetune.report import Report
-from finetune.run_files import failed_result, final_result, make_run_dir, save_config
+from finetune.run_files import failed_result, final_result, make_run_dir, save_config, with_logged
+from finetune.run_lock import RunLock
 from finetune.sample import sample_texts
 from finetune.shape import load_shape
 from finetune.signals import StopRequest
@@ -53,6 +56,7 @@ from finetune.tasks import build_task
 from finetune.tasks.base import Task
 from finetune.trackers import build_trackers
 from finetune.trainer import Hooks, Result, Trainer
+from finetune.trouble import HangWatch
 
 
 def run(cfg: Config, words: list[str]) -> int:
@@ -73,18 +77,33 @@ def run_in(world: World, cfg: Config, words: list[str] | None = None) -> Result:
     check(cfg, world.size, world.device.type == "cuda")
     run_dir = make_run_dir(cfg, world)
     watchers = CallbackList([Display(), Report(run_dir)] if world.main else [])
+    lock = RunLock(run_dir)
+    world.on_main(lambda: lock.take(watchers.message))
+    stop, ends = StopRequest(run_dir, watch_files=world.main), LastWords(run_dir, world)
     try:
-        return _run(cfg, world, run_dir, watchers, words or [])
+        result = _run(cfg, world, run_dir, watchers, words or [], stop, ends)
     except BaseException as error:
-        if world.main:
-            failed = failed_result(run_dir, error, world)
+        stop.close(failed=not isinstance(error, Preempted))
+        reason = ends.explain(error)
+        if ends.speaks():
+            failed = failed_result(run_dir, reason, world)
             metrics_log.write_result(run_dir, failed)
             watchers.finish(failed)
-        raise
+            ends.say(reason)
+        if reason is error:
+            raise
+        raise reason from None
+    else:
+        stop.close()
+        return result
+    finally:
+        lock.release()
 
 
-def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, words: list[str]) -> Result:
+def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, words: list[str], stop: StopRequest,
+         ends: LastWords) -> Result:
     started = time.perf_counter()
+    faults.point("run.begin")
     display = callbacks.callbacks[0] if world.main else None
     say = callbacks.message
     resume_from = world.on_main(lambda: find_resume(cfg.resume, run_dir, say))
@@ -112,24 +131,25 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, word
     engine = Engine(module, config, cfg.optim, world)
 
     checkpoints = Checkpoints(run_dir / "checkpoints", cfg.checkpoint.keep, world, _identity(cfg, train_store),
-                              cfg.resume_changed)
+                              cfg.resume_changed, _in_background(cfg, sharding, world), Path(cfg.resume).name)
     world.on_main(checkpoints.set_aside if cfg.resume == "never" else checkpoints.clean)
     state = checkpoints.restore(engine.ds, resume_from) if resume_from else TrainState()
+    checkpoints.require_room(engine.ds, several=cfg.checkpoint.every > 0)
     _watch(callbacks, cfg, run_dir, state, world)
     if world.main:
         print_summary(cfg, run_dir, world.size, world.device.type, sharding, planned.reason, length.steps, length.epochs,
                       parameters, engine.optimizer_bytes()["total"], train_store, rows)
 
-    stop = StopRequest(run_dir, watch_files=world.main)
+    hang = HangWatch(cfg.train.hang_timeout, run_dir, world.rank, lambda text: _hung(run_dir, text, world, ends))
     batches = StepBatches(
         lambda indices: task.collate(train_store, rows, indices), Order(len(rows), cfg.seed, shuffle=True),
         global_batch=cfg.train.global_batch, micro_batch=int(cfg.train.micro_batch), world_size=world.size,
         rank=world.rank, start_step=state.step, end_step=length.steps, end_position=length.end_position,
         prefetch=cfg.train.prefetch)
     hooks = Hooks(
-        evaluate=(lambda: evaluate(engine, task, eval_store, world, cfg.train.eval_batch)) if eval_store else None,
+        evaluate=_evaluation(cfg, engine, task, eval_store, world, hang, stop),
         sample=_sampler(cfg, engine, tokenizer, task, callbacks),
-        learning_rate=lambda step: schedule.learning_rate(cfg.optim, step, length.steps),
+        learning_rate=lambda step: schedule.learning_rate(cfg.optim, step, length.steps), beat=hang.beat,
         flops=_flops(cfg, task), peak_flops=peak_flops(world.device, cfg.model.dtype.value))
     trainer = Trainer(engine, task, batches, hooks, checkpoints, callbacks, stop, world, train=cfg.train,
                       checkpoint=cfg.checkpoint, seed=cfg.seed, total_steps=length.steps)
@@ -137,11 +157,12 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, word
     callbacks.start(_run_info(cfg, words, run_dir, state, length, parameters, world, planned, train_store, rows, eval_store,
                               notes))
     start_host = int(world.maximum(memory_watch.host_bytes()))
-    result = trainer.fit(state)
+    with stop.flagged(), hang:
+        result = with_logged(trainer.fit(state), run_dir)
     exported = _export(cfg, engine, tokenizer, task, train_store, result, run_dir, world, say)
     final = final_result(result, world, engine.optimizer_bytes()["total"], {
         "start_host_bytes": start_host, "zero_stage": sharding.stage, "export": "export" if exported else None,
-        "skipped_steps": engine.skipped, "wall_seconds": time.perf_counter() - started,
+        "skipped_steps": state.skipped, "wall_seconds": time.perf_counter() - started,
         "bad_rows": train_store.stats["bad_rows"], "bad_eval_rows": eval_store.stats["bad_rows"] if eval_store else 0,
         "data_notes": notes})
     if world.main:
@@ -199,7 +220,12 @@ def _plan(cfg: Config, world: World, run_dir: Path, task: Task) -> Plan:
         RunFailed: nothing fits; the table says what is missing.
     """
     shape = load_shape(str(local_folder(cfg.model)), task.head, task.num_labels or 2)
-    planned = plan(cfg, measure_machine(cfg.machine, world.size, str(run_dir)), shape, world.size)
+    machine = measure_machine(cfg.machine, world.size, str(run_dir))
+    if cfg.machine.disk_gib is None:
+        # What a resumed run already keeps there is part of what it needs.
+        held = sum(folder_bytes(step) for step in step_folders(run_dir / "checkpoints"))
+        machine = replace(machine, disk_bytes=machine.disk_bytes + held)
+    planned = plan(cfg, machine, shape, world.size)
     metrics_log.write_json(run_dir / "plan.json", planned.to_json())
     if not planned.fits and cfg.zero.stage == "auto":
         raise RunFailed("this run does not fit this machine\n" + render_table(planned))
@@ -265,8 +291,24 @@ def _base_name(cfg: Config) -> str:
 def _identity(cfg: Config, store: Store) -> dict[str, Any]:
     """What must be the same for a resumed run to be the same run."""
     return {"data": store.fingerprint, "seed": cfg.seed, "global_batch": cfg.train.global_batch,
-            "packing": cfg.train.packing, "max_length": cfg.task.max_length, "model": f"{cfg.model.init.value} {cfg.model.path}",
-            "dtype": cfg.model.dtype.value, "adapter": str(cfg.adapter), "optim": str(cfg.optim)}
+            "packing": cfg.train.packing, "max_length": cfg.task.max_length,
+            "model": f"{cfg.model.init.value} {cfg.model.path}", "dtype": cfg.model.dtype.value,
+            "adapter": str(cfg.adapter), "optim": str(cfg.optim),
+            "dropout": [cfg.model.embd_pdrop, cfg.model.attn_pdrop, cfg.model.resid_pdrop]}
+
+
+def _in_background(cfg: Config, sharding: Sharding, world: World) -> bool:
+    """Where the optimizer's states are on GPUs they must be copied to the host anyway: then write from that copy."""
+    if cfg.checkpoint.background == "auto":
+        return world.device.type == "cuda" and sharding.offload_optimizer is Offload.none
+    return bool(cfg.checkpoint.background)
+
+
+def _hung(run_dir: Path, text: str, world: World, ends: LastWords) -> None:
+    """result.json of a run that no longer moves; the hang watch ends the process."""
+    ends.write(text)
+    if ends.speaks():
+        metrics_log.write_result(run_dir, failed_result(run_dir, RunFailed(text), world))
 
 
 def _watch(callbacks: CallbackList, cfg: Config, run_dir: Path, state: TrainState, world: World) -> None:
@@ -278,6 +320,26 @@ def _watch(callbacks: CallbackList, cfg: Config, run_dir: Path, state: TrainStat
     callbacks.callbacks[:0] = [MetricsLog(run_dir)]
     callbacks.callbacks += build_trackers(cfg.tracker)
     callbacks.restore(state.callbacks)
+
+
+def _evaluation(cfg: Config, engine: Engine, task: Task, store: Store | None, world: World, hang: HangWatch,
+                stop: StopRequest):
+    """What the trainer calls to evaluate; None where there are no data. It returns None when a stop came between."""
+    if store is None:
+        return None
+
+    def go_on() -> bool:
+        hang.beat()
+        faults.point("eval.batch")
+        return not world.sum([bool(stop)])[0]
+
+    def run_once() -> dict[str, Any] | None:
+        try:
+            return evaluate(engine, task, store, world, cfg.train.eval_batch, go_on)
+        except Interrupted:
+            return None
+
+    return run_once
 
 
 def _sampler(cfg: Config, engine: Engine, tokenizer, task: Task, callbacks: CallbackList):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from omegaconf import OmegaConf
 from finetune import memory_watch, metrics_log
 from finetune.config import Config
 from finetune.dist import World
-from finetune.errors import UserError
+from finetune.errors import Preempted, UserError
 from finetune.plain import plain_config
+from finetune.redact import redact_text
 from finetune.trainer import Result
 
 
@@ -54,15 +56,31 @@ def final_result(result: Result, world: World, optimizer_bytes: int, extra: dict
     }
 
 
-def failed_result(run_dir: Path, error: BaseException, world: World) -> dict[str, Any]:
-    """result.json of a run that ended in an error: what its own lines still tell."""
+def with_logged(result: Result, run_dir: Path) -> Result:
+    """A resumed run that had nothing left to train has the figures that its lines tell."""
+    if result.loss is not None or result.step == 0:
+        return result
+    last, evaluated = _last_lines(run_dir)
+    return replace(result, loss=last.get("loss"), eval=result.eval or evaluated)
+
+
+def _last_lines(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Newest training record, and newest evaluation's metrics."""
     lines = metrics_log.read(run_dir / metrics_log.METRICS)
     last = next((line for line in reversed(lines) if line.get("kind") == "train"), {})
     evaluated = next((line for line in reversed(lines) if line.get("kind") == "eval"), {})
-    text = error.render() if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return last, {key: value for key, value in evaluated.items() if key not in ("kind", "step")}
+
+
+def failed_result(run_dir: Path, error: BaseException, world: World) -> dict[str, Any]:
+    """result.json of a run that ended in an error: what its own lines still tell."""
+    last, evaluated = _last_lines(run_dir)
+    stopped = isinstance(error, Preempted)
+    text = None if stopped else error.render() if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    text = redact_text(text) if text else None
     return {
-        "status": "failed", "step": last.get("step", 0), "loss": last.get("loss"),
-        "eval": {k: v for k, v in evaluated.items() if k not in ("kind", "step")}, "tokens": last.get("tokens", 0),
+        "status": "preempted" if stopped else "failed", "step": last.get("step", 0), "loss": last.get("loss"),
+        "eval": evaluated, "tokens": last.get("tokens", 0),
         "seconds": 0.0, "tokens_per_second": last.get("tokens_per_second", 0.0),
         "peak_host_bytes": memory_watch.peak_host_bytes(), "start_host_bytes": 0,
         "peak_gpu_bytes": memory_watch.peak_gpu_bytes(), "world_size": world.size, "zero_stage": None, "export": None,

@@ -1,6 +1,7 @@
 """Requests to stop: signals, files in the run directory, and a launcher that died.
 
-They only raise a flag; the trainer looks at it between steps, where a checkpoint can be written. A second Ctrl-C
+During training they only raise a flag; the trainer looks at it between steps, where a checkpoint can be written.
+Before and after, when there is nothing to save, they end the process with exit code 75 on the spot. A second Ctrl-C
 stops at once. DeepSpeed's launcher does not pass signals on and dies without telling its ranks, so each rank also
 watches its ancestors.
 """
@@ -10,14 +11,34 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from finetune.errors import Preempted
+
 POLL_SECONDS = 1.0
+DEAD_LAUNCHER = "the launcher's death"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+EXIT_INTERRUPTED = 130
+LAUNCHER_VARIABLE = "CROSS_RANK"
+"""DeepSpeed's launcher sets it: where no launcher is above us although it is set, the launcher has died already."""
+
+
+def end_on_signals() -> None:
+    """Until a run begins, a signal ends the process with exit code 75: nothing is lost."""
+
+    def end(number: int, frame) -> None:
+        for other in SIGNALS:
+            signal.signal(other, signal.SIG_IGN)
+        raise Preempted(signal.Signals(number).name)
+
+    for number in SIGNALS:
+        signal.signal(number, end)
 
 
 class StopRequest:
-    """Becomes true once the run should save and end; `save` asks for a checkpoint without ending.
+    """Becomes true once the run should save and end. `with stop.flagged():` around the training itself.
 
     Args:
         run_dir: a file STOP or SAVE in it is a request (rank 0 looks).
@@ -26,12 +47,31 @@ class StopRequest:
     def __init__(self, run_dir: Path, watch_files: bool):
         self.run_dir, self.watch_files = run_dir, watch_files
         self.reason = ""
-        self._interrupts = 0
-        for number in SIGNALS:
-            signal.signal(number, self._handle)
+        self._training, self._orphaned, self._interrupts = False, False, 0
+        self._closed = threading.Event()
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         launcher = _launcher()
         if launcher:
             threading.Thread(target=self._watch, args=(launcher,), daemon=True, name="launcher-watch").start()
+        elif LAUNCHER_VARIABLE in os.environ:
+            self._launcher_died()
+
+    @contextmanager
+    def flagged(self) -> Iterator[None]:
+        """Inside, a signal raises a flag only: whoever looks at it saves. Outside it ends the process."""
+        self._training = True
+        try:
+            yield
+        finally:
+            self._training = False
+
+    def close(self, failed: bool = False) -> None:
+        """Give the signals back; after a failure the launcher's SIGTERM must not cut the last message short."""
+        self._closed.set()
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_IGN if failed and number != signal.SIGINT else handler)
 
     def __bool__(self) -> bool:
         if not self.reason and self.watch_files and (self.run_dir / "STOP").exists():
@@ -50,15 +90,21 @@ class StopRequest:
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:
-                os._exit(130)
-        self.reason = self.reason or signal.Signals(number).name
+                os._exit(EXIT_INTERRUPTED)
+        first = not self.reason
+        self.reason = self.reason or (DEAD_LAUNCHER if self._orphaned else signal.Signals(number).name)
+        if first and not self._training:
+            raise Preempted(self.reason)
 
     def _watch(self, launcher: list[int]) -> None:
-        wait = threading.Event()
-        while not wait.wait(POLL_SECONDS):
+        while not self._closed.wait(POLL_SECONDS):
             if _ancestors(len(launcher)) != launcher:
-                self.reason = self.reason or "the launcher died"
+                self._launcher_died()
                 return
+
+    def _launcher_died(self) -> None:
+        self._orphaned = True
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _ancestors(depth: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 One step: the ranks agree on the number of scored tokens -> for each micro-batch: loss sum, backward, step ->
 log, evaluate, sample, save. Everything that varies (task, adapter, stage) was decided before.
+A step whose gradient is not finite changes nothing; too many in a row end the run at the last good step.
 """
 
 from __future__ import annotations
@@ -9,23 +10,28 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from finetune import heap, memory_watch
+from finetune import faults, heap, memory_watch
 from finetune.callbacks import Callback
 from finetune.checkpoint import Checkpoints, TrainState
 from finetune.config import CheckpointConfig, TrainConfig
 from finetune.data.batches import StepBatches
+from finetune.data.order import step_positions
 from finetune.dist import World, seed_for
 from finetune.engine import Engine
+from finetune.errors import RunFailed
 from finetune.signals import StopRequest
 from finetune.tasks.base import Batch, Task, to_device
+from finetune.trouble import spike
 
 Metrics = dict[str, Any]
+SHOWN = 32
+"""Data positions that one message names at most."""
 
 
 @dataclass
@@ -46,9 +52,12 @@ class Result:
 class Hooks:
     """What the loop calls besides training; all collective."""
 
-    evaluate: Callable[[], Metrics] | None
+    evaluate: Callable[[], Metrics | None] | None
+    """Metrics, or None when a request to stop came first."""
     sample: Callable[[int], None] | None
     learning_rate: Callable[[int], float]
+    beat: Callable[[], None]
+    """Called whenever something was done: the hang watch listens."""
     flops: Callable[[float, float], float] = lambda tokens, pairs: 0.0
     """(tokens, sum of squared document lengths) -> model FLOPs of training on them; not collective."""
     peak_flops: float | None = None
@@ -64,21 +73,29 @@ class Trainer:
         self.train, self.checkpoint, self.seed, self.total_steps = train, checkpoint, seed, total_steps
         self.heap = heap.Watch() if world.device.type == "cpu" else None
         self.saved_step = -1
+        self.good = TrainState()
         self.last_eval: Metrics = {}
         self.last_loss: float | None = None
         self.trained_tokens, self.trained_seconds = 0, 0.0
 
     def fit(self, state: TrainState) -> Result:
         """Train from `state` to the last step, or until a stop is asked for."""
-        if self.train.eval_at_start and self.hooks.evaluate and state.step == 0:
+        if self.hooks.evaluate and (state.owes_evaluation or (self.train.eval_at_start and state.step == 0)):
             self.run_evaluation(state)
         self.engine.train()
+        self.saved_step, self.good = self.checkpoints.newest(), _copy(state)
+        if self._out_of_patience(state):
+            return self._finish(state, "done")
         status, clock, tokens, flops = "done", time.perf_counter(), 0, 0.0
         for batches in self.batches:
-            scored, step_tokens, pairs, stops, saves = self._agree(batches)
+            scored, step_tokens, pairs, stops, saves, broken = self._agree(batches)
+            if broken:
+                self.checkpoints.wait()
             if stops:
                 status = "preempted"
                 break
+            faults.point("step")
+            skipped = self.engine.skipped
             lr = self.hooks.learning_rate(state.step + 1)
             losses = [self._micro_step(batch, i, state.step, self.world.size / max(scored, 1), lr)
                       for i, batch in enumerate(batches)]
@@ -86,22 +103,34 @@ class Trainer:
             state.tokens += int(step_tokens)
             tokens += int(step_tokens)
             flops += self.hooks.flops(step_tokens, pairs)
+            self.hooks.beat()
+            applied = self.engine.skipped == skipped
+            if applied:
+                state.skipped_in_a_row = 0
+            else:
+                self._skipped(state, losses)
             if self._is_log_step(state.step):
                 self._log(state, losses, scored, lr, tokens, flops, clock)
                 clock, tokens, flops = time.perf_counter(), 0, 0.0
+            if applied:
+                self.good = _copy(state)
+            elif self.train.max_skipped and state.skipped_in_a_row >= self.train.max_skipped:
+                self._give_up(state)
             if self._after_step(state, bool(saves)):
                 clock = time.perf_counter()
             if self._out_of_patience(state):
                 break
-        return self._finish(state, status)
+        return self._finish(state, "preempted" if state.owes_evaluation else status)
 
     def _agree(self, batches: list[Batch]) -> list[float]:
-        """Scored and real tokens, squared document lengths, requests to stop and to save, over all ranks: the one
-        exchange a step needs."""
+        """Scored and real tokens, squared document lengths, requests to stop and to save, failed saves, over all
+        ranks: the one exchange a step needs."""
+        self._tell_saved()
         scored = sum(self.task.count(batch) for batch in batches)
         tokens = sum(batch["tokens"] for batch in batches)
         pairs = sum(float((np.diff(batch["cu_seqlens"]).astype(np.float64) ** 2).sum()) for batch in batches)
-        return self.world.sum([scored, tokens, pairs, bool(self.stop), self.stop.wants_save()])
+        return self.world.sum([scored, tokens, pairs, bool(self.stop), self.stop.wants_save(),
+                               self.checkpoints.broken])
 
     def _micro_step(self, batch: Batch, index: int, step: int, scale: float, lr: float) -> Tensor:
         micro = int(self.train.micro_batch)
@@ -122,8 +151,9 @@ class Trainer:
         state.seconds += seconds
         self.trained_tokens, self.trained_seconds = self.trained_tokens + tokens, self.trained_seconds + seconds
         self.last_loss = total / max(scored, 1)
-        if not math.isfinite(self.last_loss):
-            self.callbacks.message(f"step {state.step}: the loss is not finite; the update is skipped")
+        jumped = math.isfinite(self.last_loss) and spike(state.recent_losses, self.last_loss)
+        if jumped:
+            self.callbacks.message(f"step {state.step}: the loss jumped to {self.last_loss:.4f}")
         host = memory_watch.host_bytes()
         if self.heap:
             self.heap.after_step(host)
@@ -131,14 +161,49 @@ class Trainer:
             "kind": "train", "step": state.step, "loss": self.last_loss, "lr": lr, "grad_norm": self.engine.grad_norm(),
             "tokens": state.tokens, "tokens_per_second": tokens / max(seconds, 1e-9),
             "host_bytes": int(self.world.maximum(host)),
-            "gpu_bytes": int(self.world.maximum(memory_watch.gpu_bytes())),
-            **self._arithmetic(flops / max(seconds, 1e-9) / self.world.size),
+            "gpu_bytes": int(self.world.maximum(memory_watch.gpu_bytes())), "skipped_steps": state.skipped,
+            **self._arithmetic(flops / max(seconds, 1e-9) / self.world.size), **({"spike": True} if jumped else {}),
         })
 
     def _arithmetic(self, flops: float) -> dict[str, float]:
         """Model FLOP/s of one device; as a share of its peak where that is known (MFU, arXiv:2204.02311)."""
         peak = self.hooks.peak_flops
         return {"tflops": flops / 1e12} | ({"mfu": flops / peak} if peak else {})
+
+    def _skipped(self, state: TrainState, losses: list[Tensor]) -> None:
+        """Count a step that changed nothing, and name its data.
+
+        Under fp16 a finite loss with an overflowing gradient is the loss scale finding its level: not counted as a row.
+        """
+        positions = step_positions(state.step - 1, *self.batches.layout)
+        mine = [at for loss, places in zip(losses, positions, strict=True) if not math.isfinite(loss.item())
+                for at in places]
+        found = self.world.gather((mine, [place for places in positions for place in places]))
+        bad = sorted(at for places, _ in found for at in places)
+        shown = (bad or sorted(at for _, places in found for at in places))[:SHOWN]
+        state.skipped += 1
+        state.skipped_in_a_row += 1 if bad or not self.engine.scales_loss else 0
+        rows = [self.batches.order[at] for at in shown]
+        self.callbacks.message(
+            f"step {state.step}: {'the loss' if bad else 'a gradient'} is not finite; the update is skipped, "
+            f"{state.skipped} so far. {'Positions' if bad else 'One of the positions'} {', '.join(map(str, shown))} "
+            f"of the data order, rows {', '.join(map(str, rows))}")
+
+    def _give_up(self, state: TrainState) -> None:
+        """The weights are still those of the last step that was applied: save them as that step, then end.
+
+        Raises:
+            RunFailed: always.
+        """
+        self.batches.close()
+        if self.good.step > max(0, self.saved_step):
+            self.save(self.good)
+        self._settle()
+        kept = f"The checkpoint of step {self.saved_step} holds the last good state. " if self.saved_step > 0 else ""
+        raise RunFailed(
+            f"{state.skipped_in_a_row} steps in a row had no finite gradient; train.max_skipped = "
+            f"{self.train.max_skipped}", f"step {state.step}",
+            f"{kept}Look at the data named above, or try a smaller optim.lr.")
 
     def _after_step(self, state: TrainState, save_now: bool) -> bool:
         """Evaluation, samples and checkpoint that are due; True if any took time."""
@@ -156,10 +221,13 @@ class Trainer:
         return bool(due_eval or due_sample or due_save)
 
     def run_evaluation(self, state: TrainState) -> None:
-        """Evaluate, remember the best, tell the callbacks."""
+        """Evaluate, remember the best, tell the callbacks. Interrupted by a stop, it is done when the run goes on."""
         self.engine.train(False)
         metrics = self.hooks.evaluate()  # type: ignore[misc]
         self.engine.train()
+        state.owes_evaluation = metrics is None
+        if metrics is None:
+            return
         self.last_eval = metrics
         name, direction = self.task.better
         value = metrics[name]
@@ -181,18 +249,33 @@ class Trainer:
         if self.saved_step == state.step:
             return
         state.callbacks = self.world.broadcast(self.callbacks.state())
-        path = self.checkpoints.save(self.engine.ds, state)
+        self.checkpoints.save(self.engine.ds, state)
         self.saved_step = state.step
-        self.callbacks.checkpoint(state.step, str(path))
+        self._tell_saved()
+        self.hooks.beat()
+
+    def _tell_saved(self) -> None:
+        for step, path in self.checkpoints.finished():
+            self.callbacks.checkpoint(step, path)
+
+    def _settle(self) -> None:
+        """Until every checkpoint is on the disk."""
+        self.checkpoints.wait()
+        self._tell_saved()
 
     def _finish(self, state: TrainState, status: str) -> Result:
         self.batches.close()
         if state.step > 0:
             self.save(state)
+        self._settle()
         if status == "preempted":
             self.callbacks.message(f"stopped by {self.stop.reason or 'another rank'} after step {state.step}; saved")
         rate = self.trained_tokens / self.trained_seconds if self.trained_seconds else 0.0
         return Result(status, state.step, self.last_loss, self.last_eval, state.tokens, state.seconds, rate)
+
+
+def _copy(state: TrainState) -> TrainState:
+    return replace(state, recent_losses=list(state.recent_losses))
 
 
 def _every(step: int, every: int) -> bool:

@@ -1,9 +1,13 @@
-"""Shared by all tests: small GPT-J checkpoints made here, a private cache, one thread a process."""
+"""Shared by all tests: small GPT-J checkpoints made here, a private cache, one thread a process.
+
+FAULT_RESULTS=FILE.json keeps what the tests that are marked `fault` found, for bench/fault_table.py.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -70,3 +74,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+_faults: dict[tuple[str, str], dict[str, int]] = defaultdict(lambda: {"passed": 0, "failed": 0, "skipped": 0})
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    report = (yield).get_result()
+    marker = item.get_closest_marker("fault")
+    if marker and (report.when == "call" or (report.when == "setup" and report.outcome != "passed")):
+        cases = getattr(item, "fault_cases", 1)
+        _faults[marker.kwargs["happens"], marker.kwargs["then"]][report.outcome] += cases
+
+
+@pytest.fixture
+def cases(request: pytest.FixtureRequest):
+    """A test that tries many things at once says how many."""
+    def count(n: int) -> None:
+        request.node.fault_cases = n
+    return count
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    file = os.environ.get("FAULT_RESULTS")
+    if file and _faults:
+        found = [{"happens": happens, "then": then, **counts} for (happens, then), counts in _faults.items()]
+        before = json.loads(Path(file).read_text(encoding="utf-8"))["rows"] if Path(file).exists() else []
+        rows = [row for row in before if (row["happens"], row["then"]) not in _faults] + found
+        Path(file).write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,65 @@
+"""Named points where a test can kill, stop or break this very process; without an order they cost one comparison.
+
+    FINETUNE_FAULT="kill save.manifest rank=0 nth=2" deepspeed launch/train.py ...
+
+An order is ACTION POINT [rank=R] [nth=N]; several are joined by `;`. Actions: kill (SIGKILL), nospace (OSError ENOSPC),
+fail (RuntimeError), stop (never returns), term (SIGTERM to itself). Points are the first arguments of `point` in the sources. Used by
+tests/faults and bench/soak.py; no program arms anything by itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+
+VARIABLE = "FINETUNE_FAULT"
+
+
+class Order:
+    """One fault that waits for its point."""
+
+    def __init__(self, text: str):
+        self.action, self.name, *rest = text.split()
+        values = dict(word.split("=") for word in rest)
+        self.rank, self.left = values.get("rank"), int(values.get("nth", 1))
+
+    def meets(self, name: str) -> bool:
+        """Whether this is the time: the nth passing of the point on the rank."""
+        if name != self.name or self.rank not in (None, os.environ.get("RANK", "0")):
+            return False
+        self.left -= 1
+        return self.left == 0
+
+
+def arm(text: str) -> None:
+    """Replace all orders."""
+    _orders[:] = [Order(part) for part in text.split(";") if part.strip()]
+
+
+def point(name: str) -> None:
+    """Here a fault may strike."""
+    if _orders:
+        for order in _orders:
+            if order.meets(name):
+                _strike(order)
+
+
+def _strike(order: Order) -> None:
+    match order.action:
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "term":
+            os.kill(os.getpid(), signal.SIGTERM)
+        case "nospace":
+            raise OSError(errno.ENOSPC, "No space left on device (injected)")
+        case "stop":
+            while True:
+                time.sleep(60)
+        case _:
+            raise RuntimeError(f"injected at {order.name}")
+
+
+_orders: list[Order] = []
+arm(os.environ.get(VARIABLE, ""))

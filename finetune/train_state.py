@@ -1,0 +1,34 @@
+"""Where a run stands: the few numbers that, with weights and averages, continue it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """Where a run stands; the data position is step x global_batch."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Real tokens seen."""
+    seconds: float = 0.0
+    """Training time so far."""
+    skipped: int = 0
+    """Steps that changed nothing because a gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """The last steps of which all were skipped."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Losses that the next one is compared with."""
+    best: float | None = None
+    """Best evaluation metric so far."""
+    best_step: int = 0
+    """Step of the best metric."""
+    without_gain: int = 0
+    """Evaluations since the best one."""
+    owes_evaluation: bool = False
+    """The evaluation of this step was interrupted by a stop."""
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """What trackers keep, by class name."""

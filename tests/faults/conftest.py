@@ -1,0 +1,48 @@
+"""One zygote for all fault tests.
+
+Each module says in `jobs(folder)` which runs it needs; only those of the collected modules run, in one go.
+    FAULTS=all      every point of a save at every stage, also in the background: a few minutes more
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.faults.jobs import prepare, run_jobs
+
+EVERYTHING = os.environ.get("FAULTS") == "all"
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="session")
+def outcome(request: pytest.FixtureRequest, folder: Path, small_disk) -> dict[str, dict]:
+    """What became of every run, by name."""
+    modules = {item.module for item in request.session.items if hasattr(item, "module")}
+    jobs = [
+        job
+        for module in sorted(modules, key=lambda m: m.__name__)
+        if hasattr(module, "jobs")
+        for job in module.jobs(folder)
+    ]
+    return run_jobs(jobs, folder / "out")
+
+
+@pytest.fixture(scope="session")
+def small_disk(folder: Path):
+    """A disk of 48 MiB in `folder`, or None where this user may not mount one."""
+    place = folder / "disk"
+    place.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    yield place if made.returncode == 0 else None
+    if made.returncode == 0:
+        subprocess.run(["umount", "-l", str(place)], check=False)

@@ -1,0 +1,117 @@
+"""Which checkpoints are kept, set aside and refused; real files, one process, no engine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune import faults
+from finetune.checkpoint import Checkpoints, _Save
+from finetune.checkpoint_files import find_resume, newest_valid, read_state, step_folders, step_of
+from finetune.dist import World
+from finetune.errors import RunFailed, UserError
+from finetune.train_state import TrainState
+
+WORLD = World(0, 1, 0, 1, torch.device("cpu"))
+IDENTITY = {"data": "abc", "seed": 0}
+
+
+def opened(run: Path, **more) -> Checkpoints:
+    return Checkpoints(run / "checkpoints", 2, WORLD, IDENTITY, [], **more)
+
+
+def write(checkpoints: Checkpoints, step: int) -> Path:
+    about = {"format": 1, "identity": checkpoints.identity, "origin": checkpoints.origin}
+    about["state"] = asdict(TrainState(step))
+    checkpoints._write(_Save(step, [("w|0|master", torch.full((4,), float(step)))], about, 16), WORLD)
+    return checkpoints.folder / f"step-{step:08d}"
+
+
+def steps(run: Path) -> list[int]:
+    return [step_of(path) for path in step_folders(run / "checkpoints")]
+
+
+def damage(path: Path) -> None:
+    os.truncate(path / "state.json", 3)
+
+
+def test_the_newest_are_kept(tmp_path):
+    checkpoints = opened(tmp_path)
+    for step in (1, 2, 3, 4):
+        write(checkpoints, step)
+    assert steps(tmp_path) == [3, 4] and checkpoints.newest() == 4
+    assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_damaged_newer_ones_never_push_out_the_valid(tmp_path):
+    """Two damaged steps ahead of the one that is continued from: counted by number they would be the two newest."""
+    first = opened(tmp_path)
+    kept = write(first, 2)
+    for step in (8, 9):
+        damage(write(opened(tmp_path), step))
+    again = opened(tmp_path)
+    again._continue_from(kept)
+    write(again, 3)
+    assert steps(tmp_path) == [2, 3, 8, 9]
+    assert newest_valid(tmp_path / "checkpoints", lambda text: None) == tmp_path / "checkpoints/step-00000003"
+    for step in (4, 8, 9, 10):
+        write(again, step)
+        assert newest_valid(tmp_path / "checkpoints", lambda text: None) == tmp_path / f"checkpoints/step-{step:08d}"
+    assert steps(tmp_path) == [9, 10]
+
+
+def test_going_back_sets_newer_steps_aside_and_the_same_command_goes_on(tmp_path):
+    first = opened(tmp_path)
+    for step in (2, 3):
+        write(first, step)
+    back = tmp_path / "checkpoints/step-00000002"
+    assert find_resume(str(back), tmp_path, print) == back
+    again = opened(tmp_path, origin=back.name)
+    again._continue_from(back)
+    assert steps(tmp_path) == [2]
+    aside = [p for p in (tmp_path / "checkpoints").iterdir() if p.name.startswith("set-aside-")]
+    assert len(aside) == 1 and read_state(aside[0])["state"]["step"] == 3
+    write(again, 3)
+    assert find_resume(str(back), tmp_path, print) == tmp_path / "checkpoints/step-00000003"
+    assert find_resume("auto", tmp_path, print) == tmp_path / "checkpoints/step-00000003"
+
+
+def test_a_step_is_written_again_over_a_damaged_one(tmp_path):
+    checkpoints = opened(tmp_path)
+    damage(write(checkpoints, 5))
+    write(checkpoints, 5)
+    assert find_resume("auto", tmp_path, print) == tmp_path / "checkpoints/step-00000005"
+
+
+def test_what_changed_is_named(tmp_path):
+    checkpoints = opened(tmp_path)
+    saved = read_state(write(checkpoints, 1))
+    changed = Checkpoints(tmp_path / "checkpoints", 2, WORLD, {"data": "xyz", "seed": 0}, [])
+    with pytest.raises(UserError, match=r"data: was abc, is xyz(.|\n)*resume_changed=\[data\]"):
+        changed._check_identity(saved, tmp_path)
+    allowed = Checkpoints(tmp_path / "checkpoints", 2, WORLD, {"data": "xyz", "seed": 0}, ["data"])
+    allowed._check_identity(saved, tmp_path)
+
+
+def test_a_save_in_the_background_fails_aloud(tmp_path):
+    checkpoints = opened(tmp_path, background=True)
+    write(checkpoints, 1)
+    faults.arm("nospace save.state")
+    try:
+        checkpoints._write_behind(_Save(2, [("w|0|master", torch.zeros(4))], {}, 16))
+    finally:
+        faults.arm("")
+    assert checkpoints.broken
+    with pytest.raises(RunFailed, match="the checkpoint of step 2 could not be written"):
+        checkpoints.wait()
+    assert not checkpoints.broken and steps(tmp_path) == [1]
+    assert checkpoints.finished() == [(1, str(tmp_path / "checkpoints/step-00000001"))]
+
+
+def test_room_is_checked_beforehand(tmp_path):
+    with pytest.raises(RunFailed, match=r"the run needs .* GiB and the disk has .* free: .* are missing"):
+        opened(tmp_path)._require(1 << 60, "the run")

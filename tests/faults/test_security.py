@@ -1,0 +1,182 @@
+"""What files and settings from elsewhere may not do: run code, leave their directory, leak a secret."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.app import compose_config, compose_train, report_error
+from finetune.check import check
+from finetune.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+SECRET = "hf_" + "a1B2c3D4" * 4
+URL = "https://someone:hunter2secret@example.org/data.jsonl"
+
+
+class Planted:
+    """Unpickled, it makes the file that its bytes name."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.target),))
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "a-pickle-ran"
+
+
+def test_the_planted_pickle_works_where_nothing_guards(tmp_path, target):
+    """Otherwise the tests below would prove nothing."""
+    torch.save({"w": Planted(target)}, tmp_path / "x.bin")
+    torch.load(tmp_path / "x.bin", weights_only=False)
+    assert target.is_dir()
+
+
+@pytest.mark.fault(
+    happens="a pickle that runs code: as pytorch_model.bin, as a shard of it, as adapter_model.bin",
+    then="refused, it does not run",
+)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_do_not_run(tmp_path, target, small_gptj, sharded):
+    from finetune.config import Init, ModelConfig
+    from finetune.gptj.load import build_model
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text((small_gptj / "config.json").read_text())
+    torch.save({"transformer.wte.weight": Planted(target)}, folder / ("part.bin" if sharded else "pytorch_model.bin"))
+    if sharded:
+        index = {"weight_map": {"transformer.wte.weight": "part.bin"}}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="refused"):
+        build_model(ModelConfig(path=str(folder), init=Init.pretrained), "lm", device=torch.device("cpu"), seed=0)
+    assert not target.exists()
+
+
+@pytest.mark.fault(
+    happens="a pickle that runs code: as pytorch_model.bin, as a shard of it, as adapter_model.bin",
+    then="refused, it does not run",
+)
+def test_adapters_do_not_run(tmp_path, target, small_gptj):
+    from finetune.saved import load_export
+
+    folder = tmp_path / "export"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(
+        json.dumps(
+            {
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "base_model_name_or_path": str(small_gptj),
+                "r": 4,
+                "target_modules": ["q_proj"],
+            }
+        )
+    )
+    torch.save({"base_model.model.w": Planted(target)}, folder / "adapter_model.bin")
+    with pytest.raises(Exception):  # noqa: B017 - whatever peft or we say, it must not run
+        load_export(folder, None, torch.device("cpu"))
+    assert not target.exists()
+
+
+@pytest.mark.fault(
+    happens="a tokenizer, config or checkpoint that brings its own code (`auto_map`)", then="refused, it does not run"
+)
+def test_code_beside_a_tokenizer_does_not_run(tmp_path, target):
+    from finetune.data.tokenizer import load_tokenizer
+
+    (tmp_path / "evil.py").write_text(f"import os\nos.mkdir({str(target)!r})\nclass T: pass\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}))
+    with pytest.raises(UserError):
+        load_tokenizer(str(tmp_path))
+    assert not target.exists()
+
+
+def test_remote_code_is_never_trusted():
+    files = [
+        *ROOT.glob("finetune/**/*.py"),
+        *ROOT.glob("launch/*.py"),
+        *ROOT.glob("bench/*.py"),
+        *ROOT.glob("conf/**/*.yaml"),
+    ]
+    assert len(files) > 50
+    text = {path: path.read_text(encoding="utf-8") for path in files}
+    assert not [path for path, content in text.items() if re.search(r"trust_remote_code\s*[=:]\s*(?!False)", content)]
+    assert not [
+        path
+        for path, content in text.items()
+        if re.search(r"weights_only\s*=\s*False|allow_pickle\s*=\s*True", content)
+    ]
+    loads = [path for path, content in text.items() if re.search(r"torch\.load\(", content)]
+    assert all("weights_only=True" in text[path] for path in loads)
+    assert not [
+        path
+        for path, content in text.items()
+        if re.search(r"^\s*(import|from) (pickle|dill|cloudpickle)\b", content, re.M)
+    ]
+
+
+@pytest.mark.fault(happens="a run's name that is a path", then="refused with exit code 2")
+@pytest.mark.parametrize("name", ["../../out", "a/b", "/abs", "..", ".hidden", ""])
+def test_a_name_cannot_leave_runs(name):
+    cfg = compose_train(["recipe=quickstart", "debug=tiny", f"name='{name}'"])
+    with pytest.raises(UserError, match="part of a path"):
+        check(cfg, 1, False)
+
+
+@pytest.mark.fault(
+    happens="a setting that is a secret by name or looks",
+    then="refused (no such key), or `***` in config.yaml, result.json, wandb, tensorboard and messages",
+)
+@pytest.mark.parametrize(
+    "word",
+    [
+        "hf_token=hunter2secret",
+        "+hf_token=hunter2secret",
+        "model.api_key=hunter2secret",
+        "++tracker.wandb.password=hunter2secret",
+    ],
+)
+def test_secret_keys_are_refused_without_an_echo(word, capsys):
+    with pytest.raises(UserError) as caught:
+        compose_config(["recipe=quickstart", word])
+    report_error(caught.value)
+    assert "hunter2secret" not in capsys.readouterr().err
+
+
+@pytest.mark.fault(
+    happens="a setting that is a secret by name or looks",
+    then="refused (no such key), or `***` in config.yaml, result.json, wandb, tensorboard and messages",
+)
+def test_secret_values_reach_no_file(tmp_path):
+    from finetune.dist import World
+    from finetune.plain import plain_config
+    from finetune.run_files import failed_result, save_config
+
+    cfg = compose_train(
+        ["recipe=quickstart", f"data.train='{URL}'", f"model.path='{SECRET}'", f"train.sample_prompts=['{SECRET}']"]
+    )
+    save_config(cfg, {}, [], tmp_path)
+    error = UserError(f"cannot read {URL} with {SECRET}")
+    failed = failed_result(tmp_path, error, World(0, 1, 0, 1, torch.device("cpu")))
+    for text in ((tmp_path / "config.yaml").read_text(), json.dumps(failed), json.dumps(plain_config(cfg))):
+        assert "hunter2secret" not in text and SECRET not in text and "***" in text
+
+
+@pytest.mark.fault(
+    happens="a setting that is a secret by name or looks",
+    then="refused (no such key), or `***` in config.yaml, result.json, wandb, tensorboard and messages",
+)
+def test_messages_are_redacted(capsys):
+    report_error(UserError(f"cannot read {URL}", SECRET, f"use {SECRET}"))
+    said = capsys.readouterr().err
+    assert "hunter2secret" not in said and SECRET not in said and said.count("***") >= 3
