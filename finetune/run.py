@@ -42,8 +42,8 @@ from finetune.gptj.load import build_model, local_folder
 from finetune.hub import push_or_explain
 from finetune.last_words import LastWords
 from finetune.metrics_log import MetricsLog
-from finetune.plain import plain_config
 from finetune.peak import peak_flops
+from finetune.plain import plain_config
 from finetune.plan import Plan, measure_machine, plan, render_table
 from finetune.report import Report
 from finetune.run_files import failed_result, final_result, make_run_dir, save_config, with_logged
