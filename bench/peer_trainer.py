@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 EOS, IGNORE = 50256, -100
 
@@ -79,7 +79,7 @@ def deepspeed_config(stage: int, micro: int) -> dict:
 
 def main() -> None:
     spec = json.loads(Path(sys.argv[-1]).read_text())
-    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.bfloat16)
+    model = load(spec)
     model.config.use_cache = False
     if spec["lora"]:
         import peft
@@ -88,9 +88,10 @@ def main() -> None:
     common = {
         "output_dir": spec["out"] + ".run", "max_steps": spec["steps"], "logging_steps": 1, "save_strategy": "no",
         "per_device_train_batch_size": spec["micro"], "gradient_accumulation_steps": 1, "learning_rate": 1e-4,
-        "lr_scheduler_type": "constant", "weight_decay": 0.0, "bf16": True, "use_cpu": not torch.cuda.is_available(),
+        "lr_scheduler_type": "constant", "weight_decay": 0.0, "bf16": True,
+        "use_cpu": not torch.cuda.is_available(),
         "optim": "adamw_torch_fused", "deepspeed": deepspeed_config(spec["stage"], spec["micro"]), "report_to": [],
-        "disable_tqdm": True, "seed": 0, "remove_unused_columns": False, "dataloader_pin_memory": False,
+        "gradient_checkpointing": spec.get("checkpointing", False), "disable_tqdm": True, "seed": 0, "remove_unused_columns": False, "dataloader_pin_memory": False,
     }
     rows = [json.loads(line) for line in Path(spec["rows"]).read_text().splitlines()]
     watch, pad = Watch(), Pad()
@@ -105,8 +106,16 @@ def main() -> None:
     result = {"seconds": watch.seconds, "losses": watch.losses, "tokens": tokens, "start_host_bytes": watch.start_host,
               "peak_host_bytes": status("VmHWM")}
     if torch.cuda.is_available():
-        result["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
+        result["peak_gpu_bytes"] = torch.cuda.max_memory_reserved()
     Path(f"{spec['out']}.{trainer.args.process_index}.json").write_text(json.dumps(result))
+
+
+def load(spec: dict):
+    """The checkpoint, or with `random` a fresh model of its config, made on the GPU where there is one."""
+    if not spec.get("random"):
+        return AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(spec["model"]), dtype=torch.bfloat16)
 
 
 def trl_trainer(spec: dict, common: dict, model, rows: list[dict], watch: Watch):

@@ -1,6 +1,6 @@
 """Where the time of one training step goes: torch's profiler over a few steps of this project's own engine.
 
-    python bench/profile_step.py [--length 1024] [--micro 2] [--stage 2] [--lora] [--steps 3] [--rows 25] [k=v ...]
+    python bench/profile_step.py [--length 1024] [--micro 2] [--stage 2] [--lora] [--steps 3] [k=v ...]
 
 One rank, the model of `bench/peers.py` (n_embd 512, 6 layers, bf16), random tokens. Further k=v words change the config.
 """
@@ -36,7 +36,7 @@ def profile(args: argparse.Namespace, model: Path) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
-    from finetune import adapter, dist, ds_config
+    from finetune import adapter, dist, ds_config, memory_watch
     from finetune.app import compose_train
     from finetune.ds_config import Sharding
     from finetune.engine import Engine, connect_deepspeed
@@ -79,8 +79,7 @@ def profile(args: argparse.Namespace, model: Path) -> None:
           + ", ".join(f"{name} {value / args.steps:.3f} s" for name, value in parts.items()))
     cuda = world.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
-    import resource
-    print("peak MiB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    print(f"peak resident memory {memory_watch.peak_host_bytes() / 2**20:.0f} MiB")
     with torch_profile(activities=activities, record_shapes=args.shapes) as prof:
         for _ in range(args.steps):
             step()
