@@ -134,8 +134,7 @@ def trl_trainer(spec: dict, common: dict, model, rows: list[dict], watch: Watch)
             return super().training_step(model, inputs, *args, **kwargs)
 
     common.pop("remove_unused_columns")
-    args = SFTConfig(**common, packing=True, max_length=spec["length"], completion_only_loss=True,
-                     gradient_checkpointing=False)
+    args = SFTConfig(**common, packing=True, max_length=spec["length"], completion_only_loss=True)
     return Counting(model=model, args=args, train_dataset=Dataset.from_list(examples), callbacks=[watch],
                     processing_class=AutoTokenizer.from_pretrained(spec["model"]))
 

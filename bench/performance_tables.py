@@ -1,0 +1,60 @@
+"""The tables of docs/performance.md from the results of the benchmarks, between its markers.
+
+    python bench/performance_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, RESULTS = ROOT / "docs/performance.md", ROOT / "bench/results"
+
+
+def peers() -> str:
+    found = json.loads((RESULTS / "peers.json").read_text())
+    lines = [
+        "| work | this project | peer | tokens/s against it | peak memory against it | working memory against it | step / matrix products |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for result in found["results"]:
+        mine = result["programs"]["ours"]
+        for name, ratio in result["ours_against"].items():
+            other = result["programs"][name]
+            lines.append(
+                f"| {result['case']['name']} | {mine['tokens_per_second']:.0f} tok/s, {mine['peak_host_bytes'] / 1e9:.2f} GB "
+                f"| {'Trainer' if name == 'trainer' else 'TRL'} {other['tokens_per_second']:.0f} tok/s, "
+                f"{other['peak_host_bytes'] / 1e9:.2f} GB | {ratio['tokens_per_second']:.2f} x "
+                f"| {ratio['peak_host_bytes']:.2f} x | {ratio['working_bytes']:.2f} x | {result['step_over_matmul']:.2f} |")
+    return "\n".join([*lines, "", _origin(found)])
+
+
+def scaling() -> str:
+    found = json.loads((RESULTS / "scaling.json").read_text())
+    lines = ["| step | this project | Trainer + DeepSpeed |", "|---|--:|--:|"]
+    for result in found["results"]:
+        cells = [f"{run['tokens_per_second']:.0f} tok/s, working {(run['peak_host_bytes'] - run['start_host_bytes']) / 1e9:.2f} GB"
+                 for run in (result["ours"], result["trainer"])]
+        lines.append(f"| {result['case']['name']} | {cells[0]} | {cells[1]} |")
+    return "\n".join([*lines, "", _origin(found)])
+
+
+def _origin(found: dict) -> str:
+    machine = found["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    return f"`{found['command']}`, {machine['date']}, {machine['cpu']}, {machine['cores']} cores, {versions}."
+
+
+def main() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    for name, table in (("peers", peers), ("scaling", scaling)):
+        if (RESULTS / f"{name}.json").is_file():
+            pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
+            text = re.sub(pattern, lambda m, t=table: m[1] + t() + "\n" + m[2], text, flags=re.S)
+    PAGE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
