@@ -136,10 +136,10 @@ def compare(args: argparse.Namespace, state: dict) -> dict:
         "stage": args.stage,
         "ranks": 2,
         "by_target": by_target,
-        "before_the_first_step": sum(
+        "without_a_new_step": sum(
             one["reached"] == before for one, before in zip(killed, reached_before(killed), strict=True)
         ),
-        "inside_a_save": sum(one["staging"] > 0 for one in killed),
+        "staging_folder_left": sum(one["staging"] > 0 for one in killed),
         "damaged_checkpoints": sum(len(one["damaged"]) for one in killed),
         "processes_that_ran_on": sum(one["timeout"] for one in killed),
         "lines_compared": len(lines["soaked"]),
