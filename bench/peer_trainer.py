@@ -91,7 +91,8 @@ def main() -> None:
         "lr_scheduler_type": "constant", "weight_decay": 0.0, "bf16": True,
         "use_cpu": not torch.cuda.is_available(),
         "optim": "adamw_torch_fused", "deepspeed": deepspeed_config(spec["stage"], spec["micro"]), "report_to": [],
-        "gradient_checkpointing": spec.get("checkpointing", False), "disable_tqdm": True, "seed": 0, "remove_unused_columns": False, "dataloader_pin_memory": False,
+        "gradient_checkpointing": spec.get("checkpointing", False), "disable_tqdm": True, "seed": 0,
+        "remove_unused_columns": False, "dataloader_pin_memory": False,
     }
     rows = [json.loads(line) for line in Path(spec["rows"]).read_text().splitlines()]
     watch, pad = Watch(), Pad()

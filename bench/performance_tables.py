@@ -16,7 +16,8 @@ PAGE, RESULTS = ROOT / "docs/performance.md", ROOT / "bench/results"
 def peers() -> str:
     found = json.loads((RESULTS / "peers.json").read_text())
     lines = [
-        "| work | this project | peer | tokens/s against it | peak memory against it | working memory against it | step / matrix products |",
+        "| work | this project | peer | tokens/s against it | peak memory against it | working memory against it "
+        "| step / matrix products |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for result in found["results"]:

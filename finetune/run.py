@@ -355,8 +355,9 @@ def _sampler(cfg: Config, engine: Engine, tokenizer, task: Task, callbacks: Call
     return sample
 
 
-def _run_info(cfg: Config, words: list[str], run_dir: Path, state: TrainState, length: Length, parameters: dict[str, int], world: World,
-              planned: Plan, store: Store, rows: Rows, eval_store: Store | None, notes: dict[str, list[str]]) -> RunInfo:
+def _run_info(cfg: Config, words: list[str], run_dir: Path, state: TrainState, length: Length,
+              parameters: dict[str, int], world: World, planned: Plan, store: Store, rows: Rows,
+              eval_store: Store | None, notes: dict[str, list[str]]) -> RunInfo:
     data = {"train": store.stats | {"rows": len(rows), "packing_efficiency": efficiency(rows, cfg.task.max_length),
                                     "notes": notes["train"]}}
     if eval_store:

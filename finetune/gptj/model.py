@@ -93,7 +93,7 @@ class Block(nn.Module):
 
 
 class PreTrained(HFPreTrainedModel):
-    _no_split_modules = ["Block"]
+    _no_split_modules = ["Block"]  # noqa: RUF012 - as in transformers
     _supports_sdpa = True
     _supports_flash_attn = False
 

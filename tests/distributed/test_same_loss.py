@@ -86,7 +86,7 @@ def close(found: list[float], wanted: list[float], relative: float) -> None:
 @pytest.mark.slow
 def test_full_packed_is_plain_torch(trained, small_gptj, unequal_documents, tokenizer):
     wanted, _ = reference.train(small_gptj, unequal_documents, tokenizer, packing=True, **COMMON)
-    runs = sorted(trained.glob("full-*")) + [trained / "checkpointed-1"]
+    runs = [*sorted(trained.glob("full-*")), trained / "checkpointed-1"]
     assert len(runs) == 13
     for run in runs:
         close(losses(run), wanted, 1e-5)
