@@ -25,7 +25,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def outcome(request: pytest.FixtureRequest, folder: Path, small_disk) -> dict[str, dict]:
     """What became of every run, by name."""
-    modules = {item.module for item in request.session.items if hasattr(item, "module")}
+    here = Path(__file__).parent
+    modules = {item.module for item in request.session.items if hasattr(item, "module") and item.path.parent == here}
     jobs = [
         job
         for module in sorted(modules, key=lambda m: m.__name__)
