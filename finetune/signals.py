@@ -60,12 +60,14 @@ class StopRequest:
 
     @contextmanager
     def flagged(self) -> Iterator[None]:
-        """Inside, a signal raises a flag only: whoever looks at it saves. Outside it ends the process."""
+        """Inside, a signal raises a flag only: whoever looks at it saves. Outside it ends the process.
+
+        Where the training failed, the flag stays the only effect: the failure is what the process ends with, and the
+        launcher, seeing another rank dead, sends SIGTERM while it is still being told.
+        """
         self._training = True
-        try:
-            yield
-        finally:
-            self._training = False
+        yield
+        self._training = False
 
     def close(self, failed: bool = False) -> None:
         """Give the signals back; after a failure the launcher's SIGTERM must not cut the last message short."""

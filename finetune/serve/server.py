@@ -12,6 +12,8 @@ import socket
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -112,15 +114,25 @@ class Handler(BaseHTTPRequestHandler):
         if asked not in (None, "", service.name):
             raise Refused(404, f"there is no model '{str(asked)[:100]}'; this is '{service.name}'", "model")
         request = read_request(body, path.startswith("/v1/chat"), service.speaker, service.limits)
+        # The place is free before the client learns that its answer is whole: it may ask again at once.
+        if request.stream:
+            with self._turn():
+                self._stream(Reply(request, service.name))
+            self._event("[DONE]")
+        else:
+            with self._turn():
+                whole = Reply(request, service.name).whole(service.speaker)
+            self._json(200, whole)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait until the model is free; turned away where `concurrency` requests wait already."""
+        service = self.service
         if not service.places.acquire(blocking=False):
             raise Refused(429, f"{service.concurrency} requests are waiting already; try again later")
         try:
             with service.model_lock:
-                reply = Reply(request, service.name)
-                if request.stream:
-                    self._stream(reply)
-                else:
-                    self._json(200, reply.whole(service.speaker))
+                yield
         finally:
             service.places.release()
 
@@ -132,7 +144,6 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         self.end_headers()
         reply.stream(self.service.speaker, lambda chunk: self._event(json.dumps(chunk, ensure_ascii=False)))
-        self._event("[DONE]")
 
     def _event(self, data: str) -> None:
         self.wfile.write(f"data: {data}\n\n".encode())

@@ -1,6 +1,5 @@
-"""One zygote for all fault tests.
+"""One zygote for each module of fault tests, which says in `jobs(folder)` which runs it needs.
 
-Each module says in `jobs(folder)` which runs it needs; only those of the collected modules run, in one go.
     FAULTS=all      every point of a save at every stage, also in the background: a few minutes more
 """
 
@@ -22,18 +21,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare(tmp_path_factory.mktemp("faults"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def outcome(request: pytest.FixtureRequest, folder: Path, small_disk) -> dict[str, dict]:
-    """What became of every run, by name."""
-    here = Path(__file__).parent
-    modules = {item.module for item in request.session.items if hasattr(item, "module") and item.path.parent == here}
-    jobs = [
-        job
-        for module in sorted(modules, key=lambda m: m.__name__)
-        if hasattr(module, "jobs")
-        for job in module.jobs(folder)
-    ]
-    return run_jobs(jobs, folder / "out")
+    """What became of every run of the module, by name."""
+    return run_jobs(request.module.jobs(folder), folder / f"out-{request.module.__name__}")
 
 
 @pytest.fixture(scope="session")

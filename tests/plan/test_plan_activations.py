@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,15 @@ CASES = [
     (FullConfig(), "bf16", False), (FullConfig(), "fp32", False), (FullConfig(), "bf16", True),
     (LoraConfig(), "bf16", False), (LoraConfig(), "fp32", True), (LoraConfig(targets="all-linear"), "bf16", False),
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Each thread of the attention kernel has a scratch buffer, half a MiB: much beside a model this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def measured(job: Job, lengths: list[int], path: Path) -> tuple[int, int, int]:
