@@ -255,6 +255,8 @@ class TrainConfig:
     """CPU threads per rank; 0: this rank's share of the cores."""
     prefetch: int = 2
     """Optimizer steps whose batches are prepared ahead."""
+    probe: bool = True
+    """Try the longest batch of the data before step 1, so that memory runs out then or not at all; changes nothing."""
     max_skipped: int = 5
     """End the run after this many steps in a row whose gradient is not finite; 0: never."""
     hang_timeout: float = 1800.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, redirect_stdout
 from pathlib import Path
 
@@ -141,6 +141,27 @@ class Engine:
         if self._bare and self.ds.is_gradient_accumulation_boundary():
             self._clip()
         self.ds.step()
+
+    def rehearse(self, losses: Iterable[Callable[[], Tensor]]) -> None:
+        """One whole step on these micro-batches' losses that changes nothing, to see what a step needs of memory.
+
+        Gradients times 0 and a learning rate of 0 leave weights and averages as they are to the last bit; what counts
+        steps is set back. Only before the first step and before a checkpoint is restored.
+        """
+        scaler = getattr(self.ds.optimizer, "loss_scaler", None)
+        scaler = scaler if hasattr(scaler, "__dict__") else None
+        before = dict(vars(scaler)) if scaler is not None else {}
+        losses = list(losses)
+        for i, loss in enumerate(losses):
+            self.ds.set_gradient_accumulation_boundary(i + 1 == len(losses))
+            self.backward(loss(), 0.0)
+            self.step(0.0)
+        self.ds.set_gradient_accumulation_boundary(None)  # DeepSpeed counts again
+        self.ds.micro_steps = self.ds.global_steps = self.ds.global_samples = self.ds.skipped_steps = 0
+        self._norm, self._dropped = None, 0
+        if scaler is not None:
+            vars(scaler).update(before)
+        partitions.set_adam_step(self.ds, 0)
 
     def _clip(self) -> None:
         """Clip whole fp32 gradients; a norm that is not finite drops the update.

@@ -37,6 +37,16 @@ def end_on_signals() -> None:
         signal.signal(number, end)
 
 
+def hold() -> None:
+    """From now on signals wait: for moments in which nobody could tell that the run was stopped."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def deliver() -> None:
+    """Those that waited arrive now."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
 class StopRequest:
     """Becomes true once the run should save and end. `with stop.flagged():` around the training itself.
 

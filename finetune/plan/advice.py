@@ -12,7 +12,7 @@ from typing import Optional
 
 from finetune.config import Config, LoraConfig, Offload
 from finetune.errors import gib
-from finetune.plan.choose import choose, largest_micro_batch, missing
+from finetune.plan.choose import Plan, choose, largest_micro_batch, missing
 from finetune.plan.estimate import Estimate
 from finetune.plan.job import Job, Option
 from finetune.plan.options import wanted_options
@@ -22,6 +22,42 @@ MOST_GPUS = 256
 
 def advise(cfg: Config, job: Job, chosen: Estimate) -> list[str]:
     return list(_room(job, chosen)) if chosen.fits else list(_remedies(cfg, job))
+
+
+def after_overflow(
+    cfg: Config, planned: Plan, gpu_bytes: Optional[int] = None, host_bytes: Optional[int] = None
+) -> list[tuple[str, str]]:
+    """What to type after memory ran out, and its numbers; the cheapest change first.
+
+    Args:
+        gpu_bytes, host_bytes: limit for predictions, lower than the machine's; None: the machine's.
+    """
+    machine = planned.machine
+    less = replace(machine, gpu_bytes=min(machine.gpu_bytes, gpu_bytes or machine.gpu_bytes),
+                   host_bytes=min(machine.host_bytes, host_bytes or machine.host_bytes))  # fmt: skip
+    job = replace(planned.job, machine=less)
+    found = []
+    for overrides, changed in _smaller(cfg, job, planned):
+        best = _best(cfg, changed)
+        if best and _words(best.option) != _words(planned.chosen.option):
+            overrides = f"{overrides} {_words(best.option)}".strip()
+        if best and overrides:
+            found.append((overrides, _numbers(changed, best)))
+    return found
+
+
+def _smaller(cfg: Config, job: Job, planned: Plan) -> Iterator[tuple[str, Job]]:
+    """Another way to shard, a smaller micro-batch, then what changes the run."""
+    yield "", job
+    micro = largest_micro_batch(job, planned.chosen.option)
+    if micro and micro < job.work.micro_batch:
+        yield f"train.micro_batch={micro}", job.with_micro_batch(micro)
+    yield from (change for change in _changes(cfg, job) if change[0] != "zero=auto")
+
+
+def _words(option: Option) -> str:
+    offloads = (("offload_optimizer", option.offload_optimizer), ("offload_params", option.offload_params))
+    return " ".join([f"zero={option.zero}", *(f"zero.{key}={place}" for key, place in offloads if place != "none")])
 
 
 def _room(job: Job, chosen: Estimate) -> Iterator[str]:

@@ -151,6 +151,17 @@ def host_free_bytes() -> int:
     return min(value for value in free if value is not None)
 
 
+def host_total_bytes() -> int:
+    """Memory of this node, or the container's limit where it is lower."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in (CGROUP_V2 / "memory.max", CGROUP_V1 / "memory.limit_in_bytes"):
+        try:
+            total = min(total, int(limit.read_text()))
+        except (OSError, ValueError):
+            continue
+    return total
+
+
 def _meminfo(key: str) -> int:
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

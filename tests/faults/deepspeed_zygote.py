@@ -270,11 +270,12 @@ def main(jobs_file: Path, results_file: Path) -> None:
     import peft  # noqa: F401
     import transformers.models.gptj.modeling_gptj  # noqa: F401
 
+    import finetune.inputs
     import finetune.run
     from finetune.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(None)
-    finetune.run.load_tokenizer = lambda name: tokenizer  # it takes a second, and no test here is about it
+    finetune.inputs.load_tokenizer = lambda name: tokenizer  # it takes a second, and no test here is about it
 
     results = []
     for number, job in enumerate(json.loads(jobs_file.read_text())):

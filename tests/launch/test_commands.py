@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 DEEPSPEED = [str(BIN / "deepspeed")]
-QUICK = ["recipe=quickstart", "debug=tiny"]
+QUICK = ["recipe=quickstart", "debug=tiny", "train.threads=1"]
 
 
 def call(command: list[str], cwd: Path = ROOT, timeout: int = 280, **more) -> subprocess.CompletedProcess:

@@ -1,0 +1,97 @@
+"""What the model will see in a run: tokenizer, task, and the encoded training and evaluation data."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.assets_path import resolve
+from finetune.config import Config
+from finetune.data.columns import Store, open_store
+from finetune.data.packing import Rows, efficiency
+from finetune.data.store import build_store
+from finetune.data.tokenizer import load_tokenizer
+from finetune.display import Display
+from finetune.dist import World
+from finetune.preview import preview
+from finetune.tasks import build_task
+from finetune.tasks.base import Batch, Task
+
+
+@dataclass
+class Inputs:
+    tokenizer: Any
+    task: Task
+    train: Store
+    eval: Store | None
+    rows: Rows
+    """Which training examples share a row."""
+    notes: dict[str, list[str]]
+    """What encoding did to the data (texts cut, contexts split), by train and eval."""
+
+    def collate(self, indices: list[int]) -> Batch:
+        """These rows of the training data as one numpy batch."""
+        return self.task.collate(self.train, self.rows, indices)
+
+    def about(self) -> dict[str, Any]:
+        """What the head learned from the data, for evaluation and export."""
+        task = self.task
+        return task.describe() | ({"num_labels": task.num_labels} if task.num_labels else {})
+
+    def statistics(self, max_length: int) -> dict[str, Any]:
+        """The content of data_stats.json."""
+        train = {"rows": len(self.rows), "packing_efficiency": efficiency(self.rows, max_length)}
+        found = {"train": self.train.stats | train | {"notes": self.notes["train"]}}
+        if self.eval:
+            found["eval"] = self.eval.stats | {"notes": self.notes["eval"]}
+        return found
+
+
+def prepare_inputs(cfg: Config, world: World, display: Display | None, say) -> Inputs:
+    """Encode the data, or find them in the cache; rank 0 works and the others wait. Collective.
+
+    Raises:
+        UserError: data, tokenizer or task settings that cannot be used; the message names file and line, or the key.
+    """
+    tokenizer = load_tokenizer(cfg.model.tokenizer or _tokenizer_folder(cfg))
+    task = build_task(cfg.task, tokenizer, cfg.train.packing)
+    train = _store(cfg, task, cfg.data.train, cfg.data.split, world, display)
+    assert train is not None
+    task.prepare(train, None)
+    held_out = _store(cfg, task, cfg.data.eval, cfg.data.eval_split, world, display)
+    rows = task.rows(train)
+    if cfg.data.preview:
+        say(preview(task, train, rows, tokenizer, cfg.data.preview))
+    notes = {name: task.notes(store) if store else [] for name, store in (("train", train), ("eval", held_out))}
+    for name, lines in notes.items():
+        for line in lines:
+            say(f"{name} data: {line}")
+    return Inputs(tokenizer, task, train, held_out, rows, notes)
+
+
+def _tokenizer_folder(cfg: Config) -> str | None:
+    """The checkpoint's own tokenizer where it has one; None: GPT-J's, which ships with the project."""
+    path = Path(resolve(cfg.model.path)).expanduser()
+    return str(path) if path.is_dir() else None
+
+
+def _store(cfg: Config, task: Task, spec: str | None, split: str, world: World, display: Display | None) -> Store | None:
+    """Encoded data from the cache; built by rank 0 while the others wait."""
+    if not spec:
+        return None
+    data = cfg.data
+
+    def build() -> Path:
+        with display.phase(f"tokenising {spec}") if display else nullcontext() as phase:
+            def progress(done: float, total: float, tokens: int) -> None:
+                phase.total = total
+                phase.update(done)
+
+            store = build_store(resolve(spec), split, task.encoder(), on_bad_row=data.on_bad_row.value,
+                                cache_dir=Path(data.cache_dir).expanduser() if data.cache_dir else None,
+                                max_bad_rows=data.max_bad_rows, progress=progress if phase else None)
+        return store.path
+
+    return open_store(world.on_main(build))
