@@ -173,6 +173,9 @@ def _rest(cfg: Config) -> Iterator[UserError]:
         value = getattr(cfg.train, key)
         if value < 0:
             yield UserError(f"train.{key} = {value} is negative", remedy=f"Try train.{key}=0 for never.")
+    if cfg.train.activation_checkpointing not in (True, False, "selective", "offload"):
+        yield UserError(f"train.activation_checkpointing = {cfg.train.activation_checkpointing} is none of true, false, "
+                        "selective, offload", remedy="Try train.activation_checkpointing=true.")
     if cfg.checkpoint.background not in ("auto", True, False):
         yield UserError(f"checkpoint.background = {cfg.checkpoint.background} is none of auto, true, false",
                         remedy="Try checkpoint.background=auto.")

@@ -233,8 +233,9 @@ class TrainConfig:
     """Sequences per optimizer step; accumulation = global_batch / (micro_batch x ranks)."""
     packing: bool = True
     """Fill every row to task.max_length with whole or cut documents that do not attend to each other."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    activation_checkpointing: Union[bool, str] = False
+    """true: recompute each block in the backward pass instead of keeping its activations; selective: only the GELU;
+    offload: as true, with the blocks' inputs in host memory."""
     eval_every: int = 0
     """Optimizer steps between evaluations; 0: only at the end."""
     eval_at_start: bool = False

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -119,17 +120,19 @@ class HostWatch:
         on_low: (free bytes) -> None, called before the process ends with exit code 1.
     """
 
-    def __init__(self, on_low: Callable[[int], None], free: Callable[[], int] = host_free_bytes):
+    def __init__(self, on_low: Callable[[int], None], free: Callable[[], int] = partial(host_free_bytes, swap=True)):
         self.on_low, self.free = on_low, free
         self.reserve = min(RESERVE_BYTES, int(RESERVE_SHARE * host_total_bytes()))
         self._closed = threading.Event()
 
     def __enter__(self) -> HostWatch:
-        threading.Thread(target=self._watch, name="host-watch", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="host-watch", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_) -> None:
         self._closed.set()
+        self._thread.join(POLL_SECONDS)  # a thread that lives on while the interpreter ends may abort the process
 
     def _watch(self) -> None:
         while not self._closed.wait(POLL_SECONDS):

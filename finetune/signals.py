@@ -29,6 +29,8 @@ def end_on_signals() -> None:
     """Until a run begins, a signal ends the process with exit code 75: nothing is lost."""
 
     def end(number: int, frame) -> None:
+        if _held is not None:
+            return _held.append(number)
         for other in SIGNALS:
             signal.signal(other, signal.SIG_IGN)
         raise Preempted(signal.Signals(number).name)
@@ -37,14 +39,22 @@ def end_on_signals() -> None:
         signal.signal(number, end)
 
 
+_held: list[int] | None = None
+"""Signals that wait for `deliver`; None: they do not wait. A mask would not do: other threads would take them."""
+
+
 def hold() -> None:
     """From now on signals wait: for moments in which nobody could tell that the run was stopped."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    global _held
+    _held = []
 
 
 def deliver() -> None:
     """Those that waited arrive now."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    global _held
+    waiting, _held = _held or [], None
+    for number in waiting:
+        signal.raise_signal(number)
 
 
 class StopRequest:
@@ -59,12 +69,14 @@ class StopRequest:
         self.reason = ""
         self._training, self._orphaned, self._interrupts = False, False, 0
         self._closed = threading.Event()
+        self._watcher: threading.Thread | None = None
         self._before = {}
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         launcher = _launcher()
         if launcher:
-            threading.Thread(target=self._watch, args=(launcher,), daemon=True, name="launcher-watch").start()
+            self._watcher = threading.Thread(target=self._watch, args=(launcher,), daemon=True, name="launcher-watch")
+            self._watcher.start()
         elif LAUNCHER_VARIABLE in os.environ:
             self._launcher_died()
 
@@ -82,6 +94,8 @@ class StopRequest:
     def close(self, failed: bool = False) -> None:
         """Give the signals back; after a failure the launcher's SIGTERM must not cut the last message short."""
         self._closed.set()
+        if self._watcher and self._watcher is not threading.current_thread():
+            self._watcher.join(POLL_SECONDS)
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if failed and number != signal.SIGINT else handler)
 
@@ -99,6 +113,8 @@ class StopRequest:
         return False
 
     def _handle(self, number: int, frame) -> None:
+        if _held is not None:
+            return _held.append(number)
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:

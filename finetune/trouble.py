@@ -59,13 +59,15 @@ class HangWatch:
         if self.timeout > 0:
             self._out = self.file.open("w", encoding="utf-8")
             self.beat()
-            threading.Thread(target=self._watch, name="hang-watch", daemon=True).start()
+            self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, *_) -> None:
         self._closed.set()
         if self.timeout > 0:
             faulthandler.cancel_dump_traceback_later()
+            self._thread.join(POLL_SECONDS)
             self._out.close()
             self.file.unlink(missing_ok=True)
 

@@ -13,7 +13,6 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GPTJConfig
 from transformers.activations import ACT2FN
 from transformers.generation import GenerationMixin
@@ -22,6 +21,7 @@ from transformers.models.gptj.modeling_gptj import GPTJPreTrainedModel as HFPreT
 
 from finetune.gptj.attention import Packed, pack, packed_attention, pick_attention, rope_tables, rotate
 from finetune.gptj.loss import LMHead
+from finetune.gptj.recompute import made_again, run_block
 from finetune.gptj.virtual import Virtual, prefixed_attention
 
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
@@ -74,9 +74,16 @@ class MLP(nn.Module):
         self.fc_out = nn.Linear(inner, config.n_embd)
         self.act = nn.GELU("tanh") if config.activation_function in TANH_GELU else ACT2FN[config.activation_function]
         self.dropout = nn.Dropout(config.resid_pdrop)
+        self.keep_inner = True
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.fc_out(self.act(self.fc_in(x))))
+        inner = self.fc_in(x)
+        active = self.act(inner)
+        if self.keep_inner or not torch.is_grad_enabled():
+            return self.dropout(self.fc_out(active))
+        with made_again(self.act, inner, active):
+            out = self.fc_out(active)
+        return self.dropout(out)
 
 
 class Block(nn.Module):
@@ -113,6 +120,17 @@ class Transformer(PreTrained):
         self.rotary_dim = config.rotary_dim or config.n_embd // config.n_head
         self.attention = "auto"
         self.checkpointing = False
+
+    @property
+    def checkpointing(self) -> bool | str:
+        """What a training forward keeps; one of `recompute.KINDS`."""
+        return self._checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, kind: bool | str) -> None:
+        self._checkpointing = kind
+        for block in self.h:
+            block.mlp.keep_inner = kind != "selective"
 
     def get_input_embeddings(self) -> nn.Module:
         return self.wte
@@ -160,7 +178,7 @@ class Transformer(PreTrained):
         for layer, block in enumerate(self.h):
             prefix = virtual.layer(layer) if virtual is not None else None
             if self.checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, packed, mask, None, prefix, use_reentrant=False)
+                x = run_block(self.checkpointing, block, x, rope, packed, mask, None, prefix)
             else:
                 x = block(x, rope, packed, mask, past_key_values, prefix)
         hidden = self.ln_f(x)

@@ -9,7 +9,8 @@ i = n_inner), a full fine-tune keeps
     attention          d    output; with it the log-sum-exp, one fp32 per head
     fc_in              i    input of the GELU
     gelu               i    input of fc_out
-and two fp32 statistics of the layer norm. A frozen linear module needs no input, so adapters drop `gelu` and, where
+and two fp32 statistics of the layer norm. Selective checkpointing drops `gelu`, full checkpointing all but `x`, and
+offload moves even that to the host. A frozen linear module needs no input, so adapters drop `gelu` and, where
 nothing trains on it, `norm`.
 """
 
@@ -50,10 +51,12 @@ def activations(job: Job) -> Activations:
     element, d, inner = job.work.element_bytes, job.shape.n_embd, job.shape.n_inner
     stream = element * job.tokens * d
     block = job.tokens * (element * _block_elements(job) + 4 * _block_fp32(job))
-    layers = job.shape.n_layer * (stream if job.work.checkpointing else block) - _unneeded(job)
+    each = {True: stream, "offload": 0 if job.on_gpu else stream}.get(job.work.checkpointing, block)
+    layers = job.shape.n_layer * each - _unneeded(job)
     # Input of the last norm, the gradient that the loss leaves for its output, and the table of rotations.
     ends = 2 * stream + 4 * job.tokens * job.shape.rotary_dim
-    transient = element * job.tokens * (inner + (2 if job.full else 3) * d)
+    again = inner if job.work.checkpointing == "selective" and _reads_gelu(job) else 0
+    transient = element * job.tokens * (inner + again + (2 if job.full else 3) * d)
     head_gradient = element * job.shape.vocab_size * d if job.full and job.shape.head == "lm" else 0
     # Evaluation: input, norm and attention output of a block, and the MLP's two wide tensors; logits in chunks.
     chunk = _logits_bytes(job, LOSS_CHUNK) if job.eval_tokens else 0
@@ -63,7 +66,7 @@ def activations(job: Job) -> Activations:
 
 def _unneeded(job: Job) -> int:
     """Nothing before the first adapter needs a gradient: the first block keeps neither x nor the GELU's input."""
-    if job.work.checkpointing or not isinstance(job.adapter, (LoraConfig, Ia3Config)):
+    if job.work.rebuilds or not isinstance(job.adapter, (LoraConfig, Ia3Config)):
         return 0
     gelu = 0 if "fc_in" in adapter_targets(job.adapter) else job.shape.n_inner
     return job.work.element_bytes * job.tokens * (job.shape.n_embd + gelu)
@@ -73,14 +76,32 @@ def _block_elements(job: Job) -> int:
     """Elements that one block keeps per token."""
     d, inner, adapter = job.shape.n_embd, job.shape.n_inner, job.adapter
     joined = d if job.work.packing and not job.on_gpu and _reads_attention(job) else 0
+    again = inner if job.work.checkpointing == "selective" and _reads_gelu(job) else 0
     if isinstance(adapter, FullConfig):
-        return 6 * d + 2 * inner + joined
+        return 6 * d + 2 * inner + joined - again
     elements = 5 * d + inner + joined  # x, q, k, v, attention output, input of the GELU
     if isinstance(adapter, LoraConfig):
-        elements += _lora_elements(job, adapter)
+        elements += _lora_elements(job, adapter) - again
     if isinstance(adapter, Ia3Config):  # each rescaled activation is kept as it was before
         elements += sum({"fc_out": inner, "fc_in": inner}.get(name, d) for name in adapter_targets(adapter))
     return elements
+
+
+def _reads_gelu(job: Job) -> bool:
+    """Whether `fc_out` keeps its input for a weight's gradient, where selective checkpointing drops it."""
+    return job.full or (isinstance(job.adapter, LoraConfig) and "fc_out" in adapter_targets(job.adapter))
+
+
+def offloaded_bytes(job: Job) -> int:
+    """Blocks' inputs of one rank in page-locked host memory, one tensor per block."""
+    if job.work.checkpointing != "offload" or not job.on_gpu:
+        return 0
+    return job.shape.n_layer * power_of_two(job.work.element_bytes * job.tokens * job.shape.n_embd)
+
+
+def power_of_two(size: int) -> int:
+    """Page-locked blocks are cut in these sizes."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def _reads_attention(job: Job) -> bool:

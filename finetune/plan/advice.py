@@ -65,10 +65,12 @@ def _room(job: Job, chosen: Estimate) -> Iterator[str]:
     micro = largest_micro_batch(job, chosen.option)
     if micro and micro > job.work.micro_batch:
         yield f"train.micro_batch={micro} fits too"
-    if job.work.checkpointing:
-        lighter = _estimate(replace(job, work=replace(job.work, checkpointing=False)), [chosen.option])
-        if lighter:
-            yield f"train.activation_checkpointing=false fits too ({_numbers(job, lighter)}) and saves a forward"
+    for kind, gain in ((False, "saves a forward"), ("selective", "saves nearly a forward")):
+        if job.work.rebuilds:
+            lighter = _estimate(replace(job, work=replace(job.work, checkpointing=kind)), [chosen.option])
+            if lighter:
+                yield f"train.activation_checkpointing={str(kind).lower()} fits too ({_numbers(job, lighter)}) and {gain}"
+                return
 
 
 def _remedies(cfg: Config, job: Job) -> Iterator[str]:
@@ -91,7 +93,11 @@ def _changes(cfg: Config, job: Job) -> Iterator[tuple[str, Job]]:
     lighter = replace(job, work=replace(work, checkpointing=True))
     yield "zero=auto", job
     if not work.checkpointing:
+        yield "train.activation_checkpointing=selective", replace(job, work=replace(work, checkpointing="selective"))
+    if not work.rebuilds:
         yield "train.activation_checkpointing=true", lighter
+    if work.checkpointing is True and job.on_gpu:
+        yield "train.activation_checkpointing=offload", replace(job, work=replace(work, checkpointing="offload"))
     if work.micro_batch > 1:
         yield "train.micro_batch=1", job.with_micro_batch(1)
     if work.max_length > 512:
@@ -101,9 +107,9 @@ def _changes(cfg: Config, job: Job) -> Iterator[tuple[str, Job]]:
         )
     if job.full:
         yield "adapter=lora", replace(job, adapter=LoraConfig())
-    if job.full and not work.checkpointing:
+    if job.full and not work.rebuilds:
         yield "adapter=lora train.activation_checkpointing=true", replace(lighter, adapter=LoraConfig())
-    if work.micro_batch > 1 and not work.checkpointing:
+    if work.micro_batch > 1 and not work.rebuilds:
         yield "train.activation_checkpointing=true train.micro_batch=1", lighter.with_micro_batch(1)
 
 

@@ -17,7 +17,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.plan.activations import Activations, activations
+from finetune.plan.activations import Activations, activations, offloaded_bytes
 from finetune.plan.job import Job, Option
 from finetune.plan.states import States, model_states, uses_bf16_optimizer
 
@@ -106,7 +106,7 @@ def _peak(job: Job, option: Option, states: States, acts: Activations, buffers: 
     """The largest of the moments of a step, in tensor bytes."""
     # The block at work is rebuilt under checkpointing, except its input; otherwise it is among the kept ones.
     stream = job.work.element_bytes * job.tokens * job.shape.n_embd
-    rebuilt = acts.block - stream if job.work.checkpointing else 0
+    rebuilt = acts.block - stream if job.work.rebuilds else 0
     loss = states.kept_gradients + acts.kept + acts.loss
     first_block = states.kept_gradients + acts.kept + rebuilt + acts.transient + acts.head_gradient
     last_block = states.peak_gradients + acts.block + acts.transient
@@ -176,6 +176,8 @@ def _host_parts(job: Job, option: Option, states: States, device_bytes: int) -> 
         "optimizer": states.host_optimizer,
     }
     rank |= {"rounding": rounding_bytes(states.pinned)} if job.on_gpu else {"tensors": device_bytes}
+    offloaded = offloaded_bytes(job)
+    rank |= {"activations": offloaded} if offloaded else {}
     parts = {part: size * job.ranks_per_node for part, size in rank.items()}
     return {**parts, "checkpoint": _saving_bytes(job, option, states)}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, prod
-from typing import Optional
+from typing import Optional, Union
 
 from finetune import grouping
 from finetune.config import AdapterConfig, FullConfig, PrefixConfig, PromptConfig
@@ -32,8 +32,13 @@ class Work:
     """Precision of weights and arithmetic: bf16, fp16 or fp32."""
     packing: bool = True
     """Rows are filled; without it they are at most as long, so the plan holds for both."""
-    checkpointing: bool = False
-    """Blocks are recomputed in the backward pass."""
+    checkpointing: Union[bool, str] = False
+    """train.activation_checkpointing: false, true, selective or offload."""
+
+    @property
+    def rebuilds(self) -> bool:
+        """Blocks are computed again in the backward pass."""
+        return self.checkpointing in (True, "offload")
 
     @property
     def element_bytes(self) -> int:

@@ -141,10 +141,14 @@ def _visible(count: int) -> list[int]:
 # ---------------------------------------------------------------------- host and disk
 
 
-def host_free_bytes() -> int:
-    """Memory that new processes can take: the kernel's estimate, or less inside a container."""
+def host_free_bytes(swap: bool = False) -> int:
+    """Memory that new processes can take: the kernel's estimate, or less inside a container.
+
+    Args:
+        swap: count free swap space too: not room to plan with, but the kernel kills nobody before it is full.
+    """
     free = [
-        _meminfo("MemAvailable"),
+        _meminfo("MemAvailable") + (_meminfo("SwapFree", 0) if swap else 0),
         _cgroup_free(CGROUP_V2, "memory.max", "memory.current", "inactive_file"),
         _cgroup_free(CGROUP_V1, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ]
@@ -162,14 +166,15 @@ def host_total_bytes() -> int:
     return total
 
 
-def _meminfo(key: str) -> int:
+def _meminfo(key: str, missing: Optional[int] = None) -> int:
+    """A line of /proc/meminfo in bytes; where there is none `missing`, by default all memory."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith(key + ":"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if missing is None else missing
 
 
 def _cgroup_free(root: Path, limit_file: str, usage_file: str, cache_key: str) -> Optional[int]:

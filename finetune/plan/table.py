@@ -38,7 +38,8 @@ def _headline(plan: Plan) -> str:
     work, count = plan.job.work, plan.parameters
     ranks = plural(plan.job.world_size, "rank")
     batch = plan.job.world_size * plan.micro_batch * plan.accumulation
-    checkpointing = ", activation checkpointing" if work.checkpointing else ""
+    kind = "" if work.checkpointing is True else f" ({work.checkpointing})"
+    checkpointing = f", activation checkpointing{kind}" if work.checkpointing else ""
     return (
         f"{count['total'] / 1e6:,.1f} M parameters, {count['trainable'] / 1e6:,.2f} M trained, {work.dtype}; "
         f"{ranks} on {plan.machine.name or 'this machine'}\n"

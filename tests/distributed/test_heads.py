@@ -77,6 +77,14 @@ def test_losses_are_plain_torchs_on_any_ranks_stage_and_accumulation(root, small
         assert losses(root / f"{name}-{ranks}") == pytest.approx(wanted, rel=1e-5), ranks
 
 
+@pytest.mark.parametrize(("ranks", "accumulation"), [(1, 4), (2, 4)])
+def test_hugging_faces_trainer_multiplies_this_loss_by_accumulation_and_ranks(small_gptj, tmp_path, ranks, accumulation):
+    """Above, classify-full has one loss at accumulation 1 on one rank and 4 on two. There the Trainer logs 8 times as much."""
+    script = [str(Path(heads_reference.__file__).with_name("hf_trainer.py")), str(small_gptj), str(tmp_path), str(accumulation)]
+    found = json.loads(start(ranks, script)[0].split("FOUND")[1].splitlines()[0])
+    assert found["logged"] == pytest.approx(accumulation * ranks * found["mean"], rel=1e-3)
+
+
 @pytest.mark.parametrize("name", ALONE)
 def test_evaluation_in_training_is_the_same_on_one_rank_and_two(root, name):
     """Thirteen rows in batches of 2: unequal shares, nothing dropped and nothing counted twice."""
@@ -94,13 +102,18 @@ def evaluate(ranks: int, argvs: list[list[str]]) -> None:
     """`launch/evaluate.py` with each list of words, one after another in one group of processes."""
     code = ("import json, sys; from finetune.app import main; from finetune.evaluate_program import run\n"
             "sys.exit(max(main(run, 'evaluate', words) for words in json.loads(sys.argv[1])))")
+    start(ranks, ["-c", code, json.dumps(argvs)])
+
+
+def start(ranks: int, words: list[str]) -> list[str]:
+    """`python words...` as so many ranks; their outputs."""
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
               "LOCAL_SIZE": str(ranks), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen([sys.executable, "-c", code, json.dumps(argvs)], text=True, stdout=subprocess.PIPE,
-                                  env=os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r)},
-                                  stderr=subprocess.STDOUT) for r in range(ranks)]
+    processes = [subprocess.Popen([sys.executable, *words], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  env=os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)]
     outputs = [p.communicate(timeout=300)[0] for p in processes]
     assert all(p.returncode == 0 for p in processes), "\n".join(outputs)[-5000:]
+    return outputs
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,8 @@ def trained(small_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.
     two += [case(f"first-stage{s}", f"zero=stage{s}", "train.micro_batch=2", "train.steps=1", "checkpoint.every=1",
                  "optim.schedule=constant") for s in range(4)]
     two += [case(f"bf16-stage{s}", f"zero=stage{s}", "train.micro_batch=2", "model.dtype=bf16") for s in range(4)]
+    two += [case(f"checkpointed-{kind}-stage{s}-2", f"zero=stage{s}", "train.micro_batch=2",
+                 f"train.activation_checkpointing={kind}") for kind, s in (("selective", 2), ("offload", 2), ("offload", 3))]
     one = [case(f"full-stage{s}-acc{a}-1", f"zero=stage{s}", f"train.micro_batch={BATCH // a}")
            for s, a in ((0, 1), (0, 4), (1, 1), (2, 2), (3, 1))]
     one += [case("checkpointed-1", "zero=stage0", "train.micro_batch=8", "train.activation_checkpointing=true")]
@@ -77,6 +79,12 @@ def tokenizer():
     return load_tokenizer(None)
 
 
+@pytest.fixture(scope="module")
+def packed_losses(small_gptj, unequal_documents, tokenizer) -> list[float]:
+    """Of plain torch on Hugging Face's GPT-J, in fp32."""
+    return reference.train(small_gptj, unequal_documents, tokenizer, packing=True, **COMMON)[0]
+
+
 def close(found: list[float], wanted: list[float], relative: float) -> None:
     assert len(found) == len(wanted) == STEPS
     worst = max(abs(a - b) / b for a, b in zip(found, wanted, strict=True))
@@ -84,10 +92,10 @@ def close(found: list[float], wanted: list[float], relative: float) -> None:
 
 
 @pytest.mark.slow
-def test_full_packed_is_plain_torch(trained, small_gptj, unequal_documents, tokenizer):
-    wanted, _ = reference.train(small_gptj, unequal_documents, tokenizer, packing=True, **COMMON)
-    runs = [*sorted(trained.glob("full-*")), trained / "checkpointed-1"]
-    assert len(runs) == 13
+def test_full_packed_is_plain_torch(trained, packed_losses):
+    wanted = packed_losses
+    runs = sorted([*trained.glob("full-*"), *trained.glob("checkpointed-*")])
+    assert len(runs) == 16
     for run in runs:
         close(losses(run), wanted, 1e-5)
 
@@ -111,8 +119,8 @@ def test_lora_is_plain_peft(trained, small_gptj, unequal_documents, tokenizer):
 
 
 @pytest.mark.slow
-def test_bf16_stays_close_to_fp32(trained, small_gptj, unequal_documents, tokenizer):
-    wanted, _ = reference.train(small_gptj, unequal_documents, tokenizer, packing=True, **COMMON)
+def test_bf16_stays_close_to_fp32(trained, packed_losses):
+    wanted = packed_losses
     for stage in range(4):
         close(losses(trained / f"bf16-stage{stage}"), wanted, 1e-2)
 

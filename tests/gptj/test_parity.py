@@ -11,6 +11,7 @@ from transformers import GPTJConfig, GPTJForCausalLM
 
 from finetune.data.constants import IGNORE
 from finetune.gptj.model import CausalLM
+from finetune.gptj.recompute import KINDS
 
 LENGTHS = (7, 1, 12, 12, 30)
 VOCAB = 500
@@ -45,7 +46,7 @@ def separate_logits(reference, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["auto", "sdpa", "eager"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", KINDS)
 def test_packed_equals_separate_documents(pair, kind, checkpointing):
     reference, ours = pair
     ours.train()

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.ranks import free_port, losses
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 DEEPSPEED = [str(BIN / "deepspeed")]
@@ -113,6 +115,27 @@ def test_sigterm_saves_and_the_same_command_continues(tmp_path):
     records = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, stopped["step"] + 3))
     assert result(tmp_path)["step"] == stopped["step"] + 2
+
+
+@pytest.mark.slow
+def test_two_nodes_without_ssh_train_as_one_node_does(quick_run, tmp_path):
+    """Two launchers with a working directory each and one rank each, over loopback, against two ranks of one node."""
+    hosts = tmp_path / "hostfile"
+    hosts.write_text("node-0 slots=1\nnode-1 slots=1\n")
+    nodes, port = [], str(free_port())
+    for rank in range(2):
+        (tmp_path / f"node-{rank}").mkdir()
+        command = [*DEEPSPEED, "--hostfile", str(hosts), "--no_ssh", "--node_rank", str(rank), "--master_addr",
+                   "127.0.0.1", "--master_port", port, str(ROOT / "launch/train.py"), *QUICK,
+                   "train.steps=6", f"run_dir={tmp_path / 'run'}", "export.enabled=false"]
+        nodes.append(subprocess.Popen(command, cwd=tmp_path / f"node-{rank}", text=True, stdout=subprocess.PIPE,
+                                      stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}))
+    outputs = [node.communicate(timeout=280)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)[-4000:]
+    assert result(tmp_path / "run")["world_size"] == 2
+    assert losses(tmp_path / "run") == pytest.approx(losses(quick_run), rel=1e-6)
+    assert "eval at step" in outputs[0] and "eval at step" not in outputs[1], "only rank 0 speaks"
+    assert not list((tmp_path / "node-1").iterdir()), "nothing is left in a node's working directory"
 
 
 @pytest.mark.slow

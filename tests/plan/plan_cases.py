@@ -57,7 +57,7 @@ def config(
     length: int = 16,
     offload: str = "none",
     params: str = "none",
-    checkpointing: bool = False,
+    checkpointing: bool | str = False,
 ) -> Config:
     """A config whose global batch makes the wanted accumulation."""
     micro = micro_batch if isinstance(micro_batch, int) else 1

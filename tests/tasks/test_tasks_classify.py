@@ -130,31 +130,6 @@ def test_accumulation_and_ranks_leave_loss_and_gradient_alone(make):
     assert_same_gradients(parts, whole)
 
 
-@pytest.mark.slow
-def test_hugging_faces_trainer_multiplies_this_loss_by_the_accumulation(make, tmp_path):
-    """The same eight rows in one step: its logged loss is 4 times as large with an accumulation of 4; ours is not."""
-    pytest.importorskip("accelerate")
-    made = make(cfg(), [{"text": "a b", "label": label} for label in ("no", "yes") * 4])
-    expected = float(made.loss(models("classify")[0]).detach()) / 8
-    logged = [_trainer_loss(made, accumulation, tmp_path) for accumulation in (1, 4)]
-    assert logged[0] == pytest.approx(expected, rel=1e-3)
-    assert logged[1] == pytest.approx(4 * expected, rel=1e-3)
-
-
-def _trainer_loss(made, accumulation, folder):
-    from transformers import Trainer, TrainingArguments
-
-    _, theirs = models("classify")
-    theirs.config.pad_token_id = 50257
-    data = [{"input_ids": made.example(i)["ids"], "labels": int(made.batch([i])["targets"][0])} for i in range(8)]
-    arguments = TrainingArguments(str(folder), max_steps=1, per_device_train_batch_size=8 // accumulation, report_to=[],
-                                  gradient_accumulation_steps=accumulation, logging_steps=1, learning_rate=0.0,
-                                  use_cpu=True, save_strategy="no", disable_tqdm=True)
-    trainer = Trainer(theirs, arguments, train_dataset=data)
-    trainer.train()
-    return next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-
-
 def test_a_rank_without_rows_takes_part_with_loss_zero(make):
     for problem, rows in (("single_label", ROWS), ("multi_label", TAGS), ("regression", NUMBERS)):
         made = make(cfg(problem=problem), rows)
