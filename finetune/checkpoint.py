@@ -30,7 +30,6 @@ from finetune.checkpoint_files import (
     find_resume,
     folder_bytes,
     free_bytes,
-    fsync,
     read_state,
     saved_masters,
     step_folders,
@@ -42,6 +41,7 @@ from finetune.checkpoint_files import (
     write_tensors,
 )
 from finetune.dist import World
+from finetune.durable import fsync
 from finetune.errors import RunFailed, UserError, gib
 from finetune.train_state import TrainState
 

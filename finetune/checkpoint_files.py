@@ -55,14 +55,6 @@ def entry_of(path: Path) -> Entry:
     return {"size": path.stat().st_size, "hash": file_hash(path)}
 
 
-def fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_json(path: Path, value: Any) -> None:
     """Atomic: a reader sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")

@@ -13,7 +13,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 
@@ -24,7 +23,7 @@ from finetune.errors import RunFailed, gib
 from finetune.plan import Plan
 from finetune.plan.advice import after_overflow
 from finetune.plan.estimate import Estimate
-from finetune.plan.machine import host_free_bytes, host_total_bytes
+from finetune.plan.machine import host_free_bytes, host_left_bytes, host_total_bytes
 
 UNITS = {"B": 1, "bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "PiB": 2**50, "EiB": 2**60}
 ASKED = re.compile(r"allocat\w* (\d+(?:\.\d+)?) ?(bytes|[KMGTPE]iB)")
@@ -120,7 +119,7 @@ class HostWatch:
         on_low: (free bytes) -> None, called before the process ends with exit code 1.
     """
 
-    def __init__(self, on_low: Callable[[int], None], free: Callable[[], int] = partial(host_free_bytes, swap=True)):
+    def __init__(self, on_low: Callable[[int], None], free: Callable[[], int] = host_left_bytes):
         self.on_low, self.free = on_low, free
         self.reserve = min(RESERVE_BYTES, int(RESERVE_SHARE * host_total_bytes()))
         self._closed = threading.Event()

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "finetune"
 LAYERS = [
     ["errors", "config", "programs", "names", "schedule", "check", "assets_path", "assets", "redact", "other_names",
      "helptext", "suggest", "app", "dist_environment", "plain", "ds_config", "grouping", "heap", "faults", "run_lock",
-     "signals"],
+     "signals", "durable"],
     ["shape"],
     ["plan"],
     ["data"],

@@ -23,6 +23,7 @@ from finetune.data.columns import FORMAT, Column, Encoder, Example, Store, open_
 from finetune.data.pipeline import BadRows, Meter, Progress, check_bad_rows, run
 from finetune.data.records import Source, open_source
 from finetune.data.write import ColumnWriter, write_meta
+from finetune.durable import fsync
 from finetune.errors import UserError
 
 __all__ = ["Column", "Encoder", "Example", "Store", "build_store", "default_cache_dir", "open_store"]
@@ -128,15 +129,7 @@ def _temporary(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync_directory(folder.parent)
-
-
-def _sync_directory(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    fsync(folder.parent)
 
 
 DISK_FAULTS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up",

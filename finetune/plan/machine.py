@@ -141,14 +141,19 @@ def _visible(count: int) -> list[int]:
 # ---------------------------------------------------------------------- host and disk
 
 
-def host_free_bytes(swap: bool = False) -> int:
-    """Memory that new processes can take: the kernel's estimate, or less inside a container.
+def host_free_bytes() -> int:
+    """Memory that new processes can take: the kernel's estimate, or less inside a container."""
+    return _free(_meminfo("MemAvailable"))
 
-    Args:
-        swap: count free swap space too: not room to plan with, but the kernel kills nobody before it is full.
-    """
+
+def host_left_bytes() -> int:
+    """The same with free swap space: not room to plan with, but the kernel kills nobody before it is full."""
+    return _free(_meminfo("MemAvailable") + _meminfo("SwapFree", 0))
+
+
+def _free(available: int) -> int:
     free = [
-        _meminfo("MemAvailable") + (_meminfo("SwapFree", 0) if swap else 0),
+        available,
         _cgroup_free(CGROUP_V2, "memory.max", "memory.current", "inactive_file"),
         _cgroup_free(CGROUP_V1, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ]

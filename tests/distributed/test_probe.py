@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from tests.distributed.ranks import metrics, run_cases
 
@@ -27,6 +28,10 @@ def runs(small_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.Tem
     for name, words in CASES.items():
         kept = [word for word in base if word.split("=")[0] not in {w.split("=")[0] for w in words}]
         cases += [[*kept, *words, f"run_dir={root / name / str(on)}", f"train.probe={on}"] for on in ("true", "false")]
+    for stage in (0, 3):
+        kept = [word for word in base if not word.startswith("train.micro_batch")]
+        cases.append([*kept, f"zero=stage{stage}", "model.dtype=fp32", "train.micro_batch=auto",
+                      f"run_dir={root / f'auto{stage}'}"])
     run_cases(2, cases)
     return root
 
@@ -40,3 +45,12 @@ def test_probe_changes_nothing(runs, name):
     tried, untried = figures("true"), figures("false")
     assert len(tried) == 3 and tried == untried
     assert tried[0][0] != tried[2][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
+def test_micro_batch_auto_takes_all_of_a_rank_s_share_where_it_fits_and_keeps_the_step(runs, stage):
+    found = OmegaConf.load(runs / f"auto{stage}" / "config.yaml").train
+    assert (found.micro_batch, found.global_batch) == (2, 4)
+    one_at_a_time = [line["loss"] for line in metrics(runs / f"stage{stage}" / "true")]
+    assert [line["loss"] for line in metrics(runs / f"auto{stage}")] == pytest.approx(one_at_a_time, rel=1e-5)

@@ -171,7 +171,7 @@ def test_nulls_and_broken_files(tmp_path: Path):
 def test_every_value_null(tmp_path: Path):
     for name, keys in (("result.json", result(1, "done")), ("plan.json", {"chosen": 0, "options": 0, "parameters": 0})):
         (tmp_path / name).write_text(json.dumps(dict.fromkeys(keys)))
-    page_of(tmp_path)
+    assert page_of(tmp_path).titles() == []
 
 
 def test_a_step_that_was_repeated_counts_once(tmp_path: Path):

@@ -1,0 +1,125 @@
+"""Host memory of loading a 2 GB GPT-J: `python bench/load_memory.py [--layers 16] [--ranks 1 2]`.
+
+Writes random checkpoints in the layouts that people have (bf16 safetensors; one fp32 pytorch_model.bin with GPT-J's
+legacy buffers), loads each as a run does at stage 0, 2 and 3, one process a rank on a CPU, and asks the kernel for each
+rank's peak resident memory. The limit is 1.15 x (what the rank keeps + the largest tensor) + 700 MB of interpreter and
+libraries. Written to bench/results/load_memory.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from workload import ROOT, free_port, machine
+
+LIBRARIES, FACTOR = 700e6, 1.15
+WIDTH, VOCABULARY, POSITIONS = 2048, 50400, 2048
+STAGES = (0, 2, 3)
+LAYOUTS = ("bf16 safetensors", "fp32 .bin")
+
+
+def make(folder: Path, layers: int, layout: str) -> Path:
+    """A checkpoint of random weights; never more than one tensor more than the file needs is in memory."""
+    from finetune.gptj.load import meta_model, read_config
+    from finetune.shards import ShardWriter
+
+    folder.mkdir(parents=True)
+    values = {"model_type": "gptj", "n_embd": WIDTH, "n_layer": layers, "n_head": WIDTH // 64, "rotary_dim": 32,
+              "vocab_size": VOCABULARY, "n_positions": POSITIONS, "bos_token_id": 50256, "eos_token_id": 50256,
+              "architectures": ["GPTJForCausalLM"], "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(values))
+    shapes = {name: tuple(p.shape) for name, p in meta_model(read_config(folder), "lm").named_parameters()}
+    if layout == "bf16 safetensors":
+        writer = ShardWriter(folder, shapes, torch.bfloat16, 10**10)
+        for name, shape in shapes.items():
+            writer.add(name, torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02))
+        writer.close()
+    else:
+        state = {name: torch.empty(shape).normal_(0, 0.02) for name, shape in shapes.items()}
+        for layer in range(layers):
+            state[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, POSITIONS, POSITIONS, dtype=torch.bool).tril()
+            state[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e9)
+        torch.save(state, folder / "pytorch_model.bin")
+    return folder
+
+
+def load(model: str, stage: int) -> None:
+    """What one rank does; prints its figures."""
+    from finetune import dist, ds_config, memory_watch
+    from finetune.app import compose_train
+    from finetune.engine import connect_deepspeed
+    from finetune.run import _module
+
+    cfg = compose_train(["recipe=clm_pile", "data.train=x.jsonl", f"model.path={model}", "model.dtype=bf16",
+                         "train.micro_batch=1", f"zero=stage{stage}"])
+    world = dist.connect(threads=1)
+    connect_deepspeed(world, print)
+    config = ds_config.build(cfg, ds_config.Sharding(stage), world.size, False)
+    before = memory_watch.peak_host_bytes()
+    module = _module(cfg, SimpleNamespace(head="lm", num_labels=None), config, world, None)  # type: ignore[arg-type]
+    kept = sum(getattr(p, "ds_tensor", p).numel() * p.element_size() for p in module.parameters())
+    largest = max((getattr(p, "ds_numel", None) or p.numel()) * p.element_size() for p in module.parameters())
+    world.barrier()
+    print("FIGURES" + json.dumps({"rank": world.rank, "kept_bytes": kept, "largest_tensor_bytes": largest,
+                                  "before_bytes": before, "peak_bytes": memory_watch.peak_host_bytes()}), flush=True)
+    dist.disconnect()
+
+
+def measure(model: Path, stage: int, ranks: int) -> dict:
+    """Figures of the rank that came highest."""
+    common = os.environ | {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                           "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    started = [subprocess.Popen([sys.executable, __file__, "--load", str(model), "--stage", str(stage)], text=True,
+                                stdout=subprocess.PIPE, env=common | {"RANK": str(r), "LOCAL_RANK": str(r)})
+               for r in range(ranks)]
+    outputs = [process.communicate()[0] for process in started]
+    found = [json.loads(line.removeprefix("FIGURES")) for output in outputs for line in output.splitlines()
+             if line.startswith("FIGURES")]
+    assert len(found) == ranks, outputs
+    worst = max(found, key=lambda figures: figures["peak_bytes"])
+    limit = FACTOR * (worst["kept_bytes"] + worst["largest_tensor_bytes"]) + LIBRARIES
+    return worst | {"limit_bytes": round(limit), "within": worst["peak_bytes"] <= limit}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=16, help="of width 2048; 16 make 2.0 GB in bf16")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--out", default=str(ROOT / "bench/results/load_memory.json"))
+    parser.add_argument("--load", help=argparse.SUPPRESS)
+    parser.add_argument("--stage", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.load:
+        return load(args.load, args.stage)
+    folder = Path(tempfile.mkdtemp(prefix="load-memory-"))
+    rows = []
+    try:
+        for layout in LAYOUTS:
+            model = make(folder / layout.replace(" ", "-"), args.layers, layout)
+            size = sum(file.stat().st_size for file in model.iterdir())
+            for stage in STAGES:
+                for ranks in args.ranks:
+                    rows.append({"layout": layout, "file_bytes": size, "stage": stage, "ranks": ranks}
+                                | measure(model, stage, ranks))
+                    row = rows[-1]
+                    print(f"{layout:16}  stage {stage}  {ranks} ranks  kept {row['kept_bytes'] / 1e9:.2f} GB  peak "
+                          f"{row['peak_bytes'] / 1e9:.2f} GB of {row['limit_bytes'] / 1e9:.2f}  "
+                          f"{'within' if row['within'] else 'ABOVE'}", flush=True)
+            shutil.rmtree(model)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    command = f"python bench/load_memory.py --layers {args.layers} --ranks {' '.join(map(str, args.ranks))}"
+    Path(args.out).write_text(json.dumps({"command": command, **machine(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
