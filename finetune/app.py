@@ -155,9 +155,17 @@ def settle(composed: Composed) -> schema.Config:
     if cfg.name == "custom" and composed.choices.get("recipe"):
         cfg.name = str(composed.choices["recipe"])
     _settle_length(cfg.train, composed.overrides)
-    if composed.choices.get("debug") and not cfg.data.train:
+    if composed.choices.get("debug") and not _has_own_data(cfg, composed.overrides):
         cfg.data.train, cfg.data.eval = SHIPPED_DATA[type(cfg.task)]
     return cfg
+
+
+def _has_own_data(cfg: schema.Config, overrides: list[str]) -> bool:
+    """Whether there are training data: typed by the user, or those of the recipe where they are at hand."""
+    typed = any(word.lstrip("+").split("=")[0] in ("data", "data.train") for word in overrides)
+    if typed or not cfg.data.train:
+        return bool(cfg.data.train)
+    return cfg.data.train.startswith("asset:") or Path(cfg.data.train).expanduser().exists()
 
 
 def _settle_length(train: schema.TrainConfig, overrides: list[str]) -> None:

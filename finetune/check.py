@@ -173,6 +173,19 @@ def _rest(cfg: Config) -> Iterator[UserError]:
         value = getattr(cfg.train, key)
         if value < 0:
             yield UserError(f"train.{key} = {value} is negative", remedy=f"Try train.{key}=0 for never.")
+    if cfg.train.eval_batch < 1:
+        yield UserError(f"train.eval_batch = {cfg.train.eval_batch} evaluates nothing", remedy="Try train.eval_batch=8.")
+    if cfg.train.early_stopping < 0:
+        yield UserError(f"train.early_stopping = {cfg.train.early_stopping} is negative",
+                        remedy="Try train.early_stopping=0 for never.")
+    if cfg.train.sample_every and not cfg.train.sample_prompts:
+        yield UserError("train.sample_every needs prompts", "train.sample_prompts", "Try train.sample_prompts=[The].")
+    if cfg.train.sample_every and cfg.train.sample_tokens < 1:
+        yield UserError(f"train.sample_tokens = {cfg.train.sample_tokens} samples nothing",
+                        remedy="Try train.sample_tokens=40.")
+    if cfg.tracker.wandb.mode not in ("online", "offline", "disabled"):
+        yield UserError(f"tracker.wandb.mode = {cfg.tracker.wandb.mode} is none of online, offline, disabled",
+                        remedy="Try tracker.wandb.mode=offline.")
     if cfg.train.activation_checkpointing not in (True, False, "selective", "offload"):
         yield UserError(f"train.activation_checkpointing = {cfg.train.activation_checkpointing} is none of true, false, "
                         "selective, offload", remedy="Try train.activation_checkpointing=true.")

@@ -31,7 +31,17 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.callbacks import Callback, RunInfo
-from finetune.display_text import clock, count, evaluation_text, figures, plain_line, result_text, sample_text
+from finetune.display_text import (
+    clock,
+    count,
+    evaluation_text,
+    figures,
+    plain_line,
+    result_text,
+    sample_text,
+    train_command,
+)
+from finetune.redact import redact_words
 
 SHORT_RUN = 50
 """Runs of at most this many steps print every step when the output is not a terminal."""
@@ -140,6 +150,8 @@ class Display(Callback):
         self.printed = float("-inf")
         self.bar: Progress | None = None
         self.live: Live | None = None
+        self.again = ""
+        """The command that goes on with this run; known once training begins."""
 
     @contextmanager
     def phase(self, name: str, total: float | None = None) -> Iterator[Phase]:
@@ -154,6 +166,9 @@ class Display(Callback):
         phase.close(failed=False)
 
     def start(self, run: RunInfo) -> None:
+        ranks = run.extra.get("ranks_per_node")
+        launcher = f"deepspeed --num_gpus {ranks}" if ranks and ranks == run.world_size else "deepspeed"
+        self.again = train_command(redact_words([str(w) for w in run.extra.get("overrides") or []]), run.run_dir, launcher)
         self.total_steps = run.total_steps
         self.pace = Pace(run.start_step)
         if run.resumed:
@@ -192,7 +207,10 @@ class Display(Callback):
 
     def finish(self, result: dict[str, Any]) -> None:
         self.close()
-        self.message(result_text(result), style="bold" if result.get("status") == "done" else "bold red")
+        done = result.get("status") == "done"
+        self.message(result_text(result), style="bold" if done else "bold red")
+        if self.again and not done:
+            self.message(f"to go on: {self.again}")
 
     def close(self) -> None:
         """Take the live bar away; safe to call at any time and twice."""

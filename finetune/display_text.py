@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from typing import Any
 
 from finetune.errors import gib
@@ -62,6 +63,13 @@ def metrics_text(record: dict[str, Any]) -> str:
     known = [f"{name} {number(record[name], '.4f')}" for name in EVAL_METRICS if name in record]
     known += [f"{count(record['tokens'])} tokens"] if isinstance(record.get("tokens"), int) else []
     return "  ".join(known) or "no metrics"
+
+
+def train_command(words: list[str], run_dir: Any = None, launcher: str = "deepspeed") -> str:
+    """The command of a run, to paste: `words` as they were typed, in `run_dir` where it is to go on there."""
+    kept = [shlex.quote(str(word)) for word in words if run_dir is None or not str(word).startswith("run_dir=")]
+    place = [] if run_dir is None else [f"run_dir={shlex.quote(str(run_dir))}"]
+    return " ".join([f"{launcher} launch/train.py", *kept, *place])
 
 
 def sample_text(step: int, prompt: str, text: str) -> str:

@@ -37,13 +37,17 @@ def run(composed: Composed) -> int:
     cfg: EvaluateConfig = composed.config
     if bool(cfg.run) == bool(cfg.export_dir):
         raise UserError("give either run=RUN_DIR or model=EXPORT_DIR", remedy="python launch/evaluate.py run=runs/quickstart/...")
+    typed_keys = {word.split("=")[0].lstrip("+") for word in composed.overrides}
     if cfg.suite not in ("task", "lm_eval"):
         raise UserError(f"suite = {cfg.suite} is unknown", "suite", "Choose from task, lm_eval.")
     if cfg.suite == "lm_eval":
         check_suite(cfg.tasks, cfg.task_dir)
+    if cfg.run and "task" in typed_keys:
+        raise UserError("a run knows its own task", "task", "Leave task out, or change its keys: task.text_field=...")
+    if cfg.batch < 1:
+        raise UserError(f"batch = {cfg.batch} evaluates nothing", "batch", "Try batch=8.")
     world = dist.connect()
     silence_libraries(cfg.verbose, world.rank)
-    typed_keys = {word.split("=")[0].lstrip("+") for word in composed.overrides}
     folder, trained, settings, data = _subject(cfg, typed_keys, world)
     if cfg.suite == "lm_eval":
         _lm_eval(cfg, folder, trained, world)
@@ -103,7 +107,10 @@ def _subject(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> tuple[P
             config.model.dtype = cfg.dtype
         module = load_run(config, checkpoint, head_of(settings), about.get("num_labels"), world.device)
         trained = Trained(module, head_of(settings), config.model.dtype.value, config.model.path, about, {})
-        _override(data, cfg.data, typed_keys)
+        if "data" in typed_keys:
+            data = cfg.data
+        else:
+            _override(data, cfg.data, typed_keys)
         return folder, trained, _override_task(settings, cfg.task, typed_keys), data
     assert cfg.export_dir
     folder = Path(resolve(cfg.export_dir)).expanduser().absolute()

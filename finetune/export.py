@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -120,8 +121,17 @@ def fresh_stage(target: Path) -> Path:
 
 
 def write_adapter(model: nn.Module, trained: dict[str, Tensor], folder: Path) -> None:
-    """adapter_config.json and adapter_model.safetensors in peft's own layout."""
-    model.save_pretrained(str(folder), state_dict=trained, safe_serialization=True)  # type: ignore[operator]
+    """adapter_config.json and adapter_model.safetensors in peft's own layout.
+
+    Raises:
+        RunFailed: the disk refuses; nothing is left of it.
+    """
+    try:
+        model.save_pretrained(str(folder), state_dict=trained, safe_serialization=True)  # type: ignore[operator]
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise RunFailed(f"the export could not be written: {error}", str(folder.parent),
+                        "Free some space and export again: python launch/export.py run=RUN kind=adapter") from None
     (folder / "README.md").unlink(missing_ok=True)
     (folder / ADAPTER_FILE).chmod(0o644)  # safetensors makes files that only their owner can read
 

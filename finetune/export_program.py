@@ -143,6 +143,8 @@ def _check(app: ExportAppConfig) -> str:
     if verify is None:
         raise UserError(f"verify = {app.verify} is unknown", "verify", "Choose from outputs, tensors, none.")
     if app.push_to_hub:
+        if verify == "none":
+            raise UserError("only a verified export is uploaded", "verify", "Leave verify out, or push_to_hub.")
         check_hub(app.push_to_hub)
     return verify
 

@@ -25,7 +25,7 @@ def plan_run(cfg: Config, world: World, run_dir: Path, task: Task) -> Plan:
         RunFailed: nothing fits; the table says what is missing.
     """
     shape = load_shape(str(local_folder(cfg.model)), task.head, task.num_labels or 2)
-    machine = measure_machine(cfg.machine, world.size, str(run_dir))
+    machine = measure_machine(cfg.machine, world.size, str(run_dir), cfg.zero.nvme_path)
     if cfg.machine.disk_gib is None:
         # What a resumed run already keeps there is part of what it needs.
         held = sum(folder_bytes(step) for step in step_folders(run_dir / "checkpoints"))

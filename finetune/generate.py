@@ -144,8 +144,10 @@ def read_prompts(cfg: GenerateConfig) -> Iterator[Row]:
     elif not Path(cfg.prompts).expanduser().is_file():
         raise UserError("there is no such file", str(cfg.prompts), "Check prompts=FILE.")
     elif ".json" in Path(cfg.prompts).name:
-        for where, row in read(str(Path(cfg.prompts).expanduser()), "train"):
-            yield {**row, "where": where}
+        for row in read(str(Path(cfg.prompts).expanduser()), "train"):
+            if isinstance(row, UserError):
+                raise row
+            yield {**row[1], "where": row[0]}
     else:
         yield from _lines(Path(cfg.prompts).expanduser())
 
@@ -176,21 +178,44 @@ def _check_questions(cfg: GenerateConfig, speaker: Speaker, asked: list[Row]) ->
             raise UserError("this export answers questions: 'question' and 'context' are needed", row["where"],
                             "Pass question='...' context='...', or rows with these fields.")
         if head == "lm":
-            room = speaker.positions - len(speaker.ids(_prompt(row, speaker), cfg.chat))
+            room = speaker.positions - len(_ids(row, speaker, cfg))
             if room < cfg.max_new_tokens:
                 raise UserError(f"the prompt leaves room for {max(0, room)} of max_new_tokens = {cfg.max_new_tokens} "
                                 f"(the model has {speaker.positions} positions)", row["where"],
                                 "Shorten it, or lower max_new_tokens.")
 
 
+def _ids(row: Row, speaker: Speaker, cfg: GenerateConfig) -> list[int]:
+    """The row's text as ids, or its conversation, which is always written in the export's template.
+
+    Raises:
+        UserError: neither is there.
+    """
+    prompt = _prompt(row, speaker)
+    return speaker.ids(prompt, cfg.chat or isinstance(prompt, list))
+
+
 def _prompt(row: Row, speaker: Speaker) -> Any:
-    """The row's text, or its conversation."""
-    if speaker.chats and isinstance(row.get("messages"), list):
-        return row["messages"]
+    if "messages" in row:
+        if not speaker.chats:
+            raise UserError("this export was not trained on conversations: it has no template", row["where"],
+                            'Write {"prompt": "..."} instead of messages.')
+        return _conversation(row)
     for name in ("prompt", getattr(speaker.task.cfg, "text_field", "text"), "text"):
         if isinstance(row.get(name), str):
             return row[name]
     raise UserError("the row has no text field 'prompt'", row["where"], 'Write {"prompt": "..."} on each line.')
+
+
+def _conversation(row: Row) -> list[dict[str, str]]:
+    messages = row["messages"]
+    sound = isinstance(messages, list) and messages and all(
+        isinstance(m, dict) and m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str)
+        for m in messages)
+    if not sound or messages[-1]["role"] == "assistant":
+        raise UserError("'messages' must be a list of role (system, user, assistant) and content, the last one not the "
+                        "assistant's", row["where"], '{"messages": [{"role": "user", "content": "..."}]}')
+    return messages
 
 
 def _sampling(cfg: GenerateConfig) -> Sampling:
@@ -208,7 +233,7 @@ def _stream(cfg: GenerateConfig, speaker: Speaker, row: Row) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    ids = speaker.ids(_prompt(row, speaker), cfg.chat)
+    ids = _ids(row, speaker, cfg)
     speaker.continue_ids([ids], _sampling(cfg), Streamer(speaker.tokenizer, stops(cfg), emit))
     emit("\n")
 
@@ -226,10 +251,10 @@ def _answers(cfg: GenerateConfig, speaker: Speaker, asked: list[Row]) -> Iterato
             yield {"question": row["question"], **answer}
     else:
         for start in range(0, len(asked), cfg.batch):
-            rows = [_prompt(row, speaker) for row in asked[start : start + cfg.batch]]
-            ids = speaker.continue_ids([speaker.ids(row, cfg.chat) for row in rows], _sampling(cfg))
-            for prompt, found in zip(rows, ids, strict=True):
-                yield {"prompt": prompt, "text": finished_text(speaker.tokenizer, found, stops(cfg))}
+            rows = asked[start : start + cfg.batch]
+            ids = speaker.continue_ids([_ids(row, speaker, cfg) for row in rows], _sampling(cfg))
+            for row, found in zip(rows, ids, strict=True):
+                yield {"prompt": _prompt(row, speaker), "text": finished_text(speaker.tokenizer, found, stops(cfg))}
 
 
 def _open(out: str | None) -> TextIO | None:

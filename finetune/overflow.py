@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import torch
 
 from finetune import heap, memory_watch
 from finetune.config import Config
+from finetune.display_text import train_command
 from finetune.dist import World
 from finetune.errors import RunFailed, gib
 from finetune.plan import Plan
@@ -107,9 +107,11 @@ class Overflow:
         replaced = {word.split("=")[0] for word in new}
         if "zero" in replaced:
             replaced |= {"zero.stage", "zero.offload_optimizer", "zero.offload_params"}
-        kept = [shlex.quote(word) for word in self.words if word.lstrip("+").split("=")[0] not in replaced]
+        another = any(word.startswith(("adapter", "task.")) for word in new)  # would not continue this run's checkpoint
+        replaced |= {"run_dir"} if another else set()
+        kept = [word for word in self.words if word.lstrip("+").split("=")[0] not in replaced]
         ranks = f" --num_gpus {self.world.local_size}" if self.world.local_size == self.world.size else ""
-        return " ".join([f"deepspeed{ranks} launch/train.py", *kept, *new])
+        return train_command([*kept, *new], None if another else self.cfg.run_dir, f"deepspeed{ranks}")
 
 
 class HostWatch:

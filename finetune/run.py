@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from finetune.evaluate import Interrupted, evaluate
 from finetune.export import reference_texts
 from finetune.export_trained import base_name, export_trained
 from finetune.fit import plan_run, sharding_of, step_flops
-from finetune.gptj.load import build_model
+from finetune.gptj.load import build_model, local_folder, weights_identity
 from finetune.inputs import Inputs, prepare_inputs
 from finetune.last_words import LastWords
 from finetune.length import Length, run_length
@@ -42,7 +42,7 @@ from finetune.overflow import HostWatch, Overflow
 from finetune.peak import peak_flops
 from finetune.plain import plain_config
 from finetune.probe import probe
-from finetune.report import Report
+from finetune.report import Report, build_report
 from finetune.run_files import failed_result, final_result, make_run_dir, save_config, with_logged
 from finetune.run_lock import RunLock
 from finetune.sample import sample_texts
@@ -74,7 +74,7 @@ def run_in(world: World, cfg: Config, words: list[str] | None = None) -> Result:
     run_dir = make_run_dir(cfg, world)
     watchers = CallbackList([Display(), Report(run_dir)] if world.main else [])
     lock = RunLock(run_dir)
-    world.on_main(lambda: lock.take(watchers.message))
+    world.on_main(lambda: _take(run_dir, lock, watchers))
     stop, ends = StopRequest(run_dir, watch_files=world.main), LastWords(run_dir, world)
     memory = Overflow(cfg, words or [], world)
     try:
@@ -129,13 +129,14 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
     if cfg.train.probe:
         with memory.during("trying the longest batch, before step 1"), _phase(display, "trying the longest batch"), watch():
             probe(engine, inputs.task, inputs.collate, inputs.rows, int(cfg.train.micro_batch), planned.accumulation)
-    checkpoints = Checkpoints(run_dir / "checkpoints", cfg.checkpoint.keep, world, _identity(cfg, inputs.train),
+    weights = world.on_main(lambda: weights_identity(local_folder(cfg.model)))
+    checkpoints = Checkpoints(run_dir / "checkpoints", cfg.checkpoint.keep, world, _identity(cfg, inputs.train, weights),
                               cfg.resume_changed, _in_background(cfg, sharding, world), Path(cfg.resume).name)
     world.on_main(checkpoints.set_aside if cfg.resume == "never" else checkpoints.clean)
     state = checkpoints.restore(engine.ds, resume_from) if resume_from else TrainState()
     checkpoints.require_room(engine.ds, several=cfg.checkpoint.every > 0)
     if world.main:
-        _watch(callbacks, cfg, run_dir, state)
+        _watch(callbacks, cfg, run_dir, state, after=state.step if resume_from else -1)
         print_summary(cfg, run_dir, world.size, world.device.type, sharding, planned.reason, length.steps, length.epochs,
                       parameters, engine.optimizer_bytes()["total"], inputs.train, inputs.rows)
 
@@ -175,6 +176,12 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
     return result
 
 
+def _take(run_dir: Path, lock: RunLock, watchers: CallbackList) -> None:
+    """The run directory is this run's; what the one before it became is no longer true."""
+    lock.take(watchers.message)
+    (run_dir / metrics_log.RESULT).unlink(missing_ok=True)
+
+
 def _phase(display: Display | None, name: str) -> AbstractContextManager:
     return display.phase(name) if display else nullcontext()
 
@@ -191,11 +198,12 @@ def _module(cfg: Config, task: Task, config: dict, world: World, display: Displa
     return adapter.attach(model, cfg.adapter, task.head, base_name(cfg), cfg.seed)
 
 
-def _identity(cfg: Config, store: Store) -> dict[str, Any]:
+def _identity(cfg: Config, store: Store, weights: str) -> dict[str, Any]:
     """What must be the same for a resumed run to be the same run."""
     return {"data": store.fingerprint, "seed": cfg.seed, "global_batch": cfg.train.global_batch,
             "packing": cfg.train.packing, "max_length": cfg.task.max_length,
             "model": f"{cfg.model.init.value} {cfg.model.path}", "dtype": cfg.model.dtype.value,
+            "weights": weights, "class_weights": str(getattr(cfg.task, "class_weights", None)),
             "adapter": str(cfg.adapter), "optim": str(cfg.optim),
             "dropout": [cfg.model.embd_pdrop, cfg.model.attn_pdrop, cfg.model.resid_pdrop]}
 
@@ -213,12 +221,14 @@ def _cut_off(run_dir: Path, error: RunFailed, world: World, ends: LastWords) -> 
     if ends.speaks():
         metrics_log.write_result(run_dir, failed_result(run_dir, error, world))
         print(f"error: {error.render()}", file=sys.stderr, flush=True)
+        with suppress(Exception):  # the page is worth a try, and nothing after it
+            build_report(run_dir, picture=False)
 
 
-def _watch(callbacks: CallbackList, cfg: Config, run_dir: Path, state: TrainState) -> None:
-    """Add the listeners, after dropping what metrics.jsonl holds beyond the checkpoint."""
+def _watch(callbacks: CallbackList, cfg: Config, run_dir: Path, state: TrainState, after: int) -> None:
+    """Add the listeners, after dropping what metrics.jsonl holds beyond step `after`, the checkpoint's."""
     for name in (metrics_log.METRICS, metrics_log.SAMPLES):
-        metrics_log.truncate(run_dir / name, state.step)
+        metrics_log.truncate(run_dir / name, after)
     callbacks.callbacks[:0] = [MetricsLog(run_dir)]
     callbacks.callbacks += build_trackers(cfg.tracker)
     callbacks.restore(state.callbacks)

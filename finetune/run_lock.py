@@ -11,7 +11,7 @@ import os
 import time
 from pathlib import Path
 
-from finetune.errors import RunFailed
+from finetune.errors import RunFailed, UserError
 
 PATIENCE_SECONDS = 60.0
 
@@ -28,8 +28,12 @@ class RunLock:
 
         Raises:
             RunFailed: another process goes on holding it.
+            UserError: the directory cannot be written.
         """
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise UserError(f"cannot be written: {error.strerror}", str(self.path.parent), "Try run_dir=DIR.") from None
         deadline = time.monotonic() + PATIENCE_SECONDS
         told = False
         while not _locked(descriptor):

@@ -174,9 +174,21 @@ def read_about(folder: Path) -> dict[str, Any]:
         kind = (values.get("architectures") or ["GPTJForCausalLM"])[0]
         head = {"GPTJForSequenceClassification": "classify", "GPTJForQuestionAnswering": "qa"}.get(kind, "lm")
         dtype = {"float32": "fp32", "float16": "fp16"}.get(values.get("dtype") or values.get("torch_dtype"), "bf16")
-        return {"head": head, "dtype": dtype, "base": str(folder), "kind": "full", "task": {},
-                "settings": {"kind": "clm" if head == "lm" else head}}
+        task, settings = _foreign_labels(values) if head == "classify" else ({}, {})
+        return {"head": head, "dtype": dtype, "base": str(folder), "kind": "full", "task": task,
+                "settings": {"kind": "clm" if head == "lm" else head, **settings}}
     raise UserError("neither an export nor a GPT-J checkpoint", str(folder), "Pass model=RUN_DIR/export.")
+
+
+def _foreign_labels(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a classifier of transformers' own says of its outputs: (as ClassifyTask.describe, task settings)."""
+    names = [name for _, name in sorted((values.get("id2label") or {}).items(), key=lambda item: int(item[0]))]
+    names = names or [f"LABEL_{i}" for i in range(values.get("num_labels") or 2)]
+    if values.get("problem_type") == "regression" or len(names) == 1:
+        return {"num_labels": 1}, {"problem": "regression"}
+    problem = "multi_label" if values.get("problem_type") == "multi_label_classification" else "single_label"
+    task = {"problem": problem, "labels": names, "labels_by_index": True, "num_labels": len(names)}
+    return task, {"problem": problem}
 
 
 def load_export(folder: Path, dtype: Dtype | None, device: torch.device) -> Trained:

@@ -269,7 +269,8 @@ class Trainer:
             self.save(state)
         self._settle()
         if status == "preempted":
-            self.callbacks.message(f"stopped by {self.stop.reason or 'another rank'} after step {state.step}; saved")
+            saved = "saved" if state.step else "there was nothing to save"
+            self.callbacks.message(f"stopped by {self.stop.reason or 'another rank'} after step {state.step}; {saved}")
         rate = self.trained_tokens / self.trained_seconds if self.trained_seconds else 0.0
         return Result(status, state.step, self.last_loss, self.last_eval, state.tokens, state.seconds, rate)
 

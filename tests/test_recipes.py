@@ -38,8 +38,8 @@ def test_header_states_purpose_command_and_hardware(name):
 @pytest.fixture(scope="module")
 def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tiny")
-    run_cases(1, [[f"recipe={name}", "debug=tiny", "train.steps=2", f"run_dir={root / name}", "data.train=null",
-                   "data.eval=null"] for name in ALL])
+    run_cases(1, [[f"recipe={name}", "debug=tiny", "train.steps=2", f"run_dir={root / name}", "train.threads=1"]
+                  for name in ALL])
     return root
 
 
@@ -67,6 +67,16 @@ def test_all_problems_at_once():
     assert text.startswith("4 problems in the configuration:")
     assert "train.global_batch = 50 is not a multiple of train.micro_batch x ranks = 4 x 8 = 32" in text
     assert "Try train.global_batch=64" in text and "Try task.max_length=2048." in text
+
+
+@pytest.mark.parametrize("words", [
+    ["train.eval_batch=0"], ["train.eval_batch=-1"], ["train.early_stopping=-1"], ["train.sample_prompts=[]"],
+    ["tracker.wandb.mode=sometimes"], ["train.activation_checkpointing=some"], ["train.max_skipped=-1"],
+])
+def test_numbers_that_would_fail_later_are_refused_now(words):
+    with pytest.raises(UserError) as caught:
+        check(compose_train(["recipe=quickstart", *words]), world_size=1, cuda=False)
+    assert words[0].split("=")[0] in str(caught.value) and "Try " in str(caught.value)
 
 
 def test_adapter_key_of_another_kind_is_refused():

@@ -8,6 +8,7 @@ do not depend on the number of ranks or the ZeRO stage. Knows DeepSpeed only thr
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import zlib
@@ -32,6 +33,8 @@ PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "*.bin",
             "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
 MAPPED_BYTES = 1 << 28
 """Bytes read from mapped files after which they are mapped anew."""
+ENDS_BYTES = 1 << 16
+"""Read of a file's beginning and end to recognise it."""
 Place = Callable[[nn.Parameter, Tensor | None], None]
 
 
@@ -150,9 +153,21 @@ def local_folder(cfg: ModelConfig) -> Path:
             f"the weights of {cfg.path} are neither on this machine nor can they be downloaded ({reason[:160]})",
             "model.path",
             "Copy a checkpoint directory here and pass model.path=DIR; or download it where there is a network:\n"
-            f"    huggingface-cli download {cfg.path}\n"
+            f"    hf download {cfg.path}\n"
             "  What runs right now, without them: deepspeed launch/train.py recipe=quickstart",
         ) from None
+
+
+def weights_identity(folder: Path) -> str:
+    """A hash that changes with the weights: names and sizes of the files, and both ends of each."""
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json"):
+        size = file.stat().st_size
+        with file.open("rb") as f:
+            head = f.read(ENDS_BYTES)
+            f.seek(max(0, size - ENDS_BYTES))
+            digest.update(repr((file.name, size)).encode() + head + f.read(ENDS_BYTES))
+    return digest.hexdigest()
 
 
 def read_config(folder: Path, cfg: ModelConfig, num_labels: int | None = None) -> GPTJConfig:

@@ -152,6 +152,8 @@ def _divisors(number: int) -> Iterator[int]:
 
 def _overshoot(job: Job, found: Estimate) -> float:
     """How many times the scarcest memory is needed."""
+    if found.short in ("disk", "nvme"):  # no option saves disk: it stands behind what memory decides
+        return found.disk_bytes / max(1, job.machine.nvme_bytes or 0 if found.short == "nvme" else job.machine.disk_bytes)
     host = found.host_bytes / max(1, job.machine.host_bytes)
     return max(host, found.gpu_bytes / max(1, job.machine.gpu_bytes)) if job.on_gpu else host
 

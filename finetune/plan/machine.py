@@ -17,6 +17,8 @@ from finetune.config import MachineConfig
 from finetune.errors import UserError
 
 GIB = 2**30
+UNKNOWN_DISK = 1 << 60
+"""For hardware that is not here, where machine.disk_gib is not given: no limit."""
 CGROUP_V2 = Path("/sys/fs/cgroup")
 CGROUP_V1 = Path("/sys/fs/cgroup/memory")
 
@@ -68,14 +70,17 @@ def measure_machine(
         raise UserError(
             "there is no GPU here to measure", "machine.gpu_gib", "Try machine.gpu_gib=80 or machine=a100_80."
         )
+    elsewhere = given and not world_size
+    disk = _bytes(config.disk_gib, UNKNOWN_DISK if elsewhere else disk_free_bytes(run_dir))
+    nvme = UNKNOWN_DISK if nvme_path and elsewhere else disk_free_bytes(nvme_path) if nvme_path else None
     per_node = max(1, min(gpus, config.gpus_per_node or len(free) or 8))
     machine = Machine(
         gpus,
         per_node,
         gpu_bytes,
         _bytes(config.host_gib, host_free_bytes()),
-        _bytes(config.disk_gib, disk_free_bytes(run_dir)),
-        disk_free_bytes(nvme_path) if nvme_path else None,
+        disk,
+        min(disk, nvme) if nvme is not None and elsewhere else nvme,
     )
     return Machine(**{**vars(machine), "name": _describe(machine)})
 

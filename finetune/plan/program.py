@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune.app import Composed, settle
 from finetune.check import planning_problems
-from finetune.errors import EXIT_DONE, EXIT_FAILED
+from finetune.errors import EXIT_DONE, EXIT_FAILED, UserError
 from finetune.plan.choose import plan
 from finetune.plan.machine import measure_machine
 from finetune.plan.table import render_table
@@ -19,7 +19,9 @@ HEADS = {"ClassifyConfig": "classify", "QaConfig": "qa"}
 def run(composed: Composed) -> int:
     """Print the plan; exit code 0 when it fits, 1 when nothing does."""
     cfg = settle(composed)
-    machine = measure_machine(cfg.machine)
+    if cfg.plan.format not in ("table", "json"):
+        raise UserError(f"plan.format = {cfg.plan.format} is neither table nor json", remedy="Try plan.format=json.")
+    machine = measure_machine(cfg.machine, nvme_path=cfg.zero.nvme_path)
     ranks = max(1, machine.gpus)
     planning_problems(cfg, ranks, machine.gpus > 0)
     labels = len(getattr(cfg.task, "labels", None) or []) or 2

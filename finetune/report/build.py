@@ -72,7 +72,7 @@ def page_context(run: RunFiles) -> dict[str, Any]:
 
 
 class Report(Callback):
-    """Rebuilds the page at evaluations, at most every 30 seconds, and at the end."""
+    """Rebuilds the page at the start, at steps and evaluations, at most every 30 seconds, and at the end."""
 
     def __init__(self, run_dir: Path | None = None) -> None:
         # Known from the beginning, so that a run which fails before its first step has a page as well.
@@ -87,8 +87,15 @@ class Report(Callback):
         known = {"world_size": run.world_size, "total_steps": run.total_steps, **run.extra}
         known["overrides"] = redact_words([str(word) for word in run.extra.get("overrides") or []])
         write_json(run.run_dir / ENVIRONMENT, redact(known))
+        self._rebuild()
+
+    def train_step(self, record: dict[str, Any]) -> None:
+        self._rebuild()
 
     def evaluation(self, record: dict[str, Any]) -> None:
+        self._rebuild()
+
+    def _rebuild(self) -> None:
         if self.run_dir is not None and time.monotonic() - self.built >= REBUILD_SECONDS:
             build_report(self.run_dir, picture=False)
             self.built = time.monotonic()

@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.display_text import EVAL_METRICS, clock
+from finetune.display_text import EVAL_METRICS, clock, train_command
 from finetune.errors import gib
 from finetune.report.charts import is_number
 from finetune.report.curves import chosen_option, predicted, ranks_per_node
@@ -156,16 +156,15 @@ def commands(run: RunFiles) -> Rows:
     # Prompts and prefixes are inputs, not weights: there is nothing to merge them into.
     kinds += ["merged"] * (adapter.get("kind") in ("lora", "ia3"))
     export = shlex.quote(str(run.run_dir / str(run.result.get("export") or "export")))
-    found = [] if run.result.get("status") == "done" else [("continue", _again(run, folder))]
+    found = [] if run.result.get("status") == "done" else [("continue", _again(run))]
     found.append(("evaluate", f"deepspeed launch/evaluate.py run={folder}"))
     found += [(f"export {kind}", f"python launch/export.py run={folder} kind={kind}") for kind in kinds]
     return [*found, ("generate", f"python launch/generate.py model={export} prompt=\"...\"")]
 
 
-def _again(run: RunFiles, folder: str) -> str:
-    words = [word for word in run.env.get("overrides") or [] if not str(word).startswith("run_dir=")]
-    words = words or [f"recipe={run.config.get('name') or 'R'}"]
-    return " ".join(["deepspeed launch/train.py", *(shlex.quote(str(word)) for word in words), f"run_dir={folder}"])
+def _again(run: RunFiles) -> str:
+    words = [str(word) for word in run.env.get("overrides") or []] or [f"recipe={run.config.get('name') or 'R'}"]
+    return train_command(words, run.run_dir)
 
 
 def _progress(run: RunFiles) -> Tile:

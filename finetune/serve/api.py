@@ -6,6 +6,7 @@ https://platform.openai.com/docs/api-reference/completions and .../chat
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from finetune.sample import Sampling, Streamer, finished_text
 Json = dict[str, Any]
 COMPLETION_TOKENS = 16
 """What OpenAI's completions generate where max_tokens is not given."""
-REFUSED = ("logprobs", "top_logprobs", "tools", "functions", "logit_bias", "response_format", "suffix", "echo")
+REFUSED = ("logprobs", "top_logprobs", "tools", "functions", "logit_bias", "response_format", "suffix", "echo",
+           "frequency_penalty", "presence_penalty", "top_k", "min_p")
 """Parameters that would change the answer and are not implemented; refused when they ask for something."""
 NEUTRAL = (None, 0, 0.0, False, "", [], {}, {"type": "text"})
 
@@ -77,6 +79,9 @@ def read_request(body: Any, chat: bool, speaker: Speaker, limits: Limits) -> Req
         if body.get(name) not in NEUTRAL:
             raise Refused(400, f"'{name}' is not supported", name)
     prompts = [_chat_ids(body, speaker)] if chat else _prompt_ids(body, speaker)
+    for name in ("best_of", "repetition_penalty"):
+        if body.get(name) not in (None, 1, body.get("n") if name == "best_of" else 1):
+            raise Refused(400, f"'{name}' is not supported", name)
     n = _number(body, "n", 1, int, 1, limits.max_texts)
     if len(prompts) * n > limits.max_texts:
         raise Refused(400, f"{len(prompts)} prompts x n = {n} exceed the limit of {limits.max_texts} texts", "n")
@@ -160,7 +165,8 @@ def _number(body: Json, name: str, default: Any, kind: type, low: float, high: f
     value = body.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and value != int(value)):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or (kind is int and value != int(value)):
         raise Refused(400, f"'{name}' must be a number", name)
     if not low <= value <= high:
         raise Refused(400, f"'{name}' = {value} is outside {low} to {high}", name)

@@ -151,7 +151,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def _check_host(self) -> None:
         """A page from elsewhere must not talk to a local server under a name of its own (DNS rebinding)."""
-        name = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+        try:
+            name = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+        except ValueError:
+            raise Refused(400, "the Host header is not a host") from None
         if self.service.local and name not in LOOPBACK:
             raise Refused(403, "this server answers on this machine only")
 

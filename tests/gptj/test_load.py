@@ -13,7 +13,7 @@ from transformers import GPTJForCausalLM
 
 from finetune.config import Dtype, Init, ModelConfig
 from finetune.errors import UserError
-from finetune.gptj.load import build_model
+from finetune.gptj.load import build_model, weights_identity
 
 CPU = torch.device("cpu")
 
@@ -129,6 +129,19 @@ def test_planted_pickle_is_refused_and_does_not_run(copy):
 def test_not_a_gptj(copy):
     (copy / "config.json").write_text(json.dumps({"model_type": "llama"}))
     broken(copy, "model_type is 'llama'")
+
+
+def test_the_identity_of_weights_follows_every_file(copy):
+    before = weights_identity(copy)
+    assert before == weights_identity(copy)
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(data)
+    changed = weights_identity(copy)
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    assert len({before, changed, weights_identity(copy)}) == 3
+    (copy / "README.md").write_text("a card")
+    assert weights_identity(copy) == weights_identity(copy) != changed
 
 
 def test_hub_id_offline_says_what_to_do():

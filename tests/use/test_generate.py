@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune.app import compose_config
 from finetune.errors import UserError
-from finetune.generate import load_speaker, run
+from finetune.generate import _conversation, load_speaker, run
 from finetune.sample import GumbelNoise, Sampling, Streamer, finished_text
 from tests.conftest import ROOT
 
@@ -105,6 +105,25 @@ def test_prompts_from_files_and_standard_input(tmp_path):
     done = subprocess.run([sys.executable, "launch/generate.py", *words], input=PROMPTS[1], cwd=ROOT, text=True,
                           capture_output=True, check=False, env=os.environ)
     assert done.returncode == 0 and done.stdout == found[1]["text"] + "\n", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    ('{"messages": [{"role": "user", "content": "Hi"}]}', "no template"), ('{"prompt": "a"', "JSON"),
+    ('{"other": 1}', "no text field"),
+])
+def test_a_bad_row_is_named(tmp_path, row, message):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a"}\n' + row + "\n")
+    with pytest.raises(UserError, match=message) as caught:
+        run(compose_config(["model=asset:gptj_tiny", f"prompts={file}", f"out={tmp_path / 'out'}"], "generate"))
+    assert f"{file}:2" in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("messages", [[], "Hi", [{"content": "Hi"}], [{"role": "user"}],
+                                      [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]])
+def test_a_conversation_needs_roles_texts_and_the_user_last(messages):
+    with pytest.raises(UserError, match="'messages' must be"):
+        _conversation({"messages": messages, "where": "f:1"})
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -137,7 +137,9 @@ WRONG = {
     "temperature": (400, {"prompt": "a", "temperature": -1}), "text": (400, {"prompt": "a", "max_tokens": "many"}),
     "not supported": (400, {"prompt": "a", "logprobs": 5}), "no such id": (400, {"prompt": [60000]}),
     "other model": (404, {"model": "gpt-4", "prompt": "a"}), "not JSON": (400, b"{"),
-    "stop": (400, {"prompt": "a", "stop": 5}),
+    "stop": (400, {"prompt": "a", "stop": 5}), "penalty": (400, {"prompt": "a", "frequency_penalty": 2}),
+    "other best": (400, {"prompt": "a", "n": 1, "best_of": 3}), "endless": (400, b'{"prompt": "a", "n": 1e999}'),
+    "not a number": (400, b'{"prompt": "a", "max_tokens": NaN}'),
     "true is no number": (400, {"prompt": "a", "n": True}), "too large": (413, {"prompt": "a" * 6000}),
 }
 
@@ -154,6 +156,7 @@ def test_pages_of_other_origins_are_kept_out(server):
     body = {"prompt": "a"}
     assert call(server, "/v1/completions", body, Content_Type="text/plain")[0] == 415
     assert call(server, "/v1/completions", body, Host="evil.example:80")[0] == 403
+    assert call(server, "/v1/completions", body, Host="[")[0] == 400
     assert call(server, "/v1/nothing", body)[0] == 404
 
 
