@@ -2,8 +2,8 @@
 
 Writes random checkpoints in the layouts that people have (bf16 safetensors; one fp32 pytorch_model.bin with GPT-J's
 legacy buffers), loads each as a run does at stage 0, 2 and 3, one process a rank on a CPU, and asks the kernel for each
-rank's peak resident memory. The limit is 1.15 x (what the rank keeps + the largest tensor) + 700 MB of interpreter and
-libraries. Written to bench/results/load_memory.json.
+rank's peak resident memory. The limit is 1.15 x (what the rank keeps + the largest tensor as the file has it) + 700 MB of
+interpreter and libraries. Written to bench/results/load_memory.json.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ LAYOUTS = ("bf16 safetensors", "fp32 .bin")
 
 def make(folder: Path, layers: int, layout: str) -> Path:
     """A checkpoint of random weights; never more than one tensor more than the file needs is in memory."""
+    from finetune.config import ModelConfig
     from finetune.gptj.load import meta_model, read_config
     from finetune.shards import ShardWriter
 
@@ -37,7 +38,8 @@ def make(folder: Path, layers: int, layout: str) -> Path:
               "vocab_size": VOCABULARY, "n_positions": POSITIONS, "bos_token_id": 50256, "eos_token_id": 50256,
               "architectures": ["GPTJForCausalLM"], "tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(values))
-    shapes = {name: tuple(p.shape) for name, p in meta_model(read_config(folder), "lm").named_parameters()}
+    model = meta_model(read_config(folder, ModelConfig(path=str(folder))), "lm")
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     if layout == "bf16 safetensors":
         writer = ShardWriter(folder, shapes, torch.bfloat16, 10**10)
         for name, shape in shapes.items():
@@ -67,7 +69,8 @@ def load(model: str, stage: int) -> None:
     before = memory_watch.peak_host_bytes()
     module = _module(cfg, SimpleNamespace(head="lm", num_labels=None), config, world, None)  # type: ignore[arg-type]
     kept = sum(getattr(p, "ds_tensor", p).numel() * p.element_size() for p in module.parameters())
-    largest = max((getattr(p, "ds_numel", None) or p.numel()) * p.element_size() for p in module.parameters())
+    stored = 4 if next(Path(model).glob("*.bin"), None) else 2
+    largest = stored * max(getattr(p, "ds_numel", None) or p.numel() for p in module.parameters())
     world.barrier()
     print("FIGURES" + json.dumps({"rank": world.rank, "kept_bytes": kept, "largest_tensor_bytes": largest,
                                   "before_bytes": before, "peak_bytes": memory_watch.peak_host_bytes()}), flush=True)

@@ -135,7 +135,7 @@ def disconnect() -> None:
 
 def use_cores(threads: int, local_size: int) -> None:
     """Compute on `threads` CPU threads, or on this process's share of the cores that the job may use."""
-    heap.keep_freed_memory()
+    heap.one_arena()
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
 
 

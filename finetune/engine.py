@@ -84,11 +84,36 @@ def _remote(config: dict) -> str | None:
     return config["zero_optimization"].get("offload_param", {}).get("device")
 
 
-def place_partitioned(parameter: nn.Parameter, value: Tensor | None) -> None:
-    """Write one loaded tensor into a partitioned parameter: rank 0 gives the value, every rank keeps its part."""
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-        if value is not None and torch.distributed.get_rank() == 0:
-            parameter.data.copy_(value)
+def place_partitioned(world: World, parameter: nn.Parameter, value: Tensor | None) -> None:
+    """Write one loaded tensor into a partitioned parameter: rank 0 has it, every rank gets its part and no more.
+
+    Gathering the parameter for that, as DeepSpeed would, takes the whole tensor on every rank, twice. Collective.
+
+    Args:
+        value: of the parameter's shape and dtype on the host; None on ranks that do not read.
+    """
+    part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+    if part.final_location is not None:  # on nvme: DeepSpeed moves it
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+            if value is not None:
+                parameter.data.copy_(value)
+        return
+    size = part.numel()  # the last rank's part may be filled up
+    pieces = [_piece(value, rank * size, size) for rank in range(world.size)] if value is not None else None
+    if world.size == 1:
+        assert pieces is not None
+        part.copy_(pieces[0])
+        return
+    mine = torch.empty(size, dtype=part.dtype) if part.device.type != "cpu" else part
+    torch.distributed.scatter(mine, pieces, src=0, group=world.control)
+    if mine is not part:
+        part.copy_(mine)
+
+
+def _piece(value: Tensor, start: int, size: int) -> Tensor:
+    """`size` elements of the flattened tensor from `start` on, zeros behind its end."""
+    piece = value.reshape(-1)[start : start + size]
+    return piece if piece.numel() == size else torch.cat([piece, piece.new_zeros(size - piece.numel())])
 
 
 class Engine:

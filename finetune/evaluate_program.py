@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetune import dist, metrics_log
+from finetune import dist, heap, metrics_log
 from finetune.app import Composed
 from finetune.assets_path import resolve
 from finetune.config import DataConfig
@@ -49,6 +49,8 @@ def run(composed: Composed) -> int:
     world = dist.connect()
     silence_libraries(cfg.verbose, world.rank)
     folder, trained, settings, data = _subject(cfg, typed_keys, world)
+    if world.device.type == "cpu":
+        heap.keep_freed_memory()
     if cfg.suite == "lm_eval":
         _lm_eval(cfg, folder, trained, world)
         dist.disconnect()

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import torch
 
-from finetune import dist
+from finetune import dist, heap
 from finetune.answer import answer_question, classify_text
 from finetune.app import Composed
 from finetune.assets_path import resolve
@@ -80,6 +80,8 @@ def load_speaker(export_dir: str, dtype, engine: str = "torch") -> Speaker:
     task = build_task(typed_task(about["settings"]), tokenizer, packing=True)
     task.prepare(None, about["task"])
     trained = load_export(folder, dtype, device)
+    if device.type == "cpu":
+        heap.keep_freed_memory()
     if engine == "deepspeed":
         from finetune.ds_inference import accelerated
 

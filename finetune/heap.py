@@ -13,11 +13,18 @@ GROWTH = 1.1
 """Resident memory against its lowest since the last time, at which free pages are given back."""
 
 
-def keep_freed_memory() -> None:
-    """From now on free() keeps memory in the process. Does nothing where the C library is not glibc."""
+def one_arena() -> None:
+    """All threads share one heap: call it before there are any. Does nothing where the C library is not glibc."""
     libc = _libc()
     if libc is not None:
         libc.mallopt(ARENA_MAX, 1)
+
+
+def keep_freed_memory() -> None:
+    """From now on free() keeps memory in the process. For steps that repeat, not for loading: what is read, cast and
+    gathered once would stay, twice the size of the model at stage 3."""
+    libc = _libc()
+    if libc is not None:
         libc.mallopt(MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
 

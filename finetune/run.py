@@ -10,12 +10,13 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from finetune import adapter, dist, ds_config, faults, memory_watch, metrics_log, schedule, signals
+from finetune import adapter, dist, ds_config, faults, heap, memory_watch, metrics_log, schedule, signals
 from finetune.callbacks import CallbackList, RunInfo
 from finetune.check import check
 from finetune.checkpoint import Checkpoints, TrainState, find_resume
@@ -120,6 +121,8 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
         module = _module(cfg, inputs.task, config, world, display)
         parameters = adapter.count(module)
         engine = Engine(module, config, cfg.optim, world)
+    if world.device.type == "cpu":
+        heap.keep_freed_memory()
 
     def watch() -> HangWatch:
         return HangWatch(cfg.train.hang_timeout, run_dir, world.rank,
@@ -193,7 +196,7 @@ def _module(cfg: Config, task: Task, config: dict, world: World, display: Displa
     with _phase(display, f"loading {cfg.model.path}"):
         model = build_model(
             cfg.model, task.head, device=world.device, seed=cfg.seed, num_labels=task.num_labels, partition=partition,
-            place=place_partitioned if sharded else None, reads=world.main or not sharded)
+            place=partial(place_partitioned, world) if sharded else None, reads=world.main or not sharded)
     model.transformer.checkpointing = cfg.train.activation_checkpointing  # type: ignore[union-attr]
     return adapter.attach(model, cfg.adapter, task.head, base_name(cfg), cfg.seed)
 

@@ -31,7 +31,7 @@ LEGACY = re.compile(r"(\.attn\.(bias|masked_bias|embed_positions)|\.rotary_emb\.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "tokenizer*",
             "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
-MAPPED_BYTES = 1 << 28
+MAPPED_BYTES = 1 << 26
 """Bytes read from mapped files after which they are mapped anew."""
 ENDS_BYTES = 1 << 16
 """Read of a file's beginning and end to recognise it."""

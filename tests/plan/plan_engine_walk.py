@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def build(case: dict[str, Any], path: str, world: dist.World) -> Engine:
     partition = deepspeed.zero.Init(config_dict_or_path=settings) if case["stage"] == 3 else None
     module = build_model(
         cfg.model, "lm", device=world.device, seed=0, partition=partition,
-        place=place_partitioned if partition else None, reads=world.main or not partition)  # fmt: skip
+        place=partial(place_partitioned, world) if partition else None, reads=world.main or not partition)  # fmt: skip
     return Engine(adapter.attach(module, kind, "lm", path, 0), settings, OptimConfig(weight_decay=0.1), world)
 
 
