@@ -59,6 +59,7 @@ def ours(case: Case, model: Path, data: Path, folder: Path, steps: int) -> dict:
         f"recipe={'instruct_lora' if case.ragged else 'clm_pile'}", f"model.path={model}", "model.dtype=bf16",
         f"zero=stage{case.stage}", f"task.max_length={case.length}", f"train.micro_batch={case.micro}",
         f"train.global_batch={case.micro * case.ranks}", f"train.steps={steps}", "train.activation_checkpointing=false",
+        "train.probe=false",
         "train.eval_every=0", "optim.lr=1e-4", "optim.schedule=constant", "optim.warmup=0", "optim.weight_decay=0",
         f"data.train={data}", "data.eval=null", f"data.cache_dir={folder / 'cache'}", "export.enabled=false",
         f"run_dir={run_dir}",

@@ -1,6 +1,6 @@
 """Predicted against measured peak memory of real training runs: a table and a scatter picture.
 
-    python bench/plan_accuracy.py [--cases cpu|gpu] [--only NAME,NAME] [--out FILE.json] [--picture FILE.png]
+    python bench/plan_accuracy.py [--cases cpu|gpu] [--only "NAME;NAME"] [--out FILE.json] [--picture FILE.png]
 
 Every case is one run of launch/train.py on random weights (two optimizer steps on the shipped Pile sample) in fresh
 processes. On a CPU the plan's host bytes per rank stand against the largest rank's peak resident memory; on a GPU
@@ -62,13 +62,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Predicted against measured peak memory.")
     parser.add_argument("--cases", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--only", default="")
+    parser.add_argument("--replan", action="store_true", help="train nothing: today's plan for the runs of the result file")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     cases = CPU_CASES if options.cases == "cpu" else GPU_CASES
-    chosen = {name: case for name, case in cases.items() if not options.only or name in options.only.split(",")}
-    rows = [measure(name, *case) for name, case in chosen.items()]
+    chosen = {name: case for name, case in cases.items() if not options.only or name in options.only.split(";")}
     out = options.out or ROOT / f"bench/results/plan_accuracy_{options.cases}.json"
+    if options.replan:
+        rows = [replanned(row, *chosen[row["case"]]) for row in json.loads(out.read_text())["rows"] if row["case"] in chosen]
+    else:
+        rows = [measure(name, *case) for name, case in chosen.items()]
     out.write_text(json.dumps({"machine": platform.platform(), "cores": os.cpu_count(), "rows": rows}, indent=1) + "\n")
     draw(rows, options.picture or ROOT / f"docs/plan_accuracy_{options.cases}.png")
 
@@ -77,18 +81,37 @@ def measure(name: str, model: str, ranks: int, overrides: list[str]) -> dict:
     """One run in fresh processes."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        settings = [
-            "recipe=clm_pile", f"model.path={model_folder(model, Path(folder))}", "model.init=random",
-            "model.dtype=bf16", "data=pile_sample", "data.eval=null", "train.steps=2", "train.epochs=null",
-            "train.threads=1", "checkpoint.every=0", "export.enabled=false", f"run_dir={run}", *overrides,
-        ]  # fmt: skip
-        train(ranks, list({word.split("=")[0]: word for word in settings}.values()), name)
+        train(ranks, settings(model, Path(folder), run, overrides), name)
         plan, result = (json.loads((run / file).read_text()) for file in ("plan.json", "result.json"))
     row = {"case": name, "ranks": ranks, **compare(plan, result)}
     predicted, measured = row["predicted"] / 2**30, row["measured"] / 2**30
     figures = f"predicted {predicted:6.2f} GiB  measured {measured:6.2f} GiB  {predicted / measured - 1:+.1%}"
     print(f"{name:30}  {figures}", flush=True)
     return row
+
+
+def replanned(row: dict, model: str, ranks: int, overrides: Words) -> dict:
+    """The row with the prediction of the planner as it is now."""
+    from finetune.app import compose_train
+    from finetune.plan import measure_machine, plan
+    from finetune.shape import load_shape
+
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = compose_train(settings(model, Path(folder), Path(folder), overrides))
+        shape = load_shape(cfg.model.path, "lm", 2)
+    found = plan(cfg, measure_machine(cfg.machine, ranks), shape, ranks).to_json()
+    row = row | {"predicted": compare(found, {"peak_host_bytes": 0, "peak_gpu_bytes": 0})["predicted"]}
+    print(f"{row['case']:30}  {row['predicted'] / row['measured'] - 1:+.1%}")
+    return row
+
+
+def settings(model: str, folder: Path, run: Path, overrides: Words) -> Words:
+    words = [
+        "recipe=clm_pile", f"model.path={model_folder(model, folder)}", "model.init=random",
+        "model.dtype=bf16", "data=pile_sample", "data.eval=null", "train.steps=2", "train.epochs=null",
+        "train.threads=1", "checkpoint.every=0", "export.enabled=false", f"run_dir={run}", *overrides,
+    ]  # fmt: skip
+    return list({word.split("=")[0]: word for word in words}.values())
 
 
 def train(ranks: int, words: list[str], name: str) -> None:

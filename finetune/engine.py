@@ -177,6 +177,7 @@ class Engine:
         scaler = scaler if hasattr(scaler, "__dict__") else None
         before = dict(vars(scaler)) if scaler is not None else {}
         losses = list(losses)
+        partitions.ensure_states(self.ds)  # before gradients, which would leave holes under them in the heap
         for i, loss in enumerate(losses):
             self.ds.set_gradient_accumulation_boundary(i + 1 == len(losses))
             self.backward(loss(), 0.0)

@@ -19,6 +19,7 @@ from finetune.errors import EXIT_DONE, UserError
 from finetune.evaluate import evaluate_with
 from finetune.lm_eval_suite import check_suite, run_suite
 from finetune.programs import EvaluateConfig
+from finetune.report import build_report
 from finetune.saved import (
     Trained,
     about_of_run,
@@ -87,7 +88,7 @@ def _lm_eval(cfg: EvaluateConfig, folder: Path, trained: Trained, world: World) 
     metrics_log.write_json(target / "eval.json", {**before, "lm_eval": {**found, "tasks": tasks}})
     summary_table("lm-eval", [(task, ", ".join(f"{k} {_figure(v)}" for k, v in row.items()))
                               for task, row in found["tasks"].items()])
-    print(f"written to {target / 'eval.json'}")
+    _tell(target)
 
 
 def _before(folder: Path) -> dict[str, Any]:
@@ -158,7 +159,14 @@ def _report(metrics: dict[str, Any], predictions: list[dict] | None, folder: Pat
         rows += [(f"  {name}", ", ".join(f"{k} {_figure(v)}" for k, v in values.items()))
                  for name, values in (metrics.get(group) or {}).items()]
     summary_table(f"evaluation of {spec}", rows)
+    _tell(folder)
+
+
+def _tell(folder: Path) -> None:
+    """Say where the figures are; a run's page gets them too."""
     print(f"written to {folder / 'eval.json'}")
+    if (folder / "metrics.jsonl").is_file():
+        build_report(folder, picture=False)
 
 
 def _figure(value: Any) -> str:

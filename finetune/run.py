@@ -128,7 +128,6 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
         return HangWatch(cfg.train.hang_timeout, run_dir, world.rank,
                          lambda text: _cut_off(run_dir, RunFailed(text), world, ends))
 
-    start_host = int(world.maximum(memory_watch.host_bytes()))
     if cfg.train.probe:
         with memory.during("trying the longest batch, before step 1"), _phase(display, "trying the longest batch"), watch():
             probe(engine, inputs.task, inputs.collate, inputs.rows, int(cfg.train.micro_batch), planned.accumulation)
@@ -159,6 +158,9 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
         run_dir, cfg.name, length.steps, state.step, plain_config(cfg), parameters, world.size, state.step > 0,
         planned.to_json(), statistics,
         environment(world.size, world.device) | {"overrides": memory.words, "ranks_per_node": world.local_size}))
+    if world.device.type == "cpu":
+        heap.release()  # what the probe left free is not what the run holds
+    start_host = int(world.maximum(memory_watch.host_bytes()))
     with memory.during("training"), stop.flagged(), hang:
         result = with_logged(trainer.fit(state), run_dir)
 

@@ -52,6 +52,7 @@ def final_result(result: Result, world: World, optimizer_bytes: int, extra: dict
         "status": result.status, "step": result.step, "loss": result.loss, "eval": result.eval,
         "tokens": result.tokens, "seconds": result.seconds, "tokens_per_second": result.tokens_per_second,
         "peak_host_bytes": max(host for host, _, _ in ranks), "peak_gpu_bytes": max(gpu for _, gpu, _ in ranks),
+        "peak_host_bytes_per_rank": [host for host, _, _ in ranks], "peak_gpu_bytes_per_rank": [gpu for _, gpu, _ in ranks],
         "world_size": world.size, "error": None, "optimizer_bytes_per_rank": [held for _, _, held in ranks], **extra,
     }
 

@@ -28,12 +28,12 @@ NCCL_BYTES = 400 * MIB
 """Channels of NCCL's communicators."""
 GPU_SLACK = 0.03
 """Share of the tensors that blocks cut too large or out of order cost on top."""
-CPU_RESTING_SLACK, CPU_PASSING_SLACK, CPU_STAGE3_SLACK = 0.03, 0.15, 0.10
-"""The same for glibc: of what stays, of what comes and goes and leaves holes, and of everything at stage 3, which
-gathers and frees tensors of many sizes. Fitted to measured peaks, see docs/memory.md."""
+CPU_RESTING_SLACK, CPU_PASSING_SLACK, CPU_STAGE2_PASSING_SLACK = 0.05, 0.35, -0.25
+"""The same for glibc: of what stays, and of what comes and goes and leaves holes. At stage 2 that is less than it adds
+up to: buckets are not full while activations are. Fitted to measured peaks, see docs/memory.md."""
 GPU_PROCESS_BYTES = 2560 * MIB
 """Resident memory of a rank that uses CUDA: interpreter, torch, DeepSpeed and CUDA's libraries."""
-CPU_PROCESS_BYTES = 760 * MIB
+CPU_PROCESS_BYTES = 650 * MIB
 """The same without CUDA."""
 STAGE0_BUCKET_ELEMENTS = 500_000_000
 """Elements that stage 0 all-reduces at once (engine.py MEMORY_OPT_ALLREDUCE_SIZE)."""
@@ -158,10 +158,10 @@ def _fixed_bytes(job: Job, option: Option, states: States, peak: int) -> int:
         return int(GPU_SLACK * peak) + CUDA_CONTEXT_BYTES + (NCCL_BYTES if job.world_size > 1 else 0)
     if option.stage < 3:
         resting = states.weights + states.optimizer + states.peak_gradients
-        return int(CPU_RESTING_SLACK * resting + CPU_PASSING_SLACK * (peak - resting))
-    # glibc keeps what loading freed: the largest tensor as it was read, cast, and gathered.
-    largest = job.shape.vocab_size * job.shape.n_embd
-    return int(CPU_STAGE3_SLACK * peak) + (4 + 2 * job.work.element_bytes) * largest
+        passing = CPU_STAGE2_PASSING_SLACK if option.stage == 2 else CPU_PASSING_SLACK
+        return int(CPU_RESTING_SLACK * resting + passing * (peak - resting))
+    # The largest tensor comes and goes in sizes that fit no hole: gathered, and its gradient in fp32.
+    return (4 + job.work.element_bytes) * job.shape.vocab_size * job.shape.n_embd
 
 
 # ---------------------------------------------------------------------- host and disk

@@ -59,6 +59,7 @@ def page_context(run: RunFiles) -> dict[str, Any]:
         "wide": {0, len(drawings) - 1} if len(drawings) % 2 == 0 else {0},
         "memory": tables.memory(run),
         "evaluations": tables.evaluations(run),
+        "later": tables.later(run),
         "groups": tables.groups(run),
         "confusion": confusion(run),
         "data": sections(run.data),

@@ -14,6 +14,7 @@ from typing import Any
 from finetune.metrics_log import METRICS, RESULT, SAMPLES, read
 
 CONFIG, PLAN, DATA, ENVIRONMENT = "config.yaml", "plan.json", "data_stats.json", "environment.json"
+LATER = "eval.json"
 
 Record = dict[str, Any]
 
@@ -29,6 +30,8 @@ class RunFiles:
     samples: list[Record] = field(default_factory=list)
     result: Record = field(default_factory=dict)
     """Empty while the run has not ended."""
+    later: Record = field(default_factory=dict)
+    """eval.json: what launch/evaluate.py found afterwards."""
     data: Record = field(default_factory=dict)
     env: Record = field(default_factory=dict)
     """Versions and machine; with `world_size`, and where known `ranks_per_node`, `total_steps` and `overrides`."""
@@ -47,6 +50,7 @@ def read_run(run_dir: Path | str) -> RunFiles:
         evals=_by_step(records, "eval"),
         samples=read(run_dir / SAMPLES),
         result=result,
+        later=read_json(run_dir / LATER),
         data=read_json(run_dir / DATA),
         env=result.get("env") or read_json(run_dir / ENVIRONMENT),
     )

@@ -88,6 +88,18 @@ def evaluations(run: RunFiles) -> Table | None:
     return Table(["step", *(name.replace("_", " ") for name in names)], rows, _best_index(run))
 
 
+def later(run: RunFiles) -> Table | None:
+    """What launch/evaluate.py wrote: the task's own metrics on its data, and lm-eval's tasks."""
+    own = [(name.replace("_", " "), short(value)) for name, value in run.later.items() if is_number(value)]
+    rows = [[str(run.later.get("data") or "evaluation"), ", ".join(f"{name} {value}" for name, value in own)]] if own else []
+    suite = run.later.get("lm_eval")
+    tasks = suite.get("tasks") if isinstance(suite, dict) else None
+    for name, found in (tasks if isinstance(tasks, dict) else {}).items():
+        if isinstance(found, dict):
+            rows.append([f"lm-eval: {name}", ", ".join(f"{k} {short(v)}" for k, v in found.items() if is_number(v))])
+    return Table(["evaluated on", "result"], rows) if rows else None
+
+
 def groups(run: RunFiles) -> Table | None:
     """Subsets or classes at the last evaluation that has them, with the change of loss since the first."""
     with_groups = [record for record in run.evals if record.get("subsets") or record.get("per_class")]

@@ -58,9 +58,10 @@ def trained(small_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.
 
     two = [case(f"full-stage{s}-acc{a}-2", f"zero=stage{s}", f"train.micro_batch={BATCH // 2 // a}")
            for s, a in ((0, 1), (0, 4), (1, 2), (2, 2), (2, 4), (3, 1), (3, 2))]
-    two += [case(f"lora-stage{s}-acc2-2", f"zero=stage{s}", "train.micro_batch=2", *LORA) for s in range(4)]
+    two += [case(f"lora-stage{s}-acc{a}-2", f"zero=stage{s}", f"train.micro_batch={BATCH // 2 // a}", *LORA)
+            for s, a in ((0, 1), (1, 2), (2, 4), (3, 2))]
     two += [case(f"padded-stage{s}-acc{a}-2", f"zero=stage{s}", f"train.micro_batch={BATCH // 2 // a}",
-                 "train.packing=false") for s, a in ((1, 2), (2, 1), (3, 4))]
+                 "train.packing=false") for s, a in ((0, 2), (1, 2), (2, 1), (3, 4))]
     two += [case(f"first-stage{s}", f"zero=stage{s}", "train.micro_batch=2", "train.steps=1", "checkpoint.every=1",
                  "optim.schedule=constant") for s in range(4)]
     two += [case(f"bf16-stage{s}", f"zero=stage{s}", "train.micro_batch=2", "model.dtype=bf16") for s in range(4)]
@@ -68,6 +69,8 @@ def trained(small_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.
                  f"train.activation_checkpointing={kind}") for kind, s in (("selective", 2), ("offload", 2), ("offload", 3))]
     one = [case(f"full-stage{s}-acc{a}-1", f"zero=stage{s}", f"train.micro_batch={BATCH // a}")
            for s, a in ((0, 1), (0, 4), (1, 1), (2, 2), (3, 1))]
+    one += [case("lora-stage1-acc2-1", "zero=stage1", "train.micro_batch=4", *LORA)]
+    one += [case("padded-stage2-acc4-1", "zero=stage2", "train.micro_batch=2", "train.packing=false")]
     one += [case("checkpointed-1", "zero=stage0", "train.micro_batch=8", "train.activation_checkpointing=true")]
     run_cases(2, two)
     run_cases(1, one)
@@ -104,7 +107,7 @@ def test_full_packed_is_plain_torch(trained, packed_losses):
 def test_padded_is_plain_torch(trained, small_gptj, unequal_documents, tokenizer):
     wanted, _ = reference.train(small_gptj, unequal_documents, tokenizer, packing=False, **COMMON)
     runs = sorted(trained.glob("padded-*"))
-    assert len(runs) == 3
+    assert len(runs) == 5
     for run in runs:
         close(losses(run), wanted, 1e-5)
 
@@ -113,7 +116,7 @@ def test_padded_is_plain_torch(trained, small_gptj, unequal_documents, tokenizer
 def test_lora_is_plain_peft(trained, small_gptj, unequal_documents, tokenizer):
     wanted, _ = reference.train(small_gptj, unequal_documents, tokenizer, packing=True, wrap=lora, **COMMON)
     runs = sorted(trained.glob("lora-*"))
-    assert len(runs) == 4
+    assert len(runs) == 5
     for run in runs:
         close(losses(run), wanted, 1e-5)
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
+import zstandard
 
+from finetune.assets_path import asset
 from tests.distributed.ranks import free_port, losses
+from tests.test_readme import LAUNCHES
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -71,21 +76,85 @@ def test_export_opens_in_plain_peft_and_is_equal(quick_run):
     assert any(p.abs().max() > 0 for n, p in model.named_parameters() if "lora_B" in n)
 
 
+@pytest.fixture(scope="module")
+def readme(quick_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess]:
+    """Every command of the README that starts a program, run as it stands there, with paths and sizes of this test.
+
+    Left out: the first two, the sweep (below) and the server (below), which does not end.
+    """
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "pile").mkdir()
+    for name in ("train", "val"):
+        rows = [{"text": f"The {name} {i} of the Congress.", "meta": {"pile_set_name": "A"}} for i in range(40)]
+        (folder / f"pile/{name}.jsonl.zst").write_bytes(
+            zstandard.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    places = {"runs/clm_pile/20260101-120000": quick_run, "runs/clm_pile_lora/20260101-120000": quick_run,
+              "pile/": f"{folder}/pile/", "/models/gpt-j-6b-bf16": folder / "bf16", "/models/gpt-j-6b": asset("gptj_tiny"),
+              "launch/train.py": f"launch/train.py debug=tiny train.steps=1 train.threads=1 run_dir={folder / 'run'}",
+              "launch/report.py": f"launch/report.py out={folder / 'compare.html'}"}
+    done = {}
+    for line in LAUNCHES:
+        if " -m " in line or "launch/serve.py" in line:
+            continue
+        command = line
+        for place, here in places.items():
+            command = command.replace(place, str(here))
+        done[re.search(r"launch/(\w+)", line)[1]] = call(["bash", "-c", command], timeout=200)
+    return done | {"folder": folder}
+
+
 @pytest.mark.slow
-def test_evaluate_export_and_generate(quick_run, tmp_path):
-    run = call([sys.executable, "launch/evaluate.py", f"run={quick_run}"])
-    assert run.returncode == 0, run.stderr[-2000:]
-    from_run = json.loads((quick_run / "eval.json").read_text())["loss"]
-    assert from_run == pytest.approx(result(quick_run)["eval"]["loss"], rel=1e-6)
-    merged = call([sys.executable, "launch/export.py", f"run={quick_run}", "kind=merged", f"out={tmp_path / 'merged'}"])
-    assert merged.returncode == 0, merged.stderr[-2000:]
-    data = json.loads((quick_run / "eval.json").read_text())["data"]
-    again = call([sys.executable, "launch/evaluate.py", f"model={tmp_path / 'merged'}", f"data.eval={data}"])
+@pytest.mark.parametrize("program", ["train", "plan", "evaluate", "export", "generate", "convert", "report", "doctor"])
+def test_the_readme_s_command_runs(readme, quick_run, program):
+    done = readme[program]
+    # A doctor may find something here, e.g. little disk; it never fails.
+    assert done.returncode in ((0, 1) if program == "doctor" else (0,)), done.stdout[-2000:] + done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    made = {"train": "run/result.json", "convert": "bf16/model.safetensors", "report": "compare.html"}
+    assert program not in made or (readme["folder"] / made[program]).stat().st_size > 0
+    assert program in made or done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_evaluate_export_and_generate(readme, quick_run, tmp_path):
+    merged = quick_run / "export-merged"
+    from_run = json.loads((quick_run / "eval.json").read_text())
+    assert from_run["loss"] == pytest.approx(result(quick_run)["eval"]["loss"], rel=1e-6)
+    again = call([*DEEPSPEED, "launch/evaluate.py", f"model={merged}", f"data.eval={from_run['data']}", f"out={tmp_path}"])
     assert again.returncode == 0, again.stderr[-2000:]
-    assert json.loads((tmp_path / "merged/eval.json").read_text())["loss"] == pytest.approx(from_run, rel=1e-5)
+    assert json.loads((tmp_path / "eval.json").read_text())["loss"] == pytest.approx(from_run["loss"], rel=1e-5)
     texts = [call([sys.executable, "launch/generate.py", f"model={folder}", "prompt=The patients were", "temperature=0",
-                   "max_new_tokens=12"]).stdout for folder in (quick_run / "export", tmp_path / "merged")]
+                   "max_new_tokens=12"]).stdout for folder in (quick_run / "export", merged)]
     assert texts[0] == texts[1] and len(texts[0]) > 10
+
+
+@pytest.mark.slow
+def test_the_readme_s_server_answers(quick_run):
+    line = next(line for line in LAUNCHES if "launch/serve.py" in line)
+    words = shlex.split(line.replace("runs/clm_pile_lora/20260101-120000", str(quick_run)))
+    process = subprocess.Popen([sys.executable, *words[1:], "port=0"], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    try:
+        address = next(found[0] for text in process.stdout if (found := re.findall(r"http://127\.0\.0\.1:\d+", text)))
+        request = urllib.request.Request(f"{address}/v1/completions", b'{"prompt": "The", "max_tokens": 3}',
+                                         {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert json.loads(answer.read())["usage"]["completion_tokens"] <= 3
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+
+
+@pytest.mark.slow
+def test_the_lock_of_a_killed_compile_is_explained_and_not_waited_for(tmp_path):
+    lock = tmp_path / "extensions/deepspeed_shm_comm/lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (time.time() - 60, time.time() - 60))
+    done = call([sys.executable, "launch/train.py", *QUICK, "train.steps=1", f"run_dir={tmp_path / 'run'}"],
+                env={"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")})
+    assert done.returncode == 1 and f"rm {lock}" in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert result(tmp_path / "run")["status"] == "failed"
 
 
 @pytest.mark.slow
@@ -147,7 +216,7 @@ def test_sweep_runs_each_job_and_repeats_nothing(tmp_path):
     jobs = json.loads((tmp_path / "sweep.json").read_text())["jobs"]
     assert [job["status"] for job in jobs] == ["done", "done"] and jobs[0]["eval"]["loss"] <= jobs[1]["eval"]["loss"]
     stamps = [(tmp_path / f"{n}/result.json").stat().st_mtime for n in range(2)]
-    assert call(command).returncode == 0
+    assert call([*DEEPSPEED, *command[1:]]).returncode == 0
     assert stamps == [(tmp_path / f"{n}/result.json").stat().st_mtime for n in range(2)]
 
 

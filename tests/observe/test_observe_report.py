@@ -174,6 +174,13 @@ def test_every_value_null(tmp_path: Path):
     assert page_of(tmp_path).titles() == []
 
 
+def test_later_evaluations_are_on_the_page(tmp_path: Path):
+    (tmp_path / "eval.json").write_text(json.dumps({"data": "val.jsonl", "loss": 2.5, "subsets": {"A": {"loss": 1.0}}, "lm_eval": {
+        "tasks": {"own": {"acc": 0.75, "alias": "own"}}}}))
+    text = build_report(tmp_path, picture=False).read_text()
+    assert "Evaluated afterwards" in text and "loss 2.5" in text and "lm-eval: own" in text and "acc 0.75" in text
+
+
 def test_a_step_that_was_repeated_counts_once(tmp_path: Path):
     write_lines(tmp_path / "metrics.jsonl", [{"kind": "train", "step": s, "loss": v} for s, v in
                                              ((1, 9.0), (2, 8.0), (3, 7.0), (2, 5.0))])
