@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from finetune.check_task import task_problems
 from finetune.config import (
     GPTJ_POSITIONS,
     Config,
@@ -50,6 +51,7 @@ def _problems(cfg: Config, world_size: int, cuda: bool) -> Iterator[UserError]:
     yield from _model(cfg, cuda)
     yield from _adapter(cfg)
     yield from _zero(cfg, world_size)
+    yield from task_problems(cfg.task)
     yield from _rest(cfg)
 
 
@@ -76,7 +78,7 @@ def _length(cfg: Config) -> Iterator[UserError]:
         value = getattr(cfg.train, key)
         if value is not None and value <= 0:
             yield UserError(f"train.{key} = {value} trains nothing", remedy=f"Try train.{key}=1.")
-    if isinstance(cfg.task, QaConfig) and not 0 <= cfg.task.stride < cfg.task.max_length // 2:
+    if isinstance(cfg.task, QaConfig) and cfg.task.stride >= cfg.task.max_length // 2:
         yield UserError(f"task.stride = {cfg.task.stride} must be less than half of task.max_length = "
                         f"{cfg.task.max_length}", remedy=f"Try task.stride={cfg.task.max_length // 4}.")
 

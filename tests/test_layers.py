@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "finetune"
 
 LAYERS = [
-    ["errors", "config", "programs", "names", "schedule", "check", "assets_path", "assets", "redact", "other_names",
+    ["errors", "config", "programs", "names", "schedule", "check", "check_task", "assets_path", "assets", "redact", "other_names",
      "helptext", "suggest", "app", "dist_environment", "plain", "ds_config", "grouping", "heap", "faults", "run_lock",
      "signals", "durable"],
     ["shape"],

@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from finetune.check_task import refuse_task
 from finetune.config import QaConfig
 from finetune.data.collate import lm_batch
 from finetune.data.columns import Encoder, Store
 from finetune.data.packing import Rows, one_per_row
 from finetune.data.windows import SEPARATOR, QaEncoder
 from finetune.dist import World
-from finetune.errors import UserError
 from finetune.tasks.base import Batch, Model, flat_inputs
 from finetune.tasks.gather import Gathered
 from finetune.tasks.squad_metrics import best_threshold, score, summarise
@@ -44,7 +44,7 @@ class QaTask:
     better: tuple[str, str] = ("f1", "max")
 
     def __init__(self, cfg: QaConfig, tokenizer):
-        _check(cfg)
+        refuse_task(cfg)
         self.cfg, self.tokenizer = cfg, tokenizer
         self.unanswerable = False
 
@@ -201,11 +201,3 @@ def _prediction(question: dict[str, Any], scores: tuple[float, float]) -> dict[s
     n_best = [{"text": text, "score": round(value, 4)} for text, value in question["n_best"].items()]
     return {**kept, "score": round(-question["no_answer_score"], 4), "exact_match": scores[0], "f1": scores[1],
             "n_best": n_best}
-
-
-def _check(cfg: QaConfig) -> None:
-    for key in ("n_best", "max_answer_tokens"):
-        if getattr(cfg, key) < 1:
-            raise UserError(f"task.{key} = {getattr(cfg, key)} must be at least 1", remedy=f"Try task.{key}=20.")
-    if cfg.stride < 0:
-        raise UserError(f"task.stride = {cfg.stride} is negative", remedy="Try task.stride=128.")
