@@ -23,7 +23,7 @@ def overrides(small: Path, data: Path, run_dir: Path, *more: str) -> list[str]:
     return ["recipe=clm_pile", f"model.path={small}", "model.dtype=fp32", f"data.train={data}", f"run_dir={run_dir}",
             f"task.max_length={LENGTH}", f"train.steps={STEPS}", f"train.global_batch={BATCH}", "seed=3",
             "optim.lr=2e-3", "optim.weight_decay=0.1", "optim.betas=[0.9,0.999]", "optim.warmup=0", "optim.min_lr=0",
-            "train.eval_every=0", "export.enabled=false", "train.activation_checkpointing=false",
+            "train.eval_every=0", "train.probe=false", "export.enabled=false", "train.activation_checkpointing=false",
             "checkpoint.every=0", *more]
 
 

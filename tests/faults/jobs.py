@@ -46,6 +46,7 @@ def words(folder: Path, run_dir: Path, *more: str) -> list[str]:
         "train.eval_every=0",
         "train.sample_every=0",
         "train.activation_checkpointing=false",
+        "train.probe=false",
         "export.enabled=false",
         f"checkpoint.every={EVERY}",
         "checkpoint.keep=2",

@@ -141,7 +141,7 @@ def test_the_readme_s_server_answers(quick_run):
         with urllib.request.urlopen(request, timeout=60) as answer:
             assert json.loads(answer.read())["usage"]["completion_tokens"] <= 3
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # Ctrl-C does not reach what a script started in the background
         process.communicate(timeout=60)
 
 

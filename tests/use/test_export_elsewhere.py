@@ -234,11 +234,18 @@ def test_the_hub_offline_says_what_it_would_do(find_run, monkeypatch, tmp_path, 
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
     run, out = find_run("lm", "lora"), tmp_path / "out"
-    words = [f"run={run}", "kind=adapter", f"out={out}", "verify=none", "export.push_to_hub=someone/some-model"]
+    words = [f"run={run}", "kind=adapter", f"out={out}", "verify=tensors", "export.push_to_hub=someone/some-model"]
     with pytest.raises(RunFailed, match=r"someone/some-model .*upload \d+ files") as caught:
         export(compose_config(words, "export"))
     assert caught.value.exit_code == 1 and f"hf upload someone/some-model {out}" in str(caught.value)
     assert (out / "adapter_model.safetensors").is_file() and (token is None or token not in str(caught.value))
+
+
+def test_what_is_not_verified_is_not_uploaded(find_run, tmp_path):
+    words = [f"run={find_run('lm', 'lora')}", "kind=adapter", f"out={tmp_path / 'out'}", "verify=none", "push_to_hub=a/b"]
+    with pytest.raises(UserError, match="only a verified export"):
+        export(compose_config(words, "export"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
