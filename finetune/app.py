@@ -8,6 +8,7 @@ Does not know what the programs do.
 
 from __future__ import annotations
 
+import glob
 import importlib
 import os
 import sys
@@ -40,6 +41,7 @@ ALIASES = {"evaluate": {"model": "export_dir"}, "generate": {"model": "export_di
            "export": {"export.push_to_hub": "push_to_hub", "export.hub_private": "hub_private"}}
 """program -> key as users type it -> key in the schema: `model` alone would name the group of base models."""
 
+DATA_SUFFIXES = (".jsonl", ".json", ".zst", ".gz", ".csv", ".tsv", ".parquet", ".txt")
 SHIPPED_DATA = {
     schema.ClmConfig: ("asset:data/pile_sample/train.jsonl.zst", "asset:data/pile_sample/eval.jsonl.zst"),
     schema.InstructConfig: ("asset:data/instruct/train.jsonl", "asset:data/instruct/eval.jsonl"),
@@ -165,7 +167,9 @@ def _has_own_data(cfg: schema.Config, overrides: list[str]) -> bool:
     typed = any(word.lstrip("+").split("=")[0] in ("data", "data.train") for word in overrides)
     if typed or not cfg.data.train:
         return bool(cfg.data.train)
-    return cfg.data.train.startswith("asset:") or Path(cfg.data.train).expanduser().exists()
+    path = Path(cfg.data.train).expanduser()
+    is_file = path.suffix in DATA_SUFFIXES and not glob.has_magic(cfg.data.train) and not cfg.data.train.startswith("asset:")
+    return path.exists() or not is_file
 
 
 def _settle_length(train: schema.TrainConfig, overrides: list[str]) -> None:

@@ -42,6 +42,7 @@ from finetune.metrics_log import MetricsLog
 from finetune.overflow import HostWatch, Overflow
 from finetune.peak import peak_flops
 from finetune.plain import plain_config
+from finetune.plan import Plan
 from finetune.probe import probe
 from finetune.report import Report, build_report
 from finetune.run_files import failed_result, final_result, make_run_dir, save_config, with_logged
@@ -131,10 +132,7 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
     if cfg.train.probe:
         with memory.during("trying the longest batch, before step 1"), _phase(display, "trying the longest batch"), watch():
             probe(engine, inputs.task, inputs.collate, inputs.rows, int(cfg.train.micro_batch), planned.accumulation)
-    weights = world.on_main(lambda: weights_identity(local_folder(cfg.model)))
-    checkpoints = Checkpoints(run_dir / "checkpoints", cfg.checkpoint.keep, world, _identity(cfg, inputs.train, weights),
-                              cfg.resume_changed, _in_background(cfg, sharding, world), Path(cfg.resume).name)
-    world.on_main(checkpoints.set_aside if cfg.resume == "never" else checkpoints.clean)
+    checkpoints = _checkpoints(cfg, inputs, sharding, world, run_dir)
     state = checkpoints.restore(engine.ds, resume_from) if resume_from else TrainState()
     checkpoints.require_room(engine.ds, several=cfg.checkpoint.every > 0)
     if world.main:
@@ -151,25 +149,18 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
     trainer = Trainer(engine, inputs.task, _batches(cfg, inputs, world, state, length), hooks, checkpoints, callbacks, stop,
                       world, train=cfg.train, checkpoint=cfg.checkpoint, seed=cfg.seed, total_steps=length.steps)
 
-    statistics = inputs.statistics(cfg.task.max_length)
-    if world.main:
-        metrics_log.write_json(run_dir / "data_stats.json", statistics)
-    callbacks.start(RunInfo(
-        run_dir, cfg.name, length.steps, state.step, plain_config(cfg), parameters, world.size, state.step > 0,
-        planned.to_json(), statistics,
-        environment(world.size, world.device) | {"overrides": memory.words, "ranks_per_node": world.local_size}))
+    callbacks.start(_run_info(cfg, memory.words, run_dir, state, length, parameters, world, planned, inputs))
     if world.device.type == "cpu":
         heap.release()  # what the probe left free is not what the run holds
     start_host = int(world.maximum(memory_watch.host_bytes()))
     with memory.during("training"), stop.flagged(), hang:
         result = with_logged(trainer.fit(state), run_dir)
 
-    exported = False
-    if cfg.export.enabled and result.status == "done":
+    exported = cfg.export.enabled and result.status == "done"
+    if exported:
         say("exporting and verifying in a fresh process")
         with memory.during("exporting"):
             export_trained(cfg, engine, inputs, result, run_dir, world, say)
-        exported = True
     final = final_result(result, world, engine.optimizer_bytes()["total"], {
         "start_host_bytes": start_host, "zero_stage": sharding.stage, "export": "export" if exported else None,
         "skipped_steps": state.skipped, "wall_seconds": time.perf_counter() - started,
@@ -201,6 +192,26 @@ def _module(cfg: Config, task: Task, config: dict, world: World, display: Displa
             place=partial(place_partitioned, world) if sharded else None, reads=world.main or not sharded)
     model.transformer.checkpointing = cfg.train.activation_checkpointing  # type: ignore[union-attr]
     return adapter.attach(model, cfg.adapter, task.head, base_name(cfg), cfg.seed)
+
+
+def _run_info(cfg: Config, words: list[str], run_dir: Path, state: TrainState, length: Length, parameters: dict[str, int],
+              world: World, planned: Plan, inputs: Inputs) -> RunInfo:
+    """What listeners are told once, before the first step; what was found in the data is a file too."""
+    statistics = inputs.statistics(cfg.task.max_length)
+    if world.main:
+        metrics_log.write_json(run_dir / "data_stats.json", statistics)
+    about = environment(world.size, world.device) | {"overrides": words, "ranks_per_node": world.local_size}
+    return RunInfo(run_dir, cfg.name, length.steps, state.step, plain_config(cfg), parameters, world.size, state.step > 0,
+                   planned.to_json(), statistics, about)
+
+
+def _checkpoints(cfg: Config, inputs: Inputs, sharding: Sharding, world: World, run_dir: Path) -> Checkpoints:
+    """The run's checkpoints, cleared of what a kill left, or of all where nothing is to be resumed."""
+    weights = world.on_main(lambda: weights_identity(local_folder(cfg.model)))
+    found = Checkpoints(run_dir / "checkpoints", cfg.checkpoint.keep, world, _identity(cfg, inputs.train, weights),
+                        cfg.resume_changed, _in_background(cfg, sharding, world), Path(cfg.resume).name)
+    world.on_main(found.set_aside if cfg.resume == "never" else found.clean)
+    return found
 
 
 def _identity(cfg: Config, store: Store, weights: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.app import RECIPES, compose_train
+from finetune.app import RECIPES, _has_own_data, compose_train
 from finetune.check import check
 from finetune.errors import UserError
 from finetune.helptext import first_comment
@@ -98,6 +98,15 @@ def test_any_recipe_takes_any_adapter(name, adapter):
         assert (cfg.rslora, cfg.dora) == (adapter == "rslora", adapter == "dora")
     else:
         assert type(cfg).__name__ == f"{adapter.title()}Config" and cfg == type(cfg)()
+
+
+@pytest.mark.parametrize(("train", "kept"), [("data/not/fetched.jsonl.zst", False), ("mine/*.jsonl", True), ("me/set", True)])
+def test_debug_replaces_only_a_recipe_s_file_that_is_not_there(train, kept):
+    """Globs, directories and hub ids are the recipe's own business: were they replaced, nobody would notice."""
+    own = compose_train(["recipe=quickstart"])
+    own.data.train = train
+    assert _has_own_data(own, ["recipe=quickstart"]) == kept
+    assert _has_own_data(own, [f"data.train={train}"])
 
 
 def test_any_recipe_takes_any_task():

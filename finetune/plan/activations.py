@@ -55,8 +55,7 @@ def activations(job: Job) -> Activations:
     layers = job.shape.n_layer * each - _unneeded(job)
     # Input of the last norm, the gradient that the loss leaves for its output, and the table of rotations.
     ends = 2 * stream + 4 * job.tokens * job.shape.rotary_dim
-    again = inner if job.work.checkpointing == "selective" and _reads_gelu(job) else 0
-    transient = element * job.tokens * (inner + again + (2 if job.full else 3) * d)
+    transient = element * job.tokens * (inner + _made_again(job) + (2 if job.full else 3) * d)
     head_gradient = element * job.shape.vocab_size * d if job.full and job.shape.head == "lm" else 0
     # Evaluation: input, norm and attention output of a block, and the MLP's two wide tensors; logits in chunks.
     chunk = _logits_bytes(job, LOSS_CHUNK) if job.eval_tokens else 0
@@ -76,20 +75,20 @@ def _block_elements(job: Job) -> int:
     """Elements that one block keeps per token."""
     d, inner, adapter = job.shape.n_embd, job.shape.n_inner, job.adapter
     joined = d if job.work.packing and not job.on_gpu and _reads_attention(job) else 0
-    again = inner if job.work.checkpointing == "selective" and _reads_gelu(job) else 0
     if isinstance(adapter, FullConfig):
-        return 6 * d + 2 * inner + joined - again
+        return 6 * d + 2 * inner + joined - _made_again(job)
     elements = 5 * d + inner + joined  # x, q, k, v, attention output, input of the GELU
     if isinstance(adapter, LoraConfig):
-        elements += _lora_elements(job, adapter) - again
+        elements += _lora_elements(job, adapter) - _made_again(job)
     if isinstance(adapter, Ia3Config):  # each rescaled activation is kept as it was before
         elements += sum({"fc_out": inner, "fc_in": inner}.get(name, d) for name in adapter_targets(adapter))
     return elements
 
 
-def _reads_gelu(job: Job) -> bool:
-    """Whether `fc_out` keeps its input for a weight's gradient, where selective checkpointing drops it."""
-    return job.full or (isinstance(job.adapter, LoraConfig) and "fc_out" in adapter_targets(job.adapter))
+def _made_again(job: Job) -> int:
+    """Elements per token that selective checkpointing makes again: `fc_out`'s input, where a weight's gradient needs it."""
+    needed = job.full or (isinstance(job.adapter, LoraConfig) and "fc_out" in adapter_targets(job.adapter))
+    return job.shape.n_inner if needed and job.work.checkpointing == "selective" else 0
 
 
 def offloaded_bytes(job: Job) -> int:

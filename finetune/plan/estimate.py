@@ -17,7 +17,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.plan.activations import Activations, activations, offloaded_bytes
+from finetune.plan.activations import Activations, activations, offloaded_bytes, power_of_two
 from finetune.plan.job import Job, Option
 from finetune.plan.states import States, model_states, uses_bf16_optimizer
 
@@ -197,7 +197,7 @@ def rounding_bytes(blocks: tuple[int, ...]) -> int:
     """What page-locked blocks cost beyond their size: torch rounds each up to a power of two, unless
     PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:N says from which size on not to."""
     limit = _round_limit()
-    return sum((1 << (size - 1).bit_length()) - size for size in blocks if 0 < size <= limit)
+    return sum(power_of_two(size) - size for size in blocks if size <= limit)
 
 
 def _round_limit() -> float:

@@ -75,16 +75,18 @@ def test_random_reads_only_the_config_and_depends_on_the_seed_alone(copy):
     assert one.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
-def broken(copy: Path, match: str) -> None:
-    with pytest.raises(UserError, match=match):
+def refusal(copy: Path) -> str:
+    """The message with which a checkpoint is refused."""
+    with pytest.raises(UserError) as caught:
         build(copy)
+    return str(caught.value)
 
 
 def test_missing_tensor_is_named(copy):
     state = load_file(copy / "model.safetensors")
     state.pop("transformer.h.1.mlp.fc_in.weight")
     save_file(state, copy / "model.safetensors")
-    broken(copy, r"missing: transformer\.h\.1\.mlp\.fc_in\.weight")
+    assert "missing: transformer.h.1.mlp.fc_in.weight" in refusal(copy)
 
 
 def test_misshaped_and_extra_tensors_are_named(copy):
@@ -101,7 +103,7 @@ def test_misshaped_and_extra_tensors_are_named(copy):
 def test_truncated_file_is_named(copy):
     data = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
-    broken(copy, r"model\.safetensors: cannot be read")
+    assert "model.safetensors: cannot be read" in refusal(copy)
 
 
 def test_index_may_not_leave_its_directory(copy):
@@ -109,7 +111,7 @@ def test_index_may_not_leave_its_directory(copy):
     names = load_file(copy.parent / "outside.safetensors")
     index = {"weight_map": dict.fromkeys(names, "../outside.safetensors")}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    broken(copy, "outside its own directory")
+    assert "outside its own directory" in refusal(copy)
 
 
 class Planted:
@@ -122,13 +124,13 @@ def test_planted_pickle_is_refused_and_does_not_run(copy):
     target.unlink(missing_ok=True)
     (copy / "model.safetensors").unlink()
     torch.save({"transformer.wte.weight": Planted()}, copy / "pytorch_model.bin")
-    broken(copy, "refused")
+    assert "refused" in refusal(copy)
     assert not target.exists()
 
 
 def test_not_a_gptj(copy):
     (copy / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    broken(copy, "model_type is 'llama'")
+    assert "model_type is 'llama'" in refusal(copy)
 
 
 def test_the_identity_of_weights_follows_every_file(copy):

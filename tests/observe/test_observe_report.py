@@ -300,7 +300,8 @@ def test_the_page_of_a_run_does_not_import_torch_or_matplotlib(tmp_path: Path):
     (tmp_path / "config.yaml").write_text(CONFIG)
     code = ("import sys; from finetune.report import build_report; build_report(sys.argv[1], picture=False);"
             "assert not {'torch', 'matplotlib', 'deepspeed'} & set(sys.modules)")
-    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=Path(__file__).parents[2], check=True)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 0
 
 
 def test_a_run_that_fails_before_its_first_step_has_a_page(tmp_path: Path):
