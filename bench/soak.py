@@ -2,8 +2,8 @@
 
     python bench/soak.py --dir DIR [--kills 50] [--stage 2] [--seconds 150] [--out bench/results/soak.json]
 
-Kills one rank, both, or the launcher with SIGKILL, at a moment drawn from the seed: while it loads, computes, writes a
-checkpoint. A launcher's death lets the ranks save, so those end by themselves. Stops after --seconds with exit code 75;
+Kills one rank, both, or the launcher with SIGKILL, at a moment drawn from the seed: every fifth time while it starts, else
+after its first new step, while it computes, evaluates or writes a checkpoint. A launcher's death lets the ranks save, so those end by themselves. Stops after --seconds with exit code 75;
 the same command goes on. The end compares every line of metrics.jsonl that is not a time, and the bytes of the last
 checkpoint's tensors. A tiny model: what is tested does not depend on size. Processes are forked from one that has
 imported torch (tests/faults/deepspeed_zygote.py), so that a kill costs seconds.
@@ -23,10 +23,10 @@ sys.path.insert(0, str(ROOT))
 
 from tests.faults.jobs import prepare, run_jobs, words  # noqa: E402
 
-STEPS, EVERY, EVAL_EVERY = 360, 4, 60
+STEPS, EVERY, EVAL_EVERY = 1500, 4, 100
 TARGETS = (["0"], ["1"], ["0", "1"], ["launcher"])
-EARLIEST, LATEST = 0.2, 4.0
-"""Seconds after its start at which an attempt is killed."""
+STARTING, AT_WORK = (0.2, 2.5), (0.0, 1.0)
+"""Seconds after its start, or after its first new step, at which an attempt is killed."""
 BATCH = 12
 COMPARED = ("kind", "step", "loss", "lr", "grad_norm", "tokens", "skipped_steps", "perplexity")
 
@@ -82,14 +82,12 @@ def plan_jobs(args: argparse.Namespace) -> list[dict]:
         )
 
     rng = random.Random(args.seed)
-    killed = [
-        {
-            "name": f"kill {n}",
-            "words": run("soaked"),
-            "actions": [{"seconds": rng.uniform(EARLIEST, LATEST), "send": "SIGKILL", "to": rng.choice(TARGETS)}],
-        }
-        for n in range(args.kills)
-    ]
+
+    def kill(n: int) -> dict:
+        moment = {"seconds": rng.uniform(*STARTING)} if n % 5 == 0 else {"steps": 1, "then": rng.uniform(*AT_WORK)}
+        return moment | {"send": "SIGKILL", "to": rng.choice(TARGETS)}
+
+    killed = [{"name": f"kill {n}", "words": run("soaked"), "actions": [kill(n)]} for n in range(args.kills)]
     return [{"name": "undisturbed", "words": run("undisturbed")}, *killed, {"name": "end", "words": run("soaked")}]
 
 
@@ -107,7 +105,7 @@ def attempts(jobs: list[dict], folder: Path, first: int) -> list[dict]:
                 "seconds": round(one["seconds"], 2),
                 "timeout": one["timeout"],
                 "target": "+".join(action["to"]) if action else None,
-                "at": action["seconds"] if action else None,
+                "at": action and (action.get("seconds") or f"step 1 + {action['then']:.2f} s"),
                 "valid": one["valid"],
                 "damaged": one["damaged"],
                 "staging": len(one["staging"]),

@@ -11,7 +11,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from pathlib import Path
 
 import deepspeed
@@ -137,7 +137,8 @@ class Engine:
         self._dropped = 0
         if self._bare:
             config = config | {"gradient_clipping": 0.0}
-        self.ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        with _without_compiler():
+            self.ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         partitions.set_adam_step(self.ds, 0)
         _take_norms_in_pieces(self.ds.optimizer, world.device.type == "cuda")
 
@@ -237,6 +238,21 @@ class Engine:
                     yield name, parameter.detach()
             else:
                 yield name, parameter.detach()
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """DeepSpeed decorates functions of an optimizer that is never used here (Muon) with torch.compile, which imports all
+    of torch's compiler: most of a second and 41 MiB in every rank."""
+    compile_, torch.compile = torch.compile, _as_it_is  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_  # type: ignore[assignment]
+
+
+def _as_it_is(function=None, **_):
+    return function if function is not None else _as_it_is
 
 
 def _take_norms_in_pieces(optimizer, cuda: bool) -> None:

@@ -68,8 +68,11 @@ def unequal_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests skip where there is no GPU."""
+    """GPU tests skip where there is no GPU; files with slow tests come first, so that both workers end together."""
     import torch
+
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
     if not torch.cuda.is_available():
         for item in items:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.faults.jobs import prepare, run_jobs, words
 
 CUT, STEPS = 4, 24
-CPU = "zero.offload_optimizer=cpu"
+CPU, PARAMS = "zero.offload_optimizer=cpu", "zero.offload_params=cpu"
 CHAIN = [
     (2, "zero=stage1"),
     (2, "zero=stage2"),
@@ -29,22 +29,32 @@ CHAIN = [
     (2, "zero=stage2"),
     (1, "zero=stage3"),
     (2, "zero=stage3", CPU),
+    (2, "zero=stage3", CPU, PARAMS),
     (4, "zero=stage3"),
     (2, "zero=stage0"),
     (2, "zero=stage3"),
 ]
+FROM_1, FROM_4 = CHAIN.index((1, "zero=stage3")), CHAIN.index((4, "zero=stage3"))
 TARGETS = [
-    (2, "zero=stage1"),
-    (2, "zero=stage2"),
-    (2, "zero=stage3"),
-    (2, "zero=stage2", CPU),
-    (1, "zero=stage2"),
-    (4, "zero=stage3"),
+    (None, 2, "zero=stage1"),
+    (None, 2, "zero=stage2"),
+    (None, 2, "zero=stage3"),
+    (None, 2, "zero=stage2", CPU),
+    (None, 1, "zero=stage2"),
+    (None, 4, "zero=stage3"),
+    (FROM_1, 2, "zero=stage2"),
+    (FROM_4, 2, "zero=stage3", PARAMS),
 ]
+"""(link of the chain whose checkpoint it continues from, or None: the first one; ranks; settings)."""
 
 
 def title(setting: tuple) -> str:
     return "-".join([f"{setting[0]}-ranks", *(word.split("=")[1] for word in setting[1:])])
+
+
+def path(target: tuple) -> str:
+    origin = CHAIN[target[0]] if target[0] is not None else (2, "zero=stage0")
+    return f"{title(origin)}-to-{title(target[1:])}"
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +82,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, d
     for n, (ranks, *more) in enumerate(CHAIN):
         jobs.append(job(f"link-{n}", ranks, *more, f"train.steps={CUT}", f"resume={before}"))
         before = folder / f"link-{n}/checkpoints/step-{CUT:08d}"
-    jobs += [job(f"on-{title(setting)}", setting[0], *setting[1:], f"resume={first}") for setting in TARGETS]
+    for origin, ranks, *more in TARGETS:
+        source = first if origin is None else folder / f"link-{origin}/checkpoints/step-{CUT:08d}"
+        jobs.append(job(path((origin, ranks, *more)), ranks, *more, f"resume={source}"))
     return folder, run_jobs(jobs, folder / "out")
 
 
@@ -109,10 +121,10 @@ def test_states_travel_bit_for_bit(results, n):
     happens="another number of ranks (1, 2, 4), another ZeRO stage, other offload",
     then="masters and both averages are restored bit for bit; 20 steps on, losses are within 1e-5",
 )
-@pytest.mark.parametrize("setting", TARGETS, ids=title)
-def test_losses_go_on(results, setting):
+@pytest.mark.parametrize("target", TARGETS, ids=path)
+def test_losses_go_on(results, target):
     _, outcome = results
-    found, wanted = outcome[f"on-{title(setting)}"], outcome["whole"]["losses"]
+    found, wanted = outcome[path(target)], outcome["whole"]["losses"]
     assert set(found["codes"].values()) == {0}, found["output"]
     assert list(found["losses"]) == [str(step) for step in range(CUT + 1, STEPS + 1)]
     for step, loss in found["losses"].items():

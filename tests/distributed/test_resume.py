@@ -16,9 +16,9 @@ STEPS, CUT = 10, 3
 
 
 def overrides(small: Path, data: Path, run_dir: Path, *more: str) -> list[str]:
-    """Dropout, accumulation 2 on two ranks, and an epoch boundary inside: 60 documents make few rows of 256 tokens."""
+    """Dropout, accumulation 2 on two ranks, and an epoch boundary inside: 60 documents make few rows of 128 tokens."""
     return ["recipe=clm_pile", f"model.path={small}", "model.dtype=fp32", f"data.train={data}", f"data.eval={data}",
-            f"run_dir={run_dir}", "task.max_length=256", f"train.steps={STEPS}", "train.global_batch=8", "seed=5",
+            f"run_dir={run_dir}", "task.max_length=128", f"train.steps={STEPS}", "train.global_batch=8", "seed=5",
             "train.micro_batch=2", "optim.lr=1e-3", "train.eval_every=5", "train.activation_checkpointing=false",
             "model.attn_pdrop=0.1", "model.resid_pdrop=0.1", "model.embd_pdrop=0.1", f"checkpoint.every={CUT}",
             "checkpoint.keep=5", "export.enabled=false", *more]
@@ -29,6 +29,9 @@ VARIANTS = {
     "stage2-bf16": ["zero=stage2", "model.dtype=bf16"], "stage1-bf16": ["zero=stage1", "model.dtype=bf16"],
     "stage3-lora": ["zero=stage3", "adapter=lora", "adapter.dropout=0.1", "adapter.targets=all-linear"],
 }
+PATIENCE = 4
+WITHOUT_GAIN = ["zero=stage1", "optim.lr=1e-30", "train.eval_every=1", f"train.early_stopping={PATIENCE}"]
+"""Weights stay as they are, so no evaluation is better than the first: CUT is one of those without a gain."""
 
 
 def branch(run: Path, name: str) -> Path:
@@ -55,10 +58,11 @@ def runs(small_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.Tem
     def case(name: str, *more: str) -> list[str]:
         return overrides(small_gptj, unequal_documents, root / name, *more)
 
-    run_cases(2, [case(name, *words) for name, words in VARIANTS.items()])
-    for name in VARIANTS:
+    all_runs = VARIANTS | {"without-gain": WITHOUT_GAIN}
+    run_cases(2, [case(name, *words) for name, words in all_runs.items()])
+    for name in all_runs:
         branch(root / name, f"{name}-again")
-    again = [case(f"{name}-again", *words) for name, words in VARIANTS.items()]
+    again = [case(f"{name}-again", *words) for name, words in all_runs.items()]
     lora = branch(root / "stage3-lora", "stage3-lora-to-stage1")
     lora_words = [word for word in VARIANTS["stage3-lora"] if not word.startswith("zero=")]
     run_cases(2, [*again, overrides(small_gptj, unequal_documents, lora, *lora_words, "zero=stage1")])
@@ -74,6 +78,17 @@ def test_bitwise_on_the_same_ranks(runs, name):
     assert [(r["step"], r["loss"]) for r in metrics(again, "eval")] == [(r["step"], r["loss"]) for r in metrics(whole, "eval")]
     a, b = tensors(again), tensors(whole)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["without-gain", "without-gain-again"])
+def test_evaluations_without_a_gain_count_on_across_a_resume(runs, name):
+    run = runs / name
+    last = 1 + PATIENCE
+    assert CUT < last < STEPS and [r["step"] for r in metrics(run, "eval")] == list(range(1, last + 1))
+    state = json.loads((run / f"checkpoints/step-{last:08d}/state.json").read_text())["state"]
+    assert (state["step"], state["best_step"], state["without_gain"]) == (last, 1, PATIENCE)
+    assert json.loads((run / "result.json").read_text())["status"] == "done"
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from finetune.names import MODULES
 from tests.distributed import reference
 from tests.distributed.ranks import losses, run_cases
 
-STEPS, LENGTH, BATCH = 20, 48, 8
+STEPS, LENGTH, BATCH = 20, 32, 8
 COMMON = dict(steps=STEPS, global_batch=BATCH, length=LENGTH, lr=2e-3, weight_decay=0.1, clip=1.0, seed=3)
 BETA1 = 0.9
 

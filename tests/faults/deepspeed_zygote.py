@@ -163,7 +163,10 @@ def steps_done(run_dir: Path) -> int:
 
 
 def due(action: dict, run_dir: Path, base: int, seconds: float) -> bool:
-    """After so many seconds, once a file exists, or so many steps after those that were there before."""
+    """After so many seconds, once a file exists, or so many steps after those that were there before.
+
+    `then`: not before so many seconds have passed since.
+    """
     if "seconds" in action:
         return seconds >= action["seconds"]
     if "exists" in action:
@@ -201,8 +204,12 @@ def run(job: dict, folder: Path, number: int) -> dict:
             codes["timeout"] = True
             limit = math.inf
         if actions and pids.exists() and due(actions[0], run_dir, base, lived):
+            action = actions.pop(0)
+            if "then" in action:
+                actions.insert(0, {"seconds": lived + action["then"], "send": action["send"], "to": action["to"]})
+                continue
             act(
-                actions.pop(0),
+                action,
                 run_dir,
                 {"launcher": parent, **{k: int(v) for k, v in json.loads(pids.read_text()).items()}},
             )

@@ -89,6 +89,22 @@ def test_sigterm_to_the_real_launcher(folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.fault(
+    happens="a file STOP under `deepspeed`",
+    then="both ranks save and end with 75, and so does `deepspeed` itself",
+)
+def test_stop_under_the_real_launcher(folder, tmp_path):
+    process = start(folder, tmp_path)
+    (tmp_path / "STOP").touch()
+    output = process.communicate(timeout=90)[0]
+    assert process.returncode == 75, output[-3000:]
+    found = json.loads((tmp_path / "result.json").read_text())
+    newest = newest_valid(tmp_path / "checkpoints", print)
+    assert found["status"] == "preempted" and newest is not None and step_of(newest) == found["step"]
+    assert not (tmp_path / "STOP").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
     happens="`kill -9` of a rank under `deepspeed`", then="everything ends within a minute; the dead rank is named"
 )
 def test_a_killed_rank_under_the_real_launcher(folder, tmp_path):
