@@ -24,14 +24,15 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from finetune.checkpoint_files import Pieces, file_hash, fsync, tensor_bytes, write_tensors  # noqa: E402
+from finetune.checkpoint_files import Pieces, file_hash, write_tensors  # noqa: E402
+from finetune.durable import fsync  # noqa: E402
 from finetune.memory_watch import host_bytes  # noqa: E402
 
-COPIES: Pieces = []
+COPIES: list[Pieces] = []
 
 
 def library(file: Path, pieces: Pieces) -> None:
-    save_file(dict(pieces), file)
+    save_file(dict(pieces.tensors()), file)
     file_hash(file)
     fsync(file)
 
@@ -41,7 +42,7 @@ def foreground(file: Path, pieces: Pieces) -> None:
 
 
 def background(file: Path, pieces: Pieces) -> None:
-    COPIES[:] = [(name, tensor.to("cpu", copy=True)) for name, tensor in pieces]
+    COPIES[:] = [pieces.copied()]
 
 
 def measure(way, file: Path, pieces: Pieces, repeat: int) -> dict[str, float]:
@@ -52,7 +53,7 @@ def measure(way, file: Path, pieces: Pieces, repeat: int) -> dict[str, float]:
         began = time.perf_counter()
         way(file, pieces)
         seconds.append(time.perf_counter() - began)
-    gib = tensor_bytes(pieces) / 2**30
+    gib = pieces.bytes / 2**30
     return {"seconds_per_gib": round(statistics.median(seconds) / gib, 3), "runs": [round(s / gib, 3) for s in seconds]}
 
 
@@ -65,13 +66,13 @@ def main() -> None:
     args = parser.parse_args()
     args.dir.mkdir(parents=True, exist_ok=True)
     each = 1 << 23
-    pieces = [(f"w{i}|0|master", torch.randn(each)) for i in range(max(1, int(args.gib * 2**30 / 4 / each)))]
+    pieces = Pieces.of([(f"w{i}|0|master", torch.randn(each)) for i in range(max(1, int(args.gib * 2**30 / 4 / each)))])
     before = host_bytes()
     found = {
         way.__name__: measure(way, args.dir / "pause.safetensors", pieces, args.repeat)
         for way in (library, foreground, background)
     }
-    found["background"]["copy_bytes_per_byte"] = round((host_bytes() - before) / tensor_bytes(pieces), 2)
+    found["background"]["copy_bytes_per_byte"] = round((host_bytes() - before) / pieces.bytes, 2)
     (args.dir / "pause.safetensors").unlink(missing_ok=True)
     found |= {"gib": args.gib, "threads": torch.get_num_threads(), "command": "python bench/save_pause.py --dir DIR"}
     args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

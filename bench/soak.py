@@ -3,10 +3,11 @@
     python bench/soak.py --dir DIR [--kills 50] [--stage 2] [--seconds 150] [--out bench/results/soak.json]
 
 Kills one rank, both, or the launcher with SIGKILL, at a moment drawn from the seed: every fifth time while it starts, else
-after its first new step, while it computes, evaluates or writes a checkpoint. A launcher's death lets the ranks save, so those end by themselves. Stops after --seconds with exit code 75;
-the same command goes on. The end compares every line of metrics.jsonl that is not a time, and the bytes of the last
-checkpoint's tensors. A tiny model: what is tested does not depend on size. Processes are forked from one that has
-imported torch (tests/faults/deepspeed_zygote.py), so that a kill costs seconds.
+after its first new step, while it computes, evaluates or writes a checkpoint. A launcher's death lets the ranks save, so
+those end by themselves. Stops after --seconds with exit code 75; the same command goes on. The end compares every line of
+metrics.jsonl that is not a time, and the bytes of the last checkpoint's tensors. A tiny model: what is tested does not
+depend on size. Processes are forked from one that has imported torch (tests/faults/deepspeed_zygote.py), so that a kill
+costs seconds.
 """
 
 from __future__ import annotations

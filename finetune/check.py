@@ -156,6 +156,9 @@ def _zero(cfg: Config, world_size: int) -> Iterator[UserError]:
         yield UserError("zero.offload_optimizer needs stage 1, 2 or 3", "zero.stage=0", "Try zero=stage1.")
     if zero.stage in (0, 1, 2) and zero.offload_params is not Offload.none:
         yield UserError("zero.offload_params needs stage 3", f"zero.stage={zero.stage}", "Try zero=stage3.")
+    if zero.stage in (1, 2) and zero.offload_optimizer is Offload.nvme:
+        yield UserError("zero.offload_optimizer=nvme needs stage 3; below it DeepSpeed would take the host instead",
+                        f"zero.stage={zero.stage}", "Try zero=stage3, or zero.offload_optimizer=cpu.")
     if Offload.nvme in (zero.offload_optimizer, zero.offload_params) and not zero.nvme_path:
         yield UserError("nvme offload needs a folder on a local disk", "zero.nvme_path", "Try zero.nvme_path=/local_nvme.")
 

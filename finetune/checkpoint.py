@@ -34,7 +34,6 @@ from finetune.checkpoint_files import (
     saved_masters,
     step_folders,
     step_of,
-    tensor_bytes,
     verify,
     write_json,
     write_manifest,
@@ -48,6 +47,7 @@ from finetune.train_state import TrainState
 __all__ = ["Checkpoints", "TrainState", "find_resume", "read_state", "saved_masters"]
 
 FEWEST_KEPT = 2
+KINDS = ("master", *partitions.MOMENTS)
 UNTOUCHED = "Earlier checkpoints are untouched. Free some space and run the same command again."
 
 
@@ -100,7 +100,7 @@ class Checkpoints:
         self.wait()
         partitions.ensure_states(engine)
         pieces = self._pieces(engine)
-        needed = int(self.world.sum([tensor_bytes(pieces)])[0])
+        needed = int(self.world.sum([pieces.bytes])[0])
         self.world.on_main(lambda: self._require(needed, f"the checkpoint of step {state.step}"))
         about = {"format": FORMAT, "world_size": self.world.size, "adam_step": partitions.adam_step(engine),
                  "loss_scale": _loss_scale(engine), "identity": self.identity, "origin": self.origin,
@@ -109,7 +109,7 @@ class Checkpoints:
         if not self.background:
             self._write(save, self.world)
             return
-        save.pieces = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in pieces]
+        save.pieces = pieces.copied()
         self._thread = Thread(target=self._write_behind, args=(save,), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -133,10 +133,12 @@ class Checkpoints:
         return done
 
     def _pieces(self, engine) -> Pieces:
-        mine = self.world.main or not partitions.replicated(engine)
-        return [(f"{piece.name}|{piece.start}|{kind}", tensor.detach())
-                for piece in (partitions.fragments(engine) if mine else ())
-                for kind, tensor in piece.tensors().items()]
+        if not self.world.main and partitions.replicated(engine):
+            return Pieces.of([])
+        sizes = {f"{name}|{start}|{kind}": numel for name, start, numel in partitions.ranges(engine) for kind in KINDS}
+        return Pieces(sizes, lambda: ((f"{piece.name}|{piece.start}|{kind}", tensor.detach())
+                                      for piece in partitions.fragments(engine)
+                                      for kind, tensor in piece.tensors().items()))
 
     def _write_behind(self, save: _Save) -> None:
         try:
@@ -205,7 +207,7 @@ class Checkpoints:
             RunFailed: the disk is too small; says how much is missing.
         """
         partitions.ensure_states(engine)
-        one = int(self.world.sum([tensor_bytes(self._pieces(engine))])[0])
+        one = int(self.world.sum([self._pieces(engine).bytes])[0])
 
         def check() -> None:
             here = step_folders(self.folder)
@@ -256,7 +258,7 @@ class Checkpoints:
         self._check_identity(saved, folder)
         source = Saved(folder)
         partitions.ensure_states(engine)
-        for piece in partitions.fragments(engine):
+        for piece in partitions.fragments(engine, write=True):
             for kind, tensor in piece.tensors().items():
                 tensor.copy_(source.read(piece.name, kind, piece.start, piece.numel))
         partitions.set_adam_step(engine, saved["adam_step"])

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,32 @@ HASH_CHUNK = 1 << 24
 WRITE_BUFFER = 1 << 20
 VERIFY_THREADS = 4
 
-Pieces = list[tuple[str, Tensor]]
 Entry = dict[str, Any]
+
+
+class Pieces:
+    """Flat fp32 tensors for one file: their sizes are known before the first is there, and one is held at a time.
+
+    Args:
+        sizes: name -> elements, in the order of the file.
+        tensors: gives (name, tensor) in the same order; called anew for each pass.
+    """
+
+    def __init__(self, sizes: dict[str, int], tensors: Callable[[], Iterable[tuple[str, Tensor]]]):
+        self.sizes, self.tensors = sizes, tensors
+
+    @classmethod
+    def of(cls, pairs: list[tuple[str, Tensor]]) -> Pieces:
+        """Tensors that are in memory anyway."""
+        return cls({name: tensor.numel() for name, tensor in pairs}, lambda: pairs)
+
+    def copied(self) -> Pieces:
+        """The same numbers on the host, whatever happens to the originals."""
+        return Pieces.of([(name, tensor.to("cpu", copy=True)) for name, tensor in self.tensors()])
+
+    @property
+    def bytes(self) -> int:
+        return 4 * sum(self.sizes.values())
 
 
 # ---------------------------------------------------------------------- writing
@@ -65,10 +90,6 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def tensor_bytes(pieces: Pieces) -> int:
-    return sum(tensor.numel() * tensor.element_size() for _, tensor in pieces)
-
-
 def write_tensors(path: Path, pieces: Pieces) -> Entry:
     """Write fp32 tensors as one safetensors file, on the disk when this returns; its size and hash.
 
@@ -93,16 +114,15 @@ def write_tensors(path: Path, pieces: Pieces) -> Entry:
 
 def _safetensors(pieces: Pieces):
     header, position = {}, 0
-    for name, tensor in pieces:
-        assert tensor.dtype == torch.float32, name
-        end = position + tensor.numel() * 4
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [position, end]}
-        position = end
+    for name, numel in pieces.sizes.items():
+        header[name] = {"dtype": "F32", "shape": [numel], "data_offsets": [position, position + 4 * numel]}
+        position += 4 * numel
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for _, tensor in pieces:
-        if tensor.numel():
+    for (name, tensor), (wanted, numel) in zip(pieces.tensors(), pieces.sizes.items(), strict=True):
+        assert (name, tensor.numel(), tensor.dtype) == (wanted, numel, torch.float32), name
+        if numel:
             yield tensor.detach().to("cpu").contiguous().numpy().data.cast("B")
 
 

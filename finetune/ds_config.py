@@ -6,6 +6,7 @@ The only place that knows DeepSpeed's keys.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from finetune.config import Config, Dtype, Offload
 from finetune.errors import UserError
@@ -21,6 +22,14 @@ class Sharding:
     stage: int
     offload_optimizer: Offload = Offload.none
     offload_params: Offload = Offload.none
+    nvme_folder: Path | None = None
+    """Where nvme offload keeps this run's states and weights."""
+    largest_tensor: int = 0
+    """Elements of the model's largest weight: a buffer between nvme and host must hold a rank's part of it."""
+
+    @property
+    def on_nvme(self) -> bool:
+        return Offload.nvme in (self.offload_optimizer, self.offload_params)
 
 
 def accumulation(cfg: Config, world_size: int) -> int:
@@ -57,7 +66,7 @@ def build(cfg: Config, sharding: Sharding, world_size: int, cuda: bool) -> dict:
         "fp16": {"enabled": fp16, "initial_scale_power": 16, "loss_scale_window": 1000},
         # Under bf16, DeepSpeed adds up micro-batches in bf16 unless told; stage 0 cannot do otherwise.
         "data_types": {"grad_accum_dtype": "fp32"} if half_accumulates else {},
-        "zero_optimization": _zero(cfg, sharding, cuda),
+        "zero_optimization": _zero(cfg, sharding, world_size, cuda),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31 - 1,
@@ -65,7 +74,7 @@ def build(cfg: Config, sharding: Sharding, world_size: int, cuda: bool) -> dict:
     }
 
 
-def _zero(cfg: Config, sharding: Sharding, cuda: bool) -> dict:
+def _zero(cfg: Config, sharding: Sharding, world_size: int, cuda: bool) -> dict:
     bucket = cfg.zero.bucket_elements
     zero = {
         "stage": sharding.stage,
@@ -86,14 +95,17 @@ def _zero(cfg: Config, sharding: Sharding, cuda: bool) -> dict:
             "stage3_gather_16bit_weights_on_model_save": False,
         }
     if sharding.stage > 0 and sharding.offload_optimizer is not Offload.none:
-        zero["offload_optimizer"] = _offload(sharding.offload_optimizer, cfg, cuda)
+        zero["offload_optimizer"] = _offload(sharding.offload_optimizer, sharding, cuda)
     if sharding.stage == 3 and sharding.offload_params is not Offload.none:
-        zero["offload_param"] = _offload(sharding.offload_params, cfg, cuda)
+        zero["offload_param"] = _offload(sharding.offload_params, sharding, cuda)
+        if sharding.offload_params is Offload.nvme:
+            # DeepSpeed would keep the first 10^9 trained weights on the host, and has room for 10^8 in a buffer.
+            zero["offload_param"] |= {"max_in_cpu": 0, "buffer_size": -(-sharding.largest_tensor // world_size)}
     return zero
 
 
-def _offload(where: Offload, cfg: Config, cuda: bool) -> dict:
+def _offload(where: Offload, sharding: Sharding, cuda: bool) -> dict:
     section: dict = {"device": where.value, "pin_memory": cuda}
     if where is Offload.nvme:
-        section["nvme_path"] = cfg.zero.nvme_path
+        section["nvme_path"] = str(sharding.nvme_folder)
     return section

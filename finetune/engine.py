@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -22,10 +23,12 @@ from finetune import partitions
 from finetune.adapter import parameter_groups
 from finetune.config import OptimConfig
 from finetune.dist import World
+from finetune.doctor import built_ops, find_stale_locks
 from finetune.errors import RunFailed
 
 NORM_PIECE = {"cpu": 2**20, "cuda": 2**24}
 """Elements whose norm is taken at once."""
+OP = "deepspeed_shm_comm"
 COMPILE_NOTE = "compiling DeepSpeed's CPU communication op, once, about a minute"
 
 
@@ -40,7 +43,7 @@ def connect_deepspeed(world: World, message) -> None:
         if lock:
             raise RunFailed(f"a compile of DeepSpeed's ops was killed and left its lock: {lock}",
                             remedy=f"Remove it and start again: rm {lock}")
-        if world.main and not _op_is_built():
+        if world.main and OP not in built_ops():
             message(COMPILE_NOTE)
     # DeepSpeed prints that its op was built, from every rank.
     with redirect_stdout(io.StringIO()):
@@ -58,16 +61,7 @@ def _unlink_shared_memory(rank: int) -> None:
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
 
 
-def _op_is_built() -> bool:
-    from torch.utils import cpp_extension
-
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    return any(Path(root).glob("**/deepspeed_shm_comm/*.so"))
-
-
 def _stale_lock() -> str | None:
-    from finetune.doctor import find_stale_locks
-
     locks = [str(lock) for lock in find_stale_locks()]
     return locks[0] if locks else None
 
@@ -139,6 +133,7 @@ class Engine:
             config = config | {"gradient_clipping": 0.0}
         with _without_compiler():
             self.ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        _read_once(module)
         partitions.set_adam_step(self.ds, 0)
         _take_norms_in_pieces(self.ds.optimizer, world.device.type == "cuda")
 
@@ -238,6 +233,17 @@ class Engine:
                     yield name, parameter.detach()
             else:
                 yield name, parameter.detach()
+
+
+def _read_once(module: nn.Module) -> None:
+    """Let weights on nvme be read once where DeepSpeed's prefetch names one twice, which it refuses itself (0.19)."""
+    swappers = {id(p.nvme_swapper): p.nvme_swapper for p in module.parameters() if getattr(p, "nvme_swapper", None)}
+    for swapper in swappers.values():
+        swapper.swap_in = partial(_swap_in_once, swapper.swap_in)
+
+
+def _swap_in_once(swap_in, params: list[nn.Parameter], *args, **kwargs):
+    return swap_in(list({id(p): p for p in params}.values()), *args, **kwargs)
 
 
 @contextmanager

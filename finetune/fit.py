@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from finetune import metrics_log
+from finetune import metrics_log, nvme
 from finetune.checkpoint_files import folder_bytes, step_folders
 from finetune.config import Config, Offload
 from finetune.dist import World
@@ -43,8 +43,9 @@ def step_flops(cfg: Config, task: Task) -> Callable[[float, float], float]:
     return lambda tokens, pairs: tokens * shape.flops_per_token(round(pairs / max(tokens, 1)), cfg.adapter).model
 
 
-def sharding_of(planned: Plan) -> Sharding:
+def sharding_of(planned: Plan, cfg: Config, task: Task, run_dir: Path) -> Sharding:
     """The chosen option in the words of `ds_config.build`."""
     chosen = planned.chosen.option
+    shape = load_shape(str(local_folder(cfg.model)), task.head, task.num_labels or 2)
     return Sharding(int(chosen.zero.removeprefix("stage")), Offload(chosen.offload_optimizer),
-                    Offload(chosen.offload_params))
+                    Offload(chosen.offload_params), nvme.run_folder(cfg.zero.nvme_path, run_dir), shape.largest())

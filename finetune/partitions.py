@@ -12,7 +12,10 @@ resume and byte counts need nothing else. Knows DeepSpeed's optimizer wrappers (
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +48,40 @@ def base_optimizer(engine) -> torch.optim.Optimizer:
 def ensure_states(engine) -> None:
     """Create Adam's states where the first step has not done so yet: zeros, step 0."""
     optimizer = base_optimizer(engine)
-    for flat in _flat_masters(engine):
+    for group, flat in enumerate(_flat_masters(engine)):
         state = optimizer.state[flat]
         if "exp_avg" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-            for key in MOMENTS:
-                state[key] = torch.zeros_like(flat, memory_format=torch.preserve_format, requires_grad=False)
+            with in_memory(engine, group, write=True):
+                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+                for key in MOMENTS:
+                    state[key] = torch.zeros_like(flat, memory_format=torch.preserve_format, requires_grad=False)
+
+
+def _on_nvme(engine, group: int) -> bool:
+    """Whether the states of a group (stage 3's sub-group) lie in files between steps."""
+    optimizer = engine.optimizer
+    return getattr(optimizer, "swap_optimizer", False) and optimizer._swappable_optimizer_subgroup(group)
+
+
+@contextmanager
+def in_memory(engine, group: int, write: bool = False) -> Iterator[None]:
+    """Master and averages of a group in memory for a while, if nvme offload keeps them in files.
+
+    Args:
+        write: store what was changed; otherwise changes are lost.
+    """
+    optimizer = engine.optimizer
+    if not _on_nvme(engine, group):
+        yield
+        return
+    optimizer._optimizer_states_and_gradient_swap_in(group)
+    try:
+        yield
+    finally:
+        if write:
+            optimizer._optimizer_states_and_gradient_swap_out(group)
+        else:
+            optimizer._release_swap_buffers(group)
 
 
 def set_adam_step(engine, step: int) -> None:
@@ -69,13 +100,17 @@ def adam_step(engine) -> int:
 
 
 def optimizer_bytes(engine) -> dict[str, int]:
-    """Bytes that this rank holds for masters and moments: {"masters": .., "moments": .., "total": ..}.
+    """Bytes that this rank holds for masters and moments, on nvme too: {"masters": .., "moments": .., "total": ..}.
 
     Where the weights themselves are fp32 and whole (stage 0) there is no separate master.
     """
     weights = {p.data_ptr() for p in engine.module.parameters() if p.dtype == torch.float32}
     masters = moments = 0
-    for flat in _flat_masters(engine):
+    for group, flat in enumerate(_flat_masters(engine)):
+        if _on_nvme(engine, group):
+            stored = 4 * engine.optimizer.fp16_partitioned_groups_flat_numel[group]
+            masters, moments = masters + stored, moments + len(MOMENTS) * stored
+            continue
         if flat.data_ptr() not in weights:
             masters += flat.numel() * flat.element_size()
         state = base_optimizer(engine).state.get(flat, {})
@@ -107,12 +142,22 @@ def _flat_masters(engine) -> list[Tensor]:
             return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def fragments(engine) -> Iterator[Fragment]:
-    """This rank's fragments, in the model's order. States must exist (`ensure_states`)."""
+def ranges(engine) -> list[tuple[str, int, int]]:
+    """(name, start, numel) of `fragments`, without reading what lies on nvme."""
+    if _kind(engine) == "DeepSpeedZeroOptimizer_Stage3":
+        return [(place.name, place.start, place.numel) for place in _stage3_places(engine)]
+    return [(piece.name, piece.start, piece.numel) for piece in fragments(engine)]
+
+
+def fragments(engine, write: bool = False) -> Iterator[Fragment]:
+    """This rank's fragments, always in the same order. States must exist (`ensure_states`).
+
+    What nvme offload keeps in files is in memory until the next fragment is asked for; changes to it last with `write`.
+    """
     trained = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
     match _kind(engine):
         case "DeepSpeedZeroOptimizer_Stage3":
-            yield from _stage3(engine, trained)
+            yield from _stage3(engine, write)
         case "DeepSpeedZeroOptimizer" | "BF16_Optimizer":
             yield from _flat_groups(engine, trained)
         case "FP16_UnfusedOptimizer":
@@ -147,20 +192,41 @@ def _flat_groups(engine, trained: list[tuple[str, nn.Parameter]]) -> Iterator[Fr
         yield Fragment(name, mapping.lp_fragment_address.start, *views)
 
 
-def _stage3(engine, trained: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
+class _Place(NamedTuple):
+    """Where a parameter's part of this rank lies in a group's flat states."""
+
+    name: str
+    group: int
+    offset: int
+    start: int
+    numel: int
+
+
+def _stage3_places(engine) -> list[_Place]:
+    """In the order of the groups: each is brought in from nvme once."""
     optimizer = engine.optimizer
     rank = torch.distributed.get_rank()
-    for name, parameter in trained:
+    found = []
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = rank * size
         # The last ranks' partitions are padded beyond the parameter's end.
         numel = max(0, min(size, parameter.ds_numel - start))
-        if numel == 0:
-            continue
-        flat = optimizer.fp32_partitioned_groups_flat[group]
-        state = base_optimizer(engine).state[flat]
-        views = [t.data.narrow(0, offset, numel) for t in (flat, *(state[k] for k in MOMENTS))]
-        yield Fragment(name, start, *views)
+        if numel:
+            found.append(_Place(name, group, offset, start, numel))
+    return sorted(found, key=lambda place: place.group)
+
+
+def _stage3(engine, write: bool) -> Iterator[Fragment]:
+    for group, places in groupby(_stage3_places(engine), key=lambda place: place.group):
+        with in_memory(engine, group, write):
+            flat = engine.optimizer.fp32_partitioned_groups_flat[group]
+            state = base_optimizer(engine).state[flat]
+            for place in places:
+                views = [t.data.narrow(0, place.offset, place.numel) for t in (flat, *(state[k] for k in MOMENTS))]
+                yield Fragment(place.name, place.start, *views)
 
 
 def refresh_weights(engine, read_master) -> None:
@@ -182,9 +248,13 @@ def _refresh_stage3(engine) -> None:
     optimizer = engine.optimizer
     for i, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
         low = optimizer.fp16_partitioned_groups_flat[i]
-        if low is not None and low.data_ptr() != flat.data_ptr():
-            low.data.copy_(flat.data)
-        views = optimizer.unflatten(low if low is not None else flat, optimizer.fp16_partitioned_groups[i])
+        with in_memory(engine, i):
+            if low is None:  # weights on nvme
+                optimizer._partitioned_params_swap_out(i)
+                continue
+            if low.data_ptr() != flat.data_ptr():
+                low.data.copy_(flat.data)
+        views = optimizer.unflatten(low, optimizer.fp16_partitioned_groups[i])
         for partition, view in zip(optimizer.fp16_partitioned_groups[i], views, strict=True):
             partition.data = view.data
     if optimizer.persistent_parameters:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from finetune import adapter, dist, ds_config, faults, heap, memory_watch, metrics_log, schedule, signals
+from finetune import adapter, dist, ds_config, faults, heap, memory_watch, metrics_log, nvme, schedule, signals
 from finetune.callbacks import CallbackList, RunInfo
 from finetune.check import check
 from finetune.checkpoint import Checkpoints, TrainState, find_resume
@@ -98,6 +98,7 @@ def run_in(world: World, cfg: Config, words: list[str] | None = None) -> Result:
         stop.close()
         return result
     finally:
+        nvme.clear(nvme.run_folder(cfg.zero.nvme_path, run_dir), world)
         lock.release()
 
 
@@ -111,12 +112,14 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
 
     inputs = prepare_inputs(cfg, world, display, say)
     memory.planned = planned = world.on_main(lambda: plan_run(cfg, world, run_dir, inputs.task))
-    sharding = sharding_of(planned)
+    sharding = sharding_of(planned, cfg, inputs.task, run_dir)
     cfg.train.micro_batch = planned.micro_batch
     length = run_length(cfg.train, len(inputs.rows))
     world.on_main(lambda: save_config(cfg, inputs.about(), reference_texts(inputs.train), run_dir))
 
     connect_deepspeed(world, say)
+    if sharding.on_nvme and sharding.nvme_folder:
+        nvme.prepare(sharding.nvme_folder, world, say)
     config = ds_config.build(cfg, sharding, world.size, world.device.type == "cuda")
     with memory.during("loading the model"):
         module = _module(cfg, inputs.task, config, world, display)

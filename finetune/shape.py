@@ -113,6 +113,10 @@ class ModelShape:
         yield from (("transformer.ln_f.weight", (self.n_embd,)), ("transformer.ln_f.bias", (self.n_embd,)))
         yield from self.head_tensors()
 
+    def largest(self) -> int:
+        """Elements of the largest weight."""
+        return max(prod(shape) for _, shape in self.tensors())
+
     def layer_parameters(self) -> int:
         return sum(prod(shape) for _, shape in self.block_tensors())
 

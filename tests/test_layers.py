@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +24,7 @@ LAYERS = [
     ["gptj", "adapter", "prompts", "merge", "sample", "shards", "overflow", "length"],
     ["hf_layout", "card", "hub"],
     ["tasks", "preview", "trackers", "report"],
-    ["partitions", "engine", "checkpoint_files", "train_state", "checkpoint", "saved"],
+    ["nvme", "partitions", "engine", "checkpoint_files", "train_state", "checkpoint", "saved"],
     ["inputs", "fit", "probe", "lm_eval_suite", "evaluate", "trainer", "summary", "run_files"],
     ["export", "verify", "verify_tensors", "reference"],
     ["export_trained"],
@@ -46,6 +48,18 @@ def imports(path: Path) -> set[str]:
             parts = node.module.split(".")
             found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
     return found
+
+
+def test_benchmarks_import_what_there_is():
+    """They run seldom, and each is a command that someone else must be able to run again."""
+    missing = []
+    for path in sorted((ROOT / "bench").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("finetune", "tests"):
+                module = importlib.import_module(node.module)
+                missing += [f"{path.name}: {node.module}.{alias.name}" for alias in node.names
+                            if not hasattr(module, alias.name) and not importlib.util.find_spec(f"{node.module}.{alias.name}")]
+    assert not missing
 
 
 def files() -> list[Path]:

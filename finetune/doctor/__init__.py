@@ -1,6 +1,6 @@
-"""What of this machine is ready: `checks()` for programs, `main()` for people, `find_stale_locks()` for a start."""
+"""What of this machine is ready: `checks()` for programs, `main()` for people; the rest for a run's start."""
 
-from finetune.doctor.locks import find_stale_locks
+from finetune.doctor.locks import built_ops, find_stale_locks
 from finetune.doctor.run import checks, main
 
-__all__ = ["checks", "find_stale_locks", "main"]
+__all__ = ["built_ops", "checks", "find_stale_locks", "main"]

@@ -1,4 +1,4 @@
-"""Locks that a killed compile left behind: torch would wait for them in silence, for ever.
+"""Ops that were compiled here, and locks that a killed compile left behind: torch would wait for them in silence, for ever.
 
 torch.utils.cpp_extension creates <extensions>/<op>/lock, keeps it open while it compiles, and removes it. A process
 that was killed meanwhile leaves the file and every later run waits. So: a lock that no living process holds open is
@@ -32,6 +32,11 @@ def extension_folders() -> list[Path]:
     version = torch.version.hip or torch.version.cuda or ""
     kind = "rocm" if torch.version.hip else "cu" if torch.version.cuda else "cpu"
     return [root / f"{python}_{kind}{version.replace('.', '')}"]
+
+
+def built_ops() -> set[str]:
+    """Ops that torch compiled here earlier."""
+    return {path.stem for folder in extension_folders() for path in folder.glob("*/*.so")}
 
 
 def find_stale_locks(min_age_seconds: float = 2.0) -> list[Path]:

@@ -6,6 +6,7 @@ Imports torch (it has to ask it), never deepspeed: importing that is what may ha
 from __future__ import annotations
 
 import ast
+import ctypes.util
 import importlib.metadata
 import importlib.util
 import os
@@ -18,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.doctor.check import Check, green, red, yellow
-from finetune.doctor.locks import extension_folders, find_stale_locks
+from finetune.doctor.locks import built_ops, extension_folders, find_stale_locks
 
 DISTRIBUTION = "finetune-gptj"
-OPS = {"deepspeed_shm_comm": "needed on CPU", "cpu_adam": "faster optimizer on CPU and for offload"}
+OPS = {"deepspeed_shm_comm": "needed on CPU", "async_io": "only for nvme offload"}
 GET_COMPILER = "apt-get install g++; pip install ninja"
 
 
@@ -73,7 +74,7 @@ def compilers() -> Check:
     compiler, ninja = _compiler(), _ninja()
     missing = [name for name, path in (("a C++ compiler", compiler), ("ninja", ninja)) if not path]
     if missing:
-        level = yellow if "deepspeed_shm_comm" in _built_ops() else red
+        level = yellow if "deepspeed_shm_comm" in built_ops() else red
         return level("compiler", f"{' and '.join(missing)} missing: DeepSpeed compiles ops at first use", GET_COMPILER)
     return green("compiler", f"{_output([compiler, '--version']).partition(chr(10))[0]}; ninja at {ninja}")
 
@@ -162,16 +163,13 @@ def _op(name: str, why: str, prebuilt: dict[str, bool]) -> Check:
     title = f"op {name.removeprefix('deepspeed_')}"
     if prebuilt.get(name):
         return green(title, "installed with DeepSpeed")
-    if name in _built_ops():
+    if name in built_ops():
         return green(title, "compiled and cached")
+    if name == "async_io" and not ctypes.util.find_library("aio"):
+        return green(title, f"libaio is missing ({why}: apt-get install libaio-dev)")
     if _compiler() and _ninja():
         return green(title, f"compiled at first use, once, in about a minute ({why})")
     return yellow(title, f"not built and cannot be compiled ({why})", GET_COMPILER)
-
-
-def _built_ops() -> set[str]:
-    """Ops that torch compiled here earlier."""
-    return {path.stem for folder in extension_folders() for path in folder.glob("*/*.so")}
 
 
 def _prebuilt(package: Path) -> dict[str, bool]:

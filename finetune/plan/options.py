@@ -68,5 +68,9 @@ def refuse(cfg: Config, machine: Machine) -> None:
         )
     if zero.stage in (0, "0") and zero.offload_optimizer is not Offload.none:
         raise UserError("stage 0 cannot offload the optimizer", "zero.offload_optimizer", "Try zero=stage1.")
+    if zero.stage not in ("auto", 3, "3") and zero.offload_optimizer is Offload.nvme:
+        raise UserError(
+            f"zero.offload_optimizer=nvme needs stage 3, not {zero.stage}", "", "Try zero=stage3, or offload it to cpu."
+        )
     if Offload.nvme in (zero.offload_optimizer, zero.offload_params) and not zero.nvme_path:
         raise UserError("nvme offload needs a folder", "zero.nvme_path", "Try zero.nvme_path=/local/nvme.")

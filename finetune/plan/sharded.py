@@ -19,6 +19,9 @@ SUB_GROUP_ELEMENTS = 1_000_000_000
 NVME_BUFFERS = 4
 """Sub-group sized fp32 buffers between host and nvme: weights, gradients and two moments (DeepSpeed's buffer_count)."""
 
+PARAM_BUFFERS = 5
+"""Buffers for weights between host and nvme, each with room for a rank's part of the largest (buffer_count)."""
+
 
 def sharded_states(job: Job, option: Option) -> States:
     """Stage 3: every tensor is cut into `ranks` parts of equal size, padded one by one."""
@@ -31,22 +34,26 @@ def sharded_states(job: Job, option: Option) -> States:
     optimizer, gradients = 12 * owned + STEP_BYTES * len(sub_groups), accumulation * owned
     step = (accumulation + (0 if accumulation == 4 else 4)) * largest
     states = States(weights + _persistent(job), gradients, optimizer, gradients, gradients, step)
-    return _offload(states, option, weights, owned, sub_groups)
+    numels = [*job.frozen_numels, *(numel for group in job.trainable_groups for numel in group)]
+    # All parts of the largest sub-group pass through one more buffer on their way back from the update.
+    buffers = (PARAM_BUFFERS * element * ceil(max(numels) / ranks), element * largest)
+    return _offload(states, option, weights, buffers, owned, sub_groups)
 
 
-def _offload(states: States, option: Option, weights: int, owned: int, sub_groups: list[int]) -> States:
+def _offload(states: States, option: Option, weights: int, buffers: tuple[int, ...], owned: int,
+             sub_groups: list[int]) -> States:
     """Move what the option names to the host or to nvme."""
     if option.offload_params != "none":
-        states = _move_weights(states, option.offload_params, weights)
+        states = _move_weights(states, option.offload_params, weights, buffers)
     return states if option.offload_optimizer == "none" else _move_optimizer(states, option, owned, sub_groups)
 
 
-def _move_weights(states: States, place: str, weights: int) -> States:
+def _move_weights(states: States, place: str, weights: int, buffers: tuple[int, ...]) -> States:
     """The parts leave the device, tensors that stay gathered do not."""
     kept = states.weights - weights
     if place == "cpu":
         return replace(states, weights=kept, host_weights=weights, pinned=(*states.pinned, weights))
-    return replace(states, weights=kept, nvme_bytes=weights)
+    return replace(states, weights=kept, nvme_bytes=weights, host_weights=sum(buffers), pinned=(*states.pinned, *buffers))
 
 
 def _move_optimizer(states: States, option: Option, owned: int, sub_groups: list[int]) -> States:
