@@ -25,6 +25,8 @@ SMALL = {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8, "n_positions"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--export-matrix", choices=("part", "full"), default="part",
                      help="full: every head, adapter, stage and number of ranks in tests/use/test_export_matrix.py")
+    parser.addoption("--loss-grid", choices=("part", "full"), default="part",
+                     help="full: every stage, accumulation, layout, adapter and number of ranks in test_same_loss.py")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from functools import cache
+from itertools import combinations, product
 from pathlib import Path
+from typing import NamedTuple
 
 import peft
 import pytest
@@ -11,6 +15,7 @@ from safetensors import safe_open
 
 from finetune.data.tokenizer import load_tokenizer
 from finetune.names import MODULES
+from tests.conftest import ROOT
 from tests.distributed import reference
 from tests.distributed.ranks import losses, run_cases
 
@@ -28,6 +33,39 @@ def overrides(small: Path, data: Path, run_dir: Path, *more: str) -> list[str]:
 
 
 LORA = ["adapter=lora", "adapter.rank=4", "adapter.alpha=8", "adapter.targets=all-linear"]
+
+
+class Case(NamedTuple):
+    adapter: str
+    layout: str
+    stage: int
+    accumulation: int
+    ranks: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.adapter}-{self.layout}-stage{self.stage}-acc{self.accumulation}-{self.ranks}"
+
+    @property
+    def words(self) -> list[str]:
+        return [f"zero=stage{self.stage}", f"train.micro_batch={BATCH // self.ranks // self.accumulation}",
+                f"train.packing={'true' if self.layout == 'packed' else 'false'}", *(LORA if self.adapter == "lora" else [])]
+
+
+ADAPTERS, LAYOUTS, STAGES, ACCUMULATIONS, RANKS = ("full", "lora"), ("packed", "padded"), range(4), (1, 2, 4), (1, 2)
+WHOLE = [Case(*values) for values in product(ADAPTERS, LAYOUTS, STAGES, ACCUMULATIONS, RANKS)]
+PART = [
+    *(Case("full", "packed", s, a, 2) for s, a in ((0, 4), (1, 4), (2, 2), (2, 4), (3, 1), (3, 2))),
+    *(Case("full", "packed", s, a, 1) for s, a in ((0, 1), (0, 4), (1, 1), (2, 2), (3, 1))),
+    *(Case("full", "padded", s, a, 2) for s, a in ((0, 2), (1, 2), (2, 1), (3, 4))),
+    *(Case("full", "padded", s, a, 1) for s, a in ((2, 4),)),
+    *(Case("lora", "packed", s, a, 2) for s, a in ((0, 1), (1, 2), (2, 4), (3, 2))),
+    *(Case("lora", "packed", s, a, 1) for s, a in ((1, 2),)),
+    *(Case("lora", "padded", s, a, 2) for s, a in ((0, 4), (3, 1))),
+]
+"""What the suite runs: each adapter and layout at each stage, and every two of their values together somewhere."""
+RESULT = ROOT / "bench/results/same_loss.json"
+TOLERANCE = 1e-5
 
 
 def lora(model):
@@ -49,31 +87,28 @@ def first_gradients(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def trained(small_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def grid(request: pytest.FixtureRequest) -> list[Case]:
+    return WHOLE if request.config.getoption("--loss-grid") == "full" else PART
+
+
+@pytest.fixture(scope="module")
+def trained(small_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.TempPathFactory, grid: list[Case]) -> Path:
     """All runs on two ranks in one group of processes, and those on one rank in another."""
     root = tmp_path_factory.mktemp("same_loss")
 
     def case(name: str, *more: str) -> list[str]:
         return overrides(small_gptj, unequal_documents, root / name, *more)
 
-    two = [case(f"full-stage{s}-acc{a}-2", f"zero=stage{s}", f"train.micro_batch={BATCH // 2 // a}")
-           for s, a in ((0, 1), (0, 4), (1, 2), (2, 2), (2, 4), (3, 1), (3, 2))]
-    two += [case(f"lora-stage{s}-acc{a}-2", f"zero=stage{s}", f"train.micro_batch={BATCH // 2 // a}", *LORA)
-            for s, a in ((0, 1), (1, 2), (2, 4), (3, 2))]
-    two += [case(f"padded-stage{s}-acc{a}-2", f"zero=stage{s}", f"train.micro_batch={BATCH // 2 // a}",
-                 "train.packing=false") for s, a in ((0, 2), (1, 2), (2, 1), (3, 4))]
-    two += [case(f"first-stage{s}", f"zero=stage{s}", "train.micro_batch=2", "train.steps=1", "checkpoint.every=1",
-                 "optim.schedule=constant") for s in range(4)]
-    two += [case(f"bf16-stage{s}", f"zero=stage{s}", "train.micro_batch=2", "model.dtype=bf16") for s in range(4)]
+    two, one = ([case(c.name, *c.words) for c in grid if c.ranks == ranks] for ranks in (2, 1))
+    first = ["train.micro_batch=2", "train.steps=1", "checkpoint.every=1", "optim.schedule=constant"]
+    two += [case(f"first-stage{s}", f"zero=stage{s}", *first) for s in STAGES]
+    two += [case(f"first-lora-stage{s}", f"zero=stage{s}", *first, *LORA) for s in (2, 3)]
+    two += [case(f"bf16-stage{s}", f"zero=stage{s}", "train.micro_batch=2", "model.dtype=bf16") for s in STAGES]
     two += [case(f"checkpointed-{kind}-stage{s}-2", f"zero=stage{s}", "train.micro_batch=2",
                  f"train.activation_checkpointing={kind}") for kind, s in (("selective", 2), ("offload", 2), ("offload", 3))]
-    one = [case(f"full-stage{s}-acc{a}-1", f"zero=stage{s}", f"train.micro_batch={BATCH // a}")
-           for s, a in ((0, 1), (0, 4), (1, 1), (2, 2), (3, 1))]
-    one += [case("lora-stage1-acc2-1", "zero=stage1", "train.micro_batch=4", *LORA)]
-    one += [case("padded-stage2-acc4-1", "zero=stage2", "train.micro_batch=2", "train.packing=false")]
     one += [case("checkpointed-1", "zero=stage0", "train.micro_batch=8", "train.activation_checkpointing=true")]
-    run_cases(2, two)
-    run_cases(1, one)
+    run_cases(2, two, timeout=2400)
+    run_cases(1, one, timeout=2400)
     return root
 
 
@@ -83,9 +118,14 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def packed_losses(small_gptj, unequal_documents, tokenizer) -> list[float]:
-    """Of plain torch on Hugging Face's GPT-J, in fp32."""
-    return reference.train(small_gptj, unequal_documents, tokenizer, packing=True, **COMMON)[0]
+def plain(small_gptj, unequal_documents, tokenizer):
+    """plain(adapter, layout): losses of plain torch on Hugging Face's GPT-J (and peft), in fp32."""
+    @cache
+    def train(adapter: str, layout: str) -> list[float]:
+        return reference.train(small_gptj, unequal_documents, tokenizer, packing=layout == "packed",
+                               wrap=lora if adapter == "lora" else None, **COMMON)[0]
+
+    return train
 
 
 def worst(found: list[float], wanted: list[float]) -> float:
@@ -95,56 +135,51 @@ def worst(found: list[float], wanted: list[float]) -> float:
 
 
 @pytest.mark.slow
-def test_full_packed_is_plain_torch(trained, packed_losses):
-    wanted = packed_losses
-    runs = sorted([*trained.glob("full-*"), *trained.glob("checkpointed-*")])
-    assert len(runs) == 16
+def test_every_run_is_plain_torch(trained, plain, grid):
+    """Whatever the stage, the accumulation, the layout and the number of ranks."""
+    found = {case.name: worst(losses(trained / case.name), plain(case.adapter, case.layout)) for case in grid}
+    if grid is WHOLE:
+        command = "pytest tests/distributed/test_same_loss.py --loss-grid=full"
+        RESULT.write_text(json.dumps({"command": command, "steps": STEPS, "worst": max(found.values()), "cases": found}, indent=1)
+                          + "\n")
+    assert {name: value for name, value in found.items() if value > TOLERANCE} == {}
+
+
+def test_the_part_has_every_pair_of_values():
+    for i, j in combinations(range(len(Case._fields)), 2):
+        assert {(case[i], case[j]) for case in PART} == {(case[i], case[j]) for case in WHOLE}, (Case._fields[i], Case._fields[j])
+
+
+@pytest.mark.slow
+def test_checkpointed_blocks_give_the_same_losses(trained, plain):
+    runs = sorted(trained.glob("checkpointed-*"))
+    assert len(runs) == 4
     for run in runs:
-        assert worst(losses(run), wanted) <= 1e-5, run
+        assert worst(losses(run), plain("full", "packed")) <= TOLERANCE, run
 
 
 @pytest.mark.slow
-def test_padded_is_plain_torch(trained, small_gptj, unequal_documents, tokenizer):
-    wanted, _ = reference.train(small_gptj, unequal_documents, tokenizer, packing=False, **COMMON)
-    runs = sorted(trained.glob("padded-*"))
-    assert len(runs) == 5
-    for run in runs:
-        assert worst(losses(run), wanted) <= 1e-5, run
+def test_bf16_stays_close_to_fp32(trained, plain):
+    for stage in STAGES:
+        assert worst(losses(trained / f"bf16-stage{stage}"), plain("full", "packed")) <= 1e-2, stage
 
 
 @pytest.mark.slow
-def test_lora_is_plain_peft(trained, small_gptj, unequal_documents, tokenizer):
-    wanted, _ = reference.train(small_gptj, unequal_documents, tokenizer, packing=True, wrap=lora, **COMMON)
-    runs = sorted(trained.glob("lora-*"))
-    assert len(runs) == 5
-    for run in runs:
-        assert worst(losses(run), wanted) <= 1e-5, run
-
-
-@pytest.mark.slow
-def test_bf16_stays_close_to_fp32(trained, packed_losses):
-    wanted = packed_losses
-    for stage in range(4):
-        assert worst(losses(trained / f"bf16-stage{stage}"), wanted) <= 1e-2, stage
-
-
-@pytest.mark.slow
-def test_first_gradients_are_plain_torch(trained, small_gptj, unequal_documents, tokenizer):
+@pytest.mark.parametrize(("prefix", "stages", "wrap"), [("first", STAGES, None), ("first-lora", (2, 3), lora)])
+def test_first_gradients_are_plain_torch(trained, small_gptj, unequal_documents, tokenizer, prefix, stages, wrap):
     """Also proves the scale factor: a mean of means would be off by the ratio of token counts."""
-    _, wanted = reference.train(small_gptj, unequal_documents, tokenizer, packing=True, **{**COMMON, "steps": 1})
-    for stage in range(4):
-        found = first_gradients(trained / f"first-stage{stage}")
+    _, wanted = reference.train(small_gptj, unequal_documents, tokenizer, packing=True, wrap=wrap, **{**COMMON, "steps": 1})
+    for stage in stages:
+        found = first_gradients(trained / f"{prefix}-stage{stage}")
         assert found.keys() == wanted.keys()
         for name, gradient in wanted.items():
             scale = gradient.abs().max()
-            assert (found[name] - gradient.flatten()).abs().max() <= 1e-5 * scale, (stage, name)
+            assert (found[name] - gradient.flatten()).abs().max() <= TOLERANCE * scale, (stage, name)
 
 
 @pytest.mark.slow
 def test_optimizer_bytes_are_divided(trained):
     """Stage 1 and up hold half of Adam's states on each of two ranks; stage 0 holds all of them."""
-    import json
-
     held = {stage: json.loads((trained / f"first-stage{stage}" / "result.json").read_text())["optimizer_bytes_per_rank"]
             for stage in range(4)}
     whole = held[0][0]
