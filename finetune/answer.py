@@ -51,9 +51,11 @@ def answer_question(model: nn.Module, task: QaTask, question: str, context: str,
         outputs = _head_outputs(model, [int(i) for i in example["ids"]], device)
         at = int(example["context_at"])
         first, last, scores = best_spans(outputs[at:].cpu().numpy(), task.cfg.n_best, task.cfg.max_answer_tokens)
-        if scores[0] > best:
-            best = float(scores[0])
-            place = (int(example["char_start"][at + first[0]]), int(example["char_end"][at + last[0]]))
+        places = [(int(example["char_start"][at + a]), int(example["char_end"][at + b])) for a, b in zip(first, last, strict=True)]
+        for value, (begin, end) in zip(scores.tolist(), places, strict=True):  # best first; blanks are no answer
+            if value > best and context[begin:end].strip():
+                best, place = value, (begin, end)
+                break
     span = context[place[0] : place[1]]
     start = place[0] + len(span) - len(span.lstrip())
     silent = task.unanswerable and -best > task.cfg.null_threshold

@@ -28,10 +28,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from finetune import config as schema
 from finetune import programs
-from finetune.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, UserError
+from finetune.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, UserError, problems_error
 from finetune.helptext import help_text
 from finetune.redact import redact_text
 from finetune.suggest import SCHEMAS, all_keys, unknown_key, unknown_option, user_error
+from finetune.trained_task import trained_task
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF, RECIPES = ROOT / "conf", ROOT / "recipes"
@@ -41,6 +42,8 @@ ALIASES = {"evaluate": {"model": "export_dir"}, "generate": {"model": "export_di
            "export": {"export.push_to_hub": "push_to_hub", "export.hub_private": "hub_private"}}
 """program -> key as users type it -> key in the schema: `model` alone would name the group of base models."""
 
+MOST_PROBLEMS = 8
+"""Wrong words of one command line that are told."""
 DATA_SUFFIXES = (".jsonl", ".json", ".zst", ".gz", ".csv", ".tsv", ".parquet", ".txt")
 SHIPPED_DATA = {
     schema.ClmConfig: ("asset:data/pile_sample/train.jsonl.zst", "asset:data/pile_sample/eval.jsonl.zst"),
@@ -108,13 +111,21 @@ def compose_config(overrides: list[str], name: str = "train") -> Composed:
     Raises:
         UserError: an unknown group, option or key, or a value of the wrong type; the nearest name is suggested.
     """
+    overrides = _schema_words(overrides, name)
+    try:
+        return _compose(overrides, name)
+    except UserError as error:
+        raise _with_others(error, overrides, name) from None
+
+
+def _compose(overrides: list[str], name: str) -> Composed:
     register(overrides)
     GlobalHydra.instance().clear()
-    overrides = _schema_words(overrides, name)
     _refuse_additions(overrides, name)
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            node = compose(config_name=name, overrides=overrides, return_hydra_config=True)
+            known = trained_task(overrides) if name == "evaluate" else []
+            node = compose(config_name=name, overrides=overrides + known, return_hydra_config=True)
         choices = OmegaConf.to_container(node.hydra.runtime.choices)
         with flag_override(node, ["struct", "readonly"], [False, False]):
             del node["hydra"]
@@ -122,6 +133,23 @@ def compose_config(overrides: list[str], name: str = "train") -> Composed:
     except (HydraException, OmegaConfBaseException) as error:
         raise user_error(error, overrides, name, CONF) from None
     return Composed(typed, {k: v for k, v in choices.items() if "schema" not in k}, overrides)
+
+
+def _with_others(error: UserError, overrides: list[str], name: str) -> UserError:
+    """Hydra stops at the first word that is wrong: the others are found by composing without it, and told at once."""
+    problems, words = [error], list(overrides)
+    while len(problems) < MOST_PROBLEMS:
+        where = problems[-1].where
+        wrong = next((word for word in words if where in (word, word.lstrip("+~").split("=")[0])), None)
+        if wrong is None:
+            break
+        words.remove(wrong)
+        try:
+            _compose(words, name)
+            break
+        except UserError as another:
+            problems.append(another)
+    return error if len(problems) == 1 else problems_error("the command line", problems)
 
 
 def _schema_words(words: list[str], name: str) -> list[str]:
@@ -158,7 +186,10 @@ def settle(composed: Composed) -> schema.Config:
         cfg.name = str(composed.choices["recipe"])
     _settle_length(cfg.train, composed.overrides)
     if composed.choices.get("debug") and not _has_own_data(cfg, composed.overrides):
-        cfg.data.train, cfg.data.eval = SHIPPED_DATA[type(cfg.task)]
+        train, held_out = SHIPPED_DATA[type(cfg.task)]
+        cfg.data.train = train
+        if not any(word.split("=")[0] == "data.eval" for word in composed.overrides):
+            cfg.data.eval = held_out
     return cfg
 
 

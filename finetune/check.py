@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from finetune.check_task import task_problems
@@ -24,14 +24,17 @@ from finetune.schedule import SCHEDULES
 STAGES = ("auto", 0, 1, 2, 3)
 
 
-def check(cfg: Config, world_size: int, cuda: bool) -> None:
+def check(cfg: Config, world_size: int, cuda: bool, absent: Callable[[Config, bool], Iterable[UserError]] | None = None
+          ) -> None:
     """Raise one UserError that lists every problem.
 
     Args:
         world_size: ranks of this run.
         cuda: whether it trains on GPUs.
+        absent: (config, whether all else is well) -> what the config names and is not there.
     """
     problems = list(_problems(cfg, world_size, cuda))
+    problems += absent(cfg, not problems) if absent else []
     if problems:
         raise problems_error("the configuration", problems)
 

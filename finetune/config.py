@@ -133,6 +133,8 @@ class DataConfig:
     """Split that is read of a hub id or `datasets` folder for training."""
     eval_split: str = "validation"
     """Split that is read of a hub id or `datasets` folder for evaluation."""
+    config: Optional[str] = None
+    """Configuration of a hub id that has several (`datasets` calls it name)."""
     on_bad_row: OnBadRow = OnBadRow.error
     """error: stop at the first bad row; skip: count bad rows and go on."""
     max_bad_rows: int = 100

@@ -181,7 +181,7 @@ class Display(Callback):
 
     def train_step(self, record: dict[str, Any]) -> None:
         step = record["step"]
-        self.pace.reached(step)
+        self.pace.reached(record)
         left = self.pace.seconds_for(self.total_steps - step)
         if self.live is not None and self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=step)
@@ -191,15 +191,12 @@ class Display(Callback):
             self.message(plain_line(record, self.total_steps, left))
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        self.pace.pause()
         self.message(evaluation_text(record), style="bold green")
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        self.pace.pause()
         self.message(sample_text(step, prompt, text), style="magenta")
 
     def checkpoint(self, step: int, path: str) -> None:
-        self.pace.pause()
         self.message(f"checkpoint at step {step}: {path}", style="dim")
 
     def message(self, text: str, style: str | None = None) -> None:
@@ -224,22 +221,19 @@ class Display(Callback):
 
 
 class Pace:
-    """Seconds per step, averaged so that recent steps count more and evaluations do not count."""
+    """Seconds per step, averaged so that recent steps count more; from what the lines say, where only training counts."""
 
     def __init__(self, step: int = 0):
-        self.step, self.mark = step, time.monotonic()
+        self.step, self.tokens = step, 0
         self.seconds: float | None = None
 
-    def reached(self, step: int) -> None:
-        now = time.monotonic()
-        if step > self.step:
-            latest = (now - self.mark) / (step - self.step)
+    def reached(self, record: dict[str, Any]) -> None:
+        step, tokens, rate = record["step"], record["tokens"], record["tokens_per_second"]
+        if step > self.step and rate > 0:
+            each = (tokens - self.tokens) / (step - self.step) if self.tokens else tokens / step
+            latest = each / rate
             self.seconds = latest if self.seconds is None else 0.8 * self.seconds + 0.2 * latest
-        self.step, self.mark = step, now
-
-    def pause(self) -> None:
-        """What just happened was not a step."""
-        self.mark = time.monotonic()
+        self.step, self.tokens = step, tokens
 
     def seconds_for(self, steps: int) -> float | None:
         return None if self.seconds is None else self.seconds * steps

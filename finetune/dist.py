@@ -110,8 +110,8 @@ def connect(threads: int = 0) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
     cuda = torch.cuda.is_available()
-    if cuda and local_rank >= torch.cuda.device_count():
-        raise UserError(f"rank {local_rank} of this node has no GPU: there are {torch.cuda.device_count()}",
+    if cuda and max(local_size, local_rank + 1) > torch.cuda.device_count():  # on every rank, so that rank 0 says it
+        raise UserError(f"{local_size} ranks on this node, but no GPU for each: there are {torch.cuda.device_count()}",
                         remedy=f"Start with deepspeed --num_gpus {torch.cuda.device_count()} ...")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -136,7 +136,16 @@ def disconnect() -> None:
 def use_cores(threads: int, local_size: int) -> None:
     """Compute on `threads` CPU threads, or on this process's share of the cores that the job may use."""
     heap.one_arena()
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    mine = os.sched_getaffinity(0)
+    torch.set_num_threads(threads or max(1, len(mine) // (1 if _bound(mine) else local_size)))
+
+
+def _bound(mine: set[int]) -> bool:
+    """Whether the launcher (deepspeed --bind_cores_to_rank) has given this rank cores of its own already."""
+    try:
+        return mine < os.sched_getaffinity(os.getppid())
+    except OSError:
+        return False
 
 
 def seed_for(seed: int, position: int) -> None:

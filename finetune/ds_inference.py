@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from finetune.errors import UserError
+
+
+def refuse_engine(folder: Path, about: dict[str, Any]) -> None:
+    """Raise UserError for an export that DeepSpeed-Inference cannot take: another head, or an adapter that is input."""
+    if about["head"] != "lm":
+        raise UserError(f"DeepSpeed-Inference serves language models; this export has the head '{about['head']}'", "engine",
+                        "Leave engine out.")
+    file = folder / "adapter_config.json"
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["peft_type"] in ("PROMPT_TUNING", "PREFIX_TUNING"):
+        raise UserError("prompts and prefixes cannot be folded into the weights, which DeepSpeed-Inference needs", "engine",
+                        "Leave engine out.")
 
 
 def accelerated(module: nn.Module, folder: Path, about: dict[str, Any], device: torch.device) -> nn.Module:
@@ -28,5 +42,6 @@ def accelerated(module: nn.Module, folder: Path, about: dict[str, Any], device: 
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
-    served = deepspeed.init_inference(model.to(device), dtype=dtype, replace_with_kernel_inject=True)
+    served = deepspeed.init_inference(model.to(device), dtype=dtype, replace_with_kernel_inject=True,
+                                      max_out_tokens=model.config.n_positions)
     return served.module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from finetune.display import silence_libraries, summary_table
 from finetune.dist import World
 from finetune.errors import EXIT_DONE, UserError
 from finetune.evaluate import evaluate_with
+from finetune.gptj.load import tokenizer_of
 from finetune.lm_eval_suite import check_suite, run_suite
 from finetune.programs import EvaluateConfig
 from finetune.report import build_report
@@ -45,6 +47,8 @@ def run(composed: Composed) -> int:
         check_suite(cfg.tasks, cfg.task_dir)
     if cfg.run and "task" in typed_keys:
         raise UserError("a run knows its own task", "task", "Leave task out, or change its keys: task.text_field=...")
+    if "task.problem" in typed_keys:
+        raise UserError("what a head was trained for cannot change", "task.problem", "Leave it out.")
     if cfg.batch < 1:
         raise UserError(f"batch = {cfg.batch} evaluates nothing", "batch", "Try batch=8.")
     world = dist.connect()
@@ -56,15 +60,18 @@ def run(composed: Composed) -> int:
         _lm_eval(cfg, folder, trained, world)
         dist.disconnect()
         return EXIT_DONE
-    task = build_task(settings, load_tokenizer(_tokenizer(folder)), cfg.packing)
+    task = build_task(settings, load_tokenizer(_tokenizer(cfg, folder)), cfg.packing)
     task.prepare(None, trained.task)
     if not data.eval:
         raise UserError("no evaluation data is given", "data.eval", "Pass data.eval=FILE.")
     spec = data.eval
     path = world.on_main(lambda: build_store(
         resolve(spec), data.eval_split, task.encoder(), on_bad_row=data.on_bad_row.value, max_bad_rows=data.max_bad_rows,
-        cache_dir=Path(data.cache_dir).expanduser() if data.cache_dir else None).path)
-    metrics, predictions = evaluate_with(trained.module, task, open_store(path), world, cfg.batch)
+        config=data.config, cache_dir=Path(data.cache_dir).expanduser() if data.cache_dir else None).path)
+    store = open_store(path)
+    metrics, predictions = evaluate_with(trained.module, task, store, world, cfg.batch)
+    if store.stats["bad_rows"]:
+        metrics |= {"bad_rows": store.stats["bad_rows"], "bad_row_messages": store.stats["bad_row_messages"]}
     if world.main:
         _report(metrics, predictions, Path(cfg.out).expanduser() if cfg.out else folder, spec)
     dist.disconnect()
@@ -78,14 +85,15 @@ def _lm_eval(cfg: EvaluateConfig, folder: Path, trained: Trained, world: World) 
                         "Leave suite out: the model's own task has metrics.")
     if world.size > 1:
         raise UserError("suite=lm_eval runs in one process", "suite", "Start it with plain python.")
-    found = run_suite(trained.module, load_tokenizer(_tokenizer(folder)), list(cfg.tasks), cfg.task_dir,
+    found = run_suite(trained.module, load_tokenizer(_tokenizer(cfg, folder)), list(cfg.tasks), cfg.task_dir,
                       fewshot=cfg.fewshot, limit=cfg.limit, batch=cfg.batch, seed=cfg.seed,
                       chat=cfg.chat)
     target = Path(cfg.out).expanduser() if cfg.out else folder
     target.mkdir(parents=True, exist_ok=True)
     before = _before(target)
-    tasks = (before.get("lm_eval") or {}).get("tasks", {}) | found["tasks"]
-    metrics_log.write_json(target / "eval.json", {**before, "lm_eval": {**found, "tasks": tasks}})
+    kept = before.get("lm_eval") or {}
+    merged = {part: (kept.get(part) or {}) | found[part] for part in ("tasks", "settings")}
+    metrics_log.write_json(target / "eval.json", {**before, "lm_eval": merged})
     summary_table("lm-eval", [(task, ", ".join(f"{k} {_figure(v)}" for k, v in row.items()))
                               for task, row in found["tasks"].items()])
     _tell(target)
@@ -118,7 +126,9 @@ def _subject(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> tuple[P
     assert cfg.export_dir
     folder = Path(resolve(cfg.export_dir)).expanduser().absolute()
     about = read_about(folder) if folder.is_dir() else {}
-    settings = cfg.task if "task" in typed_keys or not about.get("settings") else typed_task(about["settings"])
+    settings = typed_task(about["settings"]) if about.get("settings") else cfg.task
+    if type(settings) is not type(cfg.task):  # another task was typed: what it shares with the trained one is kept
+        settings = replace(cfg.task, max_length=settings.max_length)
     if about and head_of(settings) != about["head"]:
         raise UserError(f"this export has the head '{about['head']}', the task needs '{head_of(settings)}'", "task",
                         "Leave task out: an export knows its own.")
@@ -140,11 +150,9 @@ def _override_task(settings: Any, given: Any, typed_keys: set[str]) -> Any:
     return settings
 
 
-def _tokenizer(folder: Path) -> str | None:
-    for candidate in (folder, folder / "export"):
-        if (candidate / "tokenizer.json").is_file():
-            return str(candidate)
-    return None
+def _tokenizer(cfg: EvaluateConfig, folder: Path) -> str | None:
+    """An export's own, or what the run was trained with."""
+    return tokenizer_of(load_config(folder).model) if cfg.run else str(folder)
 
 
 def _report(metrics: dict[str, Any], predictions: list[dict] | None, folder: Path, spec: str) -> None:

@@ -165,8 +165,7 @@ def write_model(tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, dtype: st
 
 def write_random_base(cfg: ModelConfig, head: str, seed: int, folder: Path, num_labels: int | None) -> None:
     """The model that `model.init=random` started from, drawn again tensor by tensor."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    target, folder = folder, fresh_stage(folder)
     config = read_config(local_folder(cfg), cfg, num_labels)
     shapes = {name: tuple(p.shape) for name, p in meta_model(config, head).named_parameters()}
     tensors = ((name, draw(name, shape, config, seed)) for name, shape in shapes.items())
@@ -176,6 +175,8 @@ def write_random_base(cfg: ModelConfig, head: str, seed: int, folder: Path, num_
     from finetune.data.tokenizer import load_tokenizer
 
     write_small_files(folder, config, head, "", cfg.dtype.value, {}, load_tokenizer(None), with_config=True)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(folder, target)
 
 
 def finish_export(stage: Path, target: Path, tokenizer, config, info: ExportInfo, kind: str,
@@ -228,18 +229,18 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     """Count an adapter's tensors, and refuse one that holds nothing: ZeRO-3 run wrongly writes such files.
 
     Raises:
-        RunFailed: no tensors, an empty one, or LoRA's B matrices are all zero.
+        RunFailed: no tensors, an empty one, or one of LoRA's matrices is all zero.
     """
     tensors = load_file(folder / ADAPTER_FILE)
     empty = [name for name, t in tensors.items() if t.numel() == 0]
-    updates = [name for name in tensors if "lora_B" in name]
-    nonzero = sum(bool(tensors[name].any()) for name in updates)
+    updates = [name for name in tensors if "lora_A" in name or "lora_B" in name]
+    zero = [name for name in updates if not tensors[name].any()]
     if not tensors or empty:
         raise RunFailed(f"the exported adapter is empty: {', '.join(empty[:4]) or 'no tensors'}", str(folder))
-    if updates and not nonzero:
-        raise RunFailed("every lora_B of the exported adapter is zero: nothing was trained", str(folder),
-                        "Check optim.lr and train.steps.")
-    return {"adapter_tensors": len(tensors)} | ({"lora_B": len(updates), "lora_B_nonzero": nonzero} if updates else {})
+    if zero:
+        raise RunFailed(f"{len(zero)} of {len(updates)} LoRA matrices of the exported adapter are all zero, so nothing was "
+                        f"trained there: {', '.join(zero[:4])}", str(folder), "Check optim.lr, train.steps and the data.")
+    return {"adapter_tensors": len(tensors)} | ({"lora_tensors": len(updates), "lora_nonzero": len(updates)} if updates else {})
 
 
 def verify_export(folder: Path, reference: dict[str, Tensor]) -> dict[str, Any]:

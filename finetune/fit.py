@@ -14,17 +14,20 @@ from finetune.ds_config import Sharding
 from finetune.errors import RunFailed
 from finetune.gptj.load import local_folder
 from finetune.plan import Plan, measure_machine, plan, render_table
-from finetune.shape import load_shape
-from finetune.tasks.base import Task
+from finetune.shape import ModelShape, load_shape
+from finetune.tasks import head_of
 
 
-def plan_run(cfg: Config, world: World, run_dir: Path, task: Task) -> Plan:
+def plan_run(cfg: Config, world: World, run_dir: Path, num_labels: int | None) -> Plan:
     """What fits and what is chosen, written to plan.json.
+
+    Args:
+        num_labels: of a classifier, where the data have told; else 2 are assumed.
 
     Raises:
         RunFailed: nothing fits; the table says what is missing.
     """
-    shape = load_shape(str(local_folder(cfg.model)), task.head, task.num_labels or 2)
+    shape = _shape(cfg, num_labels)
     machine = measure_machine(cfg.machine, world.size, str(run_dir), cfg.zero.nvme_path)
     if cfg.machine.disk_gib is None:
         # What a resumed run already keeps there is part of what it needs.
@@ -37,15 +40,18 @@ def plan_run(cfg: Config, world: World, run_dir: Path, task: Task) -> Plan:
     return planned
 
 
-def step_flops(cfg: Config, task: Task) -> Callable[[float, float], float]:
+def step_flops(cfg: Config, num_labels: int | None) -> Callable[[float, float], float]:
     """(tokens, sum of squared document lengths) -> model FLOPs of a training step on them."""
-    shape = load_shape(str(local_folder(cfg.model)), task.head, task.num_labels or 2)
+    shape = _shape(cfg, num_labels)
     return lambda tokens, pairs: tokens * shape.flops_per_token(round(pairs / max(tokens, 1)), cfg.adapter).model
 
 
-def sharding_of(planned: Plan, cfg: Config, task: Task, run_dir: Path) -> Sharding:
+def sharding_of(planned: Plan, cfg: Config, run_dir: Path) -> Sharding:
     """The chosen option in the words of `ds_config.build`."""
     chosen = planned.chosen.option
-    shape = load_shape(str(local_folder(cfg.model)), task.head, task.num_labels or 2)
     return Sharding(int(chosen.zero.removeprefix("stage")), Offload(chosen.offload_optimizer),
-                    Offload(chosen.offload_params), nvme.run_folder(cfg.zero.nvme_path, run_dir), shape.largest())
+                    Offload(chosen.offload_params), nvme.run_folder(cfg.zero.nvme_path, run_dir), _shape(cfg, None).largest())
+
+
+def _shape(cfg: Config, num_labels: int | None) -> ModelShape:
+    return load_shape(str(local_folder(cfg.model)), head_of(cfg.task), num_labels or 2)

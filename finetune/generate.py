@@ -23,6 +23,7 @@ from finetune.assets_path import resolve
 from finetune.data.records import read
 from finetune.data.tokenizer import load_tokenizer
 from finetune.display import silence_libraries
+from finetune.ds_inference import accelerated, refuse_engine
 from finetune.errors import EXIT_DONE, UserError
 from finetune.programs import GenerateConfig
 from finetune.sample import Sampling, Streamer, continue_ids, finished_text
@@ -76,6 +77,8 @@ def load_speaker(export_dir: str, dtype, engine: str = "torch") -> Speaker:
     if not folder.is_dir():
         raise UserError(f"there is no directory {folder}", "model", "Pass model=RUN_DIR/export.")
     about = read_about(folder)
+    if engine == "deepspeed":
+        refuse_engine(folder, about)
     tokenizer = load_tokenizer(str(folder))
     task = build_task(typed_task(about["settings"]), tokenizer, packing=True)
     task.prepare(None, about["task"])
@@ -83,8 +86,6 @@ def load_speaker(export_dir: str, dtype, engine: str = "torch") -> Speaker:
     if device.type == "cpu":
         heap.keep_freed_memory()
     if engine == "deepspeed":
-        from finetune.ds_inference import accelerated
-
         trained.module = accelerated(trained.module, folder, about, device)
     return Speaker(trained, tokenizer, task, device)
 

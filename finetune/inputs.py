@@ -15,6 +15,7 @@ from finetune.data.store import build_store
 from finetune.data.tokenizer import load_tokenizer
 from finetune.display import Display
 from finetune.dist import World
+from finetune.gptj.load import tokenizer_of
 from finetune.preview import preview
 from finetune.tasks import build_task
 from finetune.tasks.base import Batch, Task
@@ -55,7 +56,7 @@ def prepare_inputs(cfg: Config, world: World, display: Display | None, say) -> I
     Raises:
         UserError: data, tokenizer or task settings that cannot be used; the message names file and line, or the key.
     """
-    tokenizer = load_tokenizer(cfg.model.tokenizer or _tokenizer_folder(cfg))
+    tokenizer = load_tokenizer(tokenizer_of(cfg.model))
     task = build_task(cfg.task, tokenizer, cfg.train.packing)
     train = _store(cfg, task, cfg.data.train, cfg.data.split, world, display)
     assert train is not None
@@ -69,12 +70,6 @@ def prepare_inputs(cfg: Config, world: World, display: Display | None, say) -> I
         for line in lines:
             say(f"{name} data: {line}")
     return Inputs(tokenizer, task, train, held_out, rows, notes)
-
-
-def _tokenizer_folder(cfg: Config) -> str | None:
-    """The checkpoint's own tokenizer where it has one; None: GPT-J's, which ships with the project."""
-    path = Path(resolve(cfg.model.path)).expanduser()
-    return str(path) if path.is_dir() else None
 
 
 def _store(cfg: Config, task: Task, spec: str | None, split: str, world: World, display: Display | None) -> Store | None:
@@ -91,7 +86,8 @@ def _store(cfg: Config, task: Task, spec: str | None, split: str, world: World, 
 
             store = build_store(resolve(spec), split, task.encoder(), on_bad_row=data.on_bad_row.value,
                                 cache_dir=Path(data.cache_dir).expanduser() if data.cache_dir else None,
-                                max_bad_rows=data.max_bad_rows, progress=progress if phase else None)
+                                max_bad_rows=data.max_bad_rows, config=data.config,
+                                progress=progress if phase else None)
         return store.path
 
     return open_store(world.on_main(build))

@@ -75,9 +75,10 @@ def run_suite(model: nn.Module, tokenizer, tasks: list[str], task_dir: str | Non
         raise RunFailed(f"lm-eval failed ({type(error).__name__}: {reason[:300]})", "tasks",
                         "Without a network only tasks with local data work: task_dir=FOLDER.") from None
     assert found is not None
-    return {"version": lm_eval.__version__, "fewshot": fewshot, "limit": limit,
-            "tasks": {task: _plain(row) for task, row in found["results"].items()},
-            "samples": {task: counts["effective"] for task, counts in found["n-samples"].items()}}
+    samples = {task: counts["effective"] for task, counts in found["n-samples"].items()}
+    return {"tasks": {task: _plain(row) for task, row in found["results"].items()},
+            "settings": {task: {"version": lm_eval.__version__, "fewshot": fewshot, "limit": limit, "chat": chat,
+                                "samples": samples.get(task)} for task in found["results"]}}
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from finetune import adapter, dist, ds_config, faults, heap, memory_watch, metrics_log, nvme, schedule, signals
+from finetune.at_hand import absent
 from finetune.callbacks import CallbackList, RunInfo
 from finetune.check import check
 from finetune.checkpoint import Checkpoints, TrainState, find_resume
@@ -71,7 +72,7 @@ def run(cfg: Config, words: list[str]) -> int:
 def run_in(world: World, cfg: Config, words: list[str] | None = None) -> Result:
     """One run among the ranks of `world`. A failure leaves result.json and the page behind, then is raised."""
     silence_libraries(cfg.verbose, world.rank)
-    check(cfg, world.size, world.device.type == "cuda")
+    world.on_main(lambda: check(cfg, world.size, world.device.type == "cuda", absent))
     signals.hold()
     run_dir = make_run_dir(cfg, world)
     watchers = CallbackList([Display(), Report(run_dir)] if world.main else [])
@@ -110,9 +111,10 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
     say = callbacks.message
     resume_from = world.on_main(lambda: find_resume(cfg.resume, run_dir, say))
 
+    memory.planned = world.on_main(lambda: plan_run(cfg, world, run_dir, None))  # before data are tokenised for hours
     inputs = prepare_inputs(cfg, world, display, say)
-    memory.planned = planned = world.on_main(lambda: plan_run(cfg, world, run_dir, inputs.task))
-    sharding = sharding_of(planned, cfg, inputs.task, run_dir)
+    memory.planned = planned = world.on_main(lambda: plan_run(cfg, world, run_dir, inputs.task.num_labels))
+    sharding = sharding_of(planned, cfg, run_dir)
     cfg.train.micro_batch = planned.micro_batch
     length = run_length(cfg.train, len(inputs.rows))
     world.on_main(lambda: save_config(cfg, inputs.about(), reference_texts(inputs.train), run_dir))
@@ -138,17 +140,18 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
     checkpoints = _checkpoints(cfg, inputs, sharding, world, run_dir)
     state = checkpoints.restore(engine.ds, resume_from) if resume_from else TrainState()
     checkpoints.require_room(engine.ds, several=cfg.checkpoint.every > 0)
+    held = world.gather(engine.optimizer_bytes()["total"])
     if world.main:
         _watch(callbacks, cfg, run_dir, state, after=state.step if resume_from else -1)
         print_summary(cfg, run_dir, world.size, world.device.type, sharding, planned.reason, length.steps, length.epochs,
-                      parameters, engine.optimizer_bytes()["total"], inputs.train, inputs.rows)
+                      parameters, held, inputs.train, inputs.rows)
 
     hang = watch()
     hooks = Hooks(
         evaluate=_evaluation(cfg, engine, inputs, world, hang, stop),
         sample=_sampler(cfg, engine, inputs, callbacks),
         learning_rate=lambda step: schedule.learning_rate(cfg.optim, step, length.steps), beat=hang.beat,
-        flops=step_flops(cfg, inputs.task), peak_flops=peak_flops(world.device, cfg.model.dtype.value))
+        flops=step_flops(cfg, inputs.task.num_labels), peak_flops=peak_flops(world.device, cfg.model.dtype.value))
     trainer = Trainer(engine, inputs.task, _batches(cfg, inputs, world, state, length), hooks, checkpoints, callbacks, stop,
                       world, train=cfg.train, checkpoint=cfg.checkpoint, seed=cfg.seed, total_steps=length.steps)
 
@@ -166,7 +169,8 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
             export_trained(cfg, engine, inputs, result, run_dir, world, say)
     final = final_result(result, world, engine.optimizer_bytes()["total"], {
         "start_host_bytes": start_host, "zero_stage": sharding.stage, "export": "export" if exported else None,
-        "skipped_steps": state.skipped, "wall_seconds": time.perf_counter() - started,
+        "best": state.best, "best_step": state.best_step or None, "skipped_steps": state.skipped,
+        "wall_seconds": time.perf_counter() - started,
         "bad_rows": inputs.train.stats["bad_rows"],
         "bad_eval_rows": inputs.eval.stats["bad_rows"] if inputs.eval else 0, "data_notes": inputs.notes})
     if world.main:
@@ -288,7 +292,7 @@ def _sampler(cfg: Config, engine: Engine, inputs: Inputs, callbacks: CallbackLis
 
     def sample(step: int) -> None:
         texts = sample_texts(engine.module, inputs.tokenizer, cfg.train.sample_prompts, cfg.train.sample_tokens,
-                             cfg.seed + step, engine.world.device)
+                             cfg.seed + step, engine.world.device, encode=getattr(inputs.task, "prompt_ids", None))
         for prompt, text in zip(cfg.train.sample_prompts, texts, strict=True):
             callbacks.sample(step, prompt, text)
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -44,6 +46,24 @@ class Sampling:
     @property
     def samples(self) -> bool:
         return self.temperature > 0 and self.beams == 1
+
+
+class StopTexts(StoppingCriteria):
+    """Ends a row once a stop string stands in what was generated; the prompt does not count.
+
+    Args:
+        prompt_tokens: length of the padded prompts.
+    """
+
+    def __init__(self, tokenizer, stops: Sequence[str], prompt_tokens: int):
+        self.tokenizer, self.stops, self.start = tokenizer, [stop for stop in stops if stop], prompt_tokens
+        # No token stands for less than a byte, so a stop string that just ended lies within its last tokens.
+        self.window = max((len(stop.encode()) for stop in self.stops), default=0) + 1
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **unused) -> Tensor:
+        new = input_ids[:, self.start :][:, -self.window :].tolist()
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return torch.tensor([any(stop in text for stop in self.stops) for text in texts], device=input_ids.device)
 
 
 class GumbelNoise(LogitsProcessor):
@@ -80,7 +100,7 @@ def continue_ids(model: nn.Module, tokenizer, prompts: list[list[int]], how: Sam
         if how.top_p < 1:
             warpers.append(TopPLogitsWarper(how.top_p))
         warpers.append(GumbelNoise(prompts, how.seed))
-    stops = {"stop_strings": list(how.stop), "tokenizer": tokenizer} if how.stop else {}
+    stops = {"stopping_criteria": StoppingCriteriaList([StopTexts(tokenizer, how.stop, longest)])} if how.stop else {}
     was_training = model.training
     model.eval()
     try:
@@ -95,10 +115,15 @@ def continue_ids(model: nn.Module, tokenizer, prompts: list[list[int]], how: Sam
 
 
 def sample_texts(model: nn.Module, tokenizer, prompts: list[str], max_new_tokens: int, seed: int, device: torch.device,
-                 how: Sampling | None = None) -> list[str]:
-    """Continuations of `prompts`, without the prompts; by default sampled at temperature 0.9, top_p 0.95."""
+                 how: Sampling | None = None, encode: Callable[[str], list[int]] | None = None) -> list[str]:
+    """Continuations of `prompts`, without the prompts; by default sampled at temperature 0.9, top_p 0.95.
+
+    Args:
+        encode: prompt -> ids, for prompts that go into a template; otherwise they are read as they stand.
+    """
     how = how or Sampling(max_new_tokens, top_p=0.95, seed=seed)
-    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id] for prompt in prompts]
+    encode = encode or (lambda prompt: tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    ids = [encode(prompt) or [tokenizer.eos_token_id] for prompt in prompts]
     return [finished_text(tokenizer, row, how.stop) for row in continue_ids(model, tokenizer, ids, how, device)]
 
 

@@ -17,14 +17,15 @@ def warmup_steps(optim: OptimConfig, total_steps: int) -> int:
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step `step`, counted from 1.
 
-    With warmup w: lr * step / w while step <= w, then from lr at w to lr * min_lr at `total_steps`, along a
-    line or half a cosine; `constant` stays at lr.
+    With warmup w: lr * step / w while step <= w, then from lr at step w + 1 along a line or half a cosine, which would
+    be at lr * min_lr one step after `total_steps`: every step trains, the last one and a single one too. `constant`
+    stays at lr.
     """
     warmup = warmup_steps(optim, total_steps)
     if step <= warmup:
         return optim.lr * step / warmup
     if optim.schedule == "constant":
         return optim.lr
-    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    progress = min(1.0, (step - warmup - 1) / max(1, total_steps - warmup))
     share = 1 - progress if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return optim.lr * (optim.min_lr + (1 - optim.min_lr) * share)

@@ -16,7 +16,7 @@ from finetune.redact import redact_text
 
 
 def print_summary(cfg: Config, run_dir: Path, world_size: int, device: str, sharding: Sharding, reason: str, steps: int,
-                  epochs: float, parameters: dict[str, int], optimizer_bytes: int, store: Store, rows: Rows) -> None:
+                  epochs: float, parameters: dict[str, int], optimizer_bytes: list[int], store: Store, rows: Rows) -> None:
     """Every derived number once, where a person looks first."""
     accumulated = accumulation(cfg, world_size)
     tokens = len(store.column("ids")) / len(rows) * cfg.train.global_batch
@@ -33,8 +33,15 @@ def print_summary(cfg: Config, run_dir: Path, world_size: int, device: str, shar
                   f"{cfg.train.global_batch} rows, about {tokens:,.0f} tokens a step"),
         ("length", f"{steps:,} steps = {epochs:.2f} epochs"),
         ("ZeRO", "; ".join([f"stage {sharding.stage}, {ranks}", *_offloads(sharding)]) + f"  ({reason.rstrip('.')})"),
-        ("optimizer", f"{gib(optimizer_bytes)} of Adam states on each rank"),
+        ("optimizer", f"Adam states of {_each(optimizer_bytes)}"),
     ])
+
+
+def _each(held: list[int]) -> str:
+    """Bytes on every rank: one figure where they are alike."""
+    shown = [gib(value) for value in held]
+    each = f"{shown[0]} on each rank" if len(set(shown)) == 1 else ", ".join(f"{v} on rank {i}" for i, v in enumerate(shown))
+    return each if len(held) == 1 else f"{each}, {gib(sum(held))} in all"
 
 
 def _offloads(sharding: Sharding) -> list[str]:

@@ -97,7 +97,7 @@ class Trainer:
             faults.point("step")
             skipped = self.engine.skipped
             lr = self.hooks.learning_rate(state.step + 1)
-            losses = [self._micro_step(batch, i, state.step, self.world.size / max(scored, 1), lr)
+            losses = [self._micro_step(batch, i, state.step, self.world.size / (scored or 1), lr)
                       for i, batch in enumerate(batches)]
             state.step += 1
             state.tokens += int(step_tokens)
@@ -116,8 +116,7 @@ class Trainer:
                 self.good = _copy(state)
             elif self.train.max_skipped and state.skipped_in_a_row >= self.train.max_skipped:
                 self._give_up(state)
-            if self._after_step(state, bool(saves)):
-                clock = time.perf_counter()
+            clock += self._after_step(state, bool(saves))
             if self._out_of_patience(state):
                 break
         return self._finish(state, "preempted" if state.owes_evaluation else status)
@@ -150,7 +149,7 @@ class Trainer:
         seconds = time.perf_counter() - clock
         state.seconds += seconds
         self.trained_tokens, self.trained_seconds = self.trained_tokens + tokens, self.trained_seconds + seconds
-        self.last_loss = total / max(scored, 1)
+        self.last_loss = total / (scored or 1)
         jumped = math.isfinite(self.last_loss) and spike(state.recent_losses, self.last_loss)
         if jumped:
             self.callbacks.message(f"step {state.step}: the loss jumped to {self.last_loss:.4f}")
@@ -205,8 +204,9 @@ class Trainer:
             f"{self.train.max_skipped}", f"step {state.step}",
             f"{kept}Look at the data named above, or try a smaller optim.lr.")
 
-    def _after_step(self, state: TrainState, save_now: bool) -> bool:
-        """Evaluation, samples and checkpoint that are due; True if any took time."""
+    def _after_step(self, state: TrainState, save_now: bool) -> float:
+        """Evaluation, samples and checkpoint that are due; the seconds they took, which are not training."""
+        began = time.perf_counter()
         last = state.step == self.total_steps
         due_eval = self.hooks.evaluate and (_every(state.step, self.train.eval_every) or last)
         due_sample = self.hooks.sample and _every(state.step, self.train.sample_every)
@@ -218,7 +218,7 @@ class Trainer:
             self.engine.train()
         if due_save:
             self.save(state)
-        return bool(due_eval or due_sample or due_save)
+        return time.perf_counter() - began
 
     def run_evaluation(self, state: TrainState) -> None:
         """Evaluate, remember the best, tell the callbacks. Interrupted by a stop, it is done when the run goes on."""

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "finetune"
 LAYERS = [
     ["errors", "config", "programs", "names", "schedule", "check", "check_task", "assets_path", "assets", "redact", "other_names",
      "helptext", "suggest", "app", "dist_environment", "plain", "ds_config", "grouping", "heap", "faults", "run_lock",
-     "signals", "durable"],
+     "signals", "durable", "trained_task"],
     ["shape"],
     ["plan"],
     ["data"],
@@ -25,7 +25,7 @@ LAYERS = [
     ["hf_layout", "card", "hub"],
     ["tasks", "preview", "trackers", "report"],
     ["nvme", "partitions", "engine", "checkpoint_files", "train_state", "checkpoint", "saved"],
-    ["inputs", "fit", "probe", "lm_eval_suite", "evaluate", "trainer", "summary", "run_files"],
+    ["at_hand", "inputs", "fit", "probe", "lm_eval_suite", "evaluate", "trainer", "summary", "run_files"],
     ["export", "verify", "verify_tensors", "reference"],
     ["export_trained"],
     ["answer", "ds_inference"],

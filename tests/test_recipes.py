@@ -125,4 +125,11 @@ def test_schedules(schedule, last):
                            "optim.min_lr=0.1"]).optim
     rates = [learning_rate(optim, step, 100) for step in range(1, 101)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
-    assert rates[-1] == pytest.approx(last) and rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[10] == 1.0 and rates[10:] == sorted(rates[10:], reverse=True)
+    assert last <= rates[-1] <= last + 1 / 90  # the floor would be reached one step later: no step trains nothing
+
+
+def test_a_single_step_trains():
+    optim = compose_train(["recipe=quickstart", "optim.lr=1", "optim.warmup=0", "optim.min_lr=0"]).optim
+    assert [learning_rate(optim, step, 2) for step in (1, 2)] == pytest.approx([1.0, 0.5])
+    assert learning_rate(optim, 1, 1) == 1.0

@@ -53,11 +53,14 @@ def check_format(name: str) -> None:
 
 
 def layout_of(record: dict, cfg: InstructConfig) -> str | None:
-    """The first layout all of whose fields the row has."""
+    """The first layout all of whose fields the row has, better not as null: tables of mixed rows fill gaps with it."""
     fields = {"prompt": (cfg.prompt_field, cfg.completion_field), "messages": ("messages",),
               "sharegpt": ("conversations",), "alpaca": ("instruction", "output")}
-    return next((name for name, needed in fields.items()
-                 if all(get_field(record, field) is not MISSING for field in needed)), None)
+    for absent in ((MISSING, None), (MISSING,)):
+        for name, needed in fields.items():
+            if not any(get_field(record, field) in absent for field in needed):
+                return name
+    return None
 
 
 def _unknown_layout(record: dict, where: str, cfg: InstructConfig) -> UserError:
@@ -132,7 +135,7 @@ def _list(turns: Any, field: str, where: str, style: str) -> list[Message]:
 def _turn(turn: Any, name: str, where: str, style: str) -> Message:
     if not isinstance(turn, dict):
         raise UserError(f"{name} is {json_type(turn)}, not an object", where, MEND)
-    style = next((key for key, (text_key, _) in STYLES.items() if key in turn and text_key in turn), style)
+    style = next((key for key, (text_key, _) in STYLES.items() if turn.get(key) is not None and text_key in turn), style)
     text_key, roles = STYLES[style]
     missing = [key for key in (style, text_key) if key not in turn]
     if missing:

@@ -39,9 +39,9 @@ def is_saved_dataset(path: Path) -> bool:
 class DatasetSource:
     """One split of a `datasets` folder or hub id."""
 
-    def __init__(self, spec: str, split: str):
+    def __init__(self, spec: str, split: str, config: str | None = None):
         self.spec = spec
-        self.dataset = _from_disk(spec, split) if Path(spec).exists() else _from_hub(spec, split)
+        self.dataset = _from_disk(spec, split) if Path(spec).exists() else _from_hub(spec, split, config)
         if len(self.dataset) == 0:
             raise UserError(f"split '{split}' is empty", spec)
         self.dataset = self.dataset.with_format("arrow")
@@ -71,21 +71,25 @@ def _from_disk(spec: str, split: str) -> Any:
     return loaded[split]
 
 
-def _from_hub(spec: str, split: str) -> Any:
+def _from_hub(spec: str, split: str, config: str | None) -> Any:
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "10")
     offline = _offline_flag()
     reachable = not offline and _reachable()
     try:
-        return _load(spec, split, reachable)
+        return _load(spec, config, split, reachable)
     except Exception as error:  # the hub's, requests' and datasets' classes have no common base
+        if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
+            reason = " ".join(str(error).split())
+            raise UserError(f"this data set has several configurations, or not this one ({reason[:300]})", spec,
+                            "Try data.config=NAME.") from None
         if "Unknown split" in str(error):
             raise UserError(f"there is no split '{split}' ({_first_line(error)})", spec,
                             "Try data.split=... (training) or data.eval_split=... (evaluation).") from None
         raise _hub_error(spec, error, offline, reachable) from None
 
 
-def _load(spec: str, split: str, online: bool) -> Any:
+def _load(spec: str, config: str | None, split: str, online: bool) -> Any:
     import datasets
     import datasets.config
     from huggingface_hub import constants
@@ -94,7 +98,7 @@ def _load(spec: str, split: str, online: bool) -> Any:
     # Offline, what is in the cache still loads, at once; online mode would retry for minutes first.
     datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = not online
     try:
-        return datasets.load_dataset(spec, split=split)
+        return datasets.load_dataset(spec, config, split=split)
     finally:
         datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 

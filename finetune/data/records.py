@@ -44,8 +44,8 @@ def read(spec: str, split: str, count: Count | None = None) -> Iterator[Row]:
     return open_source(spec, split).rows(count)
 
 
-def open_source(spec: str, split: str) -> Source:
-    """What a spec stands for; `split` matters to `datasets` folders and hub ids only."""
+def open_source(spec: str, split: str, config: str | None = None) -> Source:
+    """What a spec stands for; `split` matters to `datasets` folders and hub ids only, `config` to hub ids."""
     spec = resolve(spec)
     path = Path(spec)
     if path.is_dir():
@@ -56,7 +56,7 @@ def open_source(spec: str, split: str) -> Source:
     if glob.has_magic(spec):
         return FileSource(_in_glob(spec))
     if _may_be_hub_id(spec):
-        return hub.DatasetSource(spec, split)
+        return hub.DatasetSource(spec, split, config)
     raise UserError("there is no such file or directory", spec, _nearby(path))
 
 

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def build_store(spec: str, split: str, encoder: Encoder, *, cache_dir: Path | None = None, on_bad_row: str = "error",
-                max_bad_rows: int = 100, progress: Progress | None = None) -> Store:
+                max_bad_rows: int = 100, config: str | None = None, progress: Progress | None = None) -> Store:
     """The store of these data under this encoder, from the cache or built now.
 
     Raises:
@@ -40,7 +40,7 @@ def build_store(spec: str, split: str, encoder: Encoder, *, cache_dir: Path | No
             example at all, or a disk that is full or not writable.
     """
     assert on_bad_row in ("error", "skip")
-    source = open_source(spec, split)
+    source = open_source(spec, split, config)
     fingerprint = _fingerprint(source, encoder, on_bad_row)
     folder = (Path(cache_dir) if cache_dir else default_cache_dir()) / fingerprint[:16]
     if store_fault(folder) is None:

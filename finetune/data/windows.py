@@ -56,7 +56,7 @@ class QaEncoder:
         self._separator = self._tokens([SEPARATOR])[0].ids
 
     def fingerprint(self) -> str:
-        return digest("qa-2", self._fingerprint, self.cfg.max_length, self.cfg.stride)
+        return digest("qa-3", self._fingerprint, self.cfg.max_length, self.cfg.stride)
 
     def encode(self, batch: list[tuple[str, dict]]) -> list[list[Example] | UserError]:
         return [self._row(where, record) for where, record in batch]
@@ -78,7 +78,8 @@ class QaEncoder:
     def _windows(self, question: Question, prefix: list[int], context: Any) -> list[Example]:
         ids, chars = context.ids, np.array(context.offsets, np.int32).reshape(-1, 2)
         room = self._room(question, prefix, len(ids))
-        spans = [token_span(chars, start, start + len(text)) for start, text in question.answers]
+        spans = [token_span(chars, start + len(text) - len(text.lstrip()), start + len(text.rstrip()))
+                 for start, text in question.answers]
         return [self._window(question, prefix, ids[begin: begin + room], chars[begin: begin + room], number,
                              [(first - begin, last - begin) for first, last in spans])
                 for number, begin in enumerate(window_starts(len(ids), room, self.cfg.stride))]

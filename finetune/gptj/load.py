@@ -129,8 +129,11 @@ def _open_shard(file: Path):
                         "Convert the checkpoint to safetensors with a tool you trust.") from None
 
 
-def local_folder(cfg: ModelConfig) -> Path:
+def local_folder(cfg: ModelConfig, download: bool = True) -> Path:
     """Directory of the checkpoint; a hub id is downloaded (only the files that are needed).
+
+    Args:
+        download: False only looks on this machine.
 
     Raises:
         UserError: no such directory, or the hub cannot be reached.
@@ -146,16 +149,23 @@ def local_folder(cfg: ModelConfig) -> Path:
 
     patterns = ["config.json"] if cfg.init is Init.random else PATTERNS
     try:
-        return Path(snapshot_download(cfg.path, revision=cfg.revision, allow_patterns=patterns))
+        return Path(snapshot_download(cfg.path, revision=cfg.revision, allow_patterns=patterns,
+                                      local_files_only=not download))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"the weights of {cfg.path} are neither on this machine nor can they be downloaded ({reason[:160]})",
+            f"the weights of {cfg.path} are neither on this machine nor can they be downloaded ({reason[:160]})"
+            if download else f"the weights of {cfg.path} are not on this machine",
             "model.path",
             "Copy a checkpoint directory here and pass model.path=DIR; or download it where there is a network:\n"
             f"    hf download {cfg.path}\n"
             "  What runs right now, without them: deepspeed launch/train.py recipe=quickstart",
         ) from None
+
+
+def tokenizer_of(cfg: ModelConfig) -> str:
+    """What `load_tokenizer` takes for this model: the one that is named, or the checkpoint's own, if it has one."""
+    return cfg.tokenizer or str(local_folder(cfg))
 
 
 def weights_identity(folder: Path) -> str:

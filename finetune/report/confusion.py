@@ -25,17 +25,18 @@ class Confusion:
     names: list[str]
     rows: list[tuple[str, list[Cell]]]
     """True class, and how often its examples were taken for each class."""
-    step: int
+    step: int | None
+    """None: found by launch/evaluate.py, afterwards."""
 
 
 def confusion(run: RunFiles) -> Confusion | None:
     """None where no evaluation has a matrix that can be drawn."""
-    for record in reversed(run.evals):
+    for record in [*reversed(run.evals), run.later]:
         names, counts = record.get("labels"), record.get("confusion")
         if _drawable(names, counts):
             rows = [(str(name), [_cell(n, sum(row), i == j) for j, n in enumerate(row)])
                     for i, (name, row) in enumerate(zip(names, counts, strict=True))]
-            return Confusion([str(name) for name in names], rows, record["step"])
+            return Confusion([str(name) for name in names], rows, record.get("step"))
     return None
 
 

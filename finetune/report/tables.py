@@ -171,7 +171,9 @@ def commands(run: RunFiles) -> Rows:
     found = [] if run.result.get("status") == "done" else [("continue", _again(run))]
     found.append(("evaluate", f"deepspeed launch/evaluate.py run={folder}"))
     found += [(f"export {kind}", f"python launch/export.py run={folder} kind={kind}") for kind in kinds]
-    return [*found, ("generate", f"python launch/generate.py model={export} prompt=\"...\"")]
+    asks = {"qa": "question=\"...\" context=\"...\"", "instruct": "chat=true prompt=\"...\""}
+    words = asks.get((run.config.get("task") or {}).get("kind"), "prompt=\"...\"")
+    return [*found, ("generate", f"python launch/generate.py model={export} {words}")]
 
 
 def _again(run: RunFiles) -> str:

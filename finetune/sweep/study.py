@@ -33,11 +33,19 @@ class Study:
             sampler=self.optuna.samplers.TPESampler(seed=cfg.seed + len(list(folder.glob("*/job.json"))),
                                                     n_startup_trials=max(1, min(10, cfg.trials // 3))),
             pruner=self._pruner(cfg))
-        self.jobs = [self._job(trial) for trial in self.study.trials]
+        self.jobs = [self._job(trial) for trial in self.study.trials if self._is_whole(trial)]
         for job in self.jobs:
             job.load()
             self._settle(job)
         self.again = [job for job in self.jobs if job.status not in (DONE, FAILED, PRUNED)]
+
+    def _is_whole(self, trial: Any) -> bool:
+        """A crash inside `ask` leaves a trial without all of its values: it never was a job, and is not one now."""
+        if set(trial.params) == set(self.distributions):
+            return True
+        if trial.state == self.optuna.trial.TrialState.RUNNING:
+            self.study.tell(trial.number, state=self.optuna.trial.TrialState.FAIL)
+        return False
 
     def earlier(self) -> list[Job]:
         return self.jobs

@@ -32,7 +32,14 @@ class InstructTask:
     def __init__(self, cfg: InstructConfig, tokenizer, packing: bool):
         check_format(cfg.format)
         self.cfg, self.tokenizer, self.packing = cfg, tokenizer, packing
-        self.template = load_template(cfg.template, tokenizer.eos_token, tokenizer.bos_token or "")
+        self._template: Template | None = None
+
+    @property
+    def template(self) -> Template:
+        """Read when it is first needed: an export brings its own, and the file may be gone."""
+        if self._template is None:
+            self._template = load_template(self.cfg.template, self.tokenizer.eos_token, self.tokenizer.bos_token or "")
+        return self._template
 
     def encoder(self) -> Encoder:
         return InstructEncoder(self.tokenizer, self.cfg, self.template)
@@ -40,8 +47,8 @@ class InstructTask:
     def prepare(self, train: Store | None, previous: dict | None) -> None:
         """An export's own template wins: it may have been a file that is no longer there."""
         if previous:
-            self.template = Template(previous["template"], previous["template_text"], self.template.eos,
-                                     self.tokenizer.bos_token or "")
+            self._template = Template(previous["template"], previous["template_text"], self.tokenizer.eos_token,
+                                      self.tokenizer.bos_token or "")
 
     def rows(self, store: Store) -> Rows:
         return best_fit(store.offsets, self.cfg.max_length) if self.packing else one_per_row(store.offsets)

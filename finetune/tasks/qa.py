@@ -7,7 +7,7 @@ window, (start cross-entropy + end cross-entropy) / 2, the softmax over that win
 
 A question's answer is the best valid span over its windows, each measured against the null slot of its own window: a
 softmax per window leaves the level of its logits free, so windows compare by that difference only. Nothing is answered
-when the null slot wins by more than `null_threshold` and the data know unanswerable questions.
+when the null slot wins by more than `null_threshold` and the training data knew unanswerable questions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from finetune.data.windows import SEPARATOR, QaEncoder
 from finetune.dist import World
 from finetune.tasks.base import Batch, Model, flat_inputs
 from finetune.tasks.gather import Gathered
-from finetune.tasks.squad_metrics import best_threshold, score, summarise
+from finetune.tasks.squad_metrics import best_threshold, score, score_v1, summarise
 
 NOTHING = -1e30
 """Score where there is no valid span; finite, so that differences stay numbers."""
@@ -98,8 +98,20 @@ class QaTask:
         window = np.asarray(store.column("window"))
         several = int((window == 1).sum())
         questions = int((window == 0).sum())
-        return [f"{several:,} of {questions:,} contexts are read in several windows: {len(store):,} in all"
-                ] if several else []
+        found = [f"{several:,} of {questions:,} contexts are read in several windows: {len(store):,} in all"] if several else []
+        start, end = np.asarray(store.column("start")), np.asarray(store.column("end"))
+        null = start == np.diff(np.asarray(store.offsets)) - 1
+        first = np.flatnonzero(window == 0)
+        answered = np.asarray(store.column("answers"))[first] > 0
+        lost = int((np.logical_and.reduceat(null, first) & answered).sum()) if len(first) else 0
+        long = int((~null & (end - start >= self.cfg.max_answer_tokens)).sum())
+        if lost:
+            found.append(f"{lost:,} answers are whole in no window, so their questions count as unanswered: raise task.stride "
+                         "or task.max_length")
+        if long:
+            found.append(f"{long:,} answers are longer than task.max_answer_tokens = {self.cfg.max_answer_tokens}: they cannot be "
+                         "found")
+        return found
 
     @staticmethod
     def _slots(model: Model, batch: Batch) -> Tensor:
@@ -130,11 +142,11 @@ class QaMeter:
         found = self.found.together(world)
         questions = self._questions(found)
         answerable = [bool(q["answers"]) for q in questions]
-        null_allowed = self.task.unanswerable or not all(answerable)
         for question in questions:
-            silent = null_allowed and question["no_answer_score"] > self.task.cfg.null_threshold
+            silent = self.task.unanswerable and question["no_answer_score"] > self.task.cfg.null_threshold
             question["prediction"] = "" if silent else question["span"]
-        scores = [score(q["prediction"], q["answers"]) for q in questions]
+        rules = score if not all(answerable) else score_v1
+        scores = [rules(q["prediction"], q["answers"]) for q in questions]
         metrics = {"loss": float(found["loss"].mean()), **summarise(scores, answerable), "windows": len(found["loss"])}
         if not all(answerable):
             spans = [score(q["span"], q["answers"])[1] for q in questions]
@@ -159,7 +171,9 @@ class QaMeter:
             if value < NOTHING / 2 or len(best) == SHOWN_ANSWERS:
                 break
             span = int(windows["first"][at]), int(windows["last"][at])
-            best.setdefault(self._text(question["context"], int(windows["example"][at[0]]), *span), value)
+            text = self._text(question["context"], int(windows["example"][at[0]]), *span)
+            if text:  # a span of nothing but blanks is no answer
+                best.setdefault(text, value)
         span = next(iter(best), "")
         return {"id": question["id"], "where": question["where"], "answers": question["answers"], "span": span,
                 "no_answer_score": -best.get(span, NOTHING), "n_best": best}

@@ -36,6 +36,13 @@ def score(prediction: str, answers: list[str]) -> tuple[float, float]:
     return exact, max(f1(prediction, answer) for answer in wanted)
 
 
+def score_v1(prediction: str, answers: list[str]) -> tuple[float, float]:
+    """As `score`, by the rules of v1.1, for data without unanswerable questions: every answer counts, and no common word
+    is an F1 of 0, also where neither side has a word."""
+    exact = float(any(normalise(prediction) == normalise(answer) for answer in answers))
+    return exact, max(f1(prediction, answer) if normalise(answer) and normalise(prediction) else 0.0 for answer in answers)
+
+
 def summarise(scores: list[tuple[float, float]], answerable: list[bool]) -> dict[str, Any]:
     """Means over all questions; with unanswerable ones among them, also over either kind."""
     total: dict[str, Any] = _mean(scores)

@@ -23,8 +23,9 @@ from finetune.tasks import build_task
 LAYERS = {"lm": "lm_head", "classify": "score", "qa": "qa_outputs"}
 
 
-def train(overrides: list[str]) -> list[float]:
-    """Loss of each step of the run that `overrides` describe: constant learning rate, no weight decay, unpacked."""
+def train(overrides: list[str]) -> tuple[list[float], list[float]]:
+    """Loss and gradient norm of each step of the run that `overrides` describe: constant learning rate, no weight decay,
+    unpacked."""
     cfg = compose_train(overrides)
     tokenizer = load_tokenizer(None)
     task = build_task(cfg.task, tokenizer, packing=False)
@@ -34,7 +35,7 @@ def train(overrides: list[str]) -> list[float]:
     trained = [p for p in model.parameters() if p.requires_grad]
     betas = tuple(cfg.optim.betas)
     optimizer = torch.optim.AdamW(trained, lr=cfg.optim.lr, betas=betas, weight_decay=0.0, foreach=False)
-    losses = []
+    losses, norms = [], []
     for step in range(cfg.train.steps):
         first = step * cfg.train.global_batch
         chosen = [_row(position, cfg.seed, len(store)) for position in range(first, first + cfg.train.global_batch)]
@@ -43,10 +44,10 @@ def train(overrides: list[str]) -> list[float]:
         loss = sum(part for part, _ in parts) / count
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, cfg.optim.grad_clip)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, cfg.optim.grad_clip)))
         optimizer.step()
         losses.append(loss.item())
-    return losses
+    return losses, norms
 
 
 def _row(position: int, seed: int, rows: int) -> int:

@@ -71,7 +71,7 @@ def train(checkpoint: Path, data: Path, tokenizer, *, steps: int, global_batch: 
         if step == 0:
             first = {n: p.grad.clone() for n, p in named.items()}
         for group in optimizer.param_groups:
-            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * (step + 1) / steps))
+            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.step()
         losses.append(total / count)
     return losses, first

@@ -71,10 +71,20 @@ def root(small_gptj: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ALONE)
 def test_losses_are_plain_torchs_on_any_ranks_stage_and_accumulation(root, small_gptj, name):
-    wanted = heads_reference.train(overrides(root, small_gptj, name, 1))
+    """The norm as well: Adam would hide a gradient that is off by a factor."""
+    wanted, norms = heads_reference.train(overrides(root, small_gptj, name, 1))
     assert len(set(wanted)) == STEPS
     for ranks in (1, 2):
         assert losses(root / f"{name}-{ranks}") == pytest.approx(wanted, rel=1e-5), ranks
+        assert [line["grad_norm"] for line in metrics(root / f"{name}-{ranks}")] == pytest.approx(norms, rel=1e-4), ranks
+
+
+def test_the_size_of_class_weights_does_not_matter(root, small_gptj, tmp_path):
+    """Only their ratio: also where those of a whole step add up to less than one."""
+    weights = {name: [scale, 2 * scale] for name, scale in (("small", 1e-3), ("large", 1.0))}
+    run_cases(1, [[*overrides(root, small_gptj, "classify-full", 1), f"task.class_weights={values}", f"run_dir={tmp_path / name}",
+                   "train.micro_batch=2", "data.eval=null"] for name, values in weights.items()])
+    assert losses(tmp_path / "small") == pytest.approx(losses(tmp_path / "large"), rel=1e-6)
 
 
 @pytest.mark.parametrize(("ranks", "accumulation"), [(1, 4), (2, 4)])

@@ -11,7 +11,7 @@ import torch
 
 from finetune import faults
 from finetune.checkpoint import Checkpoints, _Save
-from finetune.checkpoint_files import find_resume, newest_valid, read_state, step_folders, step_of
+from finetune.checkpoint_files import Pieces, find_resume, newest_valid, read_state, step_folders, step_of
 from finetune.dist import World
 from finetune.errors import RunFailed, UserError
 from finetune.train_state import TrainState
@@ -27,7 +27,7 @@ def opened(run: Path, **more) -> Checkpoints:
 def write(checkpoints: Checkpoints, step: int) -> Path:
     about = {"format": 1, "identity": checkpoints.identity, "origin": checkpoints.origin}
     about["state"] = asdict(TrainState(step))
-    checkpoints._write(_Save(step, [("w|0|master", torch.full((4,), float(step)))], about, 16), WORLD)
+    checkpoints._write(_Save(step, Pieces.of([("w|0|master", torch.full((4,), float(step)))]), about, 16), WORLD)
     return checkpoints.folder / f"step-{step:08d}"
 
 

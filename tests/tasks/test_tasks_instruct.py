@@ -163,7 +163,7 @@ def test_the_template_travels_with_the_description(make, tokenizer, tmp_path):
     path.write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
     described = make(InstructConfig(template=str(path)), [PROMPT]).task.describe()
     path.unlink()
-    again = build_task(InstructConfig(), tokenizer, True)
+    again = build_task(InstructConfig(template=str(path)), tokenizer, True)
     again.prepare(None, described)
     assert again.template.text == "{% for m in messages %}<{{ m.content }}>{% endfor %}"
     assert tokenizer.decode(again.prompt_ids("2+2?")) == "<2+2?>"
@@ -240,3 +240,15 @@ def test_a_preview_that_a_person_can_check(make):
         "-- row 0, example 1: 12 tokens, 2 scored\n"
         "User: 2+2?\\n\n\\n\nAssistant:\n"
         "⟦ 4<|endoftext|>⟧")
+
+
+def test_columns_that_a_row_has_only_as_null_do_not_decide_its_layout(make):
+    """As tables of mixed rows are read: every row has every column."""
+    said = [{"role": "user", "content": "2+2?", "from": None, "value": None},
+            {"role": "assistant", "content": "4", "from": None, "value": None}]
+    mixed = {"prompt": None, "completion": None, "instruction": None, "output": None, "messages": said}
+    alone = {"messages": [{"role": m["role"], "content": m["content"]} for m in said]}
+    assert make(plain(), [mixed]).example(0) == make(plain(), [alone]).example(0)
+    theirs = [{"from": "human", "value": "2+2?", "role": None, "content": None},
+              {"from": "gpt", "value": "4", "role": None, "content": None}]
+    assert make(plain(), [{"messages": None, "conversations": theirs}]).example(0) == make(plain(), [alone]).example(0)

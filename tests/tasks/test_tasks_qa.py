@@ -19,7 +19,7 @@ from finetune.data.windows import token_span, window_starts
 from finetune.preview import preview
 from finetune.tasks import build_task
 from finetune.tasks.qa import NOTHING, best_spans
-from finetune.tasks.squad_metrics import best_threshold, normalise, score, summarise
+from finetune.tasks.squad_metrics import best_threshold, normalise, score, score_v1, summarise
 
 WHO = [8241, 30]  # "Who?"
 ADA = [2782, 64, 1138, 5811, 13]  # "Ada met Bob."
@@ -221,6 +221,56 @@ CASES = [("the Cat!", ["cat"]), ("a cat sat", ["cat sat", "the dog"]), ("", []),
 @pytest.mark.parametrize(("prediction", "answers"), CASES)
 def test_scores_are_the_official_scripts(prediction, answers):
     assert score(prediction, answers) == pytest.approx(_official(prediction, answers))
+
+
+def _official_v1(prediction, answers):
+    """evaluate-v1.1.py, as published."""
+    def normalize(s):
+        s = "".join(ch for ch in s.lower() if ch not in set(string.punctuation))
+        return " ".join(re.sub(r"\b(a|an|the)\b", " ", s).split())
+
+    def f1(gold, pred):
+        gold, pred = normalize(gold).split(), normalize(pred).split()
+        same = sum((Counter(pred) & Counter(gold)).values())
+        if same == 0:
+            return 0
+        precision, recall = same / len(pred), same / len(gold)
+        return 2 * precision * recall / (precision + recall)
+
+    return max(int(normalize(a) == normalize(prediction)) for a in answers), max(f1(a, prediction) for a in answers)
+
+
+@pytest.mark.parametrize(("prediction", "answers"), [(p, a) for p, a in CASES if a])
+def test_without_unanswerable_questions_the_rules_of_v1_hold(prediction, answers):
+    assert score_v1(prediction, answers) == pytest.approx(_official_v1(prediction, answers))
+
+
+def test_blanks_around_an_answer_do_not_move_its_tokens(make):
+    plain, blank = (make(cfg(), [row("Ada met Bob. Hi", answers=[answer])]).example(0) for answer in (("Bob", 8), (" Bob. ", 7)))
+    assert (plain["start"], plain["end"]) == (6, 6) and (blank["start"], blank["end"]) == (6, 7)
+
+
+def test_a_span_of_blanks_is_no_answer(make):
+    made = make(cfg(), [row("Ada\n\nBob", answers=[("Bob", 5)])])
+    meter = made.task.meter(made.store, None)
+    slots = len(made.example(0)["ids"]) - made.example(0)["context_at"] - 1
+    spans = [(i, i) for i in range(slots)]
+    texts = [meter._text("Ada\n\nBob", 0, *span) for span in spans]
+    assert "" in texts and "Bob" in texts
+    order = sorted(range(slots), key=lambda i: texts[i] != "")  # the blanks score best
+    scores = np.zeros((1, slots), np.float32)
+    scores[0] = np.arange(slots, 0, -1)
+    windows = {"example": np.array([0]), "first": np.array([[spans[i][0] for i in order]]),
+               "last": np.array([[spans[i][1] for i in order]]), "score": scores}
+    found = meter._question(0, windows)
+    assert found["span"] == next(texts[i] for i in order if texts[i]) and "" not in found["n_best"]
+
+
+def test_answers_that_cannot_be_found_are_counted(make):
+    made = make(cfg(max_length=7), [row(LETTERS, answers=[("a b c d", 0)])])
+    assert made.task.notes(made.store)[1].startswith("1 answers are whole in no window")
+    made = make(cfg(max_answer_tokens=2), [row(LETTERS, answers=[("a b c", 0)])])
+    assert made.task.notes(made.store)[0].startswith("1 answers are longer than task.max_answer_tokens = 2")
 
 
 def test_summary_splits_by_kind_only_with_unanswerable_questions():

@@ -280,6 +280,26 @@ def test_lm_eval_with_its_own_hf_model_and_ours(find_run, local_task, monkeypatc
     assert evaluate(compose_config([f"model={folder}", *words], "evaluate")) == 0
     found = [json.loads((where / "eval.json").read_text())["lm_eval"] for where in (run, folder)]
     assert [row["tasks"]["own_words"]["acc"] for row in found] == [theirs["results"]["own_words"]["acc,none"]] * 2
-    assert found[0]["samples"] == {"own_words": 20}
+    assert found[0]["settings"]["own_words"]["samples"] == 20
     with pytest.raises(UserError, match="no task no_such"):
         evaluate(compose_config([f"model={folder}", "suite=lm_eval", "tasks=no_such"], "evaluate"))
+
+
+@pytest.mark.slow
+def test_keys_of_the_trained_task_can_be_typed_for_a_run_and_an_export(find_run):
+    """Typed keys change; everything else stays as it was trained, also when the task is named."""
+    run = find_run("qa", "lora")
+    folder = exported(run, "adapter")
+    data = ["data.eval=asset:data/qa/eval.json", "batch=8"]
+
+    def figures(where, *words):
+        assert evaluate(compose_config([*words, *data], "evaluate")) == 0
+        return json.loads((where / "eval.json").read_text())
+
+    plain = figures(run, f"run={run}")
+    silent, talking = (figures(run, f"run={run}", f"task.null_threshold={value}") for value in (-1e9, 1e9))
+    assert silent["no_answer"]["f1"] == 1.0 and silent["has_answer"]["f1"] == 0.0 and talking["no_answer"]["f1"] == 0.0
+    named = figures(folder, f"model={folder}", "task=qa")
+    assert {key: named[key] for key in ("f1", "windows", "questions")} == {key: plain[key] for key in ("f1", "windows", "questions")}
+    with pytest.raises(UserError, match="cannot change"):
+        evaluate(compose_config([f"model={folder}", "task=classify", "task.problem=regression", *data], "evaluate"))

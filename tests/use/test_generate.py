@@ -73,6 +73,12 @@ def test_stop_strings_end_the_text(speaker):
     assert texts(speaker, PROMPTS[:1], Sampling(30, 0.0, stop=[stop]))[0] == whole[: whole.index(stop)]
 
 
+def test_a_stop_string_that_begins_in_the_prompt_does_not_count(speaker):
+    whole = texts(speaker, PROMPTS[:1], Sampling(20, 0.0))[0]
+    across = PROMPTS[0][-1] + whole[:3]
+    assert across not in whole and texts(speaker, PROMPTS[:1], Sampling(20, 0.0, stop=[across]))[0] == whole
+
+
 @pytest.mark.parametrize("stop", ["", "zzz", "cde", "e f", "f"])
 def test_a_stream_says_what_the_whole_text_says(stop):
     """Pieces of any size; nothing of a stop string gets out, also when it comes in two pieces."""
