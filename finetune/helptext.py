@@ -58,6 +58,7 @@ USAGE = {
     "serve": Usage("OpenAI's completions interface around an export, and a page to type in.",
                    "python launch/serve.py model=EXPORT [key=value ...]", [
         "python launch/serve.py model=runs/q/1/export",
+        "python launch/serve.py model=runs/q/1/export port=8001 max_tokens=256",
         "python launch/serve.py model=runs/i/1/export host=0.0.0.0 port=8080"],
         ["Any host but this machine's own needs a token in the environment variable SERVE_TOKEN."]),
     "convert": Usage("A checkpoint in another form: sharded safetensors, or mesh-transformer-jax's.",
@@ -65,6 +66,12 @@ USAGE = {
         "python launch/convert.py source=gpt-j-6b target=gpt-j-6b-bf16 dtype=bf16",
         "python launch/convert.py source=step_383500 target=gpt-j-6b-jax config=6B_roto_256.json",
         "python launch/convert.py source=runs/p/1/export target=slim/step_10 to=jax"]),
+    "doctor": Usage("What of this machine is ready to train: green, yellow, red, each with a remedy.",
+                    "python launch/doctor.py [--json]", [
+        "python launch/doctor.py",
+        "python launch/doctor.py --json",
+        "python launch/doctor.py json=true"],
+        ["Exit code 1 when something must be mended before training."]),
     "report": Usage("The page of a run, or one page that compares runs.",
                     "python launch/report.py run=RUN | 'runs=[RUN,RUN,...]' [out=FILE]", [
         "python launch/report.py run=runs/quickstart/20260101-120000",

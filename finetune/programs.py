@@ -171,5 +171,12 @@ class ConvertConfig:
     """Let the libraries' own log lines through."""
 
 
-SCHEMAS = {"evaluate": EvaluateConfig, "export": ExportAppConfig, "generate": GenerateConfig, "serve": ServeConfig,
+@dataclass
+class DoctorConfig:
+    json: bool = False
+    """Print one JSON object and nothing else; --json is short for it."""
+
+
+SCHEMAS = {"doctor": DoctorConfig,
+           "evaluate": EvaluateConfig, "export": ExportAppConfig, "generate": GenerateConfig, "serve": ServeConfig,
            "convert": ConvertConfig, "report": ReportConfig, "train": Config, "plan": Config}

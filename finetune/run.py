@@ -164,8 +164,7 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
 
     exported = cfg.export.enabled and result.status == "done"
     if exported:
-        say("exporting and verifying in a fresh process")
-        with memory.during("exporting"):
+        with memory.during("exporting"), _phase(display, "exporting, and verifying in a fresh process"):
             export_trained(cfg, engine, inputs, result, run_dir, world, say)
     final = final_result(result, world, engine.optimizer_bytes()["total"], {
         "start_host_bytes": start_host, "zero_stage": sharding.stage, "export": "export" if exported else None,

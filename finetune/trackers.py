@@ -104,10 +104,10 @@ class WandbTracker(Callback):
         self.evaluations: list[dict[str, float]] = []
 
     def state(self) -> dict[str, Any]:
-        return {"run_id": self.run_id} if self.run_id else {}
+        return {"run_id": self.run_id, "evaluations": list(self.evaluations)} if self.run_id else {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.run_id = state["run_id"]
+        self.run_id, self.evaluations = state["run_id"], list(state.get("evaluations", []))
 
     def start(self, run: RunInfo) -> None:
         self.run_dir = run.run_dir

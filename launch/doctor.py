@@ -1,4 +1,4 @@
-"""What of this machine is ready: `python launch/doctor.py [--json]`."""
+"""What of this machine is ready: `python launch/doctor.py [--json]`. Runs where nothing is installed yet, too."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if __name__ == "__main__":
-    from finetune.doctor import main
+    words = ["json=true" if word == "--json" else word for word in sys.argv[1:]]
+    try:
+        from finetune.app import main
+    except ImportError:  # then this is what it must say
+        from finetune.doctor import main as examine
 
-    sys.exit(main())
+        sys.exit(examine(json_only="json=true" in words))
+    sys.exit(main("finetune.doctor.program", "doctor", words))

@@ -6,7 +6,6 @@ fails is a yellow finding: a doctor who faints helps nobody.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -29,13 +28,11 @@ def checks() -> list[Check]:
     return [finding for check in CHECKS for finding in _guarded(check)]
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="launch/doctor.py", description="What of this machine is ready to train.")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    asked = parser.parse_args(argv)
+def main(json_only: bool = False) -> int:
+    """Print the findings; `json_only` as one JSON object. Returns the exit code."""
     found = checks()
     ready = all(check.level != RED for check in found)
-    if asked.json:
+    if json_only:
         print(json.dumps({"ready": ready, "checks": [check._asdict() for check in found]}, indent=2))
     else:
         _print_table(found, ready)

@@ -46,7 +46,7 @@ def torch_and_cuda() -> Check:
         return _gpus(torch, build, driver)
     if driver and not torch.version.cuda:
         return yellow("torch", f"{build}, but there is an NVIDIA driver {driver}: training would run on the CPU",
-                      "pip install torch --index-url https://download.pytorch.org/whl/cu128")
+                      "pip install torch --index-url https://download.pytorch.org/whl/cu130")
     if driver:
         return red("torch", f"{build} and driver {driver} do not work together",
                    f"Update the driver, or install a torch built for an older CUDA than {torch.version.cuda}.")
@@ -60,8 +60,8 @@ def cuda_compiler() -> Check:
         return green("cuda compiler", "not needed without a GPU")
     found = re.search(r"release (\d+\.\d+)", _output(["nvcc", "--version"]))
     if found is None:
-        return yellow("cuda compiler", "nvcc is missing: optimizer offload cannot compile its ops",
-                      f"Install the CUDA toolkit {torch.version.cuda}, or train without offload.")
+        return yellow("cuda compiler", "nvcc is missing: ops that DeepSpeed compiles for CUDA cannot be built",
+                      f"Install the CUDA toolkit {torch.version.cuda} if a run asks for one.")
     same = found[1].split(".")[0] == torch.version.cuda.split(".")[0]
     text = f"nvcc {found[1]}, torch CUDA {torch.version.cuda}"
     if same:

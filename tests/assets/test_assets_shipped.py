@@ -160,3 +160,12 @@ def test_transformers_reads_the_gptj_6b_config() -> None:
 
     config = GPTJConfig.from_pretrained(ASSETS / "gptj_6b")
     assert (config.n_layer, config.hidden_size, config.vocab_size, config.eos_token_id) == (28, 4096, 50400, 50256)
+
+
+def test_the_tiny_model_is_the_one_its_card_describes():
+    folder = ASSETS / "gptj_tiny"
+    card, file = (folder / "README.md").read_text(encoding="utf-8"), folder / "model.safetensors"
+    assert file.stat().st_size <= 16_000_000
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in card
+    for said in ("recipe=pretrain_tiny", "python -m finetune.data.fetch sotu", "4.661", "CC0"):
+        assert said in card

@@ -32,9 +32,11 @@ BY_RANK0 = [
     ("save.discard", 1),
 ]
 ALL = [(point, rank, nth) for point, nth in BY_BOTH for rank in (0, 1)] + [(point, 0, nth) for point, nth in BY_RANK0]
+LEADING_RANK_WRITES = [point for point in ALL if point[:2] != ("save.tensor", 1) or point[2] == 1]
+"""Stage 0: every rank has the same states, so rank 1's file is a header alone."""
 SOME = [("save.tensor", 0, 9), ("save.tensor", 1, 1), ("save.manifest", 0, 1), ("save.rename", 0, 1)]
 CHAINS = {
-    "stage0": (["zero=stage0"], ALL if EVERYTHING else SOME),
+    "stage0": (["zero=stage0"], LEADING_RANK_WRITES if EVERYTHING else SOME),
     "stage2": (
         ["zero=stage2"],
         ALL

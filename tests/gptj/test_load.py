@@ -48,6 +48,22 @@ def test_published_layout_with_legacy_buffers(copy, small_gptj):
     assert same(copy, small_gptj)
 
 
+def test_sharded_pickles_in_fp16(copy):
+    """pytorch_model.bin in two files with an index, as the fp16 branch of the published model has them."""
+    state = {name: tensor.half() for name, tensor in load_file(copy / "model.safetensors").items()}
+    state["transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8).tril().bool()
+    names = sorted(state)
+    parts = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+    for file, held in parts.items():
+        torch.save({name: state[name] for name in held}, copy / file)
+    weight_map = {name: file for file, held in parts.items() for name in held}
+    (copy / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (copy / "model.safetensors").unlink()
+    found = build(copy).state_dict()
+    assert found.keys() == state.keys() - {"transformer.h.0.attn.bias"}
+    assert all(torch.equal(tensor, state[name].float()) for name, tensor in found.items())
+
+
 def test_sharded_and_bare_body_names(copy, small_gptj):
     state = load_file(copy / "model.safetensors")
     names = sorted(state)

@@ -104,9 +104,9 @@ def test_locks_of_other_pythons_do_not_count(tmp_path: Path, monkeypatch):
 
 def test_json_is_all_that_is_printed_and_red_is_exit_code_1(lock: Path):
     # Importing deepspeed is what may hang: the doctor must not.
-    code = ("import sys; from finetune.doctor import main; code = main();"
+    code = ("import sys; from finetune.doctor import main; code = main(json_only=True);"
             "assert 'deepspeed' not in sys.modules; sys.exit(code)")
-    done = subprocess.run([sys.executable, "-c", code, "--json"],
+    done = subprocess.run([sys.executable, "-c", code],
                           cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     found = json.loads(done.stdout)
     assert done.returncode == 1 and found["ready"] is False
@@ -128,10 +128,10 @@ def test_every_finding_is_well_formed(tmp_path: Path, monkeypatch):
 def test_exit_code_and_text(monkeypatch, capsys):
     fine = (lambda: Check("a", "green", "fine"), lambda: Check("b", "yellow", "so so"))
     monkeypatch.setattr(doctor_run, "CHECKS", fine)
-    assert doctor.main([]) == 0
+    assert doctor.main() == 0
     assert "ready to train" in capsys.readouterr().out
     monkeypatch.setattr(doctor_run, "CHECKS", (lambda: [Check("c", "red", "bad [x]", "mend it")],))
-    assert doctor.main([]) == 1
+    assert doctor.main() == 1
     assert "bad [x]" in (text := capsys.readouterr().out) and "mend it" in text
 
 

@@ -78,7 +78,8 @@ def figures(runs, cases) -> dict[str, dict]:
             row[kind] = difference(exported(run, kind), case.head, ids, wanted)
         row["engine"] = difference(run / "export", case.head, ids, wanted)
         half = reopened(exported(run, kinds[-1], "dtype=bf16"), case.head, torch.bfloat16).float()
-        row["bf16"] = float((outputs(half, case.head, ids) - wanted).abs().mean() / (wanted.std() if wanted.numel() > 2 else wanted.abs().mean()))
+        spread = wanted.std() if wanted.numel() > 2 else wanted.abs().mean()
+        row["bf16"] = float((outputs(half, case.head, ids) - wanted).abs().mean() / spread)
         base = reopened_base(run, case.head, ids)
         row["moved"] = None if base is None else float((wanted - base).abs().max())
         found[case.name] = row
