@@ -45,6 +45,7 @@ CASES = {
     "instruct-full": [*INSTRUCT, *FULL, "optim.lr=1e-3", "train.epochs=20"],
 }
 SHOWN = ("loss", "perplexity", "accuracy", "f1", "exact_match")
+NESTED = ("has_answer_f1", "no_answer_f1")
 DRAWS = 200
 
 
@@ -57,12 +58,17 @@ def train(words: list[str]) -> dict:
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        evals = [{key: line[key] for key in ("step", *SHOWN) if key in line}
+        evals = [{key: line[key] for key in ("step", *SHOWN) if key in line} | _by_kind(line)
                  for line in lines if line["kind"] == "eval"]
         data = json.loads((run_dir / "data_stats.json").read_text())
         return {"command": " ".join(["python launch/train.py", *words]), "before": evals[0], "after": evals[-1],
                 "seconds": round(time.perf_counter() - started, 1),
                 "packing_efficiency": data["train"]["packing_efficiency"]}
+
+
+def _by_kind(line: dict) -> dict:
+    """F1 of answerable and of unanswerable questions, so that silence cannot pass for knowledge."""
+    return {f"{kind}_f1": line[kind]["f1"] for kind in ("has_answer", "no_answer") if kind in line}
 
 
 def baselines() -> dict:
@@ -109,7 +115,7 @@ def main() -> None:
         "runs": {name: runs[name] for name in CASES if name in runs}}, indent=2) + "\n")
     for name, run in runs.items():
         changed = ", ".join(f"{key} {run['before'][key]:.4f} -> {value:.4f}" for key, value in run["after"].items()
-                            if key in SHOWN)
+                            if key in (*SHOWN, *NESTED))
         print(f"{name:14} {run['seconds']:6.1f} s  {changed}")
     print(json.dumps(baselines()))
 

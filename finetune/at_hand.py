@@ -11,6 +11,9 @@ from finetune.data.records import open_source
 from finetune.errors import UserError
 from finetune.gptj.load import local_folder
 
+FETCHED = {"data/sotu": "Fetch it: python -m finetune.data.fetch sotu"}
+"""Folders of data that a recipe names and the project has a command for."""
+
 
 def absent(cfg: Config, download: bool) -> Iterator[UserError]:
     """One problem for each thing that cannot be found.
@@ -21,15 +24,17 @@ def absent(cfg: Config, download: bool) -> Iterator[UserError]:
     data = cfg.data
     for key, spec, split in (("data.train", data.train, data.split), ("data.eval", data.eval, data.eval_split)):
         if spec:
-            yield from _try(lambda spec=spec, split=split: open_source(spec, split, data.config), key)
-    yield from _try(lambda: local_folder(cfg.model, download), "")
+            fetch = FETCHED.get(str(Path(spec).parent), "")
+            yield from _try(lambda spec=spec, split=split: open_source(spec, split, data.config), key, fetch)
+    yield from _try(lambda: local_folder(cfg.model, download), "", "")
     folder = Path(resolve(cfg.model.tokenizer or ".")).expanduser()
     if str(folder).startswith("/") and not folder.is_dir():
         yield UserError(f"there is no directory {folder}", "model.tokenizer", "Check the path, or leave model.tokenizer out.")
 
 
-def _try(work: Callable[[], object], key: str) -> Iterator[UserError]:
+def _try(work: Callable[[], object], key: str, remedy: str) -> Iterator[UserError]:
     try:
         work()
     except UserError as error:
-        yield UserError(error.problem, f"{key} = {error.where}" if key and error.where else key or error.where, error.remedy)
+        where = f"{key} = {error.where}" if key and error.where else key or error.where
+        yield UserError(error.problem, where, remedy or error.remedy)

@@ -21,7 +21,7 @@ from finetune.at_hand import absent
 from finetune.callbacks import CallbackList, RunInfo
 from finetune.check import check
 from finetune.checkpoint import Checkpoints, TrainState, find_resume
-from finetune.config import Config, Offload
+from finetune.config import Config, Dtype, Offload
 from finetune.data.batches import StepBatches
 from finetune.data.columns import Store
 from finetune.data.order import Order
@@ -119,6 +119,8 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
     length = run_length(cfg.train, len(inputs.rows))
     world.on_main(lambda: save_config(cfg, inputs.about(), reference_texts(inputs.train), run_dir))
 
+    if sharding.stage == 0 and cfg.model.dtype is Dtype.bf16 and planned.accumulation > 1:
+        say("stage 0 adds up the gradients of micro-batches in bf16, which rounds each time; zero=stage1 adds them in fp32")
     connect_deepspeed(world, say)
     if sharding.on_nvme and sharding.nvme_folder:
         nvme.prepare(sharding.nvme_folder, world, say)

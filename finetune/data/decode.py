@@ -90,7 +90,7 @@ def strip_bom(chunk: bytes, path: Path) -> bytes:
 
 def broken_file(path: Path, fault: BrokenStream, good_lines: int) -> UserError:
     last = f"the last good line is {good_lines}" if good_lines else "no line of it can be read"
-    return UserError(f"{fault}; {last}", str(path),
+    return UserError(f"{fault}; {last}", f"{path}:{good_lines + 1}",
                      "Download or copy it again and compare its size or checksum with the source; "
                      f"to keep what is readable, decompress the first {good_lines} lines to another file.")
 

@@ -82,7 +82,9 @@ class InstructEncoder:
         ids = np.fromiter((i for turn in turns for part in turn for i in part), np.int64)
         scored = np.concatenate([np.repeat([0, 1], [len(prompt), len(end)]) for prompt, end in turns])
         ends = list(accumulate(len(prompt) + len(completion) for prompt, completion in turns))
-        found = [_window(ids, scored, *window) for window in windows(ends, self.cfg.max_length)]
+        cuts = windows(ends, self.cfg.max_length)
+        before = [0, *(end for _, _, end in cuts)]
+        found = [_window(ids, scored, *cut, max(0, cut[0] - end)) for cut, end in zip(cuts, before, strict=False)]
         return [example | {"where": where.encode()} for example in found]
 
 
@@ -111,10 +113,11 @@ def prompt_ids(template: Template, tokenizer: PreTrainedTokenizerBase, prompt: s
     return [i for n, piece in enumerate(cast(list, pieces)) for i in (*piece, *([eos] if n % 2 else []))]
 
 
-def _window(ids: np.ndarray, scored: np.ndarray, begin: int, scored_from: int, end: int) -> Example:
+def _window(ids: np.ndarray, scored: np.ndarray, begin: int, scored_from: int, end: int, lost: int) -> Example:
+    """`lost`: tokens in front of it that no example has."""
     flags = scored[begin:end].copy()
     flags[: max(0, scored_from - begin)] = 0
-    return {"ids": ids[begin:end], "scored": flags, "cut": begin}
+    return {"ids": ids[begin:end], "scored": flags, "cut": lost}
 
 
 def _refuse_eos(messages: list[Message], eos: str, where: str) -> None:

