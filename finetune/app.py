@@ -39,7 +39,8 @@ CONF, RECIPES = ROOT / "conf", ROOT / "recipes"
 T = TypeVar("T")
 
 ALIASES = {"evaluate": {"model": "export_dir"}, "generate": {"model": "export_dir"}, "serve": {"model": "export_dir"},
-           "export": {"export.push_to_hub": "push_to_hub", "export.hub_private": "hub_private"}}
+           "export": {"export.push_to_hub": "push_to_hub", "export.hub_private": "hub_private",
+                      "export.hub_base": "hub_base"}}
 """program -> key as users type it -> key in the schema: `model` alone would name the group of base models."""
 
 MOST_PROBLEMS = 8

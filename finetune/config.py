@@ -332,6 +332,8 @@ class ExportConfig:
     """ORG/NAME: upload the verified export to the Hugging Face hub, with the token of `hf auth login` or HF_TOKEN."""
     hub_private: bool = True
     """Whether a hub repository that is made now is private."""
+    hub_base: Optional[str] = None
+    """Hub id of the model that an uploaded adapter belongs to, where it lies in a folder here."""
 
 
 @dataclass

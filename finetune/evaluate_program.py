@@ -52,13 +52,19 @@ def run(composed: Composed) -> int:
     if cfg.batch < 1:
         raise UserError(f"batch = {cfg.batch} evaluates nothing", "batch", "Try batch=8.")
     world = dist.connect()
+    try:
+        return _run(cfg, typed_keys, world)
+    finally:
+        dist.disconnect()
+
+
+def _run(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> int:
     silence_libraries(cfg.verbose, world.rank)
     folder, trained, settings, data = _subject(cfg, typed_keys, world)
     if world.device.type == "cpu":
         heap.keep_freed_memory()
     if cfg.suite == "lm_eval":
         _lm_eval(cfg, folder, trained, world)
-        dist.disconnect()
         return EXIT_DONE
     task = build_task(settings, load_tokenizer(_tokenizer(cfg, folder)), cfg.packing)
     task.prepare(None, trained.task)
@@ -74,7 +80,6 @@ def run(composed: Composed) -> int:
         metrics |= {"bad_rows": store.stats["bad_rows"], "bad_row_messages": store.stats["bad_row_messages"]}
     if world.main:
         _report(metrics, predictions, Path(cfg.out).expanduser() if cfg.out else folder, spec)
-    dist.disconnect()
     return EXIT_DONE
 
 

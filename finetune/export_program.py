@@ -109,7 +109,7 @@ def run(composed: Composed) -> int:
     rows = [(key, str(value)) for key, value in figures.items() if key != "files"]
     summary_table(f"export {app.kind}", [("folder", str(target)), *rows])
     if app.push_to_hub:
-        print(f"pushed to {push(target, app.push_to_hub, app.hub_private)}")
+        print(f"pushed to {push(target, app.push_to_hub, app.hub_private, app.hub_base)}")
     return EXIT_DONE
 
 

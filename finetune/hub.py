@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from finetune.config import ExportConfig
@@ -26,8 +27,12 @@ def check_hub(repo: str) -> None:
                         "Try push_to_hub=your-name/model-name.") from None
 
 
-def push(folder: Path, repo: str, private: bool) -> str:
+def push(folder: Path, repo: str, private: bool, base: str | None = None) -> str:
     """Make the repository where there is none, upload every file of `folder`; the repository's address.
+
+    Args:
+        base: hub id under which others find the model that an adapter belongs to, where this machine has it in a folder;
+            written into the uploaded files only.
 
     Raises:
         RunFailed: no token, no network, refused. Says what would have been uploaded; the export stays as it is.
@@ -38,9 +43,13 @@ def push(folder: Path, repo: str, private: bool) -> str:
         if get_token() is None:
             raise RunFailed(f"there is no hub token. {_would(folder, repo, private)}", "push_to_hub",
                             f"{LOGIN} {_again(folder, repo)}")
+        changed = _with_base(folder, base)
         api = HfApi()
         url = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message="Upload from finetune-gptj")
+        api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message="Upload from finetune-gptj",
+                          ignore_patterns=list(changed))
+        for name, text in changed.items():
+            api.upload_file(repo_id=repo, path_in_repo=name, path_or_fileobj=text.encode())
         return str(url)
     except RunFailed:
         raise
@@ -54,9 +63,24 @@ def push_or_explain(folder: Path, cfg: ExportConfig) -> str:
     """As `push` at the end of training, where a failure must not fail the run: what happened, for people."""
     assert cfg.push_to_hub
     try:
-        return f"pushed to {push(folder, cfg.push_to_hub, cfg.hub_private)}"
+        return f"pushed to {push(folder, cfg.push_to_hub, cfg.hub_private, cfg.hub_base)}"
     except RunFailed as error:
         return f"not pushed: {error.render()}"
+
+
+def _with_base(folder: Path, base: str | None) -> dict[str, str]:
+    """Files of an adapter that name its base by a local folder, with the hub id in its place: name -> text."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return {}
+    local = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if not local or not Path(local).is_absolute():
+        return {}
+    if not base:
+        raise RunFailed(f"the adapter's base is {local}, a folder that nobody else has", "push_to_hub",
+                        "Say what others know it as: hub_base=EleutherAI/gpt-j-6b; or push kind=merged.")
+    texts = {path.name: path.read_text(encoding="utf-8") for path in (file, folder / "README.md") if path.is_file()}
+    return {name: text.replace(local, base) for name, text in texts.items()}
 
 
 def _would(folder: Path, repo: str, private: bool) -> str:

@@ -63,6 +63,8 @@ class ExportAppConfig:
     """ORG/NAME: upload the verified export to the Hugging Face hub, with the token of `hf auth login` or HF_TOKEN."""
     hub_private: bool = True
     """Whether a hub repository that is made now is private."""
+    hub_base: Optional[str] = None
+    """Hub id of the model that an uploaded adapter belongs to, where it lies in a folder here."""
     verbose: bool = False
     """Let the libraries' own log lines through."""
 

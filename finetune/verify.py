@@ -12,8 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-TOLERANCE = {"float32": (2e-5, 0.999), "bfloat16": (0.05, 0.9), "float16": (0.01, 0.97)}
-"""dtype -> (mean absolute difference over the outputs' standard deviation, least arg-max agreement)."""
+TOLERANCE = {"float32": (2e-5, 2e-3, 0.999), "bfloat16": (0.05, 0.5, 0.9), "float16": (0.01, 0.1, 0.97)}
+"""dtype -> (mean and largest difference over the outputs' standard deviation, least arg-max agreement). The largest one
+finds a single wrong row of the head, which the mean over 50400 does not show."""
 
 
 def open_export(folder: Path):
@@ -76,12 +77,13 @@ def compare(folder: Path, reference: Path) -> dict:
     a, b = torch.cat(wanted), torch.cat(found)
     difference = (a - b).abs()
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    mean_limit, agreement_limit = TOLERANCE[dtype]
+    mean_limit, max_limit, agreement_limit = TOLERANCE[dtype]
     agreement = _agreement(wanted, found, head)
-    relative = float(difference.mean() / a.std().clamp(min=1e-12))
+    spread = a.std().clamp(min=1e-12)
+    relative, largest = float(difference.mean() / spread), float(difference.max() / spread)
     finite = bool(torch.isfinite(b).all())
     return {
-        "equal": finite and relative <= mean_limit and (agreement >= agreement_limit or relative < 1e-5),
+        "equal": finite and relative <= mean_limit and largest <= max_limit and (agreement >= agreement_limit or relative < 1e-5),
         "max_difference": float(difference.max()), "mean_difference": float(difference.mean()),
         "relative_difference": relative, "argmax_agreement": agreement, "positions": a.shape[0], "dtype": dtype,
         "tensors": sum(1 for _ in model.parameters()), "parameters": sum(p.numel() for p in model.parameters()),

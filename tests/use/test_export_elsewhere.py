@@ -196,6 +196,12 @@ def test_a_wrong_export_is_refused_and_leaves_nothing(find_run, merged, tmp_path
         outputs = model(ids[None]).logits[0]
     assert verify_export(folder, {"ids.0": ids, "outputs.0": outputs})["verified"]
     tensors = load_file(folder / "model.safetensors")
+    row = tensors["lm_head.weight"][777].clone()
+    tensors["lm_head.weight"][777] *= -1  # one word of 50400: the mean does not show it
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunFailed, match="not equal"):
+        verify_export(folder, {"ids.0": ids, "outputs.0": outputs})
+    tensors["lm_head.weight"][777] = row
     tensors["transformer.h.1.mlp.fc_in.weight"][3] *= 3
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RunFailed, match="not equal"):
@@ -264,7 +270,7 @@ def local_task(tmp_path) -> Path:
 @pytest.mark.slow
 def test_lm_eval_with_its_own_hf_model_and_ours(find_run, local_task, monkeypatch):
     """`hf` with `peft=`, as people type it, and launch/evaluate.py of the same run: the same log-likelihoods."""
-    lm_eval = pytest.importorskip("lm_eval")
+    import lm_eval
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
