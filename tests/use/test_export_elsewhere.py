@@ -240,7 +240,8 @@ def test_the_hub_offline_says_what_it_would_do(find_run, monkeypatch, tmp_path, 
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
     run, out = find_run("lm", "lora"), tmp_path / "out"
-    words = [f"run={run}", "kind=adapter", f"out={out}", "verify=tensors", "export.push_to_hub=someone/some-model"]
+    words = [f"run={run}", "kind=adapter", f"out={out}", "verify=tensors", "export.push_to_hub=someone/some-model",
+             "hub_base=EleutherAI/gpt-j-6b"]
     with pytest.raises(RunFailed, match=r"someone/some-model .*upload \d+ files") as caught:
         export(compose_config(words, "export"))
     assert caught.value.exit_code == 1 and f"hf upload someone/some-model {out}" in str(caught.value)
