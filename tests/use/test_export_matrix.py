@@ -84,7 +84,8 @@ def figures(runs, cases) -> dict[str, dict]:
         row["moved"] = None if base is None else float((wanted - base).abs().max())
         found[case.name] = row
     if len(cases) > 20:
-        RESULT.write_text(json.dumps({"tolerance": TOLERANCE, "cases": found}, indent=1) + "\n")
+        command = "pytest tests/use/test_export_matrix.py --export-matrix=full"
+        RESULT.write_text(json.dumps({"command": command, "tolerance": TOLERANCE, "cases": found}, indent=1) + "\n")
     return found
 
 
