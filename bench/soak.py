@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.faults.jobs import prepare, run_jobs, words  # noqa: E402
 
-STEPS, EVERY, EVAL_EVERY = 1500, 4, 100
+STEPS, EVERY, EVAL_EVERY = 600, 4, 60
 TARGETS = (["0"], ["1"], ["0", "1"], ["launcher"])
 STARTING, AT_WORK = (0.2, 2.5), (0.0, 1.0)
 """Seconds after its start, or after its first new step, at which an attempt is killed."""
@@ -89,12 +89,13 @@ def plan_jobs(args: argparse.Namespace) -> list[dict]:
         return moment | {"send": "SIGKILL", "to": rng.choice(TARGETS)}
 
     killed = [{"name": f"kill {n}", "words": run("soaked"), "actions": [kill(n)]} for n in range(args.kills)]
-    return [{"name": "undisturbed", "words": run("undisturbed")}, *killed, {"name": "end", "words": run("soaked")}]
+    whole = {"timeout": 900}
+    return [{"name": "undisturbed", "words": run("undisturbed"), **whole}, *killed, {"name": "end", "words": run("soaked"), **whole}]
 
 
 def attempts(jobs: list[dict], folder: Path, first: int) -> list[dict]:
     """What each attempt was hit by and left behind, in a few words."""
-    found = run_jobs(jobs, folder / f"attempts-{first:03d}")
+    found = run_jobs(jobs, folder / f"attempts-{first:03d}", timeout=3600)
     told = []
     for job in jobs:
         one = found[job["name"]]

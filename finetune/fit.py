@@ -40,10 +40,17 @@ def plan_run(cfg: Config, world: World, run_dir: Path, num_labels: int | None) -
     return planned
 
 
-def step_flops(cfg: Config, num_labels: int | None) -> Callable[[float, float], float]:
-    """(tokens, sum of squared document lengths) -> model FLOPs of a training step on them."""
+def step_flops(cfg: Config, num_labels: int | None) -> Callable[[float, float], tuple[float, float]]:
+    """(tokens, sum of squared document lengths) -> FLOPs of a training step on them, and those that
+    activation checkpointing does again."""
     shape = _shape(cfg, num_labels)
-    return lambda tokens, pairs: tokens * shape.flops_per_token(round(pairs / max(tokens, 1)), cfg.adapter).model
+    rebuilds = cfg.train.activation_checkpointing in (True, "offload")
+
+    def flops(tokens: float, pairs: float) -> tuple[float, float]:
+        each = shape.flops_per_token(round(pairs / max(tokens, 1)), cfg.adapter, rebuilds)
+        return tokens * each.model, tokens * each.recompute
+
+    return flops
 
 
 def sharding_of(planned: Plan, cfg: Config, run_dir: Path) -> Sharding:

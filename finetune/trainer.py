@@ -58,8 +58,9 @@ class Hooks:
     learning_rate: Callable[[int], float]
     beat: Callable[[], None]
     """Called whenever something was done: the hang watch listens."""
-    flops: Callable[[float, float], float] = lambda tokens, pairs: 0.0
-    """(tokens, sum of squared document lengths) -> model FLOPs of training on them; not collective."""
+    flops: Callable[[float, float], tuple[float, float]] = lambda tokens, pairs: (0.0, 0.0)
+    """(tokens, sum of squared document lengths) -> FLOPs of training on them, and those that activation
+    checkpointing does again; not collective."""
     peak_flops: float | None = None
     """FLOP/s that one device can do at most; None: not known."""
 
@@ -86,7 +87,7 @@ class Trainer:
         self.saved_step, self.good = self.checkpoints.newest(), _copy(state)
         if self._out_of_patience(state):
             return self._finish(state, "done")
-        status, clock, tokens, flops = "done", time.perf_counter(), 0, 0.0
+        status, clock, tokens, flops = "done", time.perf_counter(), 0, np.zeros(2)
         for batches in self.batches:
             scored, step_tokens, pairs, stops, saves, broken = self._agree(batches)
             if broken:
@@ -111,7 +112,7 @@ class Trainer:
                 self._skipped(state, losses)
             if self._is_log_step(state.step):
                 self._log(state, losses, scored, lr, tokens, flops, clock)
-                clock, tokens, flops = time.perf_counter(), 0, 0.0
+                clock, tokens, flops = time.perf_counter(), 0, np.zeros(2)
             if applied:
                 self.good = _copy(state)
             elif self.train.max_skipped and state.skipped_in_a_row >= self.train.max_skipped:
@@ -143,7 +144,7 @@ class Trainer:
     def _is_log_step(self, step: int) -> bool:
         return step % max(1, self.train.log_every) == 0 or step == self.total_steps
 
-    def _log(self, state: TrainState, losses: list[Tensor], scored: float, lr: float, tokens: int, flops: float,
+    def _log(self, state: TrainState, losses: list[Tensor], scored: float, lr: float, tokens: int, flops: np.ndarray,
              clock: float) -> None:
         (total,) = self.world.sum([sum(loss.item() for loss in losses)])
         seconds = time.perf_counter() - clock
@@ -164,10 +165,13 @@ class Trainer:
             **self._arithmetic(flops / max(seconds, 1e-9) / self.world.size), **({"spike": True} if jumped else {}),
         })
 
-    def _arithmetic(self, flops: float) -> dict[str, float]:
-        """Model FLOP/s of one device; as a share of its peak where that is known (MFU, arXiv:2204.02311)."""
+    def _arithmetic(self, flops: np.ndarray) -> dict[str, float]:
+        """Model FLOP/s of one device, and what activation checkpointing computes again; the former as a share of the
+        device's peak where that is known (MFU, arXiv:2204.02311)."""
+        model, again = flops.tolist()
         peak = self.hooks.peak_flops
-        return {"tflops": flops / 1e12} | ({"mfu": flops / peak} if peak else {})
+        return ({"tflops": model / 1e12} | ({"recompute_tflops": again / 1e12} if again else {})
+                | ({"mfu": model / peak} if peak else {}))
 
     def _skipped(self, state: TrainState, losses: list[Tensor]) -> None:
         """Count a step that changed nothing, and name its data.

@@ -17,7 +17,7 @@ from finetune.data.tokenizer import load_tokenizer
 from finetune.names import MODULES
 from tests.conftest import ROOT
 from tests.distributed import reference
-from tests.distributed.ranks import losses, run_cases
+from tests.distributed.ranks import losses, metrics, run_cases
 
 STEPS, LENGTH, BATCH = 20, 32, 8
 COMMON = dict(steps=STEPS, global_batch=BATCH, length=LENGTH, lr=2e-3, weight_decay=0.1, clip=1.0, seed=3)
@@ -156,6 +156,9 @@ def test_checkpointed_blocks_give_the_same_losses(trained, plain):
     assert len(runs) == 4
     for run in runs:
         assert worst(losses(run), plain("full", "packed")) <= TOLERANCE, run
+        told = metrics(run)[-1]
+        assert told["tflops"] > 0 and ("recompute_tflops" in told) == ("selective" not in run.name)
+        assert told["tflops"] > 3 * told.get("recompute_tflops", 0.0)  # at most a forward less the head
 
 
 @pytest.mark.slow
