@@ -21,7 +21,8 @@ def overrides(small: Path, data: Path, run_dir: Path, *more: str) -> list[str]:
             f"run_dir={run_dir}", "task.max_length=128", f"train.steps={STEPS}", "train.global_batch=8", "seed=5",
             "train.micro_batch=2", "optim.lr=1e-3", "train.eval_every=5", "train.activation_checkpointing=false",
             "model.attn_pdrop=0.1", "model.resid_pdrop=0.1", "model.embd_pdrop=0.1", f"checkpoint.every={CUT}",
-            "checkpoint.keep=5", "export.enabled=false", *more]
+            "checkpoint.keep=5", "export.enabled=false", "train.sample_every=5", "train.sample_tokens=3",
+            "train.sample_prompts=[The,One]", *more]
 
 
 VARIANTS = {
@@ -89,6 +90,19 @@ def test_evaluations_without_a_gain_count_on_across_a_resume(runs, name):
     state = json.loads((run / f"checkpoints/step-{last:08d}/state.json").read_text())["state"]
     assert (state["step"], state["best_step"], state["without_gain"]) == (last, 1, PATIENCE)
     assert json.loads((run / "result.json").read_text())["status"] == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_samples_are_written_and_the_same_after_a_resume(runs, name):
+    """Also where every word takes gathering the weights from both ranks; drawing them leaves training as it is (above)."""
+    whole, again = (samples(runs / folder) for folder in (name, f"{name}-again"))
+    assert [(sample["step"], sample["prompt"]) for sample in whole] == [(5, "The"), (5, "One"), (10, "The"), (10, "One")]
+    assert all(sample["text"] for sample in whole) and again[-4:] == whole
+
+
+def samples(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
