@@ -10,9 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
+import openai
 import pytest
 import zstandard
 
@@ -172,10 +172,12 @@ def test_the_readme_s_server_answers(quick_run):
                                stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"})
     try:
         address = next(found[0] for text in process.stdout if (found := re.findall(r"http://127\.0\.0\.1:\d+", text)))
-        request = urllib.request.Request(f"{address}/v1/completions", b'{"prompt": "The", "max_tokens": 3}',
-                                         {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            assert json.loads(answer.read())["usage"]["completion_tokens"] <= 3
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60)
+        (model,) = client.models.list()
+        parts = list(client.completions.create(model=model.id, prompt="The", max_tokens=3, temperature=0, stream=True))
+        whole = client.completions.create(model=model.id, prompt="The", max_tokens=3, temperature=0)
+        assert whole.usage.completion_tokens == 3 and whole.choices[0].text
+        assert "".join(part.choices[0].text for part in parts) == whole.choices[0].text
     finally:
         process.terminate()  # Ctrl-C does not reach what a script started in the background
         process.communicate(timeout=60)
@@ -245,14 +247,16 @@ def test_two_nodes_without_ssh_train_as_one_node_does(quick_run, tmp_path):
 
 @pytest.mark.slow
 def test_sweep_runs_each_job_and_repeats_nothing(tmp_path):
-    command = [sys.executable, "launch/train.py", "-m", *QUICK, "train.steps=2", "optim.lr=1e-3,5e-3", "export.enabled=false",
-               f"sweep.dir={tmp_path}"]
-    done = call(command)
+    """Under `deepspeed`, whose number of ranks each job's own process group gets; then once more, by plain python."""
+    words = ["launch/train.py", "-m", *QUICK, "train.steps=2", "optim.lr=1e-3,5e-3", "export.enabled=false",
+             f"sweep.dir={tmp_path}"]
+    done = call([*DEEPSPEED, "--num_gpus", "2", *words])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     jobs = json.loads((tmp_path / "sweep.json").read_text())["jobs"]
     assert [job["status"] for job in jobs] == ["done", "done"] and jobs[0]["eval"]["loss"] <= jobs[1]["eval"]["loss"]
     stamps = [(tmp_path / f"{n}/result.json").stat().st_mtime for n in range(2)]
-    assert call([*DEEPSPEED, *command[1:]]).returncode == 0
+    assert [result(tmp_path / str(n))["world_size"] for n in range(2)] == [2, 2]
+    assert call([sys.executable, *words, "sweep.num_gpus=2"]).returncode == 0
     assert stamps == [(tmp_path / f"{n}/result.json").stat().st_mtime for n in range(2)]
 
 

@@ -24,6 +24,7 @@ def main(words: dict[str, str]) -> int:
     slow = run_dir.name in words.get("train.early_stopping", "") and not again
     with open(run_dir / "starts.txt", "a") as file:
         file.write("start\n")
+    (run_dir / "words.json").write_text(json.dumps(words))
     if words.get("optim.eps") == "0.5":
         print("error: optim.eps: half is too much\n  Try 1e-8.", flush=True)
         return 2

@@ -63,6 +63,14 @@ def test_a_failed_job_does_not_end_the_sweep(tmp_path):
     assert page.count("<tr data-job=") == 6 and page.count('class="way') >= 4 and "half is too much" in page
 
 
+def test_all_jobs_are_one_group_in_wandb_unless_the_user_names_one(tmp_path):
+    for name, more in (("own", []), ("named", ["tracker.wandb.group=mine"])):
+        done = run(tmp_path / name, "recipe=quickstart", "optim.lr=1e-2,1e-3", "tracker=[wandb]", *more)
+        assert done.returncode == 0, done.stdout + done.stderr
+        told = [json.loads((tmp_path / name / str(n) / "words.json").read_text()) for n in range(2)]
+        assert [words["tracker.wandb.group"] for words in told] == [more[0].split("=")[1] if more else name] * 2
+
+
 def test_on_failure_stop(tmp_path):
     done = run(tmp_path, *GRID, "sweep.on_failure=stop")
     assert done.returncode == 1 and starts(tmp_path) == {0: 1, 1: 1}

@@ -23,6 +23,7 @@ from finetune.evaluate_program import run as evaluate
 from finetune.export import verify_export
 from finetune.export_program import run as export
 from finetune.generate import load_speaker
+from finetune.generate import run as generate
 from finetune.sample import Sampling
 from tests.use.test_export_matrix import AUTO, exported
 
@@ -310,3 +311,30 @@ def test_keys_of_the_trained_task_can_be_typed_for_a_run_and_an_export(find_run)
     assert {key: named[key] for key in ("f1", "windows", "questions")} == {key: plain[key] for key in ("f1", "windows", "questions")}
     with pytest.raises(UserError, match="cannot change"):
         evaluate(compose_config([f"model={folder}", "task=classify", "task.problem=regression", *data], "evaluate"))
+
+
+def said(capsys, *words: str) -> str:
+    assert generate(compose_config([*words], "generate")) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_every_head_answers_in_generate(find_run, capsys, tmp_path):
+    """A whole model, an adapter; one question, a file of them; a chat in the template that was trained."""
+    classifier = exported(find_run("classify", "full"), "full")
+    found = json.loads(said(capsys, f"model={classifier}", "prompt=Man wins."))
+    assert found["label"] in found["probabilities"] and sum(found["probabilities"].values()) == pytest.approx(1.0, abs=1e-4)
+    answers = exported(find_run("qa", "lora"), "adapter")
+    rows = [{"question": "Who?", "context": context} for context in ("Ada met Bob.", "Nobody was there.")]
+    file, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said(capsys, f"model={answers}", f"prompts={file}", f"out={out}")
+    for row, line in zip(rows, out.read_text().splitlines(), strict=True):
+        found = json.loads(line)
+        assert row["context"][found["start"] : found["end"]] == found["best_span"] != ""
+    instructed = exported(find_run("lm", "lora"), "adapter")
+    words = [f"model={instructed}", "temperature=0", "max_new_tokens=6", "dtype=fp32"]
+    asked = said(capsys, *words, "prompt=Name three fruits.", "chat=true").strip("\n")
+    speaker = load_speaker(str(instructed), compose_config(["dtype=fp32"], "generate").config.dtype)
+    (ids,) = speaker.continue_ids([speaker.task.prompt_ids("Name three fruits.")], Sampling(6, 0.0))
+    assert asked == speaker.tokenizer.decode(ids, skip_special_tokens=True).strip("\n") != ""

@@ -1,4 +1,4 @@
-"""Text from models: batches and single prompts, sampling, stop strings, files, and the heads that write none."""
+"""Text from models: batches and single prompts, sampling, stop strings, files."""
 
 from __future__ import annotations
 
