@@ -69,6 +69,7 @@ def unequal_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """GPU tests skip where there is no GPU. Files with slow tests come first, so that both workers end together, and a
     worker takes whole files, or all that are made from the same trained runs."""
