@@ -69,18 +69,12 @@ def unequal_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests skip where there is no GPU. Files with slow tests come first, so that both workers end together, and a
-    worker takes whole files, or all that are made from the same trained runs."""
+    """GPU tests skip where there is no GPU; files with slow tests come first, so that both workers end together."""
     import torch
 
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-    for item in items:
-        shared = item.path.name if "runs" not in getattr(item, "fixturenames", ()) or item.path.parent.name != "use" else "exports"
-        item.add_marker(pytest.mark.xdist_group(shared))
-
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
