@@ -25,6 +25,8 @@ PR_SET_CHILD_SUBREAPER = 36
 GRACE_SECONDS = 30.0
 LAUNCHER, HIDDEN = b"deepspeed", b"plainfork"
 POLL_SECONDS = 0.02
+LIMIT_SECONDS = 300.0
+"""Of one run; the first on a machine compiles an op, which takes minutes where others compute too."""
 
 
 def run_rank(job: dict, rank: int, port: int, log: Path) -> None:
@@ -193,7 +195,7 @@ def run(job: dict, folder: Path, number: int) -> dict:
     parent = os.fork()
     if parent == 0:
         launcher(job, log, pids)
-    actions, sent, codes, limit = list(job.get("actions", [])), None, {}, job.get("timeout", 90)
+    actions, sent, codes, limit = list(job.get("actions", [])), None, {}, job.get("timeout", LIMIT_SECONDS)
     base = steps_done(run_dir)
     while True:
         ended = reap(codes)
