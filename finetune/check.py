@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -107,15 +108,17 @@ def _optim(cfg: Config) -> Iterator[UserError]:
     optim = cfg.optim
     if optim.schedule not in SCHEDULES:
         yield UserError(f"optim.schedule = {optim.schedule} is unknown", remedy=f"Choose from {', '.join(SCHEDULES)}.")
-    if optim.lr < 0:
-        yield UserError(f"optim.lr = {optim.lr} is negative", remedy="Try optim.lr=1e-4.")
+    if not 0 < optim.lr < math.inf:
+        yield UserError(f"optim.lr = {optim.lr} is not a positive number", remedy="Try optim.lr=1e-4.")
+    if not 0 < optim.eps < math.inf:
+        yield UserError(f"optim.eps = {optim.eps} is not a positive number", remedy="Try optim.eps=1e-8.")
     if len(optim.betas) != 2 or not all(0 <= b < 1 for b in optim.betas):
         yield UserError(f"optim.betas = {optim.betas} must be two numbers in [0, 1)", remedy="Try optim.betas=[0.9,0.999].")
     if not 0 <= optim.min_lr <= 1:
         yield UserError(f"optim.min_lr = {optim.min_lr} is a share of the peak, 0 to 1", remedy="Try optim.min_lr=0.1.")
     for key in ("warmup", "weight_decay", "grad_clip"):
-        if getattr(optim, key) < 0:
-            yield UserError(f"optim.{key} = {getattr(optim, key)} is negative", remedy=f"Try optim.{key}=0.")
+        if not 0 <= getattr(optim, key) < math.inf:
+            yield UserError(f"optim.{key} = {getattr(optim, key)} is negative, or no number", remedy=f"Try optim.{key}=0.")
 
 
 def _model(cfg: Config, cuda: bool) -> Iterator[UserError]:
@@ -132,6 +135,8 @@ def _adapter(cfg: Config) -> Iterator[UserError]:
     if isinstance(adapter, LoraConfig):
         if adapter.rank < 1:
             yield UserError(f"adapter.rank = {adapter.rank} must be at least 1", remedy="Try adapter.rank=8.")
+        if not 0 < adapter.alpha < math.inf:
+            yield UserError(f"adapter.alpha = {adapter.alpha} would leave the adapter without effect", remedy="Try adapter.alpha=16.")
         if not 0 <= adapter.dropout < 1:
             yield UserError(f"adapter.dropout = {adapter.dropout} is not a probability below 1",
                             remedy="Try adapter.dropout=0.05.")
@@ -155,6 +160,9 @@ def _zero(cfg: Config, world_size: int) -> Iterator[UserError]:
     zero = cfg.zero
     if zero.stage not in STAGES:
         yield UserError(f"zero.stage = {zero.stage} is none of auto, 0, 1, 2, 3", remedy="Try zero=auto.")
+    if zero.bucket_elements < 1:
+        yield UserError(f"zero.bucket_elements = {zero.bucket_elements} must be at least 1",
+                        remedy="Try zero.bucket_elements=50000000.")
     if zero.stage == 0 and zero.offload_optimizer is not Offload.none:
         yield UserError("zero.offload_optimizer needs stage 1, 2 or 3", "zero.stage=0", "Try zero=stage1.")
     if zero.stage in (0, 1, 2) and zero.offload_params is not Offload.none:
@@ -170,6 +178,8 @@ def _rest(cfg: Config) -> Iterator[UserError]:
     if not re.fullmatch(r"[\w][\w.-]*", cfg.name):
         yield UserError(f"name = {cfg.name} is part of a path and may only hold letters, digits, '.', '_' and '-'",
                         remedy="Try name=my-run, and run_dir=DIR for another place.")
+    if cfg.data.max_bad_rows < 0:
+        yield UserError(f"data.max_bad_rows = {cfg.data.max_bad_rows} is negative", remedy="Try data.max_bad_rows=100.")
     if cfg.checkpoint.keep < 2:
         yield UserError(f"checkpoint.keep = {cfg.checkpoint.keep}: the newest may be damaged by what ended the run",
                         remedy="Try checkpoint.keep=2.")

@@ -18,6 +18,13 @@ from tests.distributed.ranks import metrics, run_cases
 ALL = sorted(p.stem for p in RECIPES.glob("*.yaml"))
 
 
+@pytest.mark.parametrize("word", ["optim.lr=0", "optim.lr=nan", "optim.lr=inf", "optim.eps=-1", "optim.weight_decay=nan",
+                                  "adapter.alpha=0", "zero.bucket_elements=0", "data.max_bad_rows=-1", "optim.grad_clip=-1"])
+def test_numbers_that_train_nothing_or_never_end_are_refused(word):
+    with pytest.raises(UserError, match=f"1 problem in the configuration:\n  {word.split('=')[0]}"):
+        check(compose_train(["recipe=quickstart", word]), world_size=1, cuda=False)
+
+
 def test_some_recipes_were_found():
     assert {"quickstart", "clm_pile", "clm_pile_lora", "instruct_lora", "classify_lora", "qa_lora"} <= set(ALL)
 
