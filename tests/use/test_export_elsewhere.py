@@ -314,6 +314,7 @@ def test_keys_of_the_trained_task_can_be_typed_for_a_run_and_an_export(find_run)
 
 
 def said(capsys, *words: str) -> str:
+    capsys.readouterr()  # what the export before it printed
     assert generate(compose_config([*words], "generate")) == 0
     return capsys.readouterr().out
 
