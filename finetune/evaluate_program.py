@@ -156,8 +156,11 @@ def _override_task(settings: Any, given: Any, typed_keys: set[str]) -> Any:
 
 
 def _tokenizer(cfg: EvaluateConfig, folder: Path) -> str | None:
-    """An export's own, or what the run was trained with."""
-    return tokenizer_of(load_config(folder).model) if cfg.run else str(folder)
+    """An export's own, also a run's, which has the template of chats; before there is one, what the run trains with."""
+    if not cfg.run:
+        return str(folder)
+    export = folder / "export"
+    return str(export) if (export / "tokenizer.json").is_file() else tokenizer_of(load_config(folder).model)
 
 
 def _report(metrics: dict[str, Any], predictions: list[dict] | None, folder: Path, spec: str) -> None:

@@ -121,16 +121,7 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
 
     if sharding.stage == 0 and cfg.model.dtype is Dtype.bf16 and planned.accumulation > 1:
         say("stage 0 adds up the gradients of micro-batches in bf16, which rounds each time; zero=stage1 adds them in fp32")
-    connect_deepspeed(world, say)
-    if sharding.on_nvme and sharding.nvme_folder:
-        nvme.prepare(sharding.nvme_folder, world, say)
-    config = ds_config.build(cfg, sharding, world.size, world.device.type == "cuda")
-    with memory.during("loading the model"):
-        module = _module(cfg, inputs.task, config, world, display)
-        parameters = adapter.count(module)
-        engine = Engine(module, config, cfg.optim, world)
-    if world.device.type == "cpu":
-        heap.keep_freed_memory()
+    engine, parameters = _engine(cfg, inputs.task, sharding, world, display, say, memory)
 
     def watch() -> HangWatch:
         return HangWatch(cfg.train.hang_timeout, run_dir, world.rank,
@@ -188,6 +179,22 @@ def _take(run_dir: Path, lock: RunLock, watchers: CallbackList) -> None:
 
 def _phase(display: Display | None, name: str) -> AbstractContextManager:
     return display.phase(name) if display else nullcontext()
+
+
+def _engine(cfg: Config, task: Task, sharding: Sharding, world: World, display: Display | None, say,
+            memory: Overflow) -> tuple[Engine, dict[str, int]]:
+    """The model in DeepSpeed's hands, and its parameters, in all and trained."""
+    connect_deepspeed(world, say)
+    if sharding.on_nvme and sharding.nvme_folder:
+        nvme.prepare(sharding.nvme_folder, world, say)
+    config = ds_config.build(cfg, sharding, world.size, world.device.type == "cuda")
+    with memory.during("loading the model"):
+        module = _module(cfg, task, config, world, display)
+        parameters = adapter.count(module)
+        engine = Engine(module, config, cfg.optim, world)
+    if world.device.type == "cpu":
+        heap.keep_freed_memory()
+    return engine, parameters
 
 
 def _module(cfg: Config, task: Task, config: dict, world: World, display: Display | None) -> torch.nn.Module:

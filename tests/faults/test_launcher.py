@@ -61,6 +61,12 @@ def rank_processes(run_dir: Path) -> dict[int, int]:
     return found
 
 
+def assert_saved_where_it_stopped(run_dir: Path) -> None:
+    found = json.loads((run_dir / "result.json").read_text())
+    newest = newest_valid(run_dir / "checkpoints", print)
+    assert found["status"] == "preempted" and newest is not None and step_of(newest) == found["step"]
+
+
 def gone(pids: list[int], seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -82,9 +88,7 @@ def test_sigterm_to_the_real_launcher(folder, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert gone(list(pids.values()), 60)
     process.communicate(timeout=30)
-    found = json.loads((tmp_path / "result.json").read_text())
-    newest = newest_valid(tmp_path / "checkpoints", print)
-    assert found["status"] == "preempted" and newest is not None and step_of(newest) == found["step"]
+    assert_saved_where_it_stopped(tmp_path)
 
 
 @pytest.mark.slow
@@ -97,9 +101,7 @@ def test_stop_under_the_real_launcher(folder, tmp_path):
     (tmp_path / "STOP").touch()
     output = process.communicate(timeout=90)[0]
     assert process.returncode == 75, output[-3000:]
-    found = json.loads((tmp_path / "result.json").read_text())
-    newest = newest_valid(tmp_path / "checkpoints", print)
-    assert found["status"] == "preempted" and newest is not None and step_of(newest) == found["step"]
+    assert_saved_where_it_stopped(tmp_path)
     assert not (tmp_path / "STOP").exists()
 
 
