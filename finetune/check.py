@@ -213,6 +213,9 @@ def _rest(cfg: Config) -> Iterator[UserError]:
     if cfg.train.early_stopping and not (cfg.data.eval and cfg.train.eval_every):
         yield UserError("train.early_stopping needs data.eval and train.eval_every",
                         remedy="Try train.eval_every=100 data.eval=FILE.")
+    if cfg.checkpoint.best and not (cfg.data.eval and cfg.train.eval_every):
+        yield UserError("checkpoint.best needs data.eval and train.eval_every",
+                        remedy="Try train.eval_every=100 data.eval=FILE.")
     if cfg.resume not in ("auto", "never") and not Path(cfg.resume).expanduser().is_dir():
         yield UserError(f"resume = {cfg.resume} is neither auto, never, nor a directory", "resume",
                         "Give a run directory or one of its checkpoints/step-N.")

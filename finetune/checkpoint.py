@@ -32,6 +32,7 @@ from finetune.checkpoint_files import (
     free_bytes,
     read_state,
     saved_masters,
+    step_folder,
     step_folders,
     step_of,
     verify,
@@ -62,6 +63,8 @@ class _Save:
     """state.json."""
     needed: int
     """Bytes of all ranks."""
+    best: int | None = None
+    """Step that is kept whatever its age."""
 
 
 class Checkpoints:
@@ -89,10 +92,13 @@ class Checkpoints:
 
     # ------------------------------------------------------------------ save
 
-    def save(self, engine, state: TrainState) -> None:
+    def save(self, engine, state: TrainState, best: int | None = None) -> None:
         """Write step-N; collective. On any failure the staging folder is gone and older checkpoints are untouched.
 
         In the background it returns once the tensors are copied; failures come out of the next `save` or `wait`.
+
+        Args:
+            best: step that is kept beside the newest, whatever its age.
 
         Raises:
             RunFailed: the disk is full or not writable; says how much is missing.
@@ -105,7 +111,7 @@ class Checkpoints:
         about = {"format": FORMAT, "world_size": self.world.size, "adam_step": partitions.adam_step(engine),
                  "loss_scale": _loss_scale(engine), "identity": self.identity, "origin": self.origin,
                  "state": asdict(state)}
-        save = _Save(state.step, pieces, about, needed)
+        save = _Save(state.step, pieces, about, needed, best)
         if not self.background:
             self._write(save, self.world)
             return
@@ -148,7 +154,7 @@ class Checkpoints:
 
     def _write(self, save: _Save, world: World) -> None:
         stage = self.folder / f".tmp-step-{save.step:08d}"
-        final = self.folder / f"step-{save.step:08d}"
+        final = step_folder(self.folder, save.step)
         entry, error = None, None
         try:
             faults.point("save.begin")
@@ -186,7 +192,7 @@ class Checkpoints:
             shutil.rmtree(stage, ignore_errors=True)
             raise self._failed(save, error) from None
         self._sound.add(save.step)
-        self._retain(save.step)
+        self._retain(save.step, save.best)
 
     def _failed(self, save: _Save, error: OSError) -> RunFailed:
         free = free_bytes(self.folder)
@@ -200,8 +206,12 @@ class Checkpoints:
             raise RunFailed(f"{what} needs {gib(needed)} and the disk has {gib(free)} free: {gib(needed - free)} are "
                             "missing", str(self.folder), UNTOUCHED)
 
-    def require_room(self, engine, several: bool) -> None:
+    def require_room(self, engine, several: bool, best: bool = False) -> None:
         """Before the first step: room for all checkpoints that will be there at once, those here now included.
+
+        Args:
+            several: whether checkpoints are written while the run goes on.
+            best: whether one more than the newest is kept.
 
         Raises:
             RunFailed: the disk is too small; says how much is missing.
@@ -211,17 +221,18 @@ class Checkpoints:
 
         def check() -> None:
             here = step_folders(self.folder)
-            count = self.keep + 1 if several else min(self.keep, len(here)) + 1
+            count = self.keep + 1 + best if several or best else min(self.keep, len(here)) + 1
             held = sum(folder_bytes(step) for step in here)
             self._require(count * one - held, f"keeping {count} checkpoint{'s' * (count > 1)} of {gib(one)} at once")
 
         self.world.on_main(check)
 
-    def _retain(self, step: int) -> None:
-        """Delete what is older than the newest `keep` that are known to be sound; nothing while they are fewer."""
+    def _retain(self, step: int, best: int | None) -> None:
+        """Delete what is older than the newest `keep` that are known to be sound, but for the best; nothing while they
+        are fewer."""
         if len(self._sound) < self.keep:
             return
-        kept = sorted(self._sound)[-self.keep :]
+        kept = {*sorted(self._sound)[-self.keep :], best}
         for path in step_folders(self.folder):
             if step_of(path) <= step and step_of(path) not in kept:
                 self._discard(path)
@@ -253,10 +264,15 @@ class Checkpoints:
             os.replace(self.folder, self.folder.with_name(f"{self.folder.name}-before-{stamp}"))
 
     def restore(self, engine, folder: Path) -> TrainState:
-        """Load one verified checkpoint into the engine; any world size, any stage."""
-        saved = read_state(folder)
-        self._check_identity(saved, folder)
-        source = Saved(folder)
+        """Load one verified checkpoint into the engine, to go on from it; any world size, any stage."""
+        self._check_identity(read_state(folder), folder)
+        state = self.load(engine, folder)
+        self.world.on_main(lambda: self._continue_from(folder))
+        return state
+
+    def load(self, engine, folder: Path) -> TrainState:
+        """Weights, averages and loss scale of one verified checkpoint; collective."""
+        saved, source = read_state(folder), Saved(folder)
         partitions.ensure_states(engine)
         for piece in partitions.fragments(engine, write=True):
             for kind, tensor in piece.tensors().items():
@@ -264,7 +280,6 @@ class Checkpoints:
         partitions.set_adam_step(engine, saved["adam_step"])
         partitions.refresh_weights(engine, lambda name, start, n: source.read(name, "master", start, n))
         _set_loss_scale(engine, saved["loss_scale"])
-        self.world.on_main(lambda: self._continue_from(folder))
         known = {f.name for f in fields(TrainState)}
         return TrainState(**{key: value for key, value in saved["state"].items() if key in known})
 

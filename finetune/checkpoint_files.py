@@ -150,6 +150,11 @@ def step_of(folder: Path) -> int:
     return int(folder.name[5:])
 
 
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the finished checkpoint of `step` lies in run_dir/checkpoints."""
+    return folder / f"step-{step:08d}"
+
+
 def verify(folder: Path) -> str | None:
     """Why a checkpoint is not valid, naming the file; None when every byte is what was written."""
     file = folder / MANIFEST
@@ -165,7 +170,7 @@ def verify(folder: Path) -> str | None:
         return f"{file}: not readable"
     if manifest.get("format") != FORMAT:
         return f"{file}: format {manifest.get('format')}, this version reads {FORMAT}"
-    if not sound or STATE not in files or f"step-{step:08d}" != folder.name:
+    if not sound or STATE not in files or step_folder(folder.parent, step) != folder:
         return f"{file}: its content is not what was written"
     with ThreadPoolExecutor(VERIFY_THREADS) as pool:
         reasons = list(pool.map(lambda item: _verify_file(folder, *item), files.items()))

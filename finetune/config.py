@@ -272,6 +272,8 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; 0: only at the end and when the run is stopped."""
     keep: int = 2
     """Newest checkpoints kept, at least 2."""
+    best: bool = False
+    """Save after the best evaluation, keep that checkpoint beside the newest ones, and export it when the run is done."""
     background: Union[bool, str] = "auto"
     """true: train on while a copy is written; false: wait; auto: where the optimizer states are on GPUs."""
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from finetune import metrics_log
 from finetune.assets_path import resolve
+from finetune.checkpoint import Checkpoints
+from finetune.checkpoint_files import step_folder, verify
 from finetune.config import Config, FullConfig, Init
 from finetune.dist import World
 from finetune.engine import Engine
@@ -21,6 +25,34 @@ def base_name(cfg: Config) -> str:
         return str(Path(cfg.run_dir or ".") / "base")
     path = Path(resolve(cfg.model.path)).expanduser()
     return str(path.absolute()) if path.is_dir() else cfg.model.path
+
+
+def take_best(engine: Engine, checkpoints: Checkpoints, result: Result, best_step: int, run_dir: Path, world: World, say
+              ) -> Result:
+    """The weights of the best evaluation back into the engine; the result as it was at that step. Collective.
+
+    Where there is no such checkpoint, the last step stays, and that is said.
+    """
+    if best_step == result.step:
+        return result
+    folder = step_folder(run_dir / "checkpoints", best_step)
+    reason = world.on_main(lambda: _unusable(folder, best_step))
+    if reason:
+        say(f"{reason}; the last step, {result.step}, is exported")
+        return result
+    say(f"exporting step {best_step}, which evaluated best")
+    state = checkpoints.load(engine.ds, folder)
+    loss, metrics = world.on_main(lambda: metrics_log.at_step(run_dir, best_step))
+    return replace(result, step=best_step, loss=loss, eval=metrics, tokens=state.tokens)
+
+
+def _unusable(folder: Path, step: int) -> str | None:
+    if step == 0:
+        return "no evaluation was better than the one before training"
+    if not folder.is_dir():
+        return f"the best evaluation was that of step {step}, and this run directory has no checkpoint of it"
+    damage = verify(folder)
+    return f"the checkpoint of step {step}, which evaluated best, is damaged ({damage})" if damage else None
 
 
 def export_trained(cfg: Config, engine: Engine, inputs: Inputs, result: Result, run_dir: Path, world: World, say) -> None:

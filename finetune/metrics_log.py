@@ -63,6 +63,24 @@ def read(path: Path | str) -> list[dict[str, Any]]:
     return [record for record in map(_parse, lines) if record is not None]
 
 
+def at_step(run_dir: Path, step: int) -> tuple[float | None, dict[str, Any]]:
+    """The training loss that a run logged for `step`, and the metrics of that step's evaluation."""
+    loss, metrics = None, {}
+    for line in read(run_dir / METRICS):
+        if line.get("step") == step:
+            loss = line["loss"] if line.get("kind") == "train" else loss
+            metrics = line if line.get("kind") == "eval" else metrics
+    return loss, {key: value for key, value in metrics.items() if key not in ("kind", "step")}
+
+
+def training_seconds(run_dir: Path) -> float:
+    """Seconds that the logged steps took, evaluations and saves left out, by their own rates."""
+    lines = [line for line in read(run_dir / METRICS) if line.get("kind") == "train"]
+    totals = [line.get("tokens") or 0 for line in lines]
+    return sum((now - before) / line["tokens_per_second"] for before, now, line in zip([0, *totals], totals, lines, strict=False)
+               if line.get("tokens_per_second"))
+
+
 def truncate(path: Path | str, last_step: int) -> int:
     """Drop torn lines and records beyond `last_step`; returns how many lines went.
 

@@ -44,6 +44,8 @@ class Overflow:
     def __init__(self, cfg: Config, words: list[str], world: World):
         self.cfg, self.words, self.world = cfg, words, world
         self.planned: Plan | None = None
+        self.start_host = 0
+        """Resident bytes of the largest rank just before the first step; 0 until then."""
         self.doing = "preparing the run"
 
     @contextmanager
@@ -60,6 +62,11 @@ class Overflow:
         if is_host_overflow(error):
             return self._failed(_asked(error), on_gpu=False)
         return error
+
+    @property
+    def stage(self) -> int | None:
+        """The ZeRO stage that was planned, once it is."""
+        return self.planned.chosen.option.stage if self.planned else None
 
     def low(self, free: int) -> RunFailed:
         """The host's memory is about to run out."""

@@ -33,7 +33,7 @@ from finetune.environment import environment
 from finetune.errors import EXIT_DONE, EXIT_PREEMPTED, Preempted, RunFailed
 from finetune.evaluate import Interrupted, evaluate
 from finetune.export import reference_texts
-from finetune.export_trained import base_name, export_trained
+from finetune.export_trained import base_name, export_trained, take_best
 from finetune.fit import plan_run, sharding_of, step_flops
 from finetune.gptj.load import build_model, local_folder, weights_identity
 from finetune.inputs import Inputs, prepare_inputs
@@ -82,13 +82,13 @@ def run_in(world: World, cfg: Config, words: list[str] | None = None) -> Result:
     memory = Overflow(cfg, words or [], world)
     try:
         signals.deliver()
-        with HostWatch(lambda free: _cut_off(run_dir, memory.low(free), world, ends)):
+        with HostWatch(lambda free: _cut_off(run_dir, memory.low(free), world, ends, memory)):
             result = _run(cfg, world, run_dir, watchers, memory, stop, ends)
     except BaseException as error:
         stop.close(failed=not isinstance(error, Preempted))
         reason = ends.explain(memory.explain(error))
         if ends.speaks():
-            failed = failed_result(run_dir, reason, world)
+            failed = failed_result(run_dir, reason, world, memory.start_host, memory.stage)
             metrics_log.write_result(run_dir, failed)
             watchers.finish(failed)
             ends.say(reason)
@@ -125,14 +125,14 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
 
     def watch() -> HangWatch:
         return HangWatch(cfg.train.hang_timeout, run_dir, world.rank,
-                         lambda text: _cut_off(run_dir, RunFailed(text), world, ends))
+                         lambda text: _cut_off(run_dir, RunFailed(text), world, ends, memory))
 
     if cfg.train.probe:
         with memory.during("trying the longest batch, before step 1"), _phase(display, "trying the longest batch"), watch():
             probe(engine, inputs.task, inputs.collate, inputs.rows, int(cfg.train.micro_batch), planned.accumulation)
     checkpoints = _checkpoints(cfg, inputs, sharding, world, run_dir)
     state = checkpoints.restore(engine.ds, resume_from) if resume_from else TrainState()
-    checkpoints.require_room(engine.ds, several=cfg.checkpoint.every > 0)
+    checkpoints.require_room(engine.ds, several=cfg.checkpoint.every > 0, best=cfg.checkpoint.best)
     held = world.gather(engine.optimizer_bytes()["total"])
     if world.main:
         _watch(callbacks, cfg, run_dir, state, after=state.step if resume_from else -1)
@@ -151,16 +151,20 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
     callbacks.start(_run_info(cfg, memory.words, run_dir, state, length, parameters, world, planned, inputs))
     if world.device.type == "cpu":
         heap.release()  # what the probe left free is not what the run holds
-    start_host = int(world.maximum(memory_watch.host_bytes()))
+    memory.start_host = int(world.maximum(memory_watch.host_bytes()))
     with memory.during("training"), stop.flagged(), hang:
         result = with_logged(trainer.fit(state), run_dir)
 
     exported = cfg.export.enabled and result.status == "done"
+    chosen = result
     if exported:
         with memory.during("exporting"), _phase(display, "exporting, and verifying in a fresh process"):
-            export_trained(cfg, engine, inputs, result, run_dir, world, say)
+            if cfg.checkpoint.best:
+                chosen = take_best(engine, checkpoints, result, state.best_step, run_dir, world, say)
+            export_trained(cfg, engine, inputs, chosen, run_dir, world, say)
     final = final_result(result, world, engine.optimizer_bytes()["total"], {
-        "start_host_bytes": start_host, "zero_stage": sharding.stage, "export": "export" if exported else None,
+        "start_host_bytes": memory.start_host, "zero_stage": sharding.stage, "export": "export" if exported else None,
+        "export_step": chosen.step if exported else None,
         "best": state.best, "best_step": state.best_step or None, "skipped_steps": state.skipped,
         "wall_seconds": time.perf_counter() - started,
         "bad_rows": inputs.train.stats["bad_rows"],
@@ -246,11 +250,11 @@ def _in_background(cfg: Config, sharding: Sharding, world: World) -> bool:
     return bool(cfg.checkpoint.background)
 
 
-def _cut_off(run_dir: Path, error: RunFailed, world: World, ends: LastWords) -> None:
+def _cut_off(run_dir: Path, error: RunFailed, world: World, ends: LastWords, memory: Overflow) -> None:
     """result.json and the last words of a rank that a watch is about to end from another thread."""
     ends.write(error.render())
     if ends.speaks():
-        metrics_log.write_result(run_dir, failed_result(run_dir, error, world))
+        metrics_log.write_result(run_dir, failed_result(run_dir, error, world, memory.start_host, memory.stage))
         print(f"error: {error.render()}", file=sys.stderr, flush=True)
         with suppress(Exception):  # the page is worth a try, and nothing after it
             build_report(run_dir, picture=False)

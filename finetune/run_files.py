@@ -73,17 +73,20 @@ def _last_lines(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return last, {key: value for key, value in evaluated.items() if key not in ("kind", "step")}
 
 
-def failed_result(run_dir: Path, error: BaseException, world: World) -> dict[str, Any]:
+def failed_result(run_dir: Path, error: BaseException, world: World, start_host: int, zero_stage: int | None
+                  ) -> dict[str, Any]:
     """result.json of a run that ended in an error: what its own lines still tell."""
     last, evaluated = _last_lines(run_dir)
+    seconds = metrics_log.training_seconds(run_dir)
     stopped = isinstance(error, Preempted)
     text = None if stopped else error.render() if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     text = redact_text(text) if text else None
     return {
         "status": "preempted" if stopped else "failed", "step": last.get("step", 0), "loss": last.get("loss"),
         "eval": evaluated, "tokens": last.get("tokens", 0),
-        "seconds": 0.0, "tokens_per_second": last.get("tokens_per_second", 0.0),
-        "peak_host_bytes": memory_watch.peak_host_bytes(), "start_host_bytes": 0,
-        "peak_gpu_bytes": memory_watch.peak_gpu_bytes(), "world_size": world.size, "zero_stage": None, "export": None,
+        "seconds": seconds, "tokens_per_second": last.get("tokens", 0) / seconds if seconds else 0.0,
+        "peak_host_bytes": memory_watch.peak_host_bytes(), "start_host_bytes": start_host,
+        "peak_gpu_bytes": memory_watch.peak_gpu_bytes(), "world_size": world.size, "zero_stage": zero_stage,
+        "export": None,
         "error": text,
     }

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from finetune import adapter
 from finetune.app import SCHEMAS
 from finetune.assets_path import asset
-from finetune.checkpoint import find_resume, saved_masters, verify
+from finetune.checkpoint import find_resume, read_state, saved_masters
+from finetune.checkpoint_files import step_folder, verify
 from finetune.config import Config, Dtype, Init, ModelConfig, TaskConfig
 from finetune.data.records import read
 from finetune.data.tokenizer import load_tokenizer
@@ -88,7 +89,7 @@ class Trained:
 
 
 def checkpoint_of(path: Path) -> tuple[Path, Path]:
-    """(run_dir, checkpoint) for a run directory or one of its checkpoints.
+    """(run_dir, checkpoint) for a run directory, its best or newest, or for one of its checkpoints.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -100,7 +101,15 @@ def checkpoint_of(path: Path) -> tuple[Path, Path]:
         return path.parent.parent, path
     found = find_resume(str(path), path, lambda text: None)
     assert found is not None
-    return path, found
+    return path, _best(path, found) or found
+
+
+def _best(run_dir: Path, newest: Path) -> Path | None:
+    """Where a run keeps its best step (`checkpoint.best`), that one: it is what the run exports."""
+    if not (run_dir / "config.yaml").is_file() or not load_config(run_dir).checkpoint.best:
+        return None
+    best = step_folder(run_dir / "checkpoints", read_state(newest)["state"]["best_step"])
+    return best if best.is_dir() and verify(best) is None else None
 
 
 def about_of_run(run_dir: Path) -> dict[str, Any]:

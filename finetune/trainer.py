@@ -160,10 +160,20 @@ class Trainer:
         self.callbacks.train_step({
             "kind": "train", "step": state.step, "loss": self.last_loss, "lr": lr, "grad_norm": self.engine.grad_norm(),
             "tokens": state.tokens, "tokens_per_second": tokens / max(seconds, 1e-9),
-            "host_bytes": int(self.world.maximum(host)),
-            "gpu_bytes": int(self.world.maximum(memory_watch.gpu_bytes())), "skipped_steps": state.skipped,
+            **self._memory(host), "skipped_steps": state.skipped,
             **self._arithmetic(flops / max(seconds, 1e-9) / self.world.size), **({"spike": True} if jumped else {}),
         })
+
+    def _memory(self, host: int) -> dict[str, Any]:
+        """Bytes of the largest rank now; where there are several, also each one's peak so far. Collective."""
+        ranks = self.world.gather_numbers([host, memory_watch.gpu_bytes(), memory_watch.peak_host_bytes(),
+                                           memory_watch.peak_gpu_bytes()])
+        hosts, gpus, host_peaks, gpu_peaks = ([int(value) for value in values] for values in zip(*ranks, strict=True))
+        largest = {"host_bytes": max(hosts), "gpu_bytes": max(gpus)}
+        if len(ranks) == 1:
+            return largest
+        return largest | {"peak_host_bytes_per_rank": host_peaks} | (
+            {"peak_gpu_bytes_per_rank": gpu_peaks} if any(gpu_peaks) else {})
 
     def _arithmetic(self, flops: np.ndarray) -> dict[str, float]:
         """Model FLOP/s of one device, and what activation checkpointing computes again; the former as a share of the
@@ -214,9 +224,10 @@ class Trainer:
         last = state.step == self.total_steps
         due_eval = self.hooks.evaluate and (_every(state.step, self.train.eval_every) or last)
         due_sample = self.hooks.sample and _every(state.step, self.train.sample_every)
-        due_save = save_now or _every(state.step, self.checkpoint.every)
         if due_eval:
             self.run_evaluation(state)
+        is_best = self.checkpoint.best and state.best_step == state.step
+        due_save = save_now or is_best or _every(state.step, self.checkpoint.every)
         if due_sample:
             self.hooks.sample(state.step)  # type: ignore[misc]
             self.engine.train()
@@ -253,7 +264,7 @@ class Trainer:
         if self.saved_step == state.step:
             return
         state.callbacks = self.world.broadcast(self.callbacks.state())
-        self.checkpoints.save(self.engine.ds, state)
+        self.checkpoints.save(self.engine.ds, state, state.best_step if self.checkpoint.best else None)
         self.saved_step = state.step
         self._tell_saved()
         self.hooks.beat()

@@ -1,9 +1,12 @@
 """Cross-entropy from hidden states without ever holding the logits.
 
 GPT-J's head has 50400 outputs and a bias. Its logits for one 2048-token sequence are 206 MB in bf16 and 413 MB
-in fp32, several times over. Here the head and its loss run over chunks of rows; gradients of hidden states, weight
-and bias are made in the same pass, so that peak extra memory is one chunk whatever the batch. Only scored rows are
-projected. Sums are fp32. Does not average: the caller divides by the global count of scored tokens.
+in fp32, several times over. Here logits turn in place into their own gradient, chunk by chunk, and gradients of hidden
+states, weight and bias are made from that, so that peak extra memory is one chunk whatever the batch. Only scored rows
+are projected. Sums are fp32. Does not average: the caller divides by the global count of scored tokens.
+
+A trained head's gradient over several chunks must be summed in fp32, which takes 4 bytes for each weight. As many
+rows as have no more bytes than that are one chunk: their product is made once, with no sum to hold.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ from torch import Tensor, nn
 from finetune.data.constants import IGNORE
 
 LOSS_CHUNK = 512
-"""Rows (tokens) whose logits exist at once."""
+"""Rows (tokens) whose logits exist at once, unless all of them take less than a sum of the head's gradient would."""
 SOFTMAX_ROWS = {"cpu": 16, "cuda": 256}
 """Rows whose fp32 probabilities exist at once; on a CPU they stay in its cache."""
+TINY = 1e-30
+"""A probability whose logarithm is not taken: fp32 loses digits near its end, and then has 0."""
 WEIGHT_ROWS = 6400
 """Rows of the head whose gradient from one chunk exists at once, before it is added to the fp32 sum."""
 
@@ -54,50 +59,57 @@ def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
     """Loss of every token, fp32 (N,), 0 where the label is IGNORE; for perplexity by subset."""
     losses = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
     step = SOFTMAX_ROWS.get(hidden.device.type, 256)
-    for rows in _scored_rows(labels):
+    for rows in _chunks(_scored(labels), LOSS_CHUNK):
         logits = F.linear(hidden[rows], weight, bias)
         for part, index in zip(logits.split(step), rows.split(step), strict=True):
             losses[index] = F.cross_entropy(part.float(), labels[index], reduction="none")
     return losses
 
 
-def _scored_rows(labels: Tensor) -> tuple[Tensor, ...]:
-    rows = (labels != IGNORE).nonzero()[:, 0]
-    return rows.split(LOSS_CHUNK) if rows.numel() else ()
+def _scored(labels: Tensor) -> Tensor:
+    return (labels != IGNORE).nonzero()[:, 0]
+
+
+def _chunks(rows: Tensor, size: int) -> tuple[Tensor, ...]:
+    return rows.split(size) if rows.numel() else ()
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Forward makes the gradients of the sum; backward only scales them."""
+    """Forward makes the gradients of the sum, backward scales them; of one whole chunk it makes the weight's."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:  # type: ignore[override]
         want_hidden, want_weight, want_bias, _ = ctx.needs_input_grad
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        scored = _scored(labels)
+        whole = want_weight and 0 < len(scored) * weight.element_size() <= 4 * weight.shape[1]
         d_hidden = torch.zeros_like(hidden) if want_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight and not whole else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
-        chunks = _scored_rows(labels)
-        # Allocated once: fresh ones would be paged in anew for every chunk.
-        buffer = hidden.new_empty(max(map(len, chunks), default=0), weight.shape[0])
-        for rows in chunks:
-            part, logits = hidden[rows], buffer[: len(rows)]
-            torch.mm(part, weight.T, out=logits)
+        part = logits = None
+        for rows in _chunks(scored, len(scored) if whole else LOSS_CHUNK):
+            part, logits = hidden[rows], None  # the chunk before is free before the next is made
+            logits = torch.mm(part, weight.T)
             total += _logits_to_gradient(logits, bias, labels[rows, None], d_bias)
             if d_hidden is not None:
                 d_hidden[rows] = logits @ weight
             if d_weight is not None:
                 _add_weight_gradient(d_weight, logits, part)
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias, *((logits, part) if whole else (None, None)))
         ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
         return total
 
     @staticmethod
     def backward(ctx, scale: Tensor):  # type: ignore[override]
-        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        d_hidden, d_weight, d_bias, d_logits, part = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
+        if d_logits is not None:
+            d_weight = _weight_gradient(d_logits, part, scale)
+        elif d_weight is not None:
+            d_weight = d_weight.mul_(scale).to(weight_dtype)
         return (
             None if d_hidden is None else d_hidden.mul_(scale),
-            None if d_weight is None else d_weight.mul_(scale).to(weight_dtype),
+            d_weight,
             None if d_bias is None else d_bias.mul_(scale).to(bias_dtype),
             None,
         )
@@ -106,17 +118,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _logits_to_gradient(logits: Tensor, bias: Tensor | None, targets: Tensor, d_bias: Tensor | None) -> Tensor:
     """Overwrite logits (C, V), still without bias, by softmax - onehot(targets (C, 1)); returns the sum of losses.
 
-    A few rows at a time in fp32; the bias is added there too, where it costs little.
+    A few rows at a time in fp32; the bias is added there too, where it costs least.
     """
     step = SOFTMAX_ROWS.get(logits.device.type, 256)
     scratch = logits.new_empty(min(step, len(logits)), logits.shape[1], dtype=torch.float32)
-    total = scratch.new_zeros(())
-    fp32_bias, ones = None if bias is None else bias.float(), scratch.new_ones(len(scratch))
+    total, ones = scratch.new_zeros(()), scratch.new_ones(len(scratch))
+    fp32_bias = bias.float() if bias is not None else None
     for part, target in zip(logits.split(step), targets.split(step), strict=True):
-        fp32 = scratch[: len(part)].copy_(part)
-        if fp32_bias is not None:
-            fp32 += fp32_bias
-        total += _to_probabilities(fp32, target)
+        fp32 = scratch[: len(part)]
+        total += _probabilities(part, fp32_bias, target, fp32)
         fp32.scatter_add_(1, target, fp32.new_full(target.shape, -1.0))
         if d_bias is not None:
             d_bias.addmv_(fp32.T, ones[: len(part)])
@@ -124,19 +134,34 @@ def _logits_to_gradient(logits: Tensor, bias: Tensor | None, targets: Tensor, d_
     return total
 
 
-def _to_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
-    """Overwrite fp32 logits by their softmax; returns the sum of -log softmax at `targets`."""
-    if logits.is_cuda:
-        torch.log_softmax(logits, -1, out=logits)
-        loss = -logits.gather(1, targets).sum()
-        logits.exp_()
+def _probabilities(logits: Tensor, bias: Tensor | None, targets: Tensor, out: Tensor) -> Tensor:
+    """Softmax of logits + bias into `out`, fp32; returns the sum of -log softmax at `targets`."""
+    out.copy_(logits)
+    if bias is not None:
+        out += bias
+    if out.is_cuda:
+        torch.log_softmax(out, -1, out=out)
+        loss = -out.gather(1, targets).sum()
+        out.exp_()
         return loss
-    # Half the exponentials: the logarithm of the sum follows from the largest logit and its probability.
-    chosen = logits.gather(1, targets)
-    top = logits.amax(1, keepdim=True)
-    torch.softmax(logits, -1, out=logits)
-    log_sum = top - logits.amax(1, keepdim=True).log()
-    return (log_sum - chosen).sum()
+    torch.softmax(out, -1, out=out)  # half the exponentials: the logarithm is taken of the targets' alone
+    chosen = out.gather(1, targets)
+    if chosen.min() < TINY:
+        exact = logits.float() if bias is None else logits + bias
+        return F.cross_entropy(exact, targets[:, 0], reduction="sum")
+    return -chosen.log().sum()
+
+
+def _weight_gradient(grad: Tensor, hidden: Tensor, scale: Tensor) -> Tensor:
+    """grad.T @ hidden * scale, (V, D) in the dtype of `grad`, rounded once."""
+    if not grad.is_cuda:
+        return torch.addmm(grad.new_zeros(()), grad.T, hidden, beta=0, alpha=float(scale))
+    if grad.dtype == torch.float32:
+        return torch.mm(grad.T, hidden).mul_(scale)
+    total = grad.new_empty(grad.shape[1], hidden.shape[1])
+    for rows, columns in zip(total.split(WEIGHT_ROWS), grad.split(WEIGHT_ROWS, 1), strict=True):
+        rows.copy_(torch.mm(columns.T, hidden, out_dtype=torch.float32).mul_(scale))
+    return total
 
 
 def _add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:

@@ -1,7 +1,7 @@
 """What a forward keeps for its backward, and what both need while they run: estimates from our own GPT-J's code.
 
 Batches are flat (no padding), attention is linear in memory, the GELU is the tanh variant that keeps its input alone,
-and the loss never builds the logits of more than LOSS_CHUNK tokens. Per token and block, in elements (d = n_embd,
+and the loss builds the logits of some tokens at a time (`loss_bytes`). Per token and block, in elements (d = n_embd,
 i = n_inner), a full fine-tune keeps
     x                  d    input of the layer norm (the residual stream)
     norm               d    its output: input of q, k, v and fc_in, one tensor for all four
@@ -127,20 +127,25 @@ def _block_fp32(job: Job) -> int:
 
 
 def loss_bytes(job: Job) -> int:
-    """Workspace of the head and its loss: one chunk of logits, and the head's weight gradient.
+    """Workspace of the head and its loss: logits of some tokens, and the head's weight gradient.
 
-    That gradient is summed in fp32 and each chunk's share is made some rows at a time: in fp32 on a GPU; on a CPU in
-    low precision and then, because the addition converts it, in fp32 as well. fp32 models add in place.
+    All tokens are one chunk while their logits take no more than an fp32 sum of that gradient would. Beyond, it is
+    summed in fp32 over chunks, and each chunk's share is made some rows at a time: in fp32 on a GPU; on a CPU in low
+    precision and then, because the addition converts it, in fp32 as well. fp32 models add in place.
     """
     element, d, vocab = job.work.element_bytes, job.shape.n_embd, job.shape.vocab_size
     hidden = element * job.tokens * d
     if job.shape.head != "lm":
         return hidden + 4 * job.tokens * job.shape.num_labels
-    logits = _logits_bytes(job, min(job.tokens, LOSS_CHUNK))
+    chunk = _logits_bytes(job, min(job.tokens, LOSS_CHUNK))
     if not job.full:
-        return hidden + logits
+        return hidden + chunk
+    gradient = element * vocab * d
+    if job.tokens * element <= 4 * d:
+        return hidden + _logits_bytes(job, job.tokens) + gradient
     share = 0 if element == 4 else 4 if job.on_gpu else element + 4
-    return hidden + logits + 4 * vocab * d + share * min(WEIGHT_ROWS, vocab) * d
+    rounded = 0 if element == 4 else gradient  # the sum in the model's precision, at the end
+    return hidden + 4 * vocab * d + max(chunk + share * min(WEIGHT_ROWS, vocab) * d, rounded)
 
 
 def _logits_bytes(job: Job, tokens: int) -> int:

@@ -167,7 +167,7 @@ def test_secret_values_reach_no_file(tmp_path):
     )
     save_config(cfg, {}, [], tmp_path)
     error = UserError(f"cannot read {URL} with {SECRET}")
-    failed = failed_result(tmp_path, error, World(0, 1, 0, 1, torch.device("cpu")))
+    failed = failed_result(tmp_path, error, World(0, 1, 0, 1, torch.device("cpu")), 0, None)
     for text in ((tmp_path / "config.yaml").read_text(), json.dumps(failed), json.dumps(plain_config(cfg))):
         assert "hunter2secret" not in text and SECRET not in text and "***" in text
 

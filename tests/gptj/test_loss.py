@@ -10,21 +10,24 @@ from finetune.data.constants import IGNORE
 from finetune.gptj.loss import LOSS_CHUNK, LMHead, chunked_cross_entropy, token_losses
 
 ROWS, WIDTH, VOCAB = 2 * LOSS_CHUNK + 37, 16, 300
+WIDTHS = [WIDTH, ROWS]
+"""So narrow that the head's gradient is summed over chunks; so wide that all rows are one."""
 
 
-def tensors(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+def tensors(dtype: torch.dtype = torch.float32, width: int = WIDTH) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(0)
-    hidden = torch.randn(ROWS, WIDTH, dtype=dtype, requires_grad=True)
-    weight = torch.randn(VOCAB, WIDTH, dtype=dtype, requires_grad=True)
+    hidden = torch.randn(ROWS, width, dtype=dtype, requires_grad=True)
+    weight = (torch.randn(VOCAB, width) * (WIDTH / width) ** 0.5).to(dtype).requires_grad_()
     bias = torch.randn(VOCAB, dtype=dtype, requires_grad=True)
     labels = torch.randint(0, VOCAB, (ROWS,))
     labels[torch.rand(ROWS) < 0.3] = IGNORE
     return hidden, weight, bias, labels
 
 
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scale", [1.0, 0.003])
-def test_value_and_gradients(scale):
-    hidden, weight, bias, labels = tensors()
+def test_value_and_gradients(scale, width):
+    hidden, weight, bias, labels = tensors(width=width)
     wanted = F.cross_entropy(F.linear(hidden, weight, bias), labels, ignore_index=IGNORE, reduction="sum") * scale
     gradients = torch.autograd.grad(wanted, (hidden, weight, bias))
     loss = chunked_cross_entropy(hidden, weight, bias, labels) * scale
@@ -33,9 +36,10 @@ def test_value_and_gradients(scale):
         assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
-def test_bf16_gradient_is_as_close_to_the_truth_as_plain_torch():
+@pytest.mark.parametrize("width", WIDTHS)
+def test_bf16_gradient_is_as_close_to_the_truth_as_plain_torch(width):
     """Plain torch rounds the whole product once; on CPU ours rounds each chunk's product and adds them in fp32."""
-    hidden, weight, bias, labels = tensors(torch.bfloat16)
+    hidden, weight, bias, labels = tensors(torch.bfloat16, width)
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight, bias)]
     truth = torch.autograd.grad(
         F.cross_entropy(F.linear(*exact), labels, ignore_index=IGNORE, reduction="sum"), exact)
@@ -54,8 +58,18 @@ def test_frozen_head_costs_no_gradient():
     assert hidden.grad is not None and weight.grad is None and bias.grad is None
 
 
-def test_nothing_scored_is_zero_with_zero_gradient():
-    hidden, weight, bias, labels = tensors()
+@pytest.mark.parametrize("target", [0, 1])
+def test_a_target_of_almost_no_probability(target):
+    """Beyond the smallest number of fp32 its probability is 0; the loss is not infinite."""
+    hidden, weight = torch.ones(3, 1), torch.tensor([[0.0], [100.0], [300.0]])
+    labels = torch.full((3,), target)
+    wanted = F.cross_entropy(F.linear(hidden, weight), labels, reduction="sum")
+    torch.testing.assert_close(chunked_cross_entropy(hidden, weight, None, labels), wanted)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_scored_is_zero_with_zero_gradient(width):
+    hidden, weight, bias, labels = tensors(width=width)
     loss = chunked_cross_entropy(hidden, weight, bias, torch.full_like(labels, IGNORE))
     loss.backward()
     assert loss.item() == 0 and not hidden.grad.any() and not weight.grad.any()

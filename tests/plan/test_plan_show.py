@@ -24,7 +24,7 @@ def test_table_shows_every_option_and_marks_the_chosen_one() -> None:
 
 
 def test_table_of_a_misfit_says_what_would_fit() -> None:
-    text = render_table(plan_6b(1, 4, FullConfig()))
+    text = render_table(plan_6b(1, 3, FullConfig()))
     assert "NOTHING FITS" in text and "What would fit:" in text and "adapter=lora" in text
 
 

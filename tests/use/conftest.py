@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,20 @@ def cases(request: pytest.FixtureRequest) -> list[Case]:
 
 
 @pytest.fixture(scope="session")
-def runs(small_gptj: Path, cases: list[Case], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with a run of each case, named by the case."""
-    folder = tmp_path_factory.mktemp("exports")
-    train(cases, small_gptj, folder)
+def runs(small_gptj: Path, cases: list[Case], tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Folder with a run of each case, named by the case; the first worker that asks trains for all."""
+    if worker_id == "master":
+        folder = tmp_path_factory.mktemp("exports")
+        train(cases, small_gptj, folder)
+        return folder
+    folder = tmp_path_factory.getbasetemp().parent / "exports"
+    folder.mkdir(exist_ok=True)
+    done = folder / "done"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            train(cases, small_gptj, folder)
+            done.touch()
     return folder
 
 
