@@ -26,8 +26,10 @@ from finetune.dist import World
 from finetune.doctor import built_ops, find_stale_locks
 from finetune.errors import RunFailed
 
-NORM_PIECE = {"cpu": 2**20, "cuda": 2**24}
-"""Elements whose norm is taken at once."""
+NORM_PIECE = {"cpu": 2**20, "cuda": 2**26}
+"""Elements whose norms are taken at once, in rows of `NORM_ROW`."""
+NORM_ROW = 1024
+"""So few squares lose nothing in fp32; the rows' norms are added up in fp64."""
 OP = "deepspeed_shm_comm"
 COMPILE_NOTE = "compiling DeepSpeed's CPU communication op, once, about a minute"
 
@@ -135,7 +137,7 @@ class Engine:
             self.ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         _read_once(module)
         partitions.set_adam_step(self.ds, 0)
-        _take_norms_in_pieces(self.ds.optimizer, world.device.type == "cuda")
+        _take_norms_by_rows(self.ds.optimizer)
 
     @property
     def module(self) -> nn.Module:
@@ -261,16 +263,26 @@ def _as_it_is(function=None, **_):
     return function if function is not None else _as_it_is
 
 
-def _take_norms_in_pieces(optimizer, cuda: bool) -> None:
-    """Let ZeRO's gradient norm convert small pieces to fp64, not whole gradients: GPT-J's head alone would take 1.7 GB."""
+def _take_norms_by_rows(optimizer) -> None:
+    """Give ZeRO's gradient norm the norms of rows: it converts what it gets to fp64, GPT-J's head alone to 1.7 GB."""
     whole = getattr(optimizer, "get_grad_norm_direct", None)
     if whole is None:
         return
-    size = NORM_PIECE["cuda" if cuda else "cpu"]
 
-    def in_pieces(gradients, params, norm_type=2):
+    def by_rows(gradients, params, norm_type=2):
+        if norm_type != 2:
+            return whole(gradients, params, norm_type)
         real = (g for g in gradients if not getattr(g, "_zero_padding", False))
-        pairs = [(piece, p) for g, p in zip(real, params, strict=False) for piece in g.reshape(-1).split(size)]
-        return whole([piece for piece, _ in pairs], [p for _, p in pairs] or params, norm_type)
+        pairs = [(row_norms(g), p) for g, p in zip(real, params, strict=False)]
+        return whole([norms for norms, _ in pairs], [p for _, p in pairs] or params, norm_type)
 
-    optimizer.get_grad_norm_direct = in_pieces
+    optimizer.get_grad_norm_direct = by_rows
+
+
+def row_norms(gradient: Tensor) -> Tensor:
+    """Norms of consecutive parts of a flattened gradient, fp32: their norm is that of the gradient."""
+    flat = gradient.reshape(-1)
+    whole = len(flat) // NORM_ROW * NORM_ROW
+    rows = flat[:whole].view(-1, NORM_ROW).split(NORM_PIECE[flat.device.type] // NORM_ROW)
+    parts = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in rows]
+    return torch.cat([*parts, torch.linalg.vector_norm(flat[whole:], dtype=torch.float32).reshape(1)])

@@ -84,17 +84,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scored = _scored(labels)
         whole = want_weight and 0 < len(scored) * weight.element_size() <= 4 * weight.shape[1]
         d_hidden = torch.zeros_like(hidden) if want_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight and not whole else None
+        d_weight = None if whole or not want_weight else torch.empty_like(weight, dtype=torch.float32)
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
         part = logits = None
-        for rows in _chunks(scored, len(scored) if whole else LOSS_CHUNK):
+        for i, rows in enumerate(_chunks(scored, len(scored) if whole else LOSS_CHUNK)):
             part, logits = hidden[rows], None  # the chunk before is free before the next is made
             logits = torch.mm(part, weight.T)
             total += _logits_to_gradient(logits, bias, labels[rows, None], d_bias)
             if d_hidden is not None:
                 d_hidden[rows] = logits @ weight
             if d_weight is not None:
-                _add_weight_gradient(d_weight, logits, part)
+                _add_weight_gradient(d_weight, logits, part, first=i == 0)
+        if d_weight is not None and logits is None:
+            d_weight.zero_()
         ctx.save_for_backward(d_hidden, d_weight, d_bias, *((logits, part) if whole else (None, None)))
         ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
         return total
@@ -164,15 +166,15 @@ def _weight_gradient(grad: Tensor, hidden: Tensor, scale: Tensor) -> Tensor:
     return total
 
 
-def _add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """total (V, D) += grad.T @ hidden in fp32, some rows of the head at a time.
+def _add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor, first: bool) -> None:
+    """total (V, D) += grad.T @ hidden in fp32, some rows of the head at a time; the first time there is nothing to add to.
 
     CUDA adds half-precision products to fp32 without a rounding between.
     """
     for rows, columns in zip(total.split(WEIGHT_ROWS), grad.split(WEIGHT_ROWS, 1), strict=True):
         if grad.dtype == torch.float32:
-            rows.addmm_(columns.T, hidden)
-        elif grad.is_cuda:
-            rows += torch.mm(columns.T, hidden, out_dtype=torch.float32)
-        else:
-            rows += columns.T @ hidden
+            torch.addmm(rows, columns.T, hidden, beta=0 if first else 1, out=rows)
+            continue
+        half_on_gpu = {"out_dtype": torch.float32} if grad.is_cuda else {}
+        product = torch.mm(columns.T, hidden, **half_on_gpu)
+        rows.copy_(product) if first else rows.add_(product)

@@ -190,17 +190,17 @@ class ClassifyMeter:
         self.found.add(**{name: values.cpu().numpy() for name, values in columns.items()})
 
     def result(self, world: World) -> dict[str, Any]:
-        found, names = self.found.together(world), self.task.names or []
+        found = self.found.together(world)
         loss = float((found["loss"] * found["weight"]).sum() / max(found["weight"].sum(), 1e-12))
+        self.predictions = self._predictions(found) if world.main else []
+        return {"loss": loss, **world.on_main(lambda: self._metrics(found))}
+
+    def _metrics(self, found: dict[str, np.ndarray]) -> dict[str, Any]:
+        names = self.task.names or []
         if self.task.regression:
             # The store's own numbers: fp32 targets would round what the metrics compare with.
-            metrics = regression_metrics(np.asarray(self.store.column("label"))[found["example"]], found["decided"])
-        elif self.task.multi:
-            metrics = multi_label_metrics(found["target"], found["decided"], names)
-        else:
-            metrics = single_label_metrics(found["target"], found["decided"], names)
-        self.predictions = self._predictions(found) if world.main else []
-        return {"loss": loss, **metrics}
+            return regression_metrics(np.asarray(self.store.column("label"))[found["example"]], found["decided"])
+        return (multi_label_metrics if self.task.multi else single_label_metrics)(found["target"], found["decided"], names)
 
     def _predictions(self, found: dict[str, np.ndarray]) -> list[dict[str, Any]]:
         return [{"where": self.store.blob("where", int(example)).decode(), "prediction": self.task.read_target(decided),

@@ -93,6 +93,9 @@ class Rank:
     def sum(self, values):
         return [float(sum(column)) for column in zip(*self.gather(values), strict=True)]
 
+    def on_main(self, work):
+        return self.gather(work() if self.main else None)[0]
+
 
 def evaluate_on(size: int, model, made: Made, batch: int = 2):
     """Metrics on every one of `size` ranks; and the predictions of rank 0."""
