@@ -1,16 +1,19 @@
 """GPT-J-6B on one GPU, offline, with random weights: speed, memory, and the planner against what was measured.
 
-    python bench/gpu.py [--part lora full kernels] [--steps 8] [--out bench/results/gpu.json]
+    python bench/gpu.py [--part lora full kernels generate profile] [--steps 8] [--out bench/results/gpu.json]
     python bench/gpu.py --dry-run          the same on a CPU with a tiny model: does every part still run?
 
 lora      LoRA at sequence 2048 over micro-batches, with and without activation checkpointing; and transformers' Trainer
           with DeepSpeed on its eager GPT-J at the micro-batches that fit: tokens/s, MFU, peak bytes, plan beside them
 full      all weights with the optimizer on the host, 131,072 tokens a step, stages 1 and 3
-kernels   attention and loss alone beside their eager counterparts over length
+kernels   attention, loss and GELU alone beside their eager counterparts over length
+generate  tokens/s of greedy generation beside transformers' GPT-J, batches of 1 and 32
+profile   torch's profiler over LoRA steps: where the time goes
 
-A run that does not fit is recorded with its message and the others go on. Every result names date, GPU, driver,
-versions and command. Wheels that a machine without network lacks: deepspeed, hydra-core, omegaconf, antlr4, datasets,
-zstandard, hjson, pydantic (pip download --no-deps, DS_BUILD_OPS=0).
+All programs load one checkpoint of random weights, drawn once. A run that does not fit is recorded with its message and
+the others go on; `--out` is written after each part. Every result names date, GPU, driver, versions and command. Wheels that
+a machine without network lacks: deepspeed, hydra-core, omegaconf, antlr4, datasets, zstandard, hjson, pydantic (pip
+download --no-deps, DS_BUILD_OPS=0). The planner against measured peaks: python bench/plan_accuracy.py --cases gpu
 """
 
 from __future__ import annotations
@@ -25,17 +28,49 @@ import tempfile
 import time
 from pathlib import Path
 
-from workload import dense_documents, launch, machine
+from workload import ROOT, dense_documents, launch, machine
 
 LORA = {"q,v": "[q_proj,v_proj]", "all-linear": "all-linear"}
 TOKENS_PER_STEP = 131_072
+PARTS = ("lora", "full", "kernels", "generate", "profile")
+SHARD_BYTES = 4 * 2**30
 
 
-def our_run(folder: Path, model: str, data: Path, steps: int, words: list[str]) -> dict:
+def checkpoint(folder: Path, name: str) -> Path:
+    """Random bf16 weights of the model `name` in Hugging Face's layout, drawn on the GPU where there is one."""
+    import torch
+    from safetensors.torch import save_file
+
+    from finetune.assets_path import asset
+    from finetune.data.tokenizer import load_tokenizer
+    from finetune.shape import load_shape
+
+    folder.mkdir()
+    shutil.copy(asset(name) / "config.json", folder)
+    load_tokenizer(None).save_pretrained(folder)
+    device, shards, held = "cuda" if torch.cuda.is_available() else "cpu", [{}], 0
+    torch.manual_seed(0)
+    for tensor_name, size in load_shape(str(asset(name)), "lm", 2).tensors():
+        norm = "ln_" in tensor_name
+        value = torch.ones(size) if norm and tensor_name.endswith("weight") else torch.zeros(size) if len(size) == 1 else (
+            torch.randn(size, device=device).mul_(0.02))
+        shards[-1][tensor_name] = value.bfloat16().cpu()
+        held += value.numel() * 2
+        if held > SHARD_BYTES:
+            shards, held = [*shards, {}], 0
+    weight_map = {}
+    for i, shard in enumerate(shard for shard in shards if shard):
+        save_file(shard, folder / f"model-{i + 1:05d}.safetensors", metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, f"model-{i + 1:05d}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def our_run(folder: Path, model: Path, data: Path, steps: int, words: list[str]) -> dict:
     """One run of this project; its figures, or its message when it fails."""
     run_dir = folder / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
-    command = ["recipe=clm_pile", f"model={model}", "model.init=random", f"data.train={data}", "data.eval=null",
+    command = ["recipe=clm_pile", f"model.path={model}", f"data.train={data}", "data.eval=null",
                f"train.steps={steps}", "train.eval_every=0", "optim.schedule=constant", "optim.warmup=0",
                "export.enabled=false", "checkpoint.every=0", f"data.cache_dir={folder / 'cache'}",
                f"run_dir={run_dir}", *words]
@@ -58,20 +93,17 @@ def our_run(folder: Path, model: str, data: Path, steps: int, words: list[str]) 
     }
 
 
-def trainer_run(folder: Path, model: str, length: int, micro: int, steps: int, checkpointing: bool) -> dict:
+def trainer_run(folder: Path, model: Path, length: int, micro: int, steps: int, checkpointing: bool) -> dict:
     """transformers' Trainer with DeepSpeed stage 0 on its own GPT-J, LoRA on q and v."""
-    from finetune.assets_path import asset
-
     place = folder / "peer"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    shutil.copy(asset(model) / "config.json", place)
     rows = place / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"input_ids": [(7 * i + j) % 50000 for j in range(length)],
                                           "labels": [(7 * i + j) % 50000 for j in range(length)]})
                               for i in range(micro * (steps + 1))))
-    spec = {"peer": "trainer", "model": str(place), "rows": str(rows), "out": str(place / "out"), "steps": steps,
-            "micro": micro, "stage": 0, "length": length, "random": True, "checkpointing": checkpointing,
+    spec = {"peer": "trainer", "model": str(model), "rows": str(rows), "out": str(place / "out"), "steps": steps,
+            "micro": micro, "stage": 0, "length": length, "checkpointing": checkpointing,
             "lora": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}}
     (place / "spec.json").write_text(json.dumps(spec))
     record: dict = {"micro": micro, "checkpointing": checkpointing}
@@ -84,7 +116,7 @@ def trainer_run(folder: Path, model: str, length: int, micro: int, steps: int, c
                      "peak_gpu_bytes": out.get("peak_gpu_bytes"), "peak_host_bytes": out["peak_host_bytes"]}
 
 
-def lora(folder: Path, model: str, data: Path, steps: int, length: int, micros: list[int]) -> dict:
+def lora(folder: Path, model: Path, data: Path, steps: int, length: int, micros: list[int]) -> dict:
     ours, peers = [], []
     for targets in LORA.values():
         for checkpointing in (False, True):
@@ -102,7 +134,7 @@ def lora(folder: Path, model: str, data: Path, steps: int, length: int, micros: 
             "ratio": best[0] / best[1] if all(best) else None}
 
 
-def full(folder: Path, model: str, data: Path, steps: int, length: int, micros: list[int]) -> dict:
+def full(folder: Path, model: Path, data: Path, steps: int, length: int, micros: list[int]) -> dict:
     batch = max(1, TOKENS_PER_STEP // length) if length == 2048 else 2 * max(micros)
     runs = []
     for stage in (1, 3):
@@ -114,9 +146,10 @@ def full(folder: Path, model: str, data: Path, steps: int, length: int, micros: 
 
 
 def kernels(lengths: list[int], heads: int, width: int) -> list[dict]:
-    """Milliseconds, forward and backward, of attention and of the head with its loss, for one sequence."""
+    """Milliseconds, forward and backward, of attention, of the head with its loss, of the GELU, for one sequence."""
     import torch
     import torch.nn.functional as F
+    from transformers.activations import NewGELUActivation
 
     from finetune.gptj.attention import pack, packed_attention, pick_attention
     from finetune.gptj.loss import chunked_cross_entropy
@@ -131,6 +164,7 @@ def kernels(lengths: list[int], heads: int, width: int) -> list[dict]:
         boundaries = torch.tensor([0, length], dtype=torch.int32)
         hidden = torch.randn(length, width, device=device, dtype=torch.bfloat16).requires_grad_()
         labels = torch.randint(0, 50400, (length,), device=device)
+        wide = torch.randn(length, 4 * width, device=device, dtype=torch.bfloat16).requires_grad_()
         row = {"length": length, "attention": kind}
         for name, work in {
             "attention_ms": lambda q=q, k=k, v=v, b=boundaries, n=kind: packed_attention(
@@ -138,6 +172,8 @@ def kernels(lengths: list[int], heads: int, width: int) -> list[dict]:
             "eager_attention_ms": lambda q=q, k=k, v=v, b=boundaries: packed_attention(
                 q, k, v, pack(b, "eager", device)).sum(),
             "loss_ms": lambda h=hidden, t=labels: chunked_cross_entropy(h, weight, None, t),
+            "gelu_ms": lambda x=wide: F.gelu(x, approximate="tanh").sum(),
+            "eager_gelu_ms": lambda x=wide: NewGELUActivation()(x).sum(),
             "eager_loss_ms": lambda h=hidden, t=labels: F.cross_entropy((h @ weight.T).float(), t, reduction="sum"),
         }.items():
             row[name] = _milliseconds(work, device)
@@ -160,6 +196,47 @@ def _milliseconds(work, device, repeat: int = 5) -> float:
     return statistics.median(times[1:])
 
 
+def generate(model: Path, batches: list[int], new: int, prompt: int) -> list[dict]:
+    """Greedy tokens per second, the same weights and prompts; the share of equal tokens, since bf16 rounds differently."""
+    import torch
+    from transformers import GPTJForCausalLM
+
+    from finetune.config import Dtype
+    from finetune.data.tokenizer import load_tokenizer
+    from finetune.sample import Sampling, continue_ids
+    from finetune.saved import load_export
+
+    device, tokenizer = torch.device("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(None)
+    models = {"ours": load_export(model, Dtype.bf16, device).module,
+              "transformers": GPTJForCausalLM.from_pretrained(model, dtype=torch.bfloat16, attn_implementation="eager"
+                                                              ).to(device).eval()}
+    how, rows = Sampling(new, temperature=0), []
+    for batch in batches:
+        prompts = [[(97 * i + 7 * j) % 50000 for j in range(prompt)] for i in range(batch)]
+        row, found = {"batch": batch, "prompt_tokens": prompt, "new_tokens": new}, {}
+        for name, module in models.items():
+            times = []
+            for _ in range(3):
+                began = time.perf_counter()
+                found[name] = continue_ids(module, tokenizer, prompts, how, device)  # ends with a copy to the host
+                times.append(time.perf_counter() - began)
+            row[name] = {"tokens_per_second": sum(map(len, found[name])) / statistics.median(times[1:])}
+        same = [a == b for mine, theirs in zip(found["ours"], found["transformers"], strict=True)
+                for a, b in zip(mine, theirs, strict=False)]
+        rows.append(_told(row | {"equal_tokens": statistics.mean(same) if same else None}))
+    return rows
+
+
+def profile(model: Path, length: int, micro: int) -> str:
+    """The table of `bench/profile_step.py` for LoRA at stage 0."""
+    command = [sys.executable, "bench/profile_step.py", "--model", str(model), "--lora", "--stage", "0", "--rows", "30",
+               "--length", str(length), "--micro", str(micro)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    table = ran.stdout if ran.returncode == 0 else ran.stderr[-2000:]
+    print(table, flush=True)
+    return table
+
+
 def _told(record: dict) -> dict:
     print(" ", json.dumps(record), flush=True)
     return record
@@ -177,7 +254,7 @@ def gpu() -> dict | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", default=["lora", "full", "kernels"], choices=["lora", "full", "kernels"])
+    parser.add_argument("--part", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--micro", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--dry-run", action="store_true", help="a tiny model, here, to see that every part runs")
@@ -186,18 +263,23 @@ def main() -> None:
     device = gpu()
     if device is None and not args.dry_run:
         sys.exit("no GPU here; --dry-run tries every part with a tiny model on the CPU")
-    model, length, micros, steps = ("gptj_tiny", 128, [1], 4) if args.dry_run else (
-        "gptj_6b", 2048, args.micro, args.steps)
-    report: dict = {"command": " ".join(["python", *sys.argv]), "gpu": device, "machine": machine(), "model": model}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    dry = args.dry_run
+    name, length, micros, steps = ("gptj_tiny", 128, [1], 4) if dry else ("gptj_6b", 2048, args.micro, args.steps)
+    report: dict = {"command": " ".join(["python", *sys.argv]), "gpu": device, "machine": machine(), "model": name}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        model = checkpoint(folder / "model", name)
         data = dense_documents(folder / "data.jsonl", length * max(max(micros) * (steps + 2), 200))
+        work = {
+            "lora": lambda: lora(folder, model, data, steps, length, micros),
+            "full": lambda: full(folder, model, data, steps, length, micros),
+            "kernels": lambda: kernels([128, 256], 16, 256) if dry else kernels([512, 1024, 2048], 16, 4096),
+            "generate": lambda: generate(model, [1, 2], 8, 32) if dry else generate(model, [1, 32], 128, 512),
+            "profile": lambda: profile(model, length, 1 if dry else 4),
+        }
         for part in args.part:
             print(part, flush=True)
-            if part == "kernels":
-                report[part] = kernels([128, 256], 16, 256) if args.dry_run else kernels([512, 1024, 2048], 16, 4096)
-            else:
-                report[part] = (lora if part == "lora" else full)(folder, model, data, steps, length, micros)
+            report[part] = work[part]()
             if args.out:
                 args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report.get("lora", {}).get("best")))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 EOS, IGNORE = 50256, -100
 
@@ -79,7 +79,7 @@ def deepspeed_config(stage: int, micro: int) -> dict:
 
 def main() -> None:
     spec = json.loads(Path(sys.argv[-1]).read_text())
-    model = load(spec)
+    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.bfloat16)
     model.config.use_cache = False
     if spec["lora"]:
         import peft
@@ -109,14 +109,6 @@ def main() -> None:
     if torch.cuda.is_available():
         result["peak_gpu_bytes"] = torch.cuda.max_memory_reserved()
     Path(f"{spec['out']}.{trainer.args.process_index}.json").write_text(json.dumps(result))
-
-
-def load(spec: dict):
-    """The checkpoint, or with `random` a fresh model of its config, made on the GPU where there is one."""
-    if not spec.get("random"):
-        return AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(spec["model"]), dtype=torch.bfloat16)
 
 
 def trl_trainer(spec: dict, common: dict, model, rows: list[dict], watch: Watch):

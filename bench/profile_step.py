@@ -1,8 +1,8 @@
 """Where the time of one training step goes: torch's profiler over a few steps of this project's own engine.
 
-    python bench/profile_step.py [--length 1024] [--micro 2] [--stage 2] [--lora] [--steps 3] [k=v ...]
+    python bench/profile_step.py [--model DIR] [--length 1024] [--micro 2] [--stage 2] [--lora] [--steps 3] [k=v ...]
 
-One rank, the model of `bench/peers.py` (n_embd 512, 6 layers, bf16), random tokens. Further k=v words change the config.
+One rank, random tokens; without --model that of `bench/peers.py` (n_embd 512, 6 layers), bf16. Further k=v words change the config.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from workload import Size, make_model
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a checkpoint directory")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--micro", type=int, default=2)
     parser.add_argument("--stage", type=int, default=2)
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("words", nargs="*")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        profile(args, make_model(Path(name) / "model", Size()))
+        profile(args, args.model or make_model(Path(name) / "model", Size()))
 
 
 def profile(args: argparse.Namespace, model: Path) -> None:
@@ -55,18 +56,21 @@ def profile(args: argparse.Namespace, model: Path) -> None:
     ids = torch.randint(0, 50000, (1, tokens), device=world.device)
     positions = torch.arange(args.length, device=world.device).repeat(args.micro)[None]
     boundaries = torch.arange(args.micro + 1, dtype=torch.int32) * args.length
-    parts = {"forward": 0.0, "backward": 0.0, "step": 0.0}
+    parts, cuda = {"forward": 0.0, "backward": 0.0, "step": 0.0}, world.device.type == "cuda"
+
+    def timed(part: str, work):
+        clock = time.perf_counter()
+        result = work()
+        if cuda:
+            torch.cuda.synchronize()
+        parts[part] += time.perf_counter() - clock
+        return result
 
     def step() -> None:
-        clock = time.perf_counter()
-        loss = engine(input_ids=ids, position_ids=positions, cu_seqlens=boundaries, labels=ids.roll(-1, 1))
-        parts["forward"] += time.perf_counter() - clock
-        clock = time.perf_counter()
-        engine.backward(loss, 1 / tokens)
-        parts["backward"] += time.perf_counter() - clock
-        clock = time.perf_counter()
-        engine.step(1e-4)
-        parts["step"] += time.perf_counter() - clock
+        loss = timed("forward", lambda: engine(input_ids=ids, position_ids=positions, cu_seqlens=boundaries,
+                                               labels=ids.roll(-1, 1)))
+        timed("backward", lambda: engine.backward(loss, 1 / tokens))
+        timed("step", lambda: engine.step(1e-4))
 
     for _ in range(2):
         step()
@@ -77,14 +81,13 @@ def profile(args: argparse.Namespace, model: Path) -> None:
     seconds = (time.perf_counter() - clock) / args.steps
     print(f"{tokens / seconds:.0f} tok/s, {seconds:.3f} s a step: "
           + ", ".join(f"{name} {value / args.steps:.3f} s" for name, value in parts.items()))
-    cuda = world.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
     print(f"peak resident memory {memory_watch.peak_host_bytes() / 2**20:.0f} MiB")
     with torch_profile(activities=activities, record_shapes=args.shapes) as prof:
         for _ in range(args.steps):
             step()
-    print(prof.key_averages(group_by_input_shape=args.shapes).table(sort_by="self_cuda_time_total" if cuda else "self_cpu_time_total",
-                                    row_limit=args.rows, max_name_column_width=60))
+    print(prof.key_averages(group_by_input_shape=args.shapes).table(
+        sort_by="self_device_time_total" if cuda else "self_cpu_time_total", row_limit=args.rows, max_name_column_width=60))
     if args.trace:
         prof.export_chrome_trace(str(args.trace))
     dist.disconnect()

@@ -57,4 +57,7 @@ def test_the_best_step_is_kept_and_exported(runs, name):
                                    saved.read(name, "master", 0, exported[key].numel()), rtol=0, atol=0)
         compared += 1
     assert compared == len(exported)
+    lines = metrics(run)
+    assert all(len(line["peak_host_bytes_per_rank"]) == 2 for line in lines)
+    assert max(lines[-1]["peak_host_bytes_per_rank"]) >= lines[-1]["host_bytes"] > 0
     assert str(best) in (run / "export/README.md").read_text()
