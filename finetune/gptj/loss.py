@@ -87,15 +87,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_weight = None if whole or not want_weight else torch.empty_like(weight, dtype=torch.float32)
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
         part = logits = None
-        for i, rows in enumerate(_chunks(scored, len(scored) if whole else LOSS_CHUNK)):
-            part, logits = hidden[rows], None  # the chunk before is free before the next is made
-            logits = torch.mm(part, weight.T)
+        chunks = _chunks(scored, len(scored) if whole else LOSS_CHUNK)
+        # Allocated once: between fresh ones a CPU's heap would get holes.
+        buffer = hidden.new_empty(max(map(len, chunks), default=0), weight.shape[0])
+        for i, rows in enumerate(chunks):
+            part, logits = hidden[rows], buffer[: len(rows)]
+            torch.mm(part, weight.T, out=logits)
             total += _logits_to_gradient(logits, bias, labels[rows, None], d_bias)
             if d_hidden is not None:
                 d_hidden[rows] = logits @ weight
             if d_weight is not None:
                 _add_weight_gradient(d_weight, logits, part, first=i == 0)
-        if d_weight is not None and logits is None:
+        if d_weight is not None and not chunks:
             d_weight.zero_()
         ctx.save_for_backward(d_hidden, d_weight, d_bias, *((logits, part) if whole else (None, None)))
         ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
