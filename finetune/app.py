@@ -30,6 +30,7 @@ from finetune import config as schema
 from finetune import programs
 from finetune.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, UserError, problems_error
 from finetune.helptext import help_text
+from finetune.openmp import spin_briefly
 from finetune.redact import redact_text
 from finetune.suggest import SCHEMAS, all_keys, unknown_key, unknown_option, user_error
 from finetune.trained_task import trained_task
@@ -244,6 +245,7 @@ def main(run: Program | str, name: str, argv: list[str] | None = None) -> int:
     if any(word.startswith(("--cfg", "-c", "--info", "--hydra-help", "-sc", "--shell-completion")) for word in argv):
         return _hydra_prints(name, argv)
     try:
+        spin_briefly()
         words = [word for word in argv if word not in ("-m", "--multirun")]
         unknown = [word for word in words if word.startswith("-")]
         if unknown:
