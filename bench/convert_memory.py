@@ -1,0 +1,60 @@
+"""Host memory of converting a checkpoint: `python bench/convert_memory.py [--layers 16] [--out FILE.json]`.
+
+Random checkpoints of 2 GB in bf16 (safetensors) and twice that in fp32 (one pytorch_model.bin with GPT-J's legacy buffers)
+become bf16 and fp16 safetensors through `launch/convert.py`, each time in a process of its own; the kernel tells its
+peak resident memory. The same program on the shipped tiny model is what interpreter and libraries take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from load_memory import LAYOUTS, VOCABULARY, WIDTH, make
+from workload import ROOT, machine
+
+
+def peak(source: str, target: Path, dtype: str) -> int:
+    """Bytes that were resident at most."""
+    process = subprocess.Popen([sys.executable, "launch/convert.py", f"source={source}", f"target={target}", f"dtype={dtype}"],
+                               cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"convert.py of {source} failed")
+    return usage.ru_maxrss * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/convert_memory.json")
+    args = parser.parse_args()
+    found, spawn = [], multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        libraries = peak("asset:gptj_tiny", folder / "tiny", "fp16")
+        for i, layout in enumerate(LAYOUTS):
+            source = folder / f"source{i}"
+            maker = spawn.Process(target=make, args=(source, args.layers, layout))  # a child's peak begins with its parent's
+            maker.start()
+            maker.join()
+            size = sum(file.stat().st_size for file in source.iterdir())
+            for dtype in ("bf16", "fp16"):
+                row = {"from": layout, "bytes": size, "to": dtype,
+                       "peak_bytes": peak(str(source), folder / f"target{i}-{dtype}", dtype)}
+                row["above_libraries_bytes"] = row["peak_bytes"] - libraries
+                print(json.dumps(row), flush=True)
+                found.append(row)
+    result = {"command": f"python bench/convert_memory.py --layers {args.layers}", "libraries_bytes": libraries,
+              "largest_tensor_bytes_fp32": 4 * VOCABULARY * WIDTH, "conversions": found, "machine": machine()}
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
