@@ -9,25 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from load_memory import LAYOUTS, VOCABULARY, WIDTH, make
-from workload import ROOT, machine
+from workload import ROOT, machine, peak_bytes
 
 
 def peak(source: str, target: Path, dtype: str) -> int:
-    """Bytes that were resident at most."""
-    process = subprocess.Popen([sys.executable, "launch/convert.py", f"source={source}", f"target={target}", f"dtype={dtype}"],
-                               cwd=ROOT, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"convert.py of {source} failed")
-    return usage.ru_maxrss * 1024
+    return peak_bytes([sys.executable, "launch/convert.py", f"source={source}", f"target={target}", f"dtype={dtype}"])
 
 
 def main() -> None:
@@ -35,15 +26,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/convert_memory.json")
     args = parser.parse_args()
-    found, spawn = [], multiprocessing.get_context("spawn")
+    found = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         libraries = peak("asset:gptj_tiny", folder / "tiny", "fp16")
         for i, layout in enumerate(LAYOUTS):
-            source = folder / f"source{i}"
-            maker = spawn.Process(target=make, args=(source, args.layers, layout))  # a child's peak begins with its parent's
-            maker.start()
-            maker.join()
+            source = make(folder / f"source{i}", args.layers, layout)
             size = sum(file.stat().st_size for file in source.iterdir())
             for dtype in ("bf16", "fp16"):
                 row = {"from": layout, "bytes": size, "to": dtype,

@@ -12,23 +12,19 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
+from workload import ROOT, peak_bytes
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from finetune.app import compose_train  # noqa: E402
-from finetune.gptj.load import meta_model, read_config  # noqa: E402
-from finetune.plain import plain_config  # noqa: E402
-from finetune.shards import ShardWriter  # noqa: E402
+from finetune.app import compose_train
+from finetune.gptj.load import meta_model, read_config
+from finetune.plain import plain_config
+from finetune.shards import ShardWriter
 
 RANKS = 2
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -121,13 +117,10 @@ def lora_shapes(cfg, config) -> dict[str, tuple[int, ...]]:
 def measure(run: Path, out: Path, words: list[str]) -> dict:
     """Peak resident bytes and written bytes of one export in a fresh process."""
     command = [sys.executable, str(ROOT / "launch/export.py"), f"run={run}", f"out={out}", *words]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, command
+    peak = peak_bytes(command)
     written = sum(f.stat().st_size for f in out.glob("*.safetensors"))
     shutil.rmtree(out)
-    return {"peak_bytes": usage.ru_maxrss * 1024, "written_bytes": written}
+    return {"peak_bytes": peak, "written_bytes": written}
 
 
 def main() -> None:

@@ -39,30 +39,25 @@ SHARD_BYTES = 4 * 2**30
 def checkpoint(folder: Path, name: str) -> Path:
     """Random bf16 weights of the model `name` in Hugging Face's layout, drawn on the GPU where there is one."""
     import torch
-    from safetensors.torch import save_file
 
     from finetune.assets_path import asset
     from finetune.data.tokenizer import load_tokenizer
     from finetune.shape import load_shape
+    from finetune.shards import ShardWriter
 
     folder.mkdir()
     shutil.copy(asset(name) / "config.json", folder)
     load_tokenizer(None).save_pretrained(folder)
-    device, shards, held = "cuda" if torch.cuda.is_available() else "cpu", [{}], 0
+    shapes = dict(load_shape(str(asset(name)), "lm", 2).tensors())
+    device, writer = "cuda" if torch.cuda.is_available() else "cpu", ShardWriter(folder, shapes, torch.bfloat16, SHARD_BYTES)
     torch.manual_seed(0)
-    for tensor_name, size in load_shape(str(asset(name)), "lm", 2).tensors():
-        norm = "ln_" in tensor_name
-        value = torch.ones(size) if norm and tensor_name.endswith("weight") else torch.zeros(size) if len(size) == 1 else (
-            torch.randn(size, device=device).mul_(0.02))
-        shards[-1][tensor_name] = value.bfloat16().cpu()
-        held += value.numel() * 2
-        if held > SHARD_BYTES:
-            shards, held = [*shards, {}], 0
-    weight_map = {}
-    for i, shard in enumerate(shard for shard in shards if shard):
-        save_file(shard, folder / f"model-{i + 1:05d}.safetensors", metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, f"model-{i + 1:05d}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    for tensor_name, shape in shapes.items():
+        if len(shape) == 1:
+            value = torch.full(shape, float("ln_" in tensor_name and tensor_name.endswith("weight")))
+        else:
+            value = torch.randn(shape, device=device).mul_(0.02)
+        writer.add(tensor_name, value.bfloat16().cpu())
+    writer.close()
     return folder
 
 

@@ -100,6 +100,19 @@ def launch(ranks: int, script: str, arguments: list[str], log: Path) -> float:
     return time.perf_counter() - started
 
 
+WATCH = ("import os, subprocess, sys; p = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL);"
+         "_, status, used = os.wait4(p.pid, 0); print(used.ru_maxrss * 1024); sys.exit(bool(status))")
+
+
+def peak_bytes(command: list[str]) -> int:
+    """The most that was resident in a program, in bytes; it must end well.
+
+    A small process starts it: what the kernel calls a child's peak begins with its parent's.
+    """
+    done = subprocess.run([sys.executable, "-c", WATCH, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout)
+
+
 def free_port() -> int:
     import socket
 

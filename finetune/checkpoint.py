@@ -63,8 +63,6 @@ class _Save:
     """state.json."""
     needed: int
     """Bytes of all ranks."""
-    best: int | None = None
-    """Step that is kept whatever its age."""
 
 
 class Checkpoints:
@@ -77,12 +75,14 @@ class Checkpoints:
         may_change: names in `identity` that the user allows to differ.
         background: copy the tensors to the host, train on, and write meanwhile.
         origin: own checkpoint that the user named to continue from; newer ones that stem from it go before it.
+        best: whether that of the best evaluation is kept beside the newest, whatever its age.
     """
 
     def __init__(self, folder: Path, keep: int, world: World, identity: dict[str, Any], may_change: list[str],
-                 background: bool = False, origin: str | None = None):
+                 background: bool = False, origin: str | None = None, best: bool = False):
         self.folder, self.keep, self.world = folder, max(FEWEST_KEPT, keep), world
         self.identity, self.may_change, self.background, self.origin = identity, may_change, background, origin
+        self.best = best
         self._sound: set[int] = set()
         self._thread: Thread | None = None
         self._error: BaseException | None = None
@@ -92,13 +92,10 @@ class Checkpoints:
 
     # ------------------------------------------------------------------ save
 
-    def save(self, engine, state: TrainState, best: int | None = None) -> None:
+    def save(self, engine, state: TrainState) -> None:
         """Write step-N; collective. On any failure the staging folder is gone and older checkpoints are untouched.
 
         In the background it returns once the tensors are copied; failures come out of the next `save` or `wait`.
-
-        Args:
-            best: step that is kept beside the newest, whatever its age.
 
         Raises:
             RunFailed: the disk is full or not writable; says how much is missing.
@@ -111,7 +108,7 @@ class Checkpoints:
         about = {"format": FORMAT, "world_size": self.world.size, "adam_step": partitions.adam_step(engine),
                  "loss_scale": _loss_scale(engine), "identity": self.identity, "origin": self.origin,
                  "state": asdict(state)}
-        save = _Save(state.step, pieces, about, needed, best)
+        save = _Save(state.step, pieces, about, needed)
         if not self.background:
             self._write(save, self.world)
             return
@@ -192,7 +189,7 @@ class Checkpoints:
             shutil.rmtree(stage, ignore_errors=True)
             raise self._failed(save, error) from None
         self._sound.add(save.step)
-        self._retain(save.step, save.best)
+        self._retain(save.step, save.about["state"]["best_step"])
 
     def _failed(self, save: _Save, error: OSError) -> RunFailed:
         free = free_bytes(self.folder)
@@ -206,12 +203,8 @@ class Checkpoints:
             raise RunFailed(f"{what} needs {gib(needed)} and the disk has {gib(free)} free: {gib(needed - free)} are "
                             "missing", str(self.folder), UNTOUCHED)
 
-    def require_room(self, engine, several: bool, best: bool = False) -> None:
+    def require_room(self, engine, several: bool) -> None:
         """Before the first step: room for all checkpoints that will be there at once, those here now included.
-
-        Args:
-            several: whether checkpoints are written while the run goes on.
-            best: whether one more than the newest is kept.
 
         Raises:
             RunFailed: the disk is too small; says how much is missing.
@@ -221,18 +214,18 @@ class Checkpoints:
 
         def check() -> None:
             here = step_folders(self.folder)
-            count = self.keep + 1 + best if several or best else min(self.keep, len(here)) + 1
+            count = self.keep + 1 + self.best if several or self.best else min(self.keep, len(here)) + 1
             held = sum(folder_bytes(step) for step in here)
             self._require(count * one - held, f"keeping {count} checkpoint{'s' * (count > 1)} of {gib(one)} at once")
 
         self.world.on_main(check)
 
-    def _retain(self, step: int, best: int | None) -> None:
-        """Delete what is older than the newest `keep` that are known to be sound, but for the best; nothing while they
-        are fewer."""
+    def _retain(self, step: int, best: int) -> None:
+        """Delete what is older than the newest `keep` that are known to be sound, but for the best where that is wanted;
+        nothing while they are fewer."""
         if len(self._sound) < self.keep:
             return
-        kept = {*sorted(self._sound)[-self.keep :], best}
+        kept = sorted(self._sound)[-self.keep :] + [best] * self.best
         for path in step_folders(self.folder):
             if step_of(path) <= step and step_of(path) not in kept:
                 self._discard(path)

@@ -272,9 +272,7 @@ def _take_norms_by_rows(optimizer) -> None:
     def by_rows(gradients, params, norm_type=2):
         if norm_type != 2:
             return whole(gradients, params, norm_type)
-        real = (g for g in gradients if not getattr(g, "_zero_padding", False))
-        pairs = [(row_norms(g), p) for g, p in zip(real, params, strict=False)]
-        return whole([norms for norms, _ in pairs], [p for _, p in pairs] or params, norm_type)
+        return whole([row_norms(g) for g in gradients if not getattr(g, "_zero_padding", False)], params, norm_type)
 
     optimizer.get_grad_norm_direct = by_rows
 

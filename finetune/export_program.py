@@ -177,7 +177,7 @@ def _base_name(cfg: Config, folder: Path) -> str:
 def _source(cfg: Config, app: ExportAppConfig, folder: Path, checkpoint: Path) -> Source:
     about, saved = about_of_run(folder), read_state(checkpoint)
     state, step = saved["state"], saved["state"]["step"]
-    _, metrics = metrics_log.at_step(folder, step)
+    _, metrics = metrics_log.newest(folder, step)
     facts = {"recipe": cfg.name, "training data": cfg.data.train,
              "training data's fingerprint": saved["identity"].get("data"),
              "evaluation data": cfg.data.eval, "steps": step, "tokens": state["tokens"], "seed": cfg.seed,

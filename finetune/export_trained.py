@@ -42,8 +42,8 @@ def take_best(engine: Engine, checkpoints: Checkpoints, result: Result, best_ste
         return result
     say(f"exporting step {best_step}, which evaluated best")
     state = checkpoints.load(engine.ds, folder)
-    loss, metrics = world.on_main(lambda: metrics_log.at_step(run_dir, best_step))
-    return replace(result, step=best_step, loss=loss, eval=metrics, tokens=state.tokens)
+    trained, metrics = world.on_main(lambda: metrics_log.newest(run_dir, best_step))
+    return replace(result, step=best_step, loss=trained.get("loss"), eval=metrics, tokens=state.tokens)
 
 
 def _unusable(folder: Path, step: int) -> str | None:

@@ -63,14 +63,11 @@ def read(path: Path | str) -> list[dict[str, Any]]:
     return [record for record in map(_parse, lines) if record is not None]
 
 
-def at_step(run_dir: Path, step: int) -> tuple[float | None, dict[str, Any]]:
-    """The training loss that a run logged for `step`, and the metrics of that step's evaluation."""
-    loss, metrics = None, {}
-    for line in read(run_dir / METRICS):
-        if line.get("step") == step:
-            loss = line["loss"] if line.get("kind") == "train" else loss
-            metrics = line if line.get("kind") == "eval" else metrics
-    return loss, {key: value for key, value in metrics.items() if key not in ("kind", "step")}
+def newest(run_dir: Path, step: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The newest training record, and the newest evaluation's metrics, of a run or of one of its steps."""
+    lines = [line for line in read(run_dir / METRICS) if step is None or line.get("step") == step]
+    trained, evaluated = (next((line for line in reversed(lines) if line.get("kind") == kind), {}) for kind in ("train", "eval"))
+    return trained, {key: value for key, value in evaluated.items() if key not in ("kind", "step")}
 
 
 def training_seconds(run_dir: Path) -> float:

@@ -132,7 +132,7 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
             probe(engine, inputs.task, inputs.collate, inputs.rows, int(cfg.train.micro_batch), planned.accumulation)
     checkpoints = _checkpoints(cfg, inputs, sharding, world, run_dir)
     state = checkpoints.restore(engine.ds, resume_from) if resume_from else TrainState()
-    checkpoints.require_room(engine.ds, several=cfg.checkpoint.every > 0, best=cfg.checkpoint.best)
+    checkpoints.require_room(engine.ds, several=cfg.checkpoint.every > 0)
     held = world.gather(engine.optimizer_bytes()["total"])
     if world.main:
         _watch(callbacks, cfg, run_dir, state, after=state.step if resume_from else -1)
@@ -228,7 +228,7 @@ def _checkpoints(cfg: Config, inputs: Inputs, sharding: Sharding, world: World, 
     """The run's checkpoints, cleared of what a kill left, or of all where nothing is to be resumed."""
     weights = world.on_main(lambda: weights_identity(local_folder(cfg.model)))
     found = Checkpoints(run_dir / "checkpoints", cfg.checkpoint.keep, world, _identity(cfg, inputs.train, weights),
-                        cfg.resume_changed, _in_background(cfg, sharding, world), Path(cfg.resume).name)
+                        cfg.resume_changed, _in_background(cfg, sharding, world), Path(cfg.resume).name, cfg.checkpoint.best)
     world.on_main(found.set_aside if cfg.resume == "never" else found.clean)
     return found
 

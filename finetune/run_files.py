@@ -61,22 +61,14 @@ def with_logged(result: Result, run_dir: Path) -> Result:
     """A resumed run that had nothing left to train has the figures that its lines tell."""
     if result.loss is not None or result.step == 0:
         return result
-    last, evaluated = _last_lines(run_dir)
+    last, evaluated = metrics_log.newest(run_dir)
     return replace(result, loss=last.get("loss"), eval=result.eval or evaluated)
-
-
-def _last_lines(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Newest training record, and newest evaluation's metrics."""
-    lines = metrics_log.read(run_dir / metrics_log.METRICS)
-    last = next((line for line in reversed(lines) if line.get("kind") == "train"), {})
-    evaluated = next((line for line in reversed(lines) if line.get("kind") == "eval"), {})
-    return last, {key: value for key, value in evaluated.items() if key not in ("kind", "step")}
 
 
 def failed_result(run_dir: Path, error: BaseException, world: World, start_host: int, zero_stage: int | None
                   ) -> dict[str, Any]:
     """result.json of a run that ended in an error: what its own lines still tell."""
-    last, evaluated = _last_lines(run_dir)
+    last, evaluated = metrics_log.newest(run_dir)
     seconds = metrics_log.training_seconds(run_dir)
     stopped = isinstance(error, Preempted)
     text = None if stopped else error.render() if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

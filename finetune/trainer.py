@@ -264,7 +264,7 @@ class Trainer:
         if self.saved_step == state.step:
             return
         state.callbacks = self.world.broadcast(self.callbacks.state())
-        self.checkpoints.save(self.engine.ds, state, state.best_step if self.checkpoint.best else None)
+        self.checkpoints.save(self.engine.ds, state)
         self.saved_step = state.step
         self._tell_saved()
         self.hooks.beat()

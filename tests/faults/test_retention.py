@@ -24,10 +24,10 @@ def opened(run: Path, **more) -> Checkpoints:
     return Checkpoints(run / "checkpoints", 2, WORLD, IDENTITY, [], **more)
 
 
-def write(checkpoints: Checkpoints, step: int, best: int | None = None) -> Path:
+def write(checkpoints: Checkpoints, step: int, best: int = 0) -> Path:
     about = {"format": 1, "identity": checkpoints.identity, "origin": checkpoints.origin}
-    about["state"] = asdict(TrainState(step))
-    checkpoints._write(_Save(step, Pieces.of([("w|0|master", torch.full((4,), float(step)))]), about, 16, best), WORLD)
+    about["state"] = asdict(TrainState(step, best_step=best))
+    checkpoints._write(_Save(step, Pieces.of([("w|0|master", torch.full((4,), float(step)))]), about, 16), WORLD)
     return checkpoints.folder / f"step-{step:08d}"
 
 
@@ -48,7 +48,7 @@ def test_the_newest_are_kept(tmp_path):
 
 
 def test_the_best_is_kept_until_there_is_a_better(tmp_path):
-    checkpoints = opened(tmp_path)
+    checkpoints = opened(tmp_path, best=True)
     for step, best, kept in ((1, 1, [1]), (2, 1, [1, 2]), (3, 1, [1, 2, 3]), (4, 1, [1, 3, 4]), (5, 5, [4, 5])):
         write(checkpoints, step, best)
         assert steps(tmp_path) == kept

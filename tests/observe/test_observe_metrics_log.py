@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.metrics_log import MetricsLog, at_step, read, training_seconds, truncate, write_result
+from finetune.metrics_log import MetricsLog, newest, read, training_seconds, truncate, write_result
 
 RECORD = {"kind": "train", "step": 1, "loss": 2.5, "lr": 1e-4, "grad_norm": 1.0, "tokens": 512,
           "tokens_per_second": 100.0, "host_bytes": 1 << 30, "gpu_bytes": 0}
@@ -89,10 +89,12 @@ def test_result_replaces_the_old_one_whole(tmp_path: Path):
 
 def test_what_a_run_logged_tells_of_its_time_and_of_a_step(tmp_path: Path):
     log = MetricsLog(tmp_path)
-    assert training_seconds(tmp_path) == 0 and at_step(tmp_path, 2) == (None, {})
+    assert training_seconds(tmp_path) == 0 and newest(tmp_path) == ({}, {})
     log.train_step({**RECORD, "step": 1, "tokens": 500, "tokens_per_second": 100.0})
     log.evaluation({"kind": "eval", "step": 2, "loss": 2.0, "perplexity": 7.39})
     log.train_step({**RECORD, "step": 2, "loss": 2.25, "tokens": 800, "tokens_per_second": 50.0})
     assert training_seconds(tmp_path) == 500 / 100 + 300 / 50
-    assert at_step(tmp_path, 2) == (2.25, {"loss": 2.0, "perplexity": 7.39})
-    assert at_step(tmp_path, 1) == (2.5, {})
+    trained, metrics = newest(tmp_path)
+    assert trained["step"] == 2 and trained["loss"] == 2.25 and metrics == {"loss": 2.0, "perplexity": 7.39}
+    trained, metrics = newest(tmp_path, 1)
+    assert trained["step"] == 1 and trained["loss"] == 2.5 and metrics == {}
