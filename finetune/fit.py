@@ -11,7 +11,7 @@ from finetune.checkpoint_files import folder_bytes, step_folders
 from finetune.config import Config, Offload
 from finetune.dist import World
 from finetune.ds_config import Sharding
-from finetune.errors import RunFailed
+from finetune.errors import UserError
 from finetune.gptj.load import local_folder
 from finetune.plan import Plan, measure_machine, plan, render_table
 from finetune.shape import ModelShape, load_shape
@@ -25,7 +25,7 @@ def plan_run(cfg: Config, world: World, run_dir: Path, num_labels: int | None) -
         num_labels: of a classifier, where the data have told; else 2 are assumed.
 
     Raises:
-        RunFailed: nothing fits; the table says what is missing.
+        UserError: nothing fits; the table says what is missing, and what to change.
     """
     shape = _shape(cfg, num_labels)
     machine = measure_machine(cfg.machine, world.size, str(run_dir), cfg.zero.nvme_path)
@@ -36,7 +36,7 @@ def plan_run(cfg: Config, world: World, run_dir: Path, num_labels: int | None) -
     planned = plan(cfg, machine, shape, world.size)
     metrics_log.write_json(run_dir / "plan.json", planned.to_json())
     if not planned.fits and cfg.zero.stage == "auto":
-        raise RunFailed("this run does not fit this machine\n" + render_table(planned))
+        raise UserError("this run does not fit this machine\n" + render_table(planned))
     return planned
 
 

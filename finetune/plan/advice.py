@@ -13,8 +13,9 @@ from typing import Optional
 from finetune.config import Config, LoraConfig, Offload
 from finetune.errors import gib
 from finetune.plan.choose import Plan, choose, largest_micro_batch, missing
-from finetune.plan.estimate import Estimate
+from finetune.plan.estimate import Estimate, estimate, load_host_bytes
 from finetune.plan.job import Job, Option
+from finetune.plan.machine import GIB
 from finetune.plan.options import wanted_options
 
 MOST_GPUS = 256
@@ -83,9 +84,13 @@ def _remedies(cfg: Config, job: Job) -> Iterator[str]:
         found = _best(cfg, changed)
         if found:
             yield f"{overrides}: {found.option}, {_numbers(changed, found)}"
-    gpus = _enough_gpus(cfg, job)
-    if gpus:
-        yield gpus
+    if job.on_gpu:
+        gpus = _enough_gpus(cfg, job)
+        if gpus:
+            yield gpus
+    else:
+        yield _enough_memory(cfg, job)
+        yield "debug=tiny: the same command with the tiny GPT-J that ships with the project"
 
 
 def _changes(cfg: Config, job: Job) -> Iterator[tuple[str, Job]]:
@@ -111,6 +116,9 @@ def _changes(cfg: Config, job: Job) -> Iterator[tuple[str, Job]]:
         yield "adapter=lora train.activation_checkpointing=true", replace(lighter, adapter=LoraConfig())
     if work.micro_batch > 1 and not work.rebuilds:
         yield "train.activation_checkpointing=true train.micro_batch=1", lighter.with_micro_batch(1)
+    if job.full and work.micro_batch > 1:
+        yield "adapter=lora train.activation_checkpointing=true train.micro_batch=1", replace(
+            lighter, adapter=LoraConfig()).with_micro_batch(1)
 
 
 def _best(cfg: Config, job: Job) -> Optional[Estimate]:
@@ -130,8 +138,6 @@ def _estimate(job: Job, options: list[Option]) -> Optional[Estimate]:
 
 def _enough_gpus(cfg: Config, job: Job) -> Optional[str]:
     """The smallest number of GPUs like these that is enough without any other change."""
-    if not job.on_gpu:
-        return None
     gpus = job.machine.gpus + 1
     while gpus <= MOST_GPUS:
         machine = replace(job.machine, gpus=gpus, gpus_per_node=min(gpus, max(8, job.machine.gpus_per_node)))
@@ -141,6 +147,15 @@ def _enough_gpus(cfg: Config, job: Job) -> Optional[str]:
             return f"machine.gpus={gpus}: {found.option}, {_numbers(bigger, found)} each"
         gpus += 1 if gpus < 8 else 8
     return None
+
+
+def _enough_memory(cfg: Config, job: Job) -> str:
+    """The smallest memory, in whole GiB, of a machine without GPUs that is enough without any other change."""
+    unlimited = replace(job, machine=replace(job.machine, host_bytes=2**60))
+    options = {option: estimate(unlimited, option) for option in _auto_options(cfg, unlimited)}
+    need = {option: max(found.host_bytes, load_host_bytes(unlimited, option)) for option, found in options.items()}
+    least = min(need, key=lambda option: need[option])
+    return f"machine.host_gib={-(-need[least] // GIB)} (free, on such a machine): {least}"
 
 
 def _numbers(job: Job, found: Estimate) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from plan_cases import CPU, GIB, TINY, config, gpu_machine, job
 
 from finetune.config import AdapterConfig, Config, FullConfig, LoraConfig, ModelConfig, Offload, TaskConfig, TrainConfig
 from finetune.errors import UserError
+from finetune.fit import plan_run
 from finetune.plan import Estimate, Machine, Option, Plan, model_states, plan
 from finetune.plan.activations import activations
 from finetune.plan.estimate import PARTS, estimate
@@ -116,6 +120,28 @@ def test_advice_holds(gpus: int, gib: float, host: float) -> None:
     assert plan(six_b(), gpu_machine(enough, gib, host), SIX_B, enough).fits
     fewer = enough - (1 if enough <= 8 else 8)
     assert not plan(six_b(), gpu_machine(fewer, gib, host), SIX_B, fewer).fits
+
+
+def test_advice_without_gpus_names_the_least_memory() -> None:
+    cfg = six_b(micro_batch=4)
+    made = plan(cfg, replace(CPU, host_bytes=8 * GIB), SIX_B, 1)
+    needed = re.search(r"machine\.host_gib=(\d+)", "\n".join(made.advice))
+    assert not made.fits and needed
+    assert plan(cfg, replace(CPU, host_bytes=int(needed[1]) * GIB), SIX_B, 1).fits
+    assert not plan(cfg, replace(CPU, host_bytes=(int(needed[1]) - 1) * GIB), SIX_B, 1).fits
+
+
+def test_a_run_that_fits_nowhere_is_refused_with_the_table(tmp_path: Path) -> None:
+    """Exit code 2: the command asks for what this machine cannot give. plan.json says the same."""
+    cfg = six_b()
+    cfg.machine.gpus, cfg.machine.host_gib = 0, 8
+    with pytest.raises(UserError) as refusal:
+        plan_run(cfg, SimpleNamespace(size=2), tmp_path, None)  # type: ignore[arg-type]
+    assert refusal.value.exit_code == 2
+    text = refusal.value.render()
+    assert "does not fit" in text and "NOTHING FITS" in text and "What would fit:" in text and "machine.host_gib=" in text
+    told = json.loads((tmp_path / "plan.json").read_text())
+    assert told["fits"] is False and told["advice"]
 
 
 @pytest.mark.parametrize("gpus, gib", [(1, 80), (8, 24), (8, 80)])
