@@ -8,8 +8,11 @@ first step and at the end. Trivial baselines:
     classify   always the training data's most frequent label: accuracy
     qa         a random valid span, the expectation over 200 draws; and never answering: exact match and F1
     instruct   the base model itself, at step 0: loss
+    year       regression: a piece of a State of the Union address to (year - 2000) / 10; always the mean: squared error
+    tags       multi-label: a piece of text to its source and, if a speech, its decade; always the most frequent: macro F1
 
-Also measured: how much of the packed positions the instructions fill.
+The last two are made from the shipped texts, cut into pieces, and their metadata. Also measured: how much of the packed
+positions the instructions fill.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from finetune.data.records import read  # noqa: E402
 from finetune.tasks.squad_metrics import score, summarise  # noqa: E402
 
 DATA = ROOT / "finetune/assets/data"
@@ -36,6 +40,7 @@ LORA, FULL = ["adapter.targets=all-linear", "adapter.rank=16", "adapter.alpha=32
 CLASSIFY = ["recipe=classify_lora", "data=classify_sample", *COMMON, "train.eval_every=125"]
 QA = ["recipe=qa_lora", "data=qa_sample", *COMMON, "train.global_batch=16", "train.eval_every=80"]
 INSTRUCT = ["recipe=instruct_lora", "data=instruct_sample", *COMMON, "train.global_batch=4", "train.eval_every=20"]
+MADE = ["recipe=classify_lora", *COMMON, "train.eval_every=100", "task.max_length=256", "train.epochs=4", *FULL, "optim.lr=1e-3"]
 CASES = {
     "classify-lora": [*CLASSIFY, *LORA, "optim.lr=5e-3"],
     "classify-full": [*CLASSIFY, *FULL, "optim.lr=1e-3"],
@@ -43,17 +48,23 @@ CASES = {
     "qa-full": [*QA, *FULL, "optim.lr=1e-3", "train.epochs=4"],
     "instruct-lora": [*INSTRUCT, *LORA, "optim.lr=5e-3", "train.epochs=20"],
     "instruct-full": [*INSTRUCT, *FULL, "optim.lr=1e-3", "train.epochs=20"],
+    "year-full": [*MADE, "task.problem=regression", "data.train=DATA/year-train.jsonl", "data.eval=DATA/year-eval.jsonl"],
+    "tags-full": [*MADE, "task.problem=multi_label", "data.train=DATA/tags-train.jsonl", "data.eval=DATA/tags-eval.jsonl"],
 }
-SHOWN = ("loss", "perplexity", "accuracy", "f1", "exact_match")
+SHOWN = ("loss", "perplexity", "accuracy", "f1", "exact_match", "mse", "pearson")
 NESTED = ("has_answer_f1", "no_answer_f1")
 DRAWS = 200
+WORDS = 80
+"""Of one piece."""
 
 
 def train(words: list[str]) -> dict:
     """One run: the first and last evaluation, seconds of the whole command, rows filled."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir, started = Path(folder) / "run", time.perf_counter()
-        command = [sys.executable, "launch/train.py", *words, f"run_dir={run_dir}"]
+        made_rows(Path(folder))
+        told = [word.replace("DATA/", f"{folder}/") for word in words]
+        command = [sys.executable, "launch/train.py", *told, f"run_dir={run_dir}"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
@@ -71,12 +82,46 @@ def _by_kind(line: dict) -> dict:
     return {f"{kind}_f1": line[kind]["f1"] for kind in ("has_answer", "no_answer") if kind in line}
 
 
+def made_rows(folder: Path) -> dict[str, list]:
+    """year-*.jsonl and tags-*.jsonl in `folder`, from pieces of the shipped texts; their labels, by file's stem."""
+    labels = {}
+    for name in ("train", "eval"):
+        year, tags = [], []
+        for _, row in read(str(DATA / f"pile_sample/{name}.jsonl.zst"), name):
+            about = row["meta"]
+            decade = [f"{about['year'] // 10 * 10}s"] if "year" in about else []
+            words = row["text"].split()
+            for piece in (" ".join(words[i : i + WORDS]) for i in range(0, len(words) - WORDS + 1, WORDS)):
+                tags.append({"text": piece, "label": [about["pile_set_name"], *decade]})
+                if decade:
+                    year.append({"text": piece, "label": (about["year"] - 2000) / 10})
+        for kind, rows in (("year", year), ("tags", tags)):
+            (folder / f"{kind}-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            labels[f"{kind}-{name}"] = [row["label"] for row in rows]
+    return labels
+
+
+def _trivial(labels: dict[str, list]) -> dict:
+    """Always the training mean; always the labels that more than half of the training rows have."""
+    mean = sum(labels["year-train"]) / len(labels["year-train"])
+    error = sum((value - mean) ** 2 for value in labels["year-eval"]) / len(labels["year-eval"])
+    counts = Counter(tag for row in labels["tags-train"] for tag in row)
+    always = {tag for tag, count in counts.items() if count > len(labels["tags-train"]) / 2}
+    rows = labels["tags-eval"]
+    held = Counter(tag for row in rows for tag in row)
+    f1 = [2 * held[tag] / (len(rows) + held[tag]) if tag in always else 0.0 for tag in counts]
+    return {"year": {"mse of the mean": error}, "tags": {"macro F1 of the most frequent": sum(f1) / len(f1)},
+            "rows": {name: len(found) for name, found in labels.items()}}
+
+
 def baselines() -> dict:
     """What costs nothing, on the evaluation data; the base model's loss is in each run's first evaluation."""
     labels = {name: [json.loads(line)["label"] for line in (DATA / f"classify/{name}.jsonl").read_text().splitlines()]
               for name in ("train", "eval")}
     majority = Counter(labels["train"]).most_common(1)[0][0]
-    return {"classify": {"majority accuracy": labels["eval"].count(majority) / len(labels["eval"])}, "qa": _spans()}
+    with tempfile.TemporaryDirectory() as folder:
+        made = _trivial(made_rows(Path(folder)))
+    return {"classify": {"majority accuracy": labels["eval"].count(majority) / len(labels["eval"])}, "qa": _spans(), **made}
 
 
 def _spans() -> dict:

@@ -27,9 +27,10 @@ def status(key: str) -> int:
 
 
 class Watch(TrainerCallback):
-    """Seconds of every step, and memory before the first and at the end."""
+    """Seconds of every step, and memory before the first and at the end; the first step's end makes the file `first`."""
 
-    def __init__(self):
+    def __init__(self, first: Path):
+        self.first = first
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.start_host = 0
@@ -41,6 +42,8 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds.append(time.perf_counter() - self.clock)
+        if len(self.seconds) == 1:
+            self.first.write_text("done")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
@@ -95,7 +98,7 @@ def main() -> None:
         "remove_unused_columns": False, "dataloader_pin_memory": False,
     }
     rows = [json.loads(line) for line in Path(spec["rows"]).read_text().splitlines()]
-    watch, pad = Watch(), Pad()
+    watch, pad = Watch(Path(spec["out"] + ".first")), Pad()
     if spec["peer"] == "trainer":
         args = TrainingArguments(**common)
         trainer = InOrder(model=model, args=args, train_dataset=Dataset.from_list(rows), data_collator=pad,

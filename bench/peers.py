@@ -78,14 +78,19 @@ def ours(case: Case, model: Path, data: Path, folder: Path, steps: int) -> dict:
             "peak_host_bytes": result["peak_host_bytes"]}
 
 
-def peer(kind: str, case: Case, model: Path, rows: Path, folder: Path, steps: int) -> dict:
-    out = folder / kind
+def peer_spec(kind: str, case: Case, model: Path, rows: Path, folder: Path, steps: int) -> Path:
+    """What bench/peer_trainer.py is told: a json file in `folder`."""
     micro = case.micro if kind == "trl" or not case.ragged else case.padded_micro
-    spec = {"peer": kind, "model": str(model), "rows": str(rows), "out": str(out), "steps": steps, "micro": micro,
+    spec = {"peer": kind, "model": str(model), "rows": str(rows), "out": str(folder / kind), "steps": steps, "micro": micro,
             "stage": case.stage, "length": case.length, "lora": LORA if case.lora else None}
     file = folder / f"{kind}.spec.json"
     file.write_text(json.dumps(spec))
-    files = [Path(f"{out}.{rank}.json") for rank in range(case.ranks)]
+    return file
+
+
+def peer(kind: str, case: Case, model: Path, rows: Path, folder: Path, steps: int) -> dict:
+    file = peer_spec(kind, case, model, rows, folder, steps)
+    files = [folder / f"{kind}.{rank}.json" for rank in range(case.ranks)]
     try:
         launch(case.ranks, "bench/peer_trainer.py", [str(file)], folder / f"{kind}.log")
     except RuntimeError:

@@ -15,7 +15,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,7 +84,12 @@ def register(words: Iterable[str] = ()) -> None:
         for name, node in kinds.items():
             store.store(group=f"schema/{group}", name=name, node=node)
     for path in sorted(RECIPES.glob("**/*.yaml")):
-        store.store(group="recipe", name=path.stem, node=_fitting(OmegaConf.load(path), typed), package="_global_")
+        store.store(group="recipe", name=path.stem, node=_fitting(deepcopy(_recipe(path)), typed), package="_global_")
+
+
+@cache
+def _recipe(path: Path) -> Any:
+    return OmegaConf.load(path)
 
 
 def _fitting(recipe: Any, typed: dict[str, str]) -> Any:

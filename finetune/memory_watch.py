@@ -11,16 +11,20 @@ import sys
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
+_most_seen = 0
 
 
 def host_bytes() -> int:
     """Resident memory of this process."""
-    return _status_bytes("VmRSS") or peak_host_bytes()
+    global _most_seen
+    now = _status_bytes("VmRSS") or _rusage_bytes()
+    _most_seen = max(_most_seen, now)
+    return now
 
 
 def peak_host_bytes() -> int:
-    """The most that was ever resident in this process."""
-    return _status_bytes("VmHWM") or _rusage_bytes()
+    """The most that was ever resident in this process; the kernel's own peak may lag behind what it has said before."""
+    return max(_most_seen, _status_bytes("VmHWM") or _rusage_bytes())
 
 
 def gpu_bytes() -> int:

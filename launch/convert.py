@@ -7,6 +7,5 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if __name__ == "__main__":
     from finetune.app import main
-    from finetune.convert.program import run
 
-    sys.exit(main(run, "convert"))
+    sys.exit(main("finetune.convert.program", "convert"))

@@ -7,6 +7,5 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if __name__ == "__main__":
     from finetune.app import main
-    from finetune.serve.program import run
 
-    sys.exit(main(run, "serve"))
+    sys.exit(main("finetune.serve.program", "serve"))

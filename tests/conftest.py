@@ -50,15 +50,42 @@ def small_gptj(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pocket_gptj(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`small_gptj` with a vocabulary of 1024 and the tokenizer that goes with it: a step costs a tenth.
+
+    For what does not depend on the vocabulary; losses at GPT-J's own 50400 are tested beside it.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
+
+    folder, size, end = tmp_path_factory.mktemp("pocket_gptj"), 1024, "<|endoftext|>"
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    words.train_from_iterator([_shipped_text()], trainers.BpeTrainer(
+        vocab_size=size - 24, special_tokens=[end], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end, bos_token=end).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = GPTJConfig(**SMALL | {"vocab_size": size, "bos_token_id": 0, "eos_token_id": 0})
+    GPTJForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def _shipped_text() -> str:
+    from finetune.assets_path import asset
+    from finetune.data.records import read
+
+    rows = list(read(str(asset("data") / "pile_sample/eval.jsonl.zst"), "train"))[:12]
+    return " ".join(item[1]["text"] for item in rows)
+
+
+@pytest.fixture(scope="session")
 def unequal_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pile-format jsonl of 60 documents between 2 and about 300 tokens, from the shipped speeches."""
     import random
 
-    from finetune.assets_path import asset
-    from finetune.data.records import read
-
     rng = random.Random(0)
-    words = " ".join(item[1]["text"] for item in list(read(str(asset("data") / "pile_sample/eval.jsonl.zst"), "train"))[:12]).split()
+    words = _shipped_text().split()
     file = tmp_path_factory.mktemp("data") / "unequal.jsonl"
     with file.open("w", encoding="utf-8") as f:
         for i in range(60):

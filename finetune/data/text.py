@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +21,7 @@ from finetune.data.tokenizer import backend, tokenizer_fingerprint
 from finetune.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 PIECE_CHARACTERS = 1 << 15
@@ -75,18 +77,27 @@ class TextTokenizer:
     """Texts -> ids by the tokenizer's own threads, also within one long text; special tokens are not added."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self.fingerprint = tokenizer_fingerprint(tokenizer)
+
+    @cached_property
+    def _backend(self) -> Tokenizer:
+        """A copy, made when there is something to encode: truncation and padding that others set on theirs would cut
+        documents in silence."""
         from tokenizers import Tokenizer
 
-        self.fingerprint = tokenizer_fingerprint(tokenizer)
-        # A copy: truncation and padding that others set on theirs would cut documents in silence.
-        self._backend = Tokenizer.from_str(backend(tokenizer).to_str())
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        copy = Tokenizer.from_str(backend(self._tokenizer).to_str())
+        copy.no_truncation()
+        copy.no_padding()
         # BPE keeps the first 10000 words it meets and no later one; 200000 save a fifth of the time on English.
         # Private, hence optional: without it the ids are the same.
-        if hasattr(self._backend.model, "_resize_cache"):
-            self._backend.model._resize_cache(CACHED_WORDS)
-        self._divisible = _splits_at_spaces(self._backend)
+        if hasattr(copy.model, "_resize_cache"):
+            copy.model._resize_cache(CACHED_WORDS)
+        return copy
+
+    @cached_property
+    def _divisible(self) -> bool:
+        return _splits_at_spaces(self._backend)
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         if not self._divisible or max(map(len, texts), default=0) <= PIECE_CHARACTERS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -67,9 +68,14 @@ def backend(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of everything that decides which ids a text gets."""
-    state = json.loads(backend(tokenizer).to_str())
+    return _fingerprint(backend(tokenizer).to_str(), tokenizer.eos_token_id, len(tokenizer))
+
+
+@lru_cache(maxsize=4)
+def _fingerprint(serialized: str, eos: int, size: int) -> str:
+    state = json.loads(serialized)
     # A call such as tokenizer(text, truncation=True) leaves its arguments in the backend.
-    state.update(truncation=None, padding=None, eos=tokenizer.eos_token_id, size=len(tokenizer))
+    state.update(truncation=None, padding=None, eos=eos, size=size)
     text = json.dumps(state, sort_keys=True, ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

@@ -27,7 +27,7 @@ def train(overrides: list[str]) -> tuple[list[float], list[float]]:
     """Loss and gradient norm of each step of the run that `overrides` describe: constant learning rate, no weight decay,
     unpacked."""
     cfg = compose_train(overrides)
-    tokenizer = load_tokenizer(None)
+    tokenizer = load_tokenizer(cfg.model.path)
     task = build_task(cfg.task, tokenizer, packing=False)
     store = build_store(cfg.data.train, "train", task.encoder())
     task.prepare(store, None)

@@ -17,8 +17,8 @@ ROWS, LENGTH = 8, 12
 
 def main(model: str, folder: str, accumulation: int) -> None:
     torch.manual_seed(0)
-    classifier = GPTJForSequenceClassification.from_pretrained(model, num_labels=2, pad_token_id=50257)
-    ids = torch.randint(0, 50000, (ROWS, LENGTH))
+    classifier = GPTJForSequenceClassification.from_pretrained(model, num_labels=2, pad_token_id=1023)
+    ids = torch.randint(0, 1000, (ROWS, LENGTH))
     data = [{"input_ids": row, "labels": i % 2} for i, row in enumerate(ids)]
     with torch.no_grad():
         logits = torch.cat([classifier(input_ids=row[None]).logits for row in ids])

@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from transformers import GPTJForCausalLM
 
-EOS = 50256
-
 
 def rows_of(documents: list[list[int]], length: int, packing: bool) -> list[list[tuple[list[int], list[int]]]]:
     """Rows as lists of (ids, targets), one pair per piece of a document; -1 marks a target that does not exist."""
@@ -42,7 +40,8 @@ def train(checkpoint: Path, data: Path, tokenizer, *, steps: int, global_batch: 
     """Losses of each step, and the first step's clipped gradients by name."""
     from finetune.data.order import permutation
 
-    documents = [tokenizer(json.loads(line)["text"])["input_ids"] + [EOS] for line in data.read_text().splitlines()]
+    texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
+    documents = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
     rows = rows_of(documents, length, packing)
     model = GPTJForCausalLM.from_pretrained(checkpoint, dtype=dtype, attn_implementation="eager").eval()
     model = wrap(model) if wrap else model

@@ -18,10 +18,10 @@ CASES = {"full": ["zero=stage2", "adapter=full"], "lora": ["zero=stage3", "adapt
 
 
 @pytest.fixture(scope="module")
-def runs(small_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(pocket_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("best")
     # After its start the learning rate is so high that the model gets worse.
-    common = ["recipe=clm_pile", f"model.path={small_gptj}", "model.dtype=fp32", f"data.train={unequal_documents}",
+    common = ["recipe=clm_pile", f"model.path={pocket_gptj}", "model.dtype=fp32", f"data.train={unequal_documents}",
               f"data.eval={unequal_documents}", "task.max_length=128", f"train.steps={STEPS}", "train.global_batch=4",
               "train.micro_batch=2", "train.eval_every=1", "optim.schedule=constant", f"optim.warmup={STEPS}",
               "optim.grad_clip=0", "export.verify=false", "checkpoint.best=true", "seed=5"]

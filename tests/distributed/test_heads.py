@@ -35,7 +35,7 @@ def overrides(root: Path, small: Path, name: str, ranks: int) -> list[str]:
     stage = (ALONE if ranks == 1 else TOGETHER)[name]
     return [f"recipe={task}_lora", f"model.path={small}", "model.dtype=fp32", *ADAPTERS[adapter], f"zero=stage{stage}",
             f"data.train={root / task}-train.json", f"data.eval={root / task}-eval.json",
-            f"run_dir={root / name}-{ranks}", "task.max_length=96", f"train.steps={STEPS}",
+            f"run_dir={root / name}-{ranks}", "task.max_length=160", f"train.steps={STEPS}",
             f"train.global_batch={BATCH}", "train.packing=false", "seed=4",
             f"train.micro_batch={BATCH if ranks == 1 else 1}", "train.eval_batch=2", "train.eval_every=0",
             "checkpoint.every=0", "train.activation_checkpointing=false", "optim.lr=2e-3", "optim.schedule=constant",
@@ -55,42 +55,42 @@ def write_data(root: Path) -> None:
 
 
 def _short(line: str) -> str:
-    """Long completions would be bad rows at 96 tokens."""
+    """Long completions would be bad rows at 160 tokens."""
     row = json.loads(line)
     return json.dumps({key: " ".join(value.split()[:24]) for key, value in row.items()}) + "\n"
 
 
 @pytest.fixture(scope="module")
-def root(small_gptj: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(pocket_gptj: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("heads")
     write_data(root)
-    run_cases(2, [overrides(root, small_gptj, name, 2) for name in TOGETHER])
-    run_cases(1, [overrides(root, small_gptj, name, 1) for name in ALONE])
+    run_cases(2, [overrides(root, pocket_gptj, name, 2) for name in TOGETHER])
+    run_cases(1, [overrides(root, pocket_gptj, name, 1) for name in ALONE])
     return root
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_losses_are_plain_torchs_on_any_ranks_stage_and_accumulation(root, small_gptj, name):
+def test_losses_are_plain_torchs_on_any_ranks_stage_and_accumulation(root, pocket_gptj, name):
     """The norm as well: Adam would hide a gradient that is off by a factor."""
-    wanted, norms = heads_reference.train(overrides(root, small_gptj, name, 1))
+    wanted, norms = heads_reference.train(overrides(root, pocket_gptj, name, 1))
     assert len(set(wanted)) == STEPS
     for ranks in (1, 2):
         assert losses(root / f"{name}-{ranks}") == pytest.approx(wanted, rel=1e-5), ranks
         assert [line["grad_norm"] for line in metrics(root / f"{name}-{ranks}")] == pytest.approx(norms, rel=1e-4), ranks
 
 
-def test_the_size_of_class_weights_does_not_matter(root, small_gptj, tmp_path):
+def test_the_size_of_class_weights_does_not_matter(root, pocket_gptj, tmp_path):
     """Only their ratio: also where those of a whole step add up to less than one."""
     weights = {name: [scale, 2 * scale] for name, scale in (("small", 1e-3), ("large", 1.0))}
-    run_cases(1, [[*overrides(root, small_gptj, "classify-full", 1), f"task.class_weights={values}", f"run_dir={tmp_path / name}",
+    run_cases(1, [[*overrides(root, pocket_gptj, "classify-full", 1), f"task.class_weights={values}", f"run_dir={tmp_path / name}",
                    "train.micro_batch=2", "data.eval=null"] for name, values in weights.items()])
     assert losses(tmp_path / "small") == pytest.approx(losses(tmp_path / "large"), rel=1e-6)
 
 
 @pytest.mark.parametrize(("ranks", "accumulation"), [(1, 4), (2, 4)])
-def test_hugging_faces_trainer_multiplies_this_loss_by_accumulation_and_ranks(small_gptj, tmp_path, ranks, accumulation):
+def test_hugging_faces_trainer_multiplies_this_loss_by_accumulation_and_ranks(pocket_gptj, tmp_path, ranks, accumulation):
     """Above, classify-full has one loss at accumulation 1 on one rank and 4 on two. There the Trainer logs 8 times as much."""
-    script = [str(Path(heads_reference.__file__).with_name("hf_trainer.py")), str(small_gptj), str(tmp_path), str(accumulation)]
+    script = [str(Path(heads_reference.__file__).with_name("hf_trainer.py")), str(pocket_gptj), str(tmp_path), str(accumulation)]
     found = json.loads(start(ranks, script)[0].split("FOUND")[1].splitlines()[0])
     assert found["logged"] == pytest.approx(accumulation * ranks * found["mean"], rel=1e-3)
 

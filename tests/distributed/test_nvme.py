@@ -33,12 +33,12 @@ RESUMED = {"optimizer": "optimizer", "both": "both", "memory-to-both": "both", "
 
 
 @pytest.fixture(scope="module")
-def runs(small_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(pocket_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("nvme")
     (root / "disk").mkdir()
 
     def case(name: str, settings: str) -> list[str]:
-        return overrides(small_gptj, unequal_documents, root / name, "zero=stage3", f"zero.nvme_path={root / 'disk'}",
+        return overrides(pocket_gptj, unequal_documents, root / name, "zero=stage3", f"zero.nvme_path={root / 'disk'}",
                          "train.probe=true", "data.eval=null", "train.eval_every=0", *CASES[settings])
 
     run_cases(2, [case(name, name) for name in CASES])

@@ -18,9 +18,9 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def runs(small_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(pocket_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("probe")
-    base = ["recipe=clm_pile", f"model.path={small_gptj}", f"data.train={unequal_documents}", "data.eval=null",
+    base = ["recipe=clm_pile", f"model.path={pocket_gptj}", f"data.train={unequal_documents}", "data.eval=null",
             "task.max_length=64", "train.epochs=null", "train.steps=3", "train.micro_batch=1", "train.global_batch=4",
             "train.packing=false", "optim.lr=1e-2", "optim.warmup=0", "export.enabled=false", "train.eval_every=0",
             "adapter=full", "train.activation_checkpointing=false"]

@@ -53,11 +53,11 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def runs(small_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(pocket_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("resume")
 
     def case(name: str, *more: str) -> list[str]:
-        return overrides(small_gptj, unequal_documents, root / name, *more)
+        return overrides(pocket_gptj, unequal_documents, root / name, *more)
 
     all_runs = VARIANTS | {"without-gain": WITHOUT_GAIN}
     run_cases(2, [case(name, *words) for name, words in all_runs.items()])
@@ -66,7 +66,7 @@ def runs(small_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.Tem
     again = [case(f"{name}-again", *words) for name, words in all_runs.items()]
     lora = branch(root / "stage3-lora", "stage3-lora-to-stage1")
     lora_words = [word for word in VARIANTS["stage3-lora"] if not word.startswith("zero=")]
-    run_cases(2, [*again, overrides(small_gptj, unequal_documents, lora, *lora_words, "zero=stage1")])
+    run_cases(2, [*again, overrides(pocket_gptj, unequal_documents, lora, *lora_words, "zero=stage1")])
     return root
 
 

@@ -92,18 +92,26 @@ def grid(request: pytest.FixtureRequest) -> list[Case]:
 
 
 @pytest.fixture(scope="module")
-def trained(small_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.TempPathFactory, grid: list[Case]) -> Path:
+def model(request: pytest.FixtureRequest, small_gptj: Path, pocket_gptj: Path) -> Path:
+    """Of the grid: GPT-J's own vocabulary where all of it runs."""
+    return small_gptj if request.config.getoption("--loss-grid") == "full" else pocket_gptj
+
+
+@pytest.fixture(scope="module")
+def trained(model: Path, small_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.TempPathFactory,
+            grid: list[Case]) -> Path:
     """All runs on two ranks in one group of processes, and those on one rank in another."""
     root = tmp_path_factory.mktemp("same_loss")
 
-    def case(name: str, *more: str) -> list[str]:
-        return overrides(small_gptj, unequal_documents, root / name, *more)
+    def case(name: str, *more: str, model: Path = model) -> list[str]:
+        return overrides(model, unequal_documents, root / name, *more)
 
     two, one = ([case(c.name, *c.words) for c in grid if c.ranks == ranks] for ranks in (2, 1))
     first = ["train.micro_batch=2", "train.steps=1", "checkpoint.every=1", "optim.schedule=constant"]
-    two += [case(f"first-stage{s}", f"zero=stage{s}", *first) for s in STAGES]
-    two += [case(f"first-lora-stage{s}", f"zero=stage{s}", *first, *LORA) for s in (2, 3)]
-    two += [case(f"bf16-stage{s}", f"zero=stage{s}", "train.micro_batch=2", "model.dtype=bf16") for s in STAGES]
+    two += [case(f"first-stage{s}", f"zero=stage{s}", *first, model=small_gptj) for s in STAGES]
+    two += [case(f"first-lora-stage{s}", f"zero=stage{s}", *first, *LORA, model=small_gptj) for s in (2, 3)]
+    two += [case(f"bf16-stage{s}", f"zero=stage{s}", "train.micro_batch=2", "model.dtype=bf16", model=small_gptj)
+            for s in STAGES]
     two += [case(f"checkpointed-{kind}-stage{s}-2", f"zero=stage{s}", "train.micro_batch=2",
                  f"train.activation_checkpointing={kind}") for kind, s in (("selective", 2), ("offload", 2), ("offload", 3))]
     one += [case("checkpointed-1", "zero=stage0", "train.micro_batch=8", "train.activation_checkpointing=true")]
@@ -113,16 +121,11 @@ def trained(small_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(None)
-
-
-@pytest.fixture(scope="module")
-def plain(small_gptj, unequal_documents, tokenizer):
+def plain(model, unequal_documents):
     """plain(adapter, layout): losses of plain torch on Hugging Face's GPT-J (and peft), in fp32."""
     @cache
-    def train(adapter: str, layout: str) -> list[float]:
-        return reference.train(small_gptj, unequal_documents, tokenizer, packing=layout == "packed",
+    def train(adapter: str, layout: str, folder: Path = model) -> list[float]:
+        return reference.train(folder, unequal_documents, load_tokenizer(str(folder)), packing=layout == "packed",
                                wrap=lora if adapter == "lora" else None, **COMMON)[0]
 
     return train
@@ -162,15 +165,16 @@ def test_checkpointed_blocks_give_the_same_losses(trained, plain):
 
 
 @pytest.mark.slow
-def test_bf16_stays_close_to_fp32(trained, plain):
+def test_bf16_stays_close_to_fp32(trained, plain, small_gptj):
     for stage in STAGES:
-        assert worst(losses(trained / f"bf16-stage{stage}"), plain("full", "packed")) <= 1e-2, stage
+        assert worst(losses(trained / f"bf16-stage{stage}"), plain("full", "packed", small_gptj)) <= 1e-2, stage
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("prefix", "stages", "wrap"), [("first", STAGES, None), ("first-lora", (2, 3), lora)])
-def test_first_gradients_are_plain_torch(trained, small_gptj, unequal_documents, tokenizer, prefix, stages, wrap):
+def test_first_gradients_are_plain_torch(trained, small_gptj, unequal_documents, prefix, stages, wrap):
     """Also proves the scale factor: a mean of means would be off by the ratio of token counts."""
+    tokenizer = load_tokenizer(None)
     _, wanted = reference.train(small_gptj, unequal_documents, tokenizer, packing=True, wrap=wrap, **{**COMMON, "steps": 1})
     for stage in stages:
         found = first_gradients(trained / f"{prefix}-stage{stage}")

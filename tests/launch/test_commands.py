@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import openai
@@ -24,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 DEEPSPEED = [str(BIN / "deepspeed")]
 QUICK = ["recipe=quickstart", "debug=tiny", "train.threads=1"]
+EVALUATED = 6
+"""Documents: evaluating all of quickstart's would take longer than all else in these runs."""
 
 
 def call(command: list[str], cwd: Path = ROOT, timeout: int = 280, **more) -> subprocess.CompletedProcess:
@@ -36,10 +39,20 @@ def result(run_dir: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quick(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The words of a run of seconds."""
+    with zstandard.open(asset("data") / "pile_sample/eval.jsonl.zst", "rt", encoding="utf-8") as lines:
+        texts = [json.loads(line) for line in islice(lines, EVALUATED)]
+    file = tmp_path_factory.mktemp("quick_eval") / "eval.jsonl"
+    file.write_text("".join(json.dumps(row | {"text": row["text"][:2000]}) + "\n" for row in texts))
+    return [*QUICK, f"data.eval={file}"]
+
+
+@pytest.fixture(scope="module")
+def quick_run(quick: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short quickstart under `deepspeed` with two ranks, from another directory."""
     folder = tmp_path_factory.mktemp("quick")
-    done = call([*DEEPSPEED, "--num_gpus", "2", str(ROOT / "launch/train.py"), *QUICK, "train.steps=6",
+    done = call([*DEEPSPEED, "--num_gpus", "2", str(ROOT / "launch/train.py"), *quick, "train.steps=6",
                  f"run_dir={folder / 'run'}", "checkpoint.every=3", "tracker=[tensorboard]"], cwd=folder)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder / "run"
@@ -198,15 +211,15 @@ def test_the_lock_of_a_killed_compile_is_explained_and_not_waited_for(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [[sys.executable], [str(BIN / "torchrun"), "--nproc_per_node", "2"]],
                          ids=["python", "torchrun"])
-def test_other_launchers(launcher, tmp_path):
-    done = call([*launcher, "launch/train.py", *QUICK, "train.steps=2", f"run_dir={tmp_path}", "export.enabled=false"])
+def test_other_launchers(quick, launcher, tmp_path):
+    done = call([*launcher, "launch/train.py", *quick, "train.steps=2", f"run_dir={tmp_path}", "export.enabled=false"])
     assert done.returncode == 0, done.stderr[-3000:]
     assert result(tmp_path)["world_size"] == (2 if "torchrun" in launcher[0] else 1)
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_same_command_continues(tmp_path):
-    command = [sys.executable, "launch/train.py", *QUICK, "train.steps=400", f"run_dir={tmp_path}", "export.enabled=false"]
+def test_sigterm_saves_and_the_same_command_continues(quick, tmp_path):
+    command = [sys.executable, "launch/train.py", *quick, "train.steps=400", f"run_dir={tmp_path}", "export.enabled=false"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 200
     lines = tmp_path / "metrics.jsonl"
@@ -225,7 +238,7 @@ def test_sigterm_saves_and_the_same_command_continues(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_nodes_without_ssh_train_as_one_node_does(quick_run, tmp_path):
+def test_two_nodes_without_ssh_train_as_one_node_does(quick, quick_run, tmp_path):
     """Two launchers with a working directory each and one rank each, over loopback, against two ranks of one node."""
     hosts = tmp_path / "hostfile"
     hosts.write_text("node-0 slots=1\nnode-1 slots=1\n")
@@ -233,7 +246,7 @@ def test_two_nodes_without_ssh_train_as_one_node_does(quick_run, tmp_path):
     for rank in range(2):
         (tmp_path / f"node-{rank}").mkdir()
         command = [*DEEPSPEED, "--hostfile", str(hosts), "--no_ssh", "--node_rank", str(rank), "--master_addr",
-                   "127.0.0.1", "--master_port", port, str(ROOT / "launch/train.py"), *QUICK,
+                   "127.0.0.1", "--master_port", port, str(ROOT / "launch/train.py"), *quick,
                    "train.steps=6", f"run_dir={tmp_path / 'run'}", "export.enabled=false"]
         nodes.append(subprocess.Popen(command, cwd=tmp_path / f"node-{rank}", text=True, stdout=subprocess.PIPE,
                                       stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}))
@@ -246,9 +259,9 @@ def test_two_nodes_without_ssh_train_as_one_node_does(quick_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_sweep_runs_each_job_and_repeats_nothing(tmp_path):
+def test_sweep_runs_each_job_and_repeats_nothing(quick, tmp_path):
     """Under `deepspeed`, whose number of ranks each job's own process group gets; then once more, by plain python."""
-    words = ["launch/train.py", "-m", *QUICK, "train.steps=2", "optim.lr=1e-3,5e-3", "export.enabled=false",
+    words = ["launch/train.py", "-m", *quick, "train.steps=2", "optim.lr=1e-3,5e-3", "export.enabled=false",
              f"sweep.dir={tmp_path}"]
     done = call([*DEEPSPEED, "--num_gpus", "2", *words])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
