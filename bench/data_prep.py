@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from workload import machine
 
 from finetune.data.packing import stream_blocks
 from finetune.data.records import read
@@ -125,8 +124,7 @@ def main() -> None:
           f"by the clock, {ratios['tokens_per_cpu_second']} times by CPU seconds")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        about = {"cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1), "data": options.data,
-                 "mib": options.mib, "python": platform.python_version()}
+        about = {"command": " ".join(["python", *sys.argv]), "machine": machine(), "data": options.data, "mib": options.mib}
         options.out.write_text(json.dumps({**about, "ratios": ratios, "results": results}, indent=1) + "\n")
 
 

@@ -61,7 +61,7 @@ def main() -> None:
                 "ratio": statistics.median(ratios), "ratios": ratios, "same_text": found["ours"] == found["transformers"]})
             print(json.dumps(rows[-1]), flush=True)
     result = {"command": f"python bench/generate.py --dtype {args.dtype} --new {args.new} --rounds {args.rounds}",
-              "size": asdict(size), "dtype": args.dtype, "rows": rows, **machine()}
+              "size": asdict(size), "dtype": args.dtype, "rows": rows, "machine": machine()}
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -42,6 +42,35 @@ def scaling() -> str:
     return "\n".join([*lines, "", _origin(found)])
 
 
+def startup() -> str:
+    found = json.loads((RESULTS / "startup.json").read_text())
+    lines = ["| from the command to the end of step 1 | this project | Trainer + DeepSpeed |", "|---|--:|--:|"]
+    for result in found["results"]:
+        cells = [f"{run['seconds']:.1f} s ({min(run['rounds']):.1f} to {max(run['rounds']):.1f})"
+                 for run in (result["ours"], result["trainer"])]
+        lines.append(f"| {result['case']['name']} | {cells[0]} | {cells[1]} |")
+    return "\n".join([*lines, "", _origin(found)])
+
+
+def generation() -> str:
+    found = json.loads((RESULTS / "generate.json").read_text())
+    lines = ["| prompts | this project | transformers | ratio | same text |", "|---|--:|--:|--:|--:|"]
+    for row in found["rows"]:
+        lines.append(f"| {row['batch']} (of {row['prompt_tokens']} tokens in all), {row['new_tokens']} new tokens "
+                     f"| {row['ours']['tokens_per_second']:.1f} tok/s | {row['transformers']['tokens_per_second']:.1f} tok/s "
+                     f"| {row['ratio']:.2f} x ({min(row['ratios']):.2f} to {max(row['ratios']):.2f}) "
+                     f"| {'yes' if row['same_text'] else 'no'} |")
+    return "\n".join([*lines, "", _origin(found)])
+
+
+def preparation() -> str:
+    found = json.loads((RESULTS / "data_prep.json").read_text())
+    lines = ["| program | tokens/s | tokens per CPU second |", "|---|--:|--:|"]
+    for name, result in found["results"].items():
+        lines.append(f"| {name} | {result['tokens_per_second']:,} | {result['tokens_per_cpu_second']:,} |")
+    return "\n".join([*lines, "", _origin(found)])
+
+
 def _origin(found: dict) -> str:
     machine = found["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
@@ -50,7 +79,8 @@ def _origin(found: dict) -> str:
 
 def main() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    for name, table in (("peers", peers), ("scaling", scaling)):
+    for name, table in (("peers", peers), ("scaling", scaling), ("startup", startup), ("generate", generation),
+                        ("data_prep", preparation)):
         if (RESULTS / f"{name}.json").is_file():
             pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
             text = re.sub(pattern, lambda m, t=table: m[1] + t() + "\n" + m[2], text, flags=re.S)

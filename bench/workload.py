@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "trl", "accelerate", "liger-kernel")
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "trl", "accelerate", "liger-kernel", "datasets")
 EOS = 50256
 
 

@@ -13,6 +13,7 @@ import transformers
 import yaml
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from finetune.answer import answer_question, classify_text
@@ -131,6 +132,26 @@ def test_the_generation_pipeline_says_the_same(merged):
     wanted = speaker.continue_ids([speaker.ids(p, False) for p in prompts], Sampling(8, 0.0))
     assert [row[0]["generated_text"] for row in batch] == [speaker.tokenizer.decode(ids) for ids in wanted]
     assert writer.model.generation_config.eos_token_id == 50256
+
+
+@pytest.mark.slow
+def test_vllms_gptj_finds_what_it_reads(merged):
+    """What its class asserts, looks up and maps (vLLM 0.33.0, model_executor/models/gpt_j.py); it needs a GPU to run."""
+    folder = merged("lm")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["GPTJForCausalLM"] and config["tie_word_embeddings"] is False
+    assert config["rotary_dim"] % 2 == 0 and config.get("rotary", True)
+    assert config["activation_function"] in ("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh")
+    linear = ["attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out"]
+    wanted = {"transformer.wte.weight", "transformer.ln_f.weight", "transformer.ln_f.bias", "lm_head.weight", "lm_head.bias"}
+    for layer in range(config["n_layer"]):
+        wanted |= {f"transformer.h.{layer}.{name}.weight" for name in (*linear, "ln_1")}
+        wanted |= {f"transformer.h.{layer}.{name}.bias" for name in ("mlp.fc_in", "mlp.fc_out", "ln_1")}
+    found = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            found |= set(tensors.keys())
+    assert found == wanted
 
 
 @pytest.mark.slow
