@@ -9,7 +9,6 @@ interpreter and libraries take. Written to bench/results/export_memory.json.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import shutil
@@ -22,6 +21,7 @@ from omegaconf import OmegaConf
 from workload import ROOT, peak_bytes
 
 from finetune.app import compose_train
+from finetune.checkpoint_files import FORMAT, entry_of, write_manifest
 from finetune.gptj.load import meta_model, read_config
 from finetune.plain import plain_config
 from finetune.shards import ShardWriter
@@ -92,19 +92,12 @@ def run_folder(root: Path, name: str, layers: int, width: int, words: list[str])
             if count > 0:
                 pieces[n] = (rank * size, count)
         write_shard(step / f"optim-{rank:05d}-of-{RANKS:05d}.safetensors", pieces)
-    state = {"format": 1, "world_size": RANKS, "adam_step": 1, "loss_scale": None, "identity": {},
+    state = {"format": FORMAT, "world_size": RANKS, "adam_step": 1, "loss_scale": None, "identity": {},
              "state": {"step": 1, "tokens": 1, "seconds": 1.0}}
     (step / "state.json").write_text(json.dumps(state))
-    files = {f.name: {"size": f.stat().st_size, "hash": file_hash(f)} for f in step.iterdir()}
-    (step / "manifest.json").write_text(json.dumps({"format": 1, "step": 1, "files": files}))
+    write_manifest(step, 1, {f.name: entry_of(f) for f in step.iterdir()})
     return run, {"parameters": sum(math.prod(s) for s in shapes.values()),
                  "largest_tensor_bytes_fp32": 4 * max(math.prod(s) for s in shapes.values())}
-
-
-def file_hash(path: Path) -> str:
-    """As checkpoints' manifests have it."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def lora_shapes(cfg, config) -> dict[str, tuple[int, ...]]:

@@ -64,7 +64,7 @@ def load(model: str, stage: int) -> None:
     cfg = compose_train(["recipe=clm_pile", "data.train=x.jsonl", f"model.path={model}", "model.dtype=bf16",
                          "train.micro_batch=1", f"zero=stage{stage}"])
     world = dist.connect(threads=1)
-    connect_deepspeed(world, print)
+    connect_deepspeed(world)
     config = ds_config.build(cfg, ds_config.Sharding(stage), world.size, False)
     before = memory_watch.peak_host_bytes()
     module = _module(cfg, SimpleNamespace(head="lm", num_labels=None), config, world, None)  # type: ignore[arg-type]

@@ -48,7 +48,7 @@ def profile(args: argparse.Namespace, model: Path) -> None:
              "train.activation_checkpointing=false", f"adapter={'lora' if args.lora else 'full'}"]
     cfg = compose_train([*words, *args.words])
     world = dist.connect()
-    connect_deepspeed(world, print)
+    connect_deepspeed(world)
     module = adapter.attach(build_model(cfg.model, "lm", device=world.device, seed=0), cfg.adapter, "lm", str(model), 0)
     engine = Engine(module, ds_config.build(cfg, Sharding(args.stage), 1, world.device.type == "cuda"), cfg.optim, world)
     engine.train()

@@ -7,11 +7,10 @@ and decides nothing: stage and offload come from the planner through `ds_config`
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -25,17 +24,21 @@ from finetune.config import OptimConfig
 from finetune.dist import World
 from finetune.doctor import built_ops, find_stale_locks
 from finetune.errors import RunFailed
+from finetune.hush import hushed
 
 NORM_PIECE = {"cpu": 2**20, "cuda": 2**26}
 """Elements whose norms are taken at once, in rows of `NORM_ROW`."""
 NORM_ROW = 1024
 """So few squares lose nothing in fp32; the rows' norms are added up in fp64."""
 OP = "deepspeed_shm_comm"
-COMPILE_NOTE = "compiling DeepSpeed's CPU communication op, once, about a minute"
+COMPILING = "compiling DeepSpeed's CPU communication op, once, about a minute"
 
 
-def connect_deepspeed(world: World, message) -> None:
+def connect_deepspeed(world: World, phase: Callable[[str], AbstractContextManager] = nullcontext) -> None:
     """Bring up DeepSpeed's communication; its first use on a CPU compiles an op, which is announced.
+
+    Args:
+        phase: what shows rank 0's user that something takes its time, by name.
 
     Raises:
         RunFailed: a lock left by a killed compile would make this wait for ever.
@@ -45,12 +48,10 @@ def connect_deepspeed(world: World, message) -> None:
         if lock:
             raise RunFailed(f"a compile of DeepSpeed's ops was killed and left its lock: {lock}",
                             remedy=f"Remove it and start again: rm {lock}")
-        if world.main and OP not in built_ops():
-            message(COMPILE_NOTE)
-    # DeepSpeed prints that its op was built, from every rank.
-    with redirect_stdout(io.StringIO()):
+    compiles = world.main and world.device.type == "cpu" and OP not in built_ops()
+    with phase(COMPILING) if compiles else nullcontext(), hushed():
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
-    world.barrier()
+        world.barrier()
     _unlink_shared_memory(world.rank)
 
 

@@ -7,18 +7,18 @@ then are, and how to get at them, is partitions.py's business.
 from __future__ import annotations
 
 import hashlib
-import io
 import shutil
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from finetune.dist import World
 from finetune.doctor import built_ops
 from finetune.errors import UserError
+from finetune.hush import hushed
 
 OP = "async_io"
-COMPILE_NOTE = "compiling DeepSpeed's op for nvme offload, once, about two minutes"
+COMPILING = "compiling DeepSpeed's op for nvme offload, once, about two minutes"
 
 
 def run_folder(nvme_path: str | None, run_dir: Path) -> Path | None:
@@ -32,15 +32,14 @@ def run_folder(nvme_path: str | None, run_dir: Path) -> Path | None:
     return Path(nvme_path).expanduser().absolute() / f"finetune-{name}"
 
 
-def prepare(folder: Path, world: World, message: Callable[[str], None]) -> None:
+def prepare(folder: Path, world: World, phase: Callable[[str], AbstractContextManager] = nullcontext) -> None:
     """An empty folder on every node, and the op at hand; its compile is announced. Collective.
 
     Raises:
         UserError: the folder cannot be made, or the op cannot be built.
     """
-    if world.main and OP not in built_ops():
-        message(COMPILE_NOTE)
-    problem = _try(folder) if world.local_rank == 0 else None
+    with phase(COMPILING) if world.main and OP not in built_ops() else nullcontext():
+        problem = _try(folder) if world.local_rank == 0 else None
     found = next((error for error in world.gather(problem) if error), None)
     if found:
         raise found
@@ -63,7 +62,7 @@ def _try(folder: Path) -> UserError | None:
 
     builder = AsyncIOBuilder()
     try:
-        with redirect_stdout(io.StringIO()):  # DeepSpeed tells what it builds
+        with hushed():
             able = OP in built_ops() or builder.is_compatible(verbose=False)
             if able:
                 builder.load(verbose=False)

@@ -121,7 +121,7 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
 
     if sharding.stage == 0 and cfg.model.dtype is Dtype.bf16 and planned.accumulation > 1:
         say("stage 0 adds up the gradients of micro-batches in bf16, which rounds each time; zero=stage1 adds them in fp32")
-    engine, parameters = _engine(cfg, inputs.task, sharding, world, display, say, memory)
+    engine, parameters = _engine(cfg, inputs.task, sharding, world, display, memory)
 
     def watch() -> HangWatch:
         return HangWatch(cfg.train.hang_timeout, run_dir, world.rank,
@@ -185,12 +185,13 @@ def _phase(display: Display | None, name: str) -> AbstractContextManager:
     return display.phase(name) if display else nullcontext()
 
 
-def _engine(cfg: Config, task: Task, sharding: Sharding, world: World, display: Display | None, say,
+def _engine(cfg: Config, task: Task, sharding: Sharding, world: World, display: Display | None,
             memory: Overflow) -> tuple[Engine, dict[str, int]]:
     """The model in DeepSpeed's hands, and its parameters, in all and trained."""
-    connect_deepspeed(world, say)
+    phase = partial(_phase, display)
+    connect_deepspeed(world, phase)
     if sharding.on_nvme and sharding.nvme_folder:
-        nvme.prepare(sharding.nvme_folder, world, say)
+        nvme.prepare(sharding.nvme_folder, world, phase)
     config = ds_config.build(cfg, sharding, world.size, world.device.type == "cuda")
     with memory.during("loading the model"):
         module = _module(cfg, task, config, world, display)

@@ -17,6 +17,7 @@ from finetune import display as display_module
 from finetune.callbacks import RunInfo
 from finetune.display import NOISY, Display, summary_table
 from finetune.display_text import clock, plain_line
+from finetune.hush import hushed
 from finetune.memory_watch import gpu_bytes, host_bytes, peak_host_bytes
 
 RECORD = {"kind": "train", "step": 12, "loss": 2.3456, "lr": 1e-4, "grad_norm": 1.234, "tokens": 5120,
@@ -165,3 +166,19 @@ def test_memory_of_this_process():
         assert host_bytes() - before > 48 << 20
         assert peak_host_bytes() >= host_bytes() - (1 << 20)
     assert gpu_bytes() >= 0
+
+
+def test_a_live_display_goes_on_while_libraries_are_hushed(monkeypatch):
+    """As while DeepSpeed compiles: its prints go nowhere, the spinner stays."""
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    console = Console(force_terminal=True, highlight=False)
+    with Display(console).phase("compiling an op") as phase:
+        shown = len(out.getvalue())
+        with hushed():
+            print("[2/3] c++ -O3")
+            phase.bar.refresh()
+        assert len(out.getvalue()) > shown
+    assert "c++" not in out.getvalue() and "compiling an op: done" in out.getvalue()
+    print("heard again", file=sys.stdout)
+    assert out.getvalue().endswith("heard again\n")

@@ -51,7 +51,7 @@ def _rank(job: dict[str, Any], rank: int) -> None:
     os.environ.update({key: str(value) for key, value in names.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]))
     world = dist.connect(1)
-    connect_deepspeed(world, print)
+    connect_deepspeed(world)
     with tempfile.TemporaryDirectory() as folder:
         path = str(write_model(Path(folder)))
         found = [walk(case, path, world) for case in job["cases"]]
