@@ -41,7 +41,7 @@ from finetune.hub import check_hub, push
 from finetune.merge import check_mergeable, merged_tensor
 from finetune.plain import plain_config
 from finetune.programs import ExportAppConfig
-from finetune.saved import Masters, about_of_run, checkpoint_of, load_config, reference_texts_of
+from finetune.saved import Masters, about_of_run, check_base, checkpoint_of, load_config, reference_texts_of
 from finetune.tasks import head_of
 from finetune.verify_tensors import verify_adapter, verify_model
 
@@ -175,6 +175,7 @@ def _base_name(cfg: Config, folder: Path) -> str:
 
 
 def _source(cfg: Config, app: ExportAppConfig, folder: Path, checkpoint: Path) -> Source:
+    check_base(cfg, checkpoint)
     about, saved = about_of_run(folder), read_state(checkpoint)
     state, step = saved["state"], saved["state"]["step"]
     _, metrics = metrics_log.newest(folder, step)

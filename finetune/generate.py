@@ -8,6 +8,7 @@ input. Batches are left-padded and give the same text as one by one. A single pr
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from finetune.saved import Trained, load_export, read_about, typed_task
 from finetune.tasks import build_task
 
 Row = dict[str, Any]
+TABLES = (".json", ".csv", ".tsv", ".parquet")
+"""Files of rows with named fields; of any other each line is a prompt."""
 
 
 @dataclass
@@ -48,7 +51,11 @@ class Speaker:
 
     @property
     def positions(self) -> int:
-        return int(self.trained.module.config.n_positions)  # type: ignore[union-attr]
+        """Positions for text: a prompt or prefix adapter's virtual tokens take theirs."""
+        module: Any = self.trained.module
+        learned = getattr(module, "active_peft_config", None)
+        taken = learned.num_virtual_tokens if learned is not None and learned.is_prompt_learning else 0
+        return int(module.config.n_positions) - taken
 
     def ids(self, prompt: Any, chat: bool) -> list[int]:
         """Ids of a prompt; with `chat` of a prompt or a conversation inside the export's template."""
@@ -117,7 +124,7 @@ def _check(cfg: GenerateConfig) -> None:
         raise UserError("no model is given", "model", "Pass model=RUN_DIR/export, or model=asset:gptj_tiny.")
     if cfg.max_new_tokens < 1:
         raise UserError(f"max_new_tokens = {cfg.max_new_tokens} generates nothing", remedy="Try max_new_tokens=100.")
-    if cfg.temperature < 0 or not 0 < cfg.top_p <= 1 or cfg.top_k < 0:
+    if not 0 <= cfg.temperature < math.inf or not 0 < cfg.top_p <= 1 or cfg.top_k < 0:
         raise UserError("temperature and top_k must be at least 0 and top_p in (0, 1]",
                         remedy="Try temperature=0.9 top_p=0.95.")
     if cfg.batch < 1 or cfg.beams < 1:
@@ -146,7 +153,7 @@ def read_prompts(cfg: GenerateConfig) -> Iterator[Row]:
         yield {"prompt": text, "where": "standard input"}
     elif not Path(cfg.prompts).expanduser().is_file():
         raise UserError("there is no such file", str(cfg.prompts), "Check prompts=FILE.")
-    elif ".json" in Path(cfg.prompts).name:
+    elif any(ending in Path(cfg.prompts).name for ending in TABLES):
         for row in read(str(Path(cfg.prompts).expanduser()), "train"):
             if isinstance(row, UserError):
                 raise row
@@ -157,7 +164,7 @@ def read_prompts(cfg: GenerateConfig) -> Iterator[Row]:
 
 def _lines(file: Path) -> Iterator[Row]:
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot be read: {error}", str(file), "Check prompts=FILE.") from None
     found = [(n, line.rstrip("\r")) for n, line in enumerate(lines, 1) if line.strip()]
@@ -177,8 +184,8 @@ def _check_questions(cfg: GenerateConfig, speaker: Speaker, asked: list[Row]) ->
     if cfg.chat and not speaker.chats:
         raise UserError("this export was not trained on instructions: it has no template", "chat", "Leave chat out.")
     for row in asked:
-        if head == "qa" and not ("question" in row and "context" in row):
-            raise UserError("this export answers questions: 'question' and 'context' are needed", row["where"],
+        if head == "qa" and not all(isinstance(row.get(key), str) for key in ("question", "context")):
+            raise UserError("this export answers questions: 'question' and 'context' are needed, as strings", row["where"],
                             "Pass question='...' context='...', or rows with these fields.")
         if head == "lm":
             room = speaker.positions - len(_ids(row, speaker, cfg))

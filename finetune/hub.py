@@ -79,8 +79,13 @@ def _with_base(folder: Path, base: str | None) -> dict[str, str]:
     if not base:
         raise RunFailed(f"the adapter's base is {local}, a folder that nobody else has", "push_to_hub",
                         "Say what others know it as: hub_base=EleutherAI/gpt-j-6b; or push kind=merged.")
-    texts = {path.name: path.read_text(encoding="utf-8") for path in (file, folder / "README.md") if path.is_file()}
-    return {name: text.replace(local, base) for name, text in texts.items()}
+    found = {}
+    for name, key in (("adapter_config.json", "base_model_name_or_path"), ("finetune.json", "base")):
+        if (folder / name).is_file():
+            values = json.loads((folder / name).read_text(encoding="utf-8"))
+            found[name] = json.dumps(values | {key: base}, indent=2) + "\n"
+    card = folder / "README.md"
+    return found | ({card.name: card.read_text(encoding="utf-8").replace(local, base)} if card.is_file() else {})
 
 
 def _would(folder: Path, repo: str, private: bool) -> str:

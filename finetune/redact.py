@@ -25,7 +25,8 @@ HASH_KEYS = frozenset({"revision", "commit", "sha", "sha1", "hash", "fingerprint
 WELL_KNOWN = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}"
     r"|\bwandb_v\d_\w{20,}|\bAKIA[0-9A-Z]{16}\b|\bxox[abp]-[\w-]{10,}|\b[Bb]earer\s+[\w.~+/=-]{16,}")
-HEX_KEY = re.compile(r"(?<![0-9A-Za-z])[0-9a-f]{40}(?![0-9A-Za-z])")
+HEX_KEY = re.compile(r"(?<![0-9A-Za-z/])[0-9a-f]{40}(?![0-9A-Za-z])")
+"""Behind a slash it is part of a path: the hub's cache names its snapshots so."""
 URL_PASSWORD = re.compile(r"(://)[^/\s@]+@")
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -42,7 +44,18 @@ def save_config(cfg: Config, about: dict[str, Any], texts: list[list[int]], run_
     """config.yaml, in task.json what the head learned from the data, in reference.json texts to compare exports on."""
     metrics_log.write_json(run_dir / "reference.json", texts)
     metrics_log.write_json(run_dir / "task.json", about)
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain_config(cfg))), encoding="utf-8")
+    values = plain_config(cfg)
+    for section, key in (("model", "path"), ("model", "tokenizer"), ("data", "train"), ("data", "eval")):
+        values[section][key] = _wherever(values[section][key])
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(values)), encoding="utf-8")
+
+
+def _wherever(path: str | None) -> str | None:
+    """A local path, or pattern, as it is from any working directory; hub ids and what ships with the project stay."""
+    if not path or path.startswith("asset:"):
+        return path
+    local = os.path.abspath(os.path.expanduser(path))
+    return local if os.path.exists(local) or glob.glob(local, recursive=True) else path
 
 
 def final_result(result: Result, world: World, optimizer_bytes: int, extra: dict[str, Any]) -> dict[str, Any]:

@@ -21,11 +21,11 @@ from finetune.app import SCHEMAS
 from finetune.assets_path import asset
 from finetune.checkpoint import find_resume, read_state, saved_masters
 from finetune.checkpoint_files import step_folder, verify
-from finetune.config import Config, Dtype, Init, ModelConfig, TaskConfig
+from finetune.config import Config, Dtype, FullConfig, Init, ModelConfig, TaskConfig
 from finetune.data.records import read
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import UserError
-from finetune.gptj.load import DTYPES, MAPPED_BYTES, build_model
+from finetune.gptj.load import DTYPES, MAPPED_BYTES, build_model, local_folder, weights_identity
 from finetune.prompts import flat
 
 ABOUT, REFERENCE = "finetune.json", "reference.json"
@@ -156,6 +156,21 @@ def fill_from_checkpoint(module: nn.Module, checkpoint: Path) -> None:
                 parameter.view(-1).copy_(masters.read(name, "master", 0, parameter.numel()))
 
 
+def check_base(cfg: Config, checkpoint: Path) -> None:
+    """An adapter means nothing on other weights than it was trained on.
+
+    Raises:
+        UserError: the base is not what it was.
+    """
+    trained_on = read_state(checkpoint)["identity"].get("weights")
+    if cfg.model.init is not Init.pretrained or isinstance(cfg.adapter, FullConfig) or not trained_on:
+        return
+    folder = local_folder(cfg.model)
+    if weights_identity(folder) != trained_on:
+        raise UserError("these are not the weights that this adapter was trained on", str(folder),
+                        "Put the base back as it was when the run began.")
+
+
 def load_run(cfg: Config, checkpoint: Path, head: str, num_labels: int | None, device: torch.device,
              dtype: Dtype | None = None) -> nn.Module:
     """The module of a run as it was at `checkpoint`, in evaluation mode.
@@ -163,6 +178,7 @@ def load_run(cfg: Config, checkpoint: Path, head: str, num_labels: int | None, d
     Args:
         dtype: precision of the arithmetic; null: `cfg.model.dtype`, to which frozen weights are rounded in any case.
     """
+    check_base(cfg, checkpoint)
     model = build_model(cfg.model, head, device=device, seed=cfg.seed, num_labels=num_labels)
     module = adapter.attach(model, cfg.adapter, head, cfg.model.path, cfg.seed)
     if dtype is not None:
@@ -207,6 +223,9 @@ def load_export(folder: Path, dtype: Dtype | None, device: torch.device) -> Trai
     about = read_about(folder)
     precision = dtype or Dtype(about["dtype"])
     is_adapter = (folder / "adapter_config.json").is_file()
+    if is_adapter:  # as peft reads it: the hub's copy names another base than the folder it was trained on
+        named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        about["base"] = named or about["base"]
     config = ModelConfig(path=about["base"] if is_adapter else str(folder), dtype=precision, init=Init.pretrained)
     module: Any = build_model(config, about["head"], device=device, seed=0, num_labels=about["task"].get("num_labels"))
     if is_adapter:

@@ -154,9 +154,13 @@ def _write_hf(source: Checkpoint, folder: Path, stage: Path, dtype: torch.dtype,
         writer.add(name, _cast(name, source.read(name), dtype))
     writer.close()
     short = next(key for key, value in DTYPES.items() if value == dtype)
+    about = folder / "finetune.json"
     for name in KEPT:
-        if (folder / name).is_file():
+        # The card of an export tells the precision, the files and the proof of that export.
+        if (folder / name).is_file() and not (name == "README.md" and about.is_file()):
             shutil.copyfile(folder / name, stage / name)
+    if about.is_file():
+        write_json(stage / about.name, json.loads(about.read_text(encoding="utf-8")) | {"dtype": short})
     tokenizer = load_tokenizer(str(folder))
     if not (stage / "tokenizer.json").exists():
         tokenizer.save_pretrained(str(stage))

@@ -61,6 +61,10 @@ def measure_machine(
     Raises:
         UserError: GPUs are asked for whose memory is neither given nor measurable.
     """
+    for name in ("gpus", "gpus_per_node", "gpu_gib", "host_gib", "disk_gib"):
+        value = getattr(config, name)
+        if value is not None and value < 0:
+            raise UserError(f"machine.{name} = {value} is less than none", remedy=f"Leave machine.{name} out to measure it.")
     given = config.gpus is not None and config.gpu_gib is not None
     free = gpu_free_bytes() if cuda and not given else []
     measured = (world_size or len(free)) if free else 0  # one GPU per rank; a launched run may span nodes like this one

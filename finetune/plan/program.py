@@ -30,6 +30,10 @@ def run(composed: Composed) -> int:
     if cfg.plan.picture:
         from finetune.plan.picture import draw
 
-        draw(found, Path(cfg.plan.picture).expanduser())
+        file = Path(cfg.plan.picture).expanduser()
+        try:
+            draw(found, file)
+        except (OSError, ValueError) as error:
+            raise UserError(f"the picture cannot be written: {error}", "plan.picture", "Try plan.picture=plan.png.") from None
     print(json.dumps(found.to_json(), indent=1) if cfg.plan.format == "json" else render_table(found))
     return EXIT_DONE if found.fits else EXIT_FAILED

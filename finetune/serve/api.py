@@ -6,6 +6,7 @@ https://platform.openai.com/docs/api-reference/completions and .../chat
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import uuid
@@ -21,7 +22,7 @@ Json = dict[str, Any]
 COMPLETION_TOKENS = 16
 """What OpenAI's completions generate where max_tokens is not given."""
 REFUSED = ("logprobs", "top_logprobs", "tools", "functions", "logit_bias", "response_format", "suffix", "echo",
-           "frequency_penalty", "presence_penalty", "top_k", "min_p")
+           "frequency_penalty", "presence_penalty", "top_k", "min_p", "min_tokens", "ignore_eos", "stop_token_ids")
 """Parameters that would change the answer and are not implemented; refused when they ask for something."""
 NEUTRAL = (None, 0, 0.0, False, "", [], {}, {"type": "text"})
 
@@ -75,8 +76,12 @@ def read_request(body: Any, chat: bool, speaker: Speaker, limits: Limits) -> Req
         raise Refused(400, "the body must be a JSON object")
     if chat and not speaker.chats:
         raise Refused(400, "this model was not trained on instructions: it has no chat template; use /v1/completions")
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise Refused(400, "the body holds half of a surrogate pair, which is no text") from None
     for name in REFUSED:
-        if body.get(name) not in NEUTRAL:
+        if body.get(name) not in NEUTRAL or (name == "logprobs" and body.get(name) == 0 and body[name] is not False):
             raise Refused(400, f"'{name}' is not supported", name)
     prompts = [_chat_ids(body, speaker)] if chat else _prompt_ids(body, speaker)
     for name in ("best_of", "repetition_penalty"):
@@ -165,11 +170,12 @@ def _number(body: Json, name: str, default: Any, kind: type, low: float, high: f
     value = body.get(name)
     if value is None:
         return default
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
     if not number or (kind is int and value != int(value)):
         raise Refused(400, f"'{name}' must be a number", name)
     if not low <= value <= high:
-        raise Refused(400, f"'{name}' = {value} is outside {low} to {high}", name)
+        raise Refused(400, f"'{name}' = {value:.3g} is outside {low} to {high}" if abs(value) < 1e300 else
+                      f"'{name}' is outside {low} to {high}", name)
     return kind(value)
 
 
