@@ -223,7 +223,7 @@ def load_export(folder: Path, dtype: Dtype | None, device: torch.device) -> Trai
     about = read_about(folder)
     precision = dtype or Dtype(about["dtype"])
     is_adapter = (folder / "adapter_config.json").is_file()
-    if is_adapter:  # as peft reads it: the hub's copy names another base than the folder it was trained on
+    if is_adapter and Path(about["base"]).is_absolute() and not Path(about["base"]).is_dir():  # trained elsewhere
         named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
         about["base"] = named or about["base"]
     config = ModelConfig(path=about["base"] if is_adapter else str(folder), dtype=precision, init=Init.pretrained)

@@ -74,9 +74,10 @@ def _unknown_layout(record: dict, where: str, cfg: InstructConfig) -> UserError:
 def _prompt(record: dict, where: str, cfg: InstructConfig) -> list[Message]:
     parts = [(field, get_field(record, field)) for field in (cfg.prompt_field, cfg.completion_field)]
     if all(isinstance(value, list) and value and isinstance(value[0], dict) for _, value in parts):
-        return [message for field, value in parts for message in _list(value, field, where, "role")]
+        turns = [message for field, value in parts for message in _list(value, field, where, "role")]
+        return turns if turns[0]["role"] == "system" else _system(record, where) + turns
     prompt = text_field(record, cfg.prompt_field, where, "task.prompt_field")
-    return _pair(prompt, text_field(record, cfg.completion_field, where, "task.completion_field"))
+    return _system(record, where) + _pair(prompt, text_field(record, cfg.completion_field, where, "task.completion_field"))
 
 
 def _alpaca(record: dict, where: str, cfg: InstructConfig) -> list[Message]:

@@ -44,9 +44,9 @@ def chunks(path: Path, count: Count | None = None) -> Iterator[bytes]:
         UserError: the file cannot be read.
     """
     pieces = _read(path, count or (lambda _: None))
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return _inflate(pieces)
-    if path.suffix == ".zst":
+    if path.suffix.lower() == ".zst":
         return _zstd(pieces)
     return pieces
 

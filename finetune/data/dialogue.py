@@ -85,7 +85,7 @@ class InstructEncoder:
         cuts = windows(ends, self.cfg.max_length)
         before = [0, *(end for _, _, end in cuts)]
         found = [_window(ids, scored, *cut, max(0, cut[0] - end)) for cut, end in zip(cuts, before, strict=False)]
-        return [example | {"where": where.encode()} for example in found]
+        return [example | {"where": where.encode("utf-8", "backslashreplace")} for example in found]
 
 
 def windows(ends: list[int], max_length: int) -> list[tuple[int, int, int]]:

@@ -44,21 +44,22 @@ class DatasetSource:
         self.dataset = _from_disk(spec, split) if Path(spec).exists() else _from_hub(spec, split, config)
         if len(self.dataset) == 0:
             raise UserError(f"split '{split}' is empty", spec)
-        self._names = {name: feature.names for name, feature in self.dataset.features.items()
-                       if type(feature).__name__ == "ClassLabel"}
+        self._names = {name: names for name, feature in self.dataset.features.items() if (names := _class_names(feature))}
         self.dataset = self.dataset.with_format("arrow")
         self.total_bytes = max(1, int(self.dataset.data.nbytes))
         self.identity = [spec, split, self.dataset._fingerprint, len(self.dataset)]
 
     def _named(self, row: Row) -> Row:
-        """Class labels by name, as an export should know them; -1, the mark of rows without one, stays."""
+        """Class labels by name, as an export should know them; -1 is the mark of a row without one."""
         if isinstance(row, UserError):
             return row
         where, record = row
         for column, names in self._names.items():
             value = record.get(column)
-            if isinstance(value, int) and 0 <= value < len(names):
-                record[column] = names[value]
+            if isinstance(value, list):
+                record[column] = [_class_name(item, names) for item in value]
+            else:
+                record[column] = _class_name(value, names)
         return where, record
 
     def rows(self, count: Count | None = None) -> Iterator[Row]:
@@ -69,6 +70,17 @@ class DatasetSource:
             yield from map(self._named, rows) if self._names else rows
             if count:
                 count(self.total_bytes * stop // n - self.total_bytes * start // n)
+
+
+def _class_names(feature: Any) -> list[str] | None:
+    """Of a ClassLabel, or of a list of them."""
+    return getattr(getattr(feature, "feature", feature), "names", None)
+
+
+def _class_name(value: Any, names: list[str]) -> Any:
+    if value == -1:
+        return None
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 
 def _from_disk(spec: str, split: str) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from finetune.data.rows import Row, check_object, json_type, jsonl_rows
 from finetune.errors import UserError
 
 SPACE = " \t\r\n"
+HEAD_BYTES = 16 << 20
+"""A longer first line is taken for a whole document."""
 SHAPES = 'A .json file is one array [...], one object {"data": [...]}, or one object per line.'
 
 
@@ -39,11 +40,20 @@ def _is_jsonl(path: Path) -> bool:
 
 
 def _bounded_head(path: Path) -> Iterator[bytes]:
+    """The first line that is not blank, or nothing where it is longer than `HEAD_BYTES`."""
+    head, first = b"", True
     try:
-        for chunk in islice(filter(None, chunks(path)), 1):
-            yield strip_bom(chunk, path).lstrip().split(b"\n")[0]
+        for chunk in filter(None, chunks(path)):
+            head = (head + (strip_bom(chunk, path) if first else chunk)).lstrip()
+            first = False
+            if b"\n" in head:
+                yield head.split(b"\n")[0]
+                return
+            if len(head) > HEAD_BYTES:
+                return
     except BrokenStream:
         return  # reported with its line by the reader proper
+    yield head
 
 
 def _document_rows(path: Path, count: Count | None) -> Iterator[Row]:

@@ -33,6 +33,9 @@ Label = Union[str, float]
 SEPARATOR = "\n"
 """Between the texts of a pair."""
 
+FLOAT32_MAX = 3.4028234663852886e38
+"""Regression targets are fp32."""
+
 
 class ClassifyEncoder:
     """Rows -> columns `ids`, `label` (category, or number), `where` (file:line) and `cut` (tokens lost).
@@ -66,7 +69,7 @@ class ClassifyEncoder:
                 results.append(row)
             else:
                 kept, cut = self._join([next(ids) for _ in row[0]])
-                results.append([{"ids": kept, "label": row[1], "where": where.encode(), "cut": cut}])
+                results.append([{"ids": kept, "label": row[1], "where": where.encode("utf-8", "backslashreplace"), "cut": cut}])
         return results
 
     def _row(self, where: str, record: dict) -> tuple[list[str], Label] | UserError:
@@ -149,7 +152,7 @@ class LabelReader:
         except (TypeError, ValueError, OverflowError):
             remedy = MEND if isinstance(value, str) and not value.strip() else "Try task.problem=single_label."
             raise self._wrong_type(value, "a number", where, remedy) from None
-        if not math.isfinite(number):
+        if not abs(number) <= FLOAT32_MAX:
             raise self._wrong_type(value, "a finite number", where, MEND)
         return number
 
@@ -158,8 +161,10 @@ class LabelReader:
         name = self._name(value, where)
         if self.names is None or name in self.names:
             return name
-        if self.by_index and name.isdecimal() and int(name) < len(self.names):
-            return self.names[int(name)]
+        place = {"false": "0", "true": "1"}.get(name, name) if isinstance(value, bool) else name
+        counts = self.by_index and not any(known.removeprefix("-").isdecimal() for known in self.names)
+        if counts and place.isdecimal() and int(place) < len(self.names):
+            return self.names[int(place)]
         raise unseen(name, self.names, self.by_index, where)
 
     def _name(self, value: Any, where: str) -> str:
@@ -206,5 +211,5 @@ def unseen(name: str, names: list[str], by_index: bool, where: str) -> UserError
 def sort_names(names: list[str]) -> list[str]:
     """Integers by value, other names by spelling."""
     if all(name.removeprefix("-").isdecimal() for name in names):
-        return sorted(names, key=int)
+        return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)

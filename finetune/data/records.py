@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -29,6 +30,8 @@ READERS: dict[str, Reader] = {
     ".parquet": parquet_rows,
     ".txt": txt_rows, ".txt.gz": txt_rows,
 }
+NO_DATA = re.compile(r"(dataset_infos?|dataset_dict|state)\.json|(readme|license|notice)\.\w+", re.IGNORECASE)
+"""Files of a directory that tell about its data."""
 MISSING = object()
 """What `get_field` returns for an absent field."""
 FULL_HASH_BYTES = 64 << 20
@@ -46,7 +49,7 @@ def read(spec: str, split: str, count: Count | None = None) -> Iterator[Row]:
 
 def open_source(spec: str, split: str, config: str | None = None) -> Source:
     """What a spec stands for; `split` matters to `datasets` folders and hub ids only, `config` to hub ids."""
-    spec = resolve(spec)
+    spec = os.path.expanduser(resolve(spec))
     path = Path(spec)
     if path.is_dir():
         return hub.DatasetSource(spec, split) if hub.is_saved_dataset(path) else FileSource(_in_directory(path))
@@ -152,12 +155,31 @@ def _reader(path: Path) -> Reader:
 
 
 def _in_directory(path: Path) -> list[Path]:
-    visible = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    files = sorted(p for p in visible if p.is_file() and suffix(p))
+    visible = list(_entries(path))
+    files = sorted(p for p in visible if p.is_file() and suffix(p) and not NO_DATA.fullmatch(p.name))
     if not files:
         raise UserError(f"no data file in this directory or below ({len(visible)} other entries)", str(path),
                         f"Known formats are {' '.join(READERS)}.")
     return files
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """Visible files in a directory and below it, linked directories included, each of them once.
+
+    Raises:
+        UserError: a `datasets` folder lies in it.
+    """
+    seen = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        if hub.is_saved_dataset(Path(root)):
+            raise UserError("a `datasets` folder lies in this directory", root, f"Name it itself: data.train={root}")
+        yield from (Path(root) / name for name in files if not name.startswith("."))
 
 
 def _in_glob(spec: str) -> list[Path]:

@@ -66,21 +66,23 @@ def csv_rows(path: Path, count: Count | None = None) -> Iterator[Row]:
     csv.field_size_limit(max(CSV_FIELD_BYTES, csv.field_size_limit()))
     texts = _csv_lines(path, count, invalid)
     first = next(texts, "")
-    reader = csv.reader(chain([first], texts) if first else texts, strict=True, delimiter=_separator(first))
+    reader = csv.reader(chain([first], texts) if first else texts, strict=True, delimiter=_separator(first, path))
     header = _csv_header(path, reader, invalid)
     if header is None:
         return
     while True:
-        where = f"{path}:{reader.line_num + 1}"
+        before = reader.line_num
+        where = f"{path}:{before + 1}"
         invalid.clear()
         try:
             values = next(reader, None)
         except csv.Error as error:
-            yield _csv_fault(where, error)
+            yield _csv_fault(where, error, reader.line_num - before)
             continue
         if values is None:
             return
         if values:
+            _refuse_swallowed(values, len(header), reader.dialect.delimiter, where)
             yield invalid[0] if invalid else _csv_row(header, values, where)
 
 
@@ -130,7 +132,7 @@ def arrow_rows(batch: Any, name: str, start: int) -> Iterator[Row]:
     """Rows of an Arrow record batch or table; `where` is `name[i]`."""
     try:
         records = batch.to_pylist()
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError, KeyError):  # invalid UTF-8; dates and time zones that Python does not know
         records = [_arrow_row(batch, i, f"{name}[{start + i}]") for i in range(batch.num_rows)]
     for i, record in enumerate(records):
         yield record if isinstance(record, UserError) else (f"{name}[{start + i}]", record)
@@ -171,9 +173,25 @@ def _csv_lines(path: Path, count: Count | None, invalid: list[UserError]) -> Ite
         yield text + "\n"
 
 
-def _separator(header: str) -> str:
-    """A comma, or where the header has none the semicolon or tab that spreadsheets write instead."""
-    return next((mark for mark in (",", ";", "\t") if mark in header), ",")
+def _separator(header: str, path: Path) -> str:
+    """A comma, or where the header has none the semicolon or tab that spreadsheets write instead; a tab in a .tsv first."""
+    marks = ("\t", ",", ";") if ".tsv" in path.name.lower() else (",", ";", "\t")
+    return next((mark for mark in marks if mark in header), ",")
+
+
+def _refuse_swallowed(values: list[str], columns: int, delimiter: str, where: str) -> None:
+    """A tab does not stand in text: a field whose lines are full of them is rows between two stray quotes.
+
+    Raises:
+        UserError: at any policy, for all of those rows would be lost as one.
+    """
+    if delimiter != "\t" or columns < 2:
+        return
+    for value in values:
+        inner = value.split("\n")[1:-1]
+        if inner and all(line.count("\t") >= columns - 1 for line in inner):
+            raise UserError(f"a quote opens here and swallows the {len(inner)} rows behind it", where,
+                            'Double quotes that belong to the text, and quote the field: "say ""a""".')
 
 
 def _csv_header(path: Path, reader: Any, invalid: list[UserError]) -> list[str] | None:
@@ -197,11 +215,14 @@ def _csv_row(header: list[str], values: list[str], where: str) -> Row:
     return where, dict(zip(header, values, strict=True))
 
 
-def _csv_fault(where: str, error: csv.Error) -> UserError:
+def _csv_fault(where: str, error: csv.Error, lines: int) -> UserError:
+    """The fault of a row; raised where more than the row itself was swallowed, which no policy may skip as one row."""
     fault = UserError(f"broken CSV: {error}", where, f'Double the quotes inside a quoted field: "say ""a"""; {SKIP}')
     if "unexpected end" in str(error) or "field limit" in str(error):
-        # Everything after the open quote was swallowed: skipping it as one row would lose the rest of the file.
         raise UserError("a quoted field is opened here and never closed", where, 'Close it, or double it: "".')
+    if lines > 1:
+        raise UserError(f"a quoted field is opened here and ends wrongly {lines - 1} lines below ({error})", where,
+                        'Double quotes that belong to the text: "say ""a""".')
     return fault
 
 
@@ -225,6 +246,8 @@ def _arrow_row(batch: Any, i: int, where: str) -> dict | UserError:
         return batch.slice(i, 1).to_pylist()[0]
     except UnicodeDecodeError as error:
         return invalid_utf8(where, error)
+    except (ValueError, OverflowError, KeyError) as error:
+        return UserError(f"a value cannot be read ({error})", where, f"Mend or drop the column; {SKIP}")
 
 
 Reader = Callable[[Path, Union[Count, None]], Iterator[Row]]

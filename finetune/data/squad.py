@@ -65,8 +65,9 @@ def _checked(entry: Any, context: str, place: str, number: int) -> Question | Us
     try:
         name = _get(entry, "id", f"{place} question {number}", default=f"question {number}")
         where = f"{place} id {name}"
-        answers = [_annotation(answer, where) for answer in _list(_get(entry, "answers", where), "'answers'", where)]
         impossible = entry.get("is_impossible")
+        given = [] if impossible is True and "answers" not in entry else _get(entry, "answers", where)
+        answers = [_annotation(answer, where) for answer in _list(given, "'answers'", where)]
         if impossible is True and answers:
             raise UserError(f"is_impossible is true, yet there is the answer {shown(answers[0][1])}", where,
                             f"Empty 'answers', or set is_impossible to false; {SKIP}")

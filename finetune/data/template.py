@@ -13,6 +13,7 @@ Knows no tokenizer but its eos, and no data format.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +111,22 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                 extensions=[_Generation, jinja2.ext.loopcontrols])
     environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _no_clock
+    environment.filters["tojson"] = _tojson
     return environment
 
 
 def _raise_exception(message: str) -> Any:
     raise jinja2.TemplateError(message)
+
+
+def _no_clock(pattern: str) -> Any:
+    raise jinja2.TemplateError("strftime_now: a model that is trained on today's date learns it")
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+    """transformers', which escapes nothing for HTML as Jinja's own does."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class _Generation(jinja2.ext.Extension):

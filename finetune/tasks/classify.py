@@ -49,7 +49,7 @@ class ClassifyTask:
         self.by_index = False
         self._targets = lru_cache(4)(self._target_table)
         if cfg.labels:
-            self._learn([str(name) for name in cfg.labels], by_index=True)
+            self._learn([str(name).lower() if isinstance(name, bool) else str(name) for name in cfg.labels], by_index=True)
 
     def encoder(self) -> Encoder:
         return ClassifyEncoder(self.tokenizer, self.cfg, self.names, self.by_index)

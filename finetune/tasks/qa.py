@@ -143,7 +143,7 @@ class QaMeter:
         questions = self._questions(found)
         answerable = [bool(q["answers"]) for q in questions]
         for question in questions:
-            silent = self.task.unanswerable and question["no_answer_score"] > self.task.cfg.null_threshold
+            silent = (self.task.unanswerable or not all(answerable)) and question["no_answer_score"] > self.task.cfg.null_threshold
             question["prediction"] = "" if silent else question["span"]
         rules = score if not all(answerable) else score_v1
         scores = [rules(q["prediction"], q["answers"]) for q in questions]

@@ -153,6 +153,16 @@ BAD_FILES = {
         b'text,n\ngood,1\n"open,2\ngood,3\n',
         "a.csv:3: a quoted field is opened here and never closed",
     ),
+    "CSV quote that ends wrongly": (
+        "a.csv",
+        b'text,n\ngood,1\n"open,2\ngood,3\nhe said "hi" there,4\ngood,5\n',
+        "a.csv:3: a quoted field is opened here and ends wrongly 2 lines below",
+    ),
+    "TSV quotes around rows": (
+        "a.tsv",
+        b'text\tn\ngood\t1\n"open\t2\ngood\t3\ngood\t4\nclose"\t5\n',
+        "a.tsv:3: a quote opens here and swallows the 2 rows behind it",
+    ),
 }
 
 

@@ -201,9 +201,52 @@ def test_a_highly_repetitive_archive_does_not_fill_the_memory(tmp_path, suffix):
 
 
 def test_class_labels_are_read_by_name(tmp_path):
-    """As an export should know them; -1 marks a row without one."""
-    from datasets import ClassLabel, Dataset, Features, Value
+    """As an export should know them, in lists too; -1 marks a row without one."""
+    from datasets import ClassLabel, Dataset, Features, Sequence, Value
 
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
-    Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=features).save_to_disk(tmp_path / "labelled")
-    assert [record["label"] for _, record in read(str(tmp_path / "labelled"), "train")] == ["yes", "no", -1]
+    names = ClassLabel(names=["no", "yes"])
+    features = Features({"text": Value("string"), "label": names, "tags": Sequence(names)})
+    rows = {"text": ["a", "b", "c"], "label": [1, 0, -1], "tags": [[0, 1], [], [1]]}
+    Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "labelled")
+    found = [record for _, record in read(str(tmp_path / "labelled"), "train")]
+    assert [record["label"] for record in found] == ["yes", "no", None]
+    assert [record["tags"] for record in found] == [["no", "yes"], [], ["yes"]]
+    with pytest.raises(UserError, match="`datasets` folder lies in this directory"):
+        list(read(str(tmp_path), "train"))
+
+
+def test_a_directory_is_its_data_files_those_behind_links_too(tmp_path):
+    (tmp_path / "all").mkdir()
+    (tmp_path / "other").mkdir()
+    for place in ("all/a.jsonl", "other/b.jsonl"):
+        (tmp_path / place).write_text(json.dumps({"text": place}) + "\n")
+    for name in ("README.txt", "dataset_infos.json", ".hidden.jsonl"):
+        (tmp_path / "all" / name).write_text('{"text": "about the data"}')
+    (tmp_path / "all/link").symlink_to(tmp_path / "other")
+    (tmp_path / "other/back").symlink_to(tmp_path / "all")
+    assert [record["text"] for _, record in read(str(tmp_path / "all"), "train")] == ["all/a.jsonl", "other/b.jsonl"]
+
+
+def test_home_is_expanded_and_suffixes_have_no_case(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(JSONL))
+    assert [record for _, record in read("~/A.JSONL.GZ", "train")] == RECORDS
+    assert [record for _, record in read("~/*.GZ", "train")] == RECORDS
+
+
+def test_one_object_per_line_whatever_the_length_of_the_first(tmp_path):
+    texts = ["long " * 200_000, "short"]
+    (tmp_path / "a.json").write_text("\n" * 400_000 + "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert [record["text"] for _, record in read(str(tmp_path / "a.json"), "train")] == texts
+
+
+def test_dates_that_python_does_not_know_are_bad_rows(tmp_path):
+    table = pyarrow.table({"text": ["a", "b"], "day": pyarrow.array([10**7, 1], pyarrow.int32()).cast(pyarrow.date32())})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    bad, good = read(str(tmp_path / "a.parquet"), "train")
+    assert isinstance(bad, UserError) and "a.parquet[0]" in str(bad) and good[1]["text"] == "b"
+
+
+def test_a_tab_separates_a_tsv_whatever_its_header_holds(tmp_path):
+    (tmp_path / "a.tsv").write_text("text\tlabel, raw\ngood\t1\n")
+    assert [record for _, record in read(str(tmp_path / "a.tsv"), "train")] == [{"text": "good", "label, raw": "1"}]

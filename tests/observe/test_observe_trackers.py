@@ -147,7 +147,8 @@ def test_secret_values(value):
 
 def test_values_that_only_look_alike_stay():
     config = {"revision": HEX, "model": {"commit": HEX}, "path": "hf_models/sk-learn", "n": 3, "on": True, "no": None,
-              "password": None, "use_auth_token": False, "hash64": "ab" * 32}
+              "password": None, "use_auth_token": False, "hash64": "ab" * 32, "model.path": f"/cache/snapshots/{HEX}",
+              "train": f"/cache/snapshots/{HEX}/*.jsonl"}
     assert redact(config) == config
 
 

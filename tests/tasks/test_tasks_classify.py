@@ -78,6 +78,17 @@ def test_given_names_fix_the_order_and_integers_count_in_them(make):
     assert made.task.names == ["no", "yes"] and made.batch()["targets"].tolist() == [1, 0, 1, 0]
 
 
+def test_given_names_that_are_integers_are_names_and_truth_counts(make, tmp_path):
+    stars = cfg(labels=[1, 2, 3])
+    assert make(stars, [{"text": "Hi", "label": label} for label in (1, 3, "2")]).batch()["targets"].tolist() == [0, 2, 1]
+    with pytest.raises(UserError, match=r"label '0' is unknown: task\.labels has '1', '2', '3'"):
+        make(stars, [{"text": "Hi", "label": label} for label in (1, 0)])
+    made = make(cfg(labels=["no", "yes"]), [{"text": "Hi", "label": truth} for truth in (True, False)])
+    assert made.batch()["targets"].tolist() == [1, 0]
+    assert make(cfg(labels=[False, True]), [{"text": "Hi", "label": True}]).task.names == ["false", "true"]
+    assert sort_names(["01", "1", "001"]) == sort_names(["1", "001", "01"]) == ["001", "01", "1"]
+
+
 def test_several_labels(make):
     made = make(cfg(problem="multi_label"), TAGS)
     assert made.task.names == ["x", "y", "z"] and made.task.better == ("f1", "max")

@@ -66,6 +66,8 @@ VARIANTS = [  # as others write the same two rows: the second with a system mess
     {"messages": ASKED + SAID, "system": None},
     {"messages": ASKED + SAID, "system": "Be nice."},
     {"messages": turns("messages", ("developer", "Be nice."), ("user", "Hi"), ("assistant", "Hello"))},
+    {"prompt": ASKED, "completion": SAID, "system": "Be nice."},
+    {"prompt": "Hi", "completion": "Hello", "system": "Be nice."},
     SHAREGPT | {"system": "Be nice."},
     {"instruction": "Hi", "output": "Hello", "system": "Be nice."}]
 

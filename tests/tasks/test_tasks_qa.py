@@ -332,7 +332,10 @@ def test_without_unanswerable_questions_something_is_always_answered(make):
     made = make(cfg(null_threshold=-100.0), [BOB, LONG])
     (found,), predictions = evaluate_on(1, models("qa")[0], made)
     assert all(p["prediction"] for p in predictions) and "no_answer" not in found
-    # A model that learnt from v2 may stay silent on v1, too.
+    # A model that learnt from v1 may stay silent on v2, and one that learnt from v2 on v1.
+    made = make(cfg(null_threshold=-100.0), [BOB, LONG], ROWS)
+    (found,), predictions = evaluate_on(1, models("qa")[0], made)
+    assert not any(p["prediction"] for p in predictions) and found["no_answer"]["f1"] == 1.0
     made = make(cfg(null_threshold=-100.0), ROWS, [BOB, LONG])
     _, predictions = evaluate_on(1, models("qa")[0], made)
     assert not any(p["prediction"] for p in predictions)

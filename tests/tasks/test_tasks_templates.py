@@ -93,6 +93,15 @@ def test_it_reads_as_transformers_reads_it(tokenizer):
     assert asked == first + answer + EOS + second
 
 
+def test_tojson_is_transformers_own(tokenizer):
+    text = "{% for m in messages %}{{ m.content | tojson }}{{ m | tojson(ensure_ascii=True) }}\n{% endfor %}"
+    messages = [turn("user", "it's <é> \"&\""), turn("assistant", "no")]
+    theirs = tokenizer.apply_chat_template(messages, chat_template=text, tokenize=False)
+    assert Template("mine", text, EOS)._render(messages, False, "here") == theirs
+    with pytest.raises(UserError, match="today's date"):
+        Template("mine", "{{ strftime_now('%Y') }}" + text, EOS)
+
+
 REFUSED = {
     "no valid Jinja": "{% for m in messages %}",
     "'nothing' is undefined": "{{ nothing.at_all }}",

@@ -360,3 +360,23 @@ def test_every_head_answers_in_generate(find_run, capsys, tmp_path):
     speaker = load_speaker(str(instructed), compose_config(["dtype=fp32"], "generate").config.dtype)
     (ids,) = speaker.continue_ids([speaker.task.prompt_ids("Name three fruits.")], Sampling(6, 0.0))
     assert asked == speaker.tokenizer.decode(ids, skip_special_tokens=True).strip("\n") != ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["export", "evaluate"])
+def test_an_adapter_is_not_put_on_other_weights_than_its_own(find_run, tmp_path, program):
+    """A matrix in the middle of the base is another."""
+    run = tmp_path / "run"
+    shutil.copytree(find_run("lm", "lora"), run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    base = tmp_path / "base"
+    shutil.copytree(config["model"]["path"], base)
+    data = bytearray((base / "model.safetensors").read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 2**18] = bytes(2**18)
+    (base / "model.safetensors").write_bytes(data)
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"model": config["model"] | {"path": str(base)}}))
+    words = ["kind=merged", f"out={tmp_path / 'out'}"] if program == "export" else [f"out={tmp_path}"]
+    with pytest.raises(UserError, match="not the weights that this adapter was trained on"):
+        (export if program == "export" else evaluate)(compose_config([f"run={run}", *words], program))
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -100,14 +101,16 @@ def lines(file: Path) -> list[dict]:
 
 def test_prompts_from_files_and_standard_input(tmp_path):
     """The command: a text file, jsonl, and a pipe, of which only the text reaches standard output."""
-    (tmp_path / "p.txt").write_text("\n".join(PROMPTS) + "\n")
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8-sig")
+    with (tmp_path / "p.csv").open("w", newline="") as out:
+        csv.writer(out).writerows([["prompt"], *([prompt] for prompt in PROMPTS)])
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
     words = ["model=asset:gptj_tiny", "temperature=0", "max_new_tokens=8", "dtype=fp32"]
-    for name in ("p.txt", "p.jsonl"):
+    for name in ("p.txt", "p.jsonl", "p.csv"):
         more = [f"prompts={tmp_path / name}", f"out={tmp_path / name}.out", "batch=3"]
         assert run(compose_config([*words, *more], "generate")) == 0
     found = lines(tmp_path / "p.txt.out")
-    assert found == lines(tmp_path / "p.jsonl.out") and [row["prompt"] for row in found] == PROMPTS
+    assert found == lines(tmp_path / "p.jsonl.out") == lines(tmp_path / "p.csv.out") and [row["prompt"] for row in found] == PROMPTS
     done = subprocess.run([sys.executable, "launch/generate.py", *words], input=PROMPTS[1], cwd=ROOT, text=True,
                           capture_output=True, check=False, env=os.environ)
     assert done.returncode == 0 and done.stdout == found[1]["text"] + "\n", done.stderr[-2000:]

@@ -139,6 +139,9 @@ WRONG = {
     "other model": (404, {"model": "gpt-4", "prompt": "a"}), "not JSON": (400, b"{"),
     "stop": (400, {"prompt": "a", "stop": 5}), "penalty": (400, {"prompt": "a", "frequency_penalty": 2}),
     "other best": (400, {"prompt": "a", "n": 1, "best_of": 3}), "endless": (400, b'{"prompt": "a", "n": 1e999}'),
+    "half a surrogate": (400, b'{"prompt": "\\ud800"}'), "in a stop": (400, b'{"prompt": "a", "stop": "\\udfff"}'),
+    "huge": (400, b'{"prompt": "a", "n": 1' + b"0" * 400 + b"}"), "of the chosen token": (400, {"prompt": "a", "logprobs": 0}),
+    "ids": (400, {"prompt": "a", "stop_token_ids": [5]}),
     "not a number": (400, b'{"prompt": "a", "max_tokens": NaN}'),
     "true is no number": (400, {"prompt": "a", "n": True}), "too large": (413, {"prompt": "a" * 6000}),
 }
