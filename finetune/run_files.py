@@ -46,11 +46,11 @@ def save_config(cfg: Config, about: dict[str, Any], texts: list[list[int]], run_
     metrics_log.write_json(run_dir / "task.json", about)
     values = plain_config(cfg)
     for section, key in (("model", "path"), ("model", "tokenizer"), ("data", "train"), ("data", "eval")):
-        values[section][key] = _wherever(values[section][key])
+        values[section][key] = wherever(values[section][key])
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(values)), encoding="utf-8")
 
 
-def _wherever(path: str | None) -> str | None:
+def wherever(path: str | None) -> str | None:
     """A local path, or pattern, as it is from any working directory; hub ids and what ships with the project stay."""
     if not path or path.startswith("asset:"):
         return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,16 @@ def test_published_forms_become_sharded_safetensors(tiny, tmp_path, form):
     model, told = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
     assert model.dtype == torch.bfloat16 and not told["missing_keys"] and not told["unexpected_keys"]
     assert len(AutoTokenizer.from_pretrained(target)) == 50400
+
+
+def test_an_export_in_another_precision_says_so(tiny, tmp_path):
+    """And leaves the card behind, which tells the files and the proof of the export it came from."""
+    source = Path(shutil.copytree(tiny, tmp_path / "source"))
+    (source / "finetune.json").write_text(json.dumps({"head": "lm", "dtype": "fp32", "base": "x"}))
+    (source / "README.md").write_text("in fp32, SHA-256 ...")
+    target = convert(source, tmp_path / "target", "dtype=bf16")
+    assert json.loads((target / "finetune.json").read_text()) == {"head": "lm", "dtype": "bf16", "base": "x"}
+    assert not (target / "README.md").exists()
 
 
 def test_wrong_use_is_explained(tiny, states, tmp_path):

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from finetune.errors import RunFailed
 from finetune.export import check_adapter
+from finetune.run_files import wherever
 
 A, B = "base_model.model.transformer.h.0.attn.q_proj.lora_A.weight", "base_model.model.transformer.h.0.attn.q_proj.lora_B.weight"
 
@@ -33,3 +34,12 @@ def test_an_empty_or_all_zero_tensor_is_refused_by_name(tmp_path, tensors, named
     with pytest.raises(RunFailed) as caught:
         check_adapter(adapter(tmp_path, **tensors))
     assert named in str(caught.value)
+
+
+def test_local_paths_hold_from_any_working_directory(tmp_path, monkeypatch):
+    """As config.yaml keeps them; hub ids and what ships with the project stay as typed."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "data-1.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    kept = [wherever(path) for path in ("base", "data-*.jsonl", "EleutherAI/gpt-j-6b", "asset:gptj_tiny", None)]
+    assert kept == [f"{tmp_path}/base", f"{tmp_path}/data-*.jsonl", "EleutherAI/gpt-j-6b", "asset:gptj_tiny", None]

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune.app import compose_config
 from finetune.errors import UserError
-from finetune.generate import _conversation, load_speaker, run
+from finetune.generate import Speaker, _conversation, load_speaker, run
 from finetune.sample import GumbelNoise, Sampling, Streamer, finished_text
 from tests.conftest import ROOT
 
@@ -144,3 +145,11 @@ def test_a_conversation_needs_roles_texts_and_the_user_last(messages):
 def test_wrong_use_is_explained(words, message):
     with pytest.raises(UserError, match=message):
         run(compose_config(["model=asset:gptj_tiny", *words], "generate"))
+
+
+def test_virtual_tokens_take_their_positions():
+    """A prompt or prefix adapter's stand before every text."""
+    learned = SimpleNamespace(is_prompt_learning=True, num_virtual_tokens=20)
+    for config, wanted in ((learned, 2028), (SimpleNamespace(is_prompt_learning=False), 2048), (None, 2048)):
+        module = SimpleNamespace(config=SimpleNamespace(n_positions=2048), active_peft_config=config)
+        assert Speaker(SimpleNamespace(module=module), None, None, torch.device("cpu")).positions == wanted
