@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,24 +34,20 @@ def peers() -> str:
     return "\n".join([*lines, "", _origin(found)])
 
 
-def scaling() -> str:
-    found = json.loads((RESULTS / "scaling.json").read_text())
-    lines = ["| step | this project | Trainer + DeepSpeed |", "|---|--:|--:|"]
-    for result in found["results"]:
-        cells = [f"{run['tokens_per_second']:.0f} tok/s, working {(run['peak_host_bytes'] - run['start_host_bytes']) / 1e9:.2f} GB"
-                 for run in (result["ours"], result["trainer"])]
-        lines.append(f"| {result['case']['name']} | {cells[0]} | {cells[1]} |")
+def beside(name: str, what: str, cell: Callable[[dict], str]) -> str:
+    """A line for each case, a cell each for this project and the Trainer."""
+    found = json.loads((RESULTS / f"{name}.json").read_text())
+    lines = [f"| {what} | this project | Trainer + DeepSpeed |", "|---|--:|--:|"]
+    lines += [f"| {r['case']['name']} | {cell(r['ours'])} | {cell(r['trainer'])} |" for r in found["results"]]
     return "\n".join([*lines, "", _origin(found)])
 
 
-def startup() -> str:
-    found = json.loads((RESULTS / "startup.json").read_text())
-    lines = ["| from the command to the end of step 1 | this project | Trainer + DeepSpeed |", "|---|--:|--:|"]
-    for result in found["results"]:
-        cells = [f"{run['seconds']:.1f} s ({min(run['rounds']):.1f} to {max(run['rounds']):.1f})"
-                 for run in (result["ours"], result["trainer"])]
-        lines.append(f"| {result['case']['name']} | {cells[0]} | {cells[1]} |")
-    return "\n".join([*lines, "", _origin(found)])
+def speed_and_memory(run: dict) -> str:
+    return f"{run['tokens_per_second']:.0f} tok/s, working {(run['peak_host_bytes'] - run['start_host_bytes']) / 1e9:.2f} GB"
+
+
+def seconds(run: dict) -> str:
+    return f"{run['seconds']:.1f} s ({min(run['rounds']):.1f} to {max(run['rounds']):.1f})"
 
 
 def generation() -> str:
@@ -79,8 +77,10 @@ def _origin(found: dict) -> str:
 
 def main() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    for name, table in (("peers", peers), ("scaling", scaling), ("startup", startup), ("generate", generation),
-                        ("data_prep", preparation)):
+    for name, table in (
+        ("peers", peers), ("scaling", partial(beside, "scaling", "step", speed_and_memory)),
+        ("startup", partial(beside, "startup", "from the command to the end of step 1", seconds)),
+        ("generate", generation), ("data_prep", preparation)):
         if (RESULTS / f"{name}.json").is_file():
             pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
             text = re.sub(pattern, lambda m, t=table: m[1] + t() + "\n" + m[2], text, flags=re.S)

@@ -30,7 +30,7 @@ def json_rows(path: Path, count: Count | None = None) -> Iterator[Row]:
 
 def _is_jsonl(path: Path) -> bool:
     """Whether the first line alone is an object that is not the whole {"data": [...]}."""
-    head = next(_bounded_head(path), b"").strip()
+    head = _first_line(path).strip()
     if not head.startswith(b"{"):
         return False
     try:
@@ -39,21 +39,20 @@ def _is_jsonl(path: Path) -> bool:
         return False
 
 
-def _bounded_head(path: Path) -> Iterator[bytes]:
-    """The first line that is not blank, or nothing where it is longer than `HEAD_BYTES`."""
+def _first_line(path: Path) -> bytes:
+    """The first line that is not blank; nothing where it is longer than `HEAD_BYTES`, or cannot be read."""
     head, first = b"", True
     try:
         for chunk in filter(None, chunks(path)):
             head = (head + (strip_bom(chunk, path) if first else chunk)).lstrip()
             first = False
             if b"\n" in head:
-                yield head.split(b"\n")[0]
-                return
+                return head.split(b"\n")[0]
             if len(head) > HEAD_BYTES:
-                return
+                return b""
     except BrokenStream:
-        return  # reported with its line by the reader proper
-    yield head
+        return b""  # reported with its line by the reader proper
+    return head
 
 
 def _document_rows(path: Path, count: Count | None) -> Iterator[Row]:

@@ -114,6 +114,7 @@ class LabelReader:
 
     def __init__(self, cfg: ClassifyConfig, names: list[str] | None, by_index: bool):
         self.field, self.problem, self.names, self.by_index = cfg.label_field, cfg.problem, names, by_index
+        self.counted = by_index and not any(_is_integer(name) for name in names or [])  # else an integer is a name
         self._texts = (cfg.text_field, cfg.text_pair_field)
 
     def read(self, record: dict, where: str) -> Label:
@@ -162,8 +163,7 @@ class LabelReader:
         if self.names is None or name in self.names:
             return name
         place = {"false": "0", "true": "1"}.get(name, name) if isinstance(value, bool) else name
-        counts = self.by_index and not any(known.removeprefix("-").isdecimal() for known in self.names)
-        if counts and place.isdecimal() and int(place) < len(self.names):
+        if self.counted and place.isdecimal() and int(place) < len(self.names):
             return self.names[int(place)]
         raise unseen(name, self.names, self.by_index, where)
 
@@ -210,6 +210,10 @@ def unseen(name: str, names: list[str], by_index: bool, where: str) -> UserError
 
 def sort_names(names: list[str]) -> list[str]:
     """Integers by value, other names by spelling."""
-    if all(name.removeprefix("-").isdecimal() for name in names):
+    if all(map(_is_integer, names)):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)
+
+
+def _is_integer(name: str) -> bool:
+    return name.removeprefix("-").isdecimal()

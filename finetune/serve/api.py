@@ -81,7 +81,7 @@ def read_request(body: Any, chat: bool, speaker: Speaker, limits: Limits) -> Req
     except UnicodeEncodeError:
         raise Refused(400, "the body holds half of a surrogate pair, which is no text") from None
     for name in REFUSED:
-        if body.get(name) not in NEUTRAL or (name == "logprobs" and body.get(name) == 0 and body[name] is not False):
+        if _asks(name, body.get(name)):
             raise Refused(400, f"'{name}' is not supported", name)
     prompts = [_chat_ids(body, speaker)] if chat else _prompt_ids(body, speaker)
     for name in ("best_of", "repetition_penalty"):
@@ -99,6 +99,11 @@ def read_request(body: Any, chat: bool, speaker: Speaker, limits: Limits) -> Req
     options = body.get("stream_options") or {}
     usage = isinstance(options, dict) and options.get("include_usage") is True
     return Request(chat, [p for p in prompts for _ in range(n)], how * len(prompts), stream, usage)
+
+
+def _asks(name: str, value: Any) -> bool:
+    """Whether a parameter asks for something: `logprobs` does with 0 already, for those of the chosen tokens."""
+    return value not in NEUTRAL or (name == "logprobs" and value is not None and value is not False)
 
 
 def _new_tokens(body: Json, chat: bool, room: int, limits: Limits) -> int:
@@ -174,8 +179,7 @@ def _number(body: Json, name: str, default: Any, kind: type, low: float, high: f
     if not number or (kind is int and value != int(value)):
         raise Refused(400, f"'{name}' must be a number", name)
     if not low <= value <= high:
-        raise Refused(400, f"'{name}' = {value:.3g} is outside {low} to {high}" if abs(value) < 1e300 else
-                      f"'{name}' is outside {low} to {high}", name)
+        raise Refused(400, f"'{name}' is outside {low} to {high}", name)
     return kind(value)
 
 
