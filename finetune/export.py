@@ -75,7 +75,6 @@ def reference_outputs(module: nn.Module, texts: list[list[int]], device: torch.d
         for i, ids in enumerate(texts):
             batch = torch.tensor([ids], device=device)
             out = module(input_ids=batch)
-            out = out.logits if hasattr(out, "logits") else out
             found[f"ids.{i}"] = batch[0].cpu()
             found[f"outputs.{i}"] = out[0].float().cpu().contiguous()
     module.train(was_training)

@@ -27,7 +27,8 @@ from finetune.display import silence_libraries
 from finetune.ds_inference import accelerated, refuse_engine
 from finetune.errors import EXIT_DONE, UserError
 from finetune.programs import GenerateConfig
-from finetune.sample import Sampling, Streamer, continue_ids, finished_text
+from finetune.gptj.library import takes_virtual_tokens, to_library_model
+from finetune.sample import Sampling, Streamer, continue_flat, continue_ids, finished_text
 from finetune.saved import Trained, load_export, read_about, typed_task
 from finetune.tasks import build_task
 
@@ -64,7 +65,8 @@ class Speaker:
         return self.tokenizer(prompt, add_special_tokens=False)["input_ids"] or [self.tokenizer.eos_token_id]
 
     def continue_ids(self, prompts: list[list[int]], how: Sampling, streamer=None) -> list[list[int]]:
-        return continue_ids(self.trained.module, self.tokenizer, prompts, how, self.device, streamer)
+        go_on = continue_flat if takes_virtual_tokens(self.trained.module) else continue_ids
+        return go_on(self.trained.module, self.tokenizer, prompts, how, self.device, streamer)
 
 
 def load_speaker(export_dir: str, dtype, engine: str = "torch") -> Speaker:
@@ -94,6 +96,8 @@ def load_speaker(export_dir: str, dtype, engine: str = "torch") -> Speaker:
         heap.keep_freed_memory()
     if engine == "deepspeed":
         trained.module = accelerated(trained.module, folder, about, device)
+    elif trained.head == "lm" and not takes_virtual_tokens(trained.module):
+        trained.module = to_library_model(trained.module)
     return Speaker(trained, tokenizer, task, device)
 
 

@@ -1,7 +1,7 @@
 """Evaluation with EleutherAI's lm-eval, the field's own tool (https://github.com/EleutherAI/lm-evaluation-harness).
 
-Our loaded model goes into lm-eval's own `hf` model, so tasks, prompts and metrics are theirs and the arithmetic is
-that of this project's GPT-J. An optional extra: pip install -e '.[eval]'.
+The loaded model goes into lm-eval's own `hf` model as transformers' GPT-J, so tasks, prompts, metrics and arithmetic are
+what everybody measures with. Adapters of virtual tokens answer through the training forward. An optional extra: pip install -e '.[eval]'.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from finetune.errors import RunFailed, UserError
+from finetune.gptj.library import takes_virtual_tokens, to_library_model
+from finetune.sample import Sampling, continue_flat
 
 SKIPPED = ("alias", "name", "sample_len", "samples")
 
@@ -64,7 +67,12 @@ def run_suite(model: nn.Module, tokenizer, tasks: list[str], task_dir: str | Non
                         "List them: lm-eval ls tasks. Own tasks: task_dir=FOLDER with their yaml files.")
     if chat and not tokenizer.chat_template:
         raise UserError("this model's tokenizer has no chat template", "chat", "Exports of task=instruct have one.")
-    judged = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, backend="causal")  # type: ignore[arg-type]
+    kind = HFLM
+    if takes_virtual_tokens(model):
+        kind = _flat_lm(HFLM)
+    else:
+        model = to_library_model(model)
+    judged = kind(pretrained=model, tokenizer=tokenizer, batch_size=batch, backend="causal")  # type: ignore[arg-type]
     try:
         found = lm_eval.simple_evaluate(
             model=judged, tasks=manager.match_tasks(tasks), num_fewshot=fewshot, limit=limit, task_manager=manager,
@@ -79,6 +87,27 @@ def run_suite(model: nn.Module, tokenizer, tasks: list[str], task_dir: str | Non
     return {"tasks": {task: _plain(row) for task, row in found["results"].items()},
             "settings": {task: {"version": lm_eval.__version__, "fewshot": fewshot, "limit": limit, "chat": chat,
                                 "samples": samples.get(task)} for task in found["results"]}}
+
+
+def _flat_lm(base: type) -> type:
+    """lm-eval's model around the training forward: rows are padded on the right for likelihoods, which a causal model
+    does not see."""
+
+    class FlatLM(base):
+        def _model_call(self, inps, attn_mask=None, labels=None):
+            with torch.no_grad():
+                return self.model(input_ids=inps)
+
+        def _model_generate(self, context, max_length, stop, attention_mask, **options):
+            temperature = options.get("temperature", 0.0) if options.get("do_sample") else 0.0
+            how = Sampling(max_length - context.shape[1], temperature, options.get("top_p", 1.0), stop=stop)
+            prompts = [ids[mask.bool()].tolist() for ids, mask in zip(context, attention_mask, strict=True)]
+            rows = continue_flat(self.model, self.tokenizer, prompts, how, self.device)
+            width, eos = max(map(len, rows), default=0), self.tokenizer.eos_token_id
+            new = torch.tensor([row + [eos] * (width - len(row)) for row in rows], dtype=context.dtype)
+            return torch.cat([context, new.to(context.device)], 1)
+
+    return FlatLM
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""peft's prompt and prefix models, computed over flat batches.
+"""peft's models, called directly with flat batches.
 
-peft puts virtual tokens in front of a row of a padded batch; in a flat batch that is the first document only. Here they
-enter in front of every document (`gptj.virtual`). Parameters, files and `generate` stay peft's, so an adapter trained
-here opens in plain transformers and peft.
+peft's own `forward` hands on arguments of padded batches (masks, caches), which the training model does not take, and
+puts virtual tokens in front of a padded row, which in a flat batch is the first document only. Here the arguments go
+straight to the wrapped model, and virtual tokens enter in front of every document (`gptj.virtual`). Parameters and
+files stay peft's, so an adapter trained here opens in plain transformers and peft.
 """
 
 from __future__ import annotations
@@ -15,13 +16,20 @@ from torch import Tensor, nn
 from finetune.gptj.virtual import Virtual
 
 
-class FlatPrompts:
+class FlatAdapter:
     """Mixed into the peft model's class in front of peft's own `forward`."""
+
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        return self.base_model(*args, **inputs)  # type: ignore[attr-defined]
+
+
+class FlatPrompts(FlatAdapter):
+    """The same for prompt and prefix tuning."""
 
     _saving: dict[str, Tensor] | None = None
 
     def forward(self, *args: Any, **inputs: Any) -> Any:
-        return self.base_model(*args, virtual=self.virtual(), **inputs)  # type: ignore[attr-defined]
+        return super().forward(*args, virtual=self.virtual(), **inputs)
 
     def virtual(self) -> Virtual:
         """The trained rows; read through the encoder's forward, where ZeRO-3 gathers them."""
@@ -49,12 +57,12 @@ class FlatPrompts:
 
 
 def flat(model: nn.Module) -> nn.Module:
-    """The same peft model; one with virtual tokens takes flat batches from now on."""
-    if model.active_peft_config.is_prompt_learning and not isinstance(model, FlatPrompts):  # type: ignore[union-attr]
-        model.__class__ = _flat_class(type(model))
+    """The same peft model; it takes flat batches from now on."""
+    if not isinstance(model, FlatAdapter):
+        model.__class__ = _flat_class(type(model), model.active_peft_config.is_prompt_learning)  # type: ignore[union-attr]
     return model
 
 
 @lru_cache(None)
-def _flat_class(base: type) -> type:
-    return type(f"Flat{base.__name__}", (FlatPrompts, base), {})
+def _flat_class(base: type, prompts: bool) -> type:
+    return type(f"Flat{base.__name__}", (FlatPrompts if prompts else FlatAdapter, base), {})

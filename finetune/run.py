@@ -305,7 +305,8 @@ def _sampler(cfg: Config, engine: Engine, inputs: Inputs, callbacks: CallbackLis
 
     def sample(step: int) -> None:
         texts = sample_texts(engine.module, inputs.tokenizer, cfg.train.sample_prompts, cfg.train.sample_tokens,
-                             cfg.seed + step, engine.world.device, encode=getattr(inputs.task, "prompt_ids", None))
+                             cfg.seed + step, engine.world.device, encode=getattr(inputs.task, "prompt_ids", None),
+                             agree=lambda tokens: engine.world.on_main(lambda: tokens))
         for prompt, text in zip(cfg.train.sample_prompts, texts, strict=True):
             callbacks.sample(step, prompt, text)
 

@@ -1,4 +1,8 @@
-"""Text from a model in training or from an export: left-padded batches, a key/value cache, seeds of their own.
+"""Text from a model in training or from an export.
+
+`continue_ids` generates by transformers, from left-padded batches with a key/value cache: exports. `continue_flat`
+decodes by the training forward, without a cache: samples of a model in training, and adapters of virtual tokens.
+Both choose in the same way and give the same text.
 
 Sampling is an arg-max over scores with Gumbel noise (the same distribution as drawing from the softmax). The noise of
 a prompt depends on the seed, the prompt's ids and the step alone, so a prompt gets the same text in any batch.
@@ -23,6 +27,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.generation.streamers import TextStreamer
+
+from finetune.errors import UserError
 
 
 @dataclass
@@ -60,19 +66,23 @@ class StopTexts(StoppingCriteria):
         # No token stands for less than a byte, so a stop string that just ended lies within its last tokens.
         self.window = max((len(stop.encode()) for stop in self.stops), default=0) + 1
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **unused) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         new = input_ids[:, self.start :][:, -self.window :].tolist()
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return torch.tensor([any(stop in text for stop in self.stops) for text in texts], device=input_ids.device)
 
 
 class GumbelNoise(LogitsProcessor):
-    """The arg-max of its result is a draw from the softmax; each prompt has a generator of its own."""
+    """Add noise whose arg-max is a draw from the softmax; each prompt has a generator of its own."""
 
     def __init__(self, prompts: list[list[int]], seed: int):
         keys = [zlib.crc32(np.asarray(ids, np.int64).tobytes()) for ids in prompts]
         # torch's CPU generator takes 32 bits of its seed.
         self.generators = [torch.Generator().manual_seed(key ^ (seed * 2654435761 % 2**32)) for key in keys]
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows alone."""
+        self.generators = [self.generators[row] for row in rows]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         width = scores.shape[1]
@@ -80,11 +90,25 @@ class GumbelNoise(LogitsProcessor):
         return scores.float() - torch.stack(rows).to(scores.device).log()
 
 
+def _choice(how: Sampling, noise: GumbelNoise) -> LogitsProcessorList:
+    """What makes scores of which the largest is the next token."""
+    processors = LogitsProcessorList()
+    if how.samples:
+        processors.append(TemperatureLogitsWarper(float(how.temperature)))
+        if how.top_k:
+            processors.append(TopKLogitsWarper(how.top_k))
+        if how.top_p < 1:
+            processors.append(TopPLogitsWarper(how.top_p))
+        processors.append(noise)
+    return processors
+
+
 def continue_ids(model: nn.Module, tokenizer, prompts: list[list[int]], how: Sampling, device: torch.device,
                  streamer=None) -> list[list[int]]:
     """Ids behind each prompt, without eos.
 
     Args:
+        model: transformers' GPTJForCausalLM, alone or under peft, in evaluation mode.
         prompts: token ids, at least one each.
         streamer: transformers' streamer, for a single prompt.
     """
@@ -92,39 +116,83 @@ def continue_ids(model: nn.Module, tokenizer, prompts: list[list[int]], how: Sam
     longest = max(map(len, prompts))
     ids = torch.tensor([[eos] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    warpers = LogitsProcessorList()
-    if how.samples:
-        warpers.append(TemperatureLogitsWarper(float(how.temperature)))
-        if how.top_k:
-            warpers.append(TopKLogitsWarper(how.top_k))
-        if how.top_p < 1:
-            warpers.append(TopPLogitsWarper(how.top_p))
-        warpers.append(GumbelNoise(prompts, how.seed))
     stops = {"stopping_criteria": StoppingCriteriaList([StopTexts(tokenizer, how.stop, longest)])} if how.stop else {}
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            out = model.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=mask, max_new_tokens=how.max_new_tokens, use_cache=True, do_sample=False,
-                temperature=None, top_p=None, top_k=None, num_beams=how.beams, pad_token_id=eos, eos_token_id=eos,
-                logits_processor=warpers, streamer=streamer, **stops)
-    finally:
-        model.train(was_training)
+    with torch.no_grad():
+        out = model.generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=mask, max_new_tokens=how.max_new_tokens, use_cache=True, do_sample=False,
+            num_beams=how.beams, pad_token_id=eos, eos_token_id=eos, streamer=streamer,
+            logits_processor=_choice(how, GumbelNoise(prompts, how.seed)), **stops)
     return [row[: row.index(eos)] if eos in row else row for row in out[:, longest:].tolist()]
 
 
+def continue_flat(model: nn.Module, tokenizer, prompts: list[list[int]], how: Sampling, device: torch.device,
+                  streamer=None, agree: Callable[[list[int]], list[int]] = list) -> list[list[int]]:
+    """The same by the training forward, which computes the whole text anew for every token.
+
+    Args:
+        model: a `CausalLM`, alone or with its adapter. At ZeRO stage 3 every rank calls this.
+        agree: makes the chosen tokens of a step the same on all ranks.
+
+    Raises:
+        UserError: beam search needs a cache.
+    """
+    if how.beams > 1:
+        raise UserError("adapters of virtual tokens are read without a cache, which beam search needs", "beams",
+                        "Leave beams out.")
+    eos, start = tokenizer.eos_token_id, [len(prompt) for prompt in prompts]
+    noise = GumbelNoise(prompts, how.seed)
+    choice, stop = _choice(how, noise), StopTexts(tokenizer, how.stop, 0)
+    texts, live = [list(prompt) for prompt in prompts], list(range(len(prompts)))
+    was_training = model.training
+    model.eval()
+    if streamer is not None:
+        streamer.put(torch.tensor(texts[0]))
+    try:
+        for _ in range(how.max_new_tokens):
+            # One flat batch of the rows that are not finished; logits behind each of them.
+            lengths = torch.tensor([len(texts[row]) for row in live], dtype=torch.int32)
+            ends = lengths.cumsum(0, dtype=torch.int32)
+            ids = torch.tensor([i for row in live for i in texts[row]], device=device)
+            positions = torch.cat([torch.arange(int(n), device=device) for n in lengths])
+            with torch.no_grad():
+                scores = model(input_ids=ids[None], position_ids=positions[None],
+                               cu_seqlens=torch.cat([ends.new_zeros(1), ends]), keep=ends.long().to(device) - 1)
+            chosen = agree(choice(ids[None], scores.float()).argmax(-1).tolist())
+            for row, token in zip(live, chosen, strict=True):
+                texts[row].append(token)
+            if streamer is not None:
+                streamer.put(torch.tensor(chosen))
+            # A row ends with eos or behind a stop string.
+            ended = [token == eos for token in chosen]
+            if stop.stops:
+                new = torch.tensor([texts[row][start[row] :] for row in live])
+                ended = [a or b for a, b in zip(ended, stop(new, scores).tolist(), strict=True)]
+            kept = [i for i, over in enumerate(ended) if not over]
+            noise.keep(kept)
+            live = [live[i] for i in kept]
+            if not live:
+                break
+    finally:
+        model.train(was_training)
+    if streamer is not None:
+        streamer.end()
+    return [text[n : -1 if text[-1] == eos and len(text) > n else None] for text, n in zip(texts, start, strict=True)]
+
+
 def sample_texts(model: nn.Module, tokenizer, prompts: list[str], max_new_tokens: int, seed: int, device: torch.device,
-                 how: Sampling | None = None, encode: Callable[[str], list[int]] | None = None) -> list[str]:
-    """Continuations of `prompts`, without the prompts; by default sampled at temperature 0.9, top_p 0.95.
+                 encode: Callable[[str], list[int]] | None = None,
+                 agree: Callable[[list[int]], list[int]] = list) -> list[str]:
+    """Continuations of `prompts` by a model in training, without the prompts, at temperature 0.9 and top_p 0.95.
 
     Args:
         encode: prompt -> ids, for prompts that go into a template; otherwise they are read as they stand.
+        agree: see `continue_flat`.
     """
-    how = how or Sampling(max_new_tokens, top_p=0.95, seed=seed)
+    how = Sampling(max_new_tokens, top_p=0.95, seed=seed)
     encode = encode or (lambda prompt: tokenizer(prompt, add_special_tokens=False)["input_ids"])
     ids = [encode(prompt) or [tokenizer.eos_token_id] for prompt in prompts]
-    return [finished_text(tokenizer, row, how.stop) for row in continue_ids(model, tokenizer, ids, how, device)]
+    found = continue_flat(model, tokenizer, ids, how, device, agree=agree)
+    return [finished_text(tokenizer, row, how.stop) for row in found]
 
 
 def finished_text(tokenizer, ids: list[int], stops: Sequence[str]) -> str:

@@ -49,17 +49,31 @@ def open_export(folder: Path):
 
 def outputs(model, head: str, ids):
     """Head outputs at every position of the text, fp32 (T, V): pooling is the task's business, not the export's."""
-    if head == "lm":
-        found = model(input_ids=ids[None]).logits[0]
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layer = {"lm": "lm_head", "classify": "score", "qa": "qa_outputs"}[head]
+    seen: list = []
+    hook = getattr(inner, layer).register_forward_hook(lambda module, given, output: seen.append(output[0]))
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter is not None and adapter.peft_type == "PREFIX_TUNING" and head != "lm":
+        _with_prefix(model, inner, ids)
     else:
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        seen: list = []
-        layer = inner.score if head == "classify" else inner.qa_outputs
-        hook = layer.register_forward_hook(lambda module, given, output: seen.append(output[0]))
         model(input_ids=ids[None])
-        hook.remove()
-        found = seen[-1]
-    return found[-len(ids):].float()  # a prompt's own outputs stand in front
+    hook.remove()
+    return seen[-1][-len(ids) :].float()  # a prompt's own outputs stand in front
+
+
+def _with_prefix(model, inner, ids) -> None:
+    """Run the base model on the keys and values that peft makes of a prefix.
+
+    peft 0.21 hands them over as `past_key_values`, a name that transformers 5.24 replaced by `cache`: for classification
+    and question answering peft's own forward refuses. Everything else here is peft's and transformers'.
+    """
+    import torch
+
+    prefix = model.get_prompt(batch_size=1)
+    mask = torch.ones(1, prefix.get_seq_length() + len(ids), dtype=torch.long)
+    positions = torch.arange(prefix.get_seq_length(), mask.shape[1])[None]
+    inner(input_ids=ids[None], cache=prefix, attention_mask=mask, position_ids=positions)
 
 
 def compare(folder: Path, reference: Path) -> dict:

@@ -33,16 +33,12 @@ class Virtual:
     def count(self) -> int:
         return self.prompt.shape[0] if self.prompt is not None else self.prefix.shape[2]  # type: ignore[union-attr]
 
-    def enter(self, x: Tensor, position_ids: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def enter(self, x: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings, positions and boundaries that the body computes with: (1, M, D), (1, M) and (S+1,).
 
         Args:
-            x: (1, N, D) with `cu_seqlens`, or (B, T, D) without: then every row is a document.
+            x: (1, N, D).
         """
-        if cu_seqlens is None:
-            cu_seqlens = torch.arange(x.shape[0] + 1, dtype=torch.int32) * x.shape[1]
-            position_ids = torch.arange(x.shape[1], device=x.device).repeat(x.shape[0])
-        assert position_ids is not None
         flat, positions = x.reshape(-1, x.shape[-1]), position_ids.reshape(-1) + self.count
         if self.prompt is not None:
             lengths = torch.diff(cu_seqlens).tolist()
@@ -52,11 +48,11 @@ class Virtual:
             cu_seqlens = cu_seqlens + self.count * steps
         return flat[None], positions[None], cu_seqlens
 
-    def leave(self, hidden: Tensor, packed: Packed, shape: torch.Size) -> Tensor:
-        """Hidden states of the text alone, in the `shape` that it came in."""
-        if self.prompt is not None:
-            hidden = remove(hidden[0], self.count, [length - self.count for length in packed.lengths])
-        return hidden.view(shape)
+    def leave(self, hidden: Tensor, packed: Packed) -> Tensor:
+        """Hidden states of the text alone, flat (1, N, D)."""
+        if self.prompt is None:
+            return hidden
+        return remove(hidden[0], self.count, [length - self.count for length in packed.lengths])[None]
 
     def layer(self, index: int) -> Tensor | None:
         return None if self.prefix is None else self.prefix[index]

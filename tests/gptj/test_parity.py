@@ -1,4 +1,5 @@
-"""The fast GPT-J against Hugging Face's eager one: logits, loss, every gradient, packed, padded, cached."""
+"""The training GPT-J against Hugging Face's eager one (logits, loss, every gradient, packed), and the same tensors in
+Hugging Face's class, which generates."""
 
 from __future__ import annotations
 
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from transformers import GPTJConfig, GPTJForCausalLM
 
 from finetune.data.constants import IGNORE
-from finetune.gptj.model import CausalLM
+from finetune.gptj.library import to_library_model
+from finetune.gptj.model import HEADS, CausalLM
 from finetune.gptj.recompute import KINDS
+from finetune.sample import Sampling, continue_flat, continue_ids
 
 LENGTHS = (7, 1, 12, 12, 30)
 VOCAB = 500
@@ -19,7 +22,7 @@ VOCAB = 500
 
 def config(**changes) -> GPTJConfig:
     values = dict(n_embd=64, n_layer=2, n_head=4, rotary_dim=8, vocab_size=VOCAB, n_positions=64, embd_pdrop=0.0,
-                  attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=0, eos_token_id=0)
+                  attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=0, eos_token_id=0, attn_implementation="eager")
     return GPTJConfig(**(values | changes))
 
 
@@ -59,7 +62,7 @@ def test_packed_equals_separate_documents(pair, kind, checkpointing):
     loss.backward()
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
     without = {k: v for k, v in batch.items() if k != "labels"}
-    torch.testing.assert_close(ours(**without).logits[0], logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(**without)[0], logits, rtol=1e-5, atol=1e-5)
     for (name, mine), theirs in zip(ours.named_parameters(), reference.parameters(), strict=True):
         assert (mine.grad - theirs.grad).abs().max() <= 1e-5 * theirs.grad.abs().max().clamp(min=1e-9), name
 
@@ -68,11 +71,11 @@ def test_changing_a_document_changes_no_other(pair):
     _, ours = pair
     batch = packed_batch()
     batch.pop("labels")
-    before = ours(**batch).logits[0].split(LENGTHS)
+    before = ours(**batch)[0].split(LENGTHS)
     changed = batch["input_ids"].clone()
     start = sum(LENGTHS[:2])
     changed[0, start : start + LENGTHS[2]] = (changed[0, start : start + LENGTHS[2]] + 1) % VOCAB
-    after = ours(**(batch | {"input_ids": changed})).logits[0].split(LENGTHS)
+    after = ours(**(batch | {"input_ids": changed}))[0].split(LENGTHS)
     for i, (a, b) in enumerate(zip(before, after, strict=True)):
         assert torch.equal(a, b) == (i != 2)
 
@@ -85,35 +88,64 @@ def test_bf16_is_no_worse_than_eager_bf16(pair):
     half = copy.deepcopy(ours).bfloat16()
     batch.pop("labels")
     theirs = (separate_logits(eager_half, batch["input_ids"]).float() - truth).pow(2).mean().sqrt()
-    mine = (half(**batch).logits[0].float() - truth).pow(2).mean().sqrt()
+    mine = (half(**batch)[0].float() - truth).pow(2).mean().sqrt()
     assert mine <= 1.05 * theirs
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_rows(pair, side):
+def test_rows_are_documents_and_keep_picks_logits(pair):
     reference, ours = pair
-    ids, mask = torch.randint(0, VOCAB, (3, 9)), torch.ones(3, 9, dtype=torch.long)
-    mask[1, :4] = 0
-    mask[2, :8] = 0
-    if side == "right":
-        mask = mask.flip(1)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    wanted = reference(input_ids=ids, attention_mask=mask, position_ids=positions).logits
-    found = ours(input_ids=ids, attention_mask=mask).logits
-    assert torch.isfinite(found).all()
-    torch.testing.assert_close(found * mask[..., None], wanted * mask[..., None], rtol=1e-5, atol=1e-5)
+    ids = torch.randint(0, VOCAB, (3, 9))
+    wanted = reference(input_ids=ids).logits
+    torch.testing.assert_close(ours(input_ids=ids), wanted, rtol=1e-5, atol=1e-5)
+    kept = ours(input_ids=ids, keep=torch.tensor([8, 26]))
+    torch.testing.assert_close(kept, wanted.view(27, -1)[[8, 26]], rtol=1e-5, atol=1e-5)
 
 
-def test_generation_with_cache_equals_without_and_hugging_face(pair):
+@pytest.mark.parametrize("argument", ["attention_mask", "past_key_values", "cache", "use_cache", "inputs_embeds"])
+@pytest.mark.parametrize("head", HEADS)
+def test_an_argument_that_forward_does_not_know_is_an_error(head, argument):
+    model = HEADS[head](config())
+    with pytest.raises(TypeError, match=argument):
+        model(input_ids=torch.tensor([[1, 2]]), **{argument: None})
+
+
+def test_library_model_has_the_same_tensors_and_text(pair):
     reference, ours = pair
+    wanted = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    library = to_library_model(ours)
+    assert type(library) is GPTJForCausalLM and library.config._attn_implementation == "sdpa"
+    for name, tensor in library.state_dict().items():
+        assert torch.equal(tensor, wanted[name]) and tensor.data_ptr() == ours.state_dict()[name].data_ptr()
     ids, mask = torch.randint(1, VOCAB, (3, 9)), torch.ones(3, 9, dtype=torch.long)
     mask[1, :4] = 0
-    settings = dict(input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
-    cached = ours.generate(use_cache=True, **settings)
-    assert torch.equal(cached, ours.generate(use_cache=False, **settings))
-    assert torch.equal(cached, reference.generate(**settings))
-    alone = ours.generate(**(settings | {"input_ids": ids[1:2, 4:], "attention_mask": mask[1:2, 4:]}))
-    assert torch.equal(cached[1, 9:], alone[0, 5:])
+    torch.testing.assert_close(library(ids).logits, reference(ids).logits, rtol=1e-5, atol=1e-5)
+    settings = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+    cached = library.generate(input_ids=ids, attention_mask=mask, **settings)
+    assert torch.equal(cached, reference.generate(input_ids=ids, attention_mask=mask, **settings))
+
+
+@pytest.mark.parametrize("how", [Sampling(12, 0), Sampling(12, 0.9, 0.8), Sampling(12, 1.0, top_k=5, stop=tuple("bdfhjlnprtvxz"))],
+                         ids=["greedy", "top_p", "top_k and a stop string"])
+def test_decoding_with_a_cache_and_without_gives_the_same_text(pair, how):
+    _, ours = pair
+    prompts = [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
+    without = continue_flat(ours, Letters(), prompts, how, torch.device("cpu"))
+    for prompt, ids in zip(prompts, without, strict=True):  # no text depends on its neighbours
+        assert continue_flat(ours, Letters(), [prompt], how, torch.device("cpu")) == [ids]
+    assert continue_ids(to_library_model(ours), Letters(), prompts, how, torch.device("cpu")) == without
+    if how.stop:
+        texts = Letters().batch_decode(without)
+        assert any(text.endswith(how.stop) for text in texts)
+        assert not any(letter in text[:-1] for text in texts for letter in how.stop)
+
+
+class Letters:
+    """A tokenizer of one letter for every token."""
+
+    eos_token_id = 0
+
+    def batch_decode(self, rows, skip_special_tokens=True) -> list[str]:
+        return ["".join(chr(97 + int(i) % 26) for i in row) for row in rows]
 
 
 def test_dropout_is_applied_and_seeded(pair):

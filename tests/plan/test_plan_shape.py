@@ -84,7 +84,7 @@ def test_flops_agree_with_a_counter() -> None:
     """Matrix products and attention of one dense sequence; the counter sees all scores, not the causal half."""
     length = 32
     shape = ModelShape.from_config(TINY)
-    model = transformers.GPTJForCausalLM(transformers.GPTJConfig(**TINY))
+    model = transformers.GPTJForCausalLM(transformers.GPTJConfig(**TINY, attn_implementation="eager"))
     ids = torch.arange(length)[None]
     counter = FlopCounterMode(display=False)
     with counter:
