@@ -37,6 +37,8 @@ COMPILING = "compiling DeepSpeed's CPU communication op, once, about a minute"
 def connect_deepspeed(world: World, phase: Callable[[str], AbstractContextManager] = nullcontext) -> None:
     """Bring up DeepSpeed's communication; its first use on a CPU compiles an op, which is announced.
 
+    Only a stale lock of that op stops the run: it needs no other (the optimizer is torch's, nvme offload looks itself).
+
     Args:
         phase: what shows rank 0's user that something takes its time, by name.
 
@@ -65,7 +67,7 @@ def _unlink_shared_memory(rank: int) -> None:
 
 
 def _stale_lock() -> str | None:
-    locks = [str(lock) for lock in find_stale_locks()]
+    locks = [str(lock) for lock in find_stale_locks(op=OP)]
     return locks[0] if locks else None
 
 

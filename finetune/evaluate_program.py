@@ -30,6 +30,7 @@ from finetune.saved import (
     load_export,
     load_run,
     read_about,
+    readable,
     typed_task,
 )
 from finetune.tasks import build_task, head_of
@@ -122,6 +123,8 @@ def _subject(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> tuple[P
         if cfg.dtype:
             config.model.dtype = cfg.dtype
         module = load_run(config, checkpoint, head_of(settings), about.get("num_labels"), world.device)
+        if not cfg.dtype:
+            module = readable(module, config.model.dtype, world.device)
         trained = Trained(module, head_of(settings), config.model.dtype.value, config.model.path, about, {})
         if "data" in typed_keys:
             data = cfg.data

@@ -26,8 +26,8 @@ from finetune.data.tokenizer import load_tokenizer
 from finetune.display import silence_libraries
 from finetune.ds_inference import accelerated, refuse_engine
 from finetune.errors import EXIT_DONE, UserError
-from finetune.programs import GenerateConfig
 from finetune.gptj.library import takes_virtual_tokens, to_library_model
+from finetune.programs import GenerateConfig
 from finetune.sample import Sampling, Streamer, continue_flat, continue_ids, finished_text
 from finetune.saved import Trained, load_export, read_about, typed_task
 from finetune.tasks import build_task

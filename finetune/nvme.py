@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from finetune.dist import World
-from finetune.doctor import built_ops
+from finetune.doctor import built_ops, find_stale_locks
 from finetune.errors import UserError
 from finetune.hush import hushed
 
@@ -58,6 +58,9 @@ def _try(folder: Path) -> UserError | None:
     except OSError as error:
         return UserError(f"nvme offload cannot use this folder: {error.strerror}", f"zero.nvme_path={folder.parent}",
                          "Name a folder on a local disk that you may write to.")
+    for lock in find_stale_locks(op=OP):
+        return UserError(f"a compile of DeepSpeed's async_io op was killed and left its lock: {lock}", "zero.nvme_path",
+                         f"Remove it and start again: rm {lock}")
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     builder = AsyncIOBuilder()

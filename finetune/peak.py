@@ -1,4 +1,6 @@
-"""Peak arithmetic of common GPUs, for MFU. Dense tensor-core figures from NVIDIA's data sheets; others are unknown."""
+"""Arithmetic of devices: peak of common GPUs, for MFU, and CPUs that only emulate bf16.
+
+Dense tensor-core figures from NVIDIA's data sheets; others are unknown."""
 
 from __future__ import annotations
 
@@ -10,6 +12,14 @@ HALF_PRECISION_TFLOPS = {
     "RTX 6000 Ada": 364.0, "V100": 125.0, "T4": 65.0,
 }
 """bf16 (V100 and T4: fp16), without sparsity, in TFLOP/s; the longest name that occurs in the device's counts."""
+
+
+SLOW_BF16 = "this CPU has no bf16 arithmetic: products in bf16 take about two hundred times as long as in fp32"
+
+
+def emulates_bf16(device: torch.device) -> bool:
+    """Tell whether bf16 products run in software: on a CPU without AVX-512 (or AMX), measured 0.5 against 112 GFLOP/s."""
+    return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:

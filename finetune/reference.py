@@ -19,7 +19,7 @@ def main(checkpoint: Path, kind: str, dtype: str, texts: Path, out: Path) -> Non
     from safetensors.torch import save_file
 
     from finetune.export import reference_outputs
-    from finetune.saved import about_of_run, load_config, load_run
+    from finetune.saved import about_of_run, load_config, load_run, readable
     from finetune.tasks import head_of
 
     run_dir = checkpoint.parent.parent
@@ -29,6 +29,7 @@ def main(checkpoint: Path, kind: str, dtype: str, texts: Path, out: Path) -> Non
     device = torch.device("cpu")
     module = load_run(cfg, checkpoint, head_of(cfg.task), about_of_run(run_dir).get("num_labels"), device,
                       Dtype(dtype))
+    module = readable(module, Dtype(dtype), device)
     save_file(reference_outputs(module, json.loads(texts.read_text(encoding="utf-8")), device), out)
     print(json.dumps({"parameters": sum(p.numel() for p in module.parameters())}))
 

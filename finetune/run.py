@@ -41,7 +41,7 @@ from finetune.last_words import LastWords
 from finetune.length import Length, run_length
 from finetune.metrics_log import MetricsLog
 from finetune.overflow import HostWatch, Overflow
-from finetune.peak import peak_flops
+from finetune.peak import SLOW_BF16, emulates_bf16, peak_flops
 from finetune.plain import plain_config
 from finetune.plan import Plan
 from finetune.probe import probe
@@ -119,6 +119,8 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
     length = run_length(cfg.train, len(inputs.rows))
     world.on_main(lambda: save_config(cfg, inputs.about(), reference_texts(inputs.train), run_dir))
 
+    if cfg.model.dtype is Dtype.bf16 and emulates_bf16(world.device):
+        say(f"{SLOW_BF16}: add model.dtype=fp32")
     if sharding.stage == 0 and cfg.model.dtype is Dtype.bf16 and planned.accumulation > 1:
         say("stage 0 adds up the gradients of micro-batches in bf16, which rounds each time; zero=stage1 adds them in fp32")
     engine, parameters = _engine(cfg, inputs.task, sharding, world, display, memory)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,7 @@ from finetune.data.records import read
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import UserError
 from finetune.gptj.load import DTYPES, MAPPED_BYTES, build_model, local_folder, weights_identity
+from finetune.peak import SLOW_BF16, emulates_bf16
 from finetune.prompts import flat
 
 ABOUT, REFERENCE = "finetune.json", "reference.json"
@@ -217,7 +219,11 @@ def _foreign_labels(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 
 def load_export(folder: Path, dtype: Dtype | None, device: torch.device) -> Trained:
-    """An adapter on its base, or a whole model, in evaluation mode on the fast GPT-J."""
+    """Open an adapter on its base, or a whole model, in evaluation mode on the training GPT-J.
+
+    Args:
+        dtype: precision of weights and arithmetic; null: the export's own, but fp32 arithmetic on a CPU that emulates bf16.
+    """
     if not folder.is_dir():
         raise UserError(f"there is no directory {folder}", "model", "Pass model=RUN_DIR/export.")
     about = read_about(folder)
@@ -233,4 +239,14 @@ def load_export(folder: Path, dtype: Dtype | None, device: torch.device) -> Trai
 
         module = flat(PeftModel.from_pretrained(module, str(folder), autocast_adapter_dtype=False))
         module = module.to(device=device, dtype=next(module.get_base_model().transformer.h.parameters()).dtype)
+    if dtype is None:
+        module = readable(module, precision, device)
     return Trained(module.eval(), about["head"], precision.value, about["base"], about["task"], about["settings"])
+
+
+def readable(module: nn.Module, dtype: Dtype, device: torch.device) -> nn.Module:
+    """The same weights in fp32 where the CPU only emulates bf16; every bf16 number is an fp32 number."""
+    if dtype is not Dtype.bf16 or not emulates_bf16(device):
+        return module
+    print(f"{SLOW_BF16}; this model is read in fp32 (dtype=bf16 keeps it in bf16)", file=sys.stderr, flush=True)
+    return module.float()

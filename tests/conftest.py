@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import defaultdict
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # more processes than cores
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 ROOT = Path(__file__).resolve().parents[1]
+# Ops are compiled once for this checkout: another program's builds, and locks that it left, stay out of the tests.
+VERSIONS = f"py{sys.version_info.major}{sys.version_info.minor}_torch{version('torch')}"
+os.environ["TORCH_EXTENSIONS_DIR"] = str(ROOT / ".pytest_cache" / "torch_extensions" / VERSIONS)
 
 SMALL = {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8, "n_positions": 2048, "vocab_size": 50400,
          "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 50256, "eos_token_id": 50256}

@@ -39,13 +39,14 @@ def built_ops() -> set[str]:
     return {path.stem for folder in extension_folders() for path in folder.glob("*/*.so")}
 
 
-def find_stale_locks(min_age_seconds: float = 2.0) -> list[Path]:
-    """Locks on which the next compile, or the next load of an op, would wait for ever.
+def find_stale_locks(min_age_seconds: float = 2.0, op: str = "*") -> list[Path]:
+    """List locks on which the next compile, or the next load of an op, would wait for ever.
 
     Args:
         min_age_seconds: younger locks are left alone; covers the moment between creating and looking.
+        op: name of one op; by default those of all.
     """
-    locks = [lock for folder in extension_folders() for lock in sorted(folder.glob("*/lock"))]
+    locks = [lock for folder in extension_folders() for lock in sorted(folder.glob(f"{op}/lock"))]
     if not locks:
         return []
     held = _open_files()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import GPTJForCausalLM, GenerationConfig
+from transformers import GenerationConfig, GPTJForCausalLM
 from transformers.models.gptj.modeling_gptj import GPTJRotaryEmbedding
 
 from finetune.gptj.model import CausalLM, copy_config

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune import doctor
+from finetune import doctor, engine
 from finetune.doctor import find_stale_locks, locks, machine, software
 from finetune.doctor import run as doctor_run
 from finetune.doctor.check import Check
@@ -40,6 +40,18 @@ def test_a_lock_that_nobody_holds_is_stale(lock: Path):
     assert find_stale_locks() == [lock]
     finding = software.build_locks()
     assert (finding.level, finding.remedy) == ("red", f"rm {lock}")
+
+
+def test_a_stale_lock_stops_only_a_run_that_needs_the_op(lock: Path, monkeypatch):
+    other = lock.parents[1] / "fused_adam" / "lock"
+    other.parent.mkdir()
+    lock.rename(other)
+    age(other, 60)
+    assert find_stale_locks() == [other] and find_stale_locks(op="deepspeed_shm_comm") == []
+    assert software.build_locks().level == "yellow"
+    assert engine._stale_lock() is None
+    other.rename(lock)
+    assert engine._stale_lock() == str(lock)
 
 
 def test_no_lock_and_no_folder(tmp_path: Path, monkeypatch):
