@@ -19,6 +19,7 @@ from finetune.data.tokenizer import load_tokenizer
 from finetune.gptj.load import build_model
 from finetune.gptj.model import ARCHITECTURES
 from finetune.tasks import build_task
+from tests.peft_reference import run_peft
 
 LAYERS = {"lm": "lm_head", "classify": "score", "qa": "qa_outputs"}
 
@@ -75,7 +76,7 @@ def _loss(model, task, store, i: int) -> tuple[torch.Tensor, float]:
     layer = [module for name, module in model.named_modules()
              if name.endswith((LAYERS[task.head], f"{LAYERS[task.head]}.modules_to_save.default"))][-1]
     hook = layer.register_forward_hook(lambda module, given, output: found.append(output[0]))
-    model(input_ids=ids[None])
+    run_peft(model, ids)
     hook.remove()
     out = found[0][-len(ids):]
     if task.head == "classify":

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import wandb
 
 from finetune.callbacks import CallbackList, RunInfo
 from finetune.config import TensorboardConfig, TrackerConfig, WandbConfig
@@ -96,6 +97,7 @@ def test_wandb_keeps_the_export_as_an_artifact_when_asked(tmp_path: Path, monkey
         callbacks.start(run_info(run_dir))
         callbacks.finish({"status": "done", "export": "export"})
         assert len(callbacks.callbacks) == 1, "the tracker was switched off"
+        wandb.teardown()  # wandb's own process has written everything then
         stored[asked] = b"".join(path.read_bytes() for path in (run_dir / "wandb").rglob("*.wandb"))
     assert b"adapter_model.safetensors" in stored[True] and b"adapter_model.safetensors" not in stored[False]
 

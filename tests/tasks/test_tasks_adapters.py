@@ -27,6 +27,7 @@ from finetune.gptj.virtual import insert, remove
 from finetune.sample import Sampling, continue_flat
 from finetune.saved import load_export
 from finetune.tasks.base import to_device
+from tests.peft_reference import run_peft
 
 ADAPTERS = {
     "lora": LoraConfig(rank=4, targets="all-linear"), "rslora": LoraConfig(rank=4, targets="q_proj,fc_in", rslora=True),
@@ -68,14 +69,7 @@ def outputs(theirs, head: str, ids: list[int]) -> torch.Tensor:
     layer = [module for name, module in theirs.named_modules()
              if name.endswith((HEADS[head], f"{HEADS[head]}.modules_to_save.default"))][-1]
     hook = layer.register_forward_hook(lambda module, given, output: found.append(output[0]))
-    text = torch.tensor([ids])
-    if head != "lm" and theirs.active_peft_config.peft_type == "PREFIX_TUNING":
-        # peft 0.21 refuses heads that have no argument of the name `past_key_values`, which 5.24 calls `cache`.
-        prefix = theirs.get_prompt(batch_size=1)
-        mask = torch.ones(1, prefix.get_seq_length() + len(ids))
-        theirs.get_base_model()(input_ids=text, cache=prefix, attention_mask=mask)
-    else:
-        theirs(input_ids=text)
+    run_peft(theirs, ids)
     hook.remove()
     return found[0][-len(ids):]
 
