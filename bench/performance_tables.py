@@ -52,12 +52,15 @@ def seconds(run: dict) -> str:
 
 def generation() -> str:
     found = json.loads((RESULTS / "generate.json").read_text())
-    lines = ["| prompts | this project | transformers | ratio | same text |", "|---|--:|--:|--:|--:|"]
+    ways = {"merged": "export, merged", "transformers": "the same by transformers", "adapter": "adapter on its base",
+            "peft": "the same by peft", "no_cache": "training forward, no cache"}
+    lines = ["| prompts | " + " | ".join(ways.values()) + " | same text |", "|---|" + "--:|" * (len(ways) + 1)]
     for row in found["rows"]:
-        lines.append(f"| {row['batch']} (of {row['prompt_tokens']} tokens in all), {row['new_tokens']} new tokens "
-                     f"| {row['ours']['tokens_per_second']:.1f} tok/s | {row['transformers']['tokens_per_second']:.1f} tok/s "
-                     f"| {row['ratio']:.2f} x ({min(row['ratios']):.2f} to {max(row['ratios']):.2f}) "
-                     f"| {'yes' if row['same_text'] else 'no'} |")
+        speeds = [f"{row['tokens_per_second'][way]:.1f} tok/s" for way in ways]
+        lines.append(f"| {row['batch']} (of {row['prompt_tokens']} tokens in all), {row['new_tokens']} new tokens | "
+                     + " | ".join(speeds) + f" | {'yes' if all(row['same_text'].values()) else 'no'} |")
+    peaks = [f"{(found['peak_bytes'][way]['peak'] - found['peak_bytes'][way]['before']) / 1e9:.2f} GB" for way in ways]
+    lines.append("| 8, peak memory above the libraries | " + " | ".join(peaks) + " | |")
     return "\n".join([*lines, "", _origin(found)])
 
 
