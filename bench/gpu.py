@@ -198,13 +198,13 @@ def generate(model: Path, batches: list[int], new: int, prompt: int) -> list[dic
 
     from finetune.config import Dtype
     from finetune.data.tokenizer import load_tokenizer
+    from finetune.gptj.library import to_library_model
     from finetune.sample import Sampling, continue_ids
     from finetune.saved import load_export
 
     device, tokenizer = torch.device("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(None)
-    models = {"ours": load_export(model, Dtype.bf16, device).module,
-              "transformers": GPTJForCausalLM.from_pretrained(model, dtype=torch.bfloat16, attn_implementation="eager"
-                                                              ).to(device).eval()}
+    models = {"ours": to_library_model(load_export(model, Dtype.bf16, device).module),
+              "transformers": GPTJForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device).eval()}
     how, rows = Sampling(new, temperature=0), []
     for batch in batches:
         prompts = [[(97 * i + 7 * j) % 50000 for j in range(prompt)] for i in range(batch)]

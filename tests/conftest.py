@@ -76,6 +76,16 @@ def pocket_gptj(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def half_gptj(small_gptj: Path, pocket_gptj: Path) -> Path:
+    """For runs in bf16: GPT-J's own vocabulary, except on a CPU that emulates bf16, two hundred times slower."""
+    import torch
+
+    from finetune.peak import emulates_bf16
+
+    return pocket_gptj if emulates_bf16(torch.device("cpu")) else small_gptj
+
+
 def _shipped_text() -> str:
     from finetune.assets_path import asset
     from finetune.data.records import read

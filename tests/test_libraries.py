@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -110,3 +113,11 @@ def test_deepspeed_would_swap_in_its_own_cpu_adam():
 
     assert config.ZERO_FORCE_DS_CPU_OPTIMIZER == "zero_force_ds_cpu_optimizer"
     assert config.ZERO_FORCE_DS_CPU_OPTIMIZER_DEFAULT is True
+
+
+def test_a_cpu_that_emulates_bf16_is_recognised():
+    """oneDNN held down to AVX2, as on an older processor: asked in a process of its own."""
+    code = "import torch; from finetune.peak import emulates_bf16; print(emulates_bf16(torch.device('cpu')))"
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
+                          env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(ROOT)})
+    assert told.stdout.split() == ["True"]

@@ -98,7 +98,7 @@ def model(request: pytest.FixtureRequest, small_gptj: Path, pocket_gptj: Path) -
 
 
 @pytest.fixture(scope="module")
-def trained(model: Path, small_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.TempPathFactory,
+def trained(model: Path, small_gptj: Path, half_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.TempPathFactory,
             grid: list[Case]) -> Path:
     """All runs on two ranks in one group of processes, and those on one rank in another."""
     root = tmp_path_factory.mktemp("same_loss")
@@ -110,7 +110,7 @@ def trained(model: Path, small_gptj: Path, unequal_documents: Path, tmp_path_fac
     first = ["train.micro_batch=2", "train.steps=1", "checkpoint.every=1", "optim.schedule=constant"]
     two += [case(f"first-stage{s}", f"zero=stage{s}", *first, model=small_gptj) for s in STAGES]
     two += [case(f"first-lora-stage{s}", f"zero=stage{s}", *first, *LORA, model=small_gptj) for s in (2, 3)]
-    two += [case(f"bf16-stage{s}", f"zero=stage{s}", "train.micro_batch=2", "model.dtype=bf16", model=small_gptj)
+    two += [case(f"bf16-stage{s}", f"zero=stage{s}", "train.micro_batch=2", "model.dtype=bf16", model=half_gptj)
             for s in STAGES]
     two += [case(f"checkpointed-{kind}-stage{s}-2", f"zero=stage{s}", "train.micro_batch=2",
                  f"train.activation_checkpointing={kind}") for kind, s in (("selective", 2), ("offload", 2), ("offload", 3))]
@@ -165,9 +165,9 @@ def test_checkpointed_blocks_give_the_same_losses(trained, plain):
 
 
 @pytest.mark.slow
-def test_bf16_stays_close_to_fp32(trained, plain, small_gptj):
+def test_bf16_stays_close_to_fp32(trained, plain, half_gptj):
     for stage in STAGES:
-        assert worst(losses(trained / f"bf16-stage{stage}"), plain("full", "packed", small_gptj)) <= 1e-2, stage
+        assert worst(losses(trained / f"bf16-stage{stage}"), plain("full", "packed", half_gptj)) <= 1e-2, stage
 
 
 @pytest.mark.slow

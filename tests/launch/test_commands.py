@@ -97,6 +97,7 @@ def test_merged_in_bf16_the_model_chooses_the_same_words(quick_run):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from finetune.data.records import read
+    from finetune.peak import emulates_bf16
 
     folders = {}
     for dtype in ("fp32", "bf16"):
@@ -108,7 +109,8 @@ def test_merged_in_bf16_the_model_chooses_the_same_words(quick_run):
     def opened(dtype: str, kind: torch.dtype):
         return AutoModelForCausalLM.from_pretrained(folders[dtype], dtype=kind, attn_implementation="eager").eval()
 
-    exact, half = opened("fp32", torch.float32), opened("bf16", torch.bfloat16)
+    exact = opened("fp32", torch.float32)
+    half = None if emulates_bf16(torch.device("cpu")) else opened("bf16", torch.bfloat16)
     rounded = opened("bf16", torch.bfloat16).float()
     tokenizer = AutoTokenizer.from_pretrained(folders["fp32"])
     texts = [row["text"] for _, row in read("asset:data/pile_sample/eval.jsonl.zst", "train")][:10]
@@ -116,13 +118,15 @@ def test_merged_in_bf16_the_model_chooses_the_same_words(quick_run):
     for text in texts:
         ids = torch.tensor([tokenizer(text)["input_ids"][:512]])
         with torch.no_grad():
-            a, b, c = (model(input_ids=ids).logits[0].float() for model in (exact, rounded, half))
-        best = a.topk(2, -1).values
-        same += int((a.argmax(-1) == b.argmax(-1)).sum())
-        clear.append((a.argmax(-1) == c.argmax(-1))[best[:, 0] - best[:, 1] > 0.2])
-        count += len(a)
+            a, b = (model(input_ids=ids).logits[0] for model in (exact, rounded))
+            same += int((a.argmax(-1) == b.argmax(-1)).sum())
+            count += len(a)
+            if half is not None:
+                c, best = half(input_ids=ids).logits[0].float(), a.topk(2, -1).values
+                clear.append((a.argmax(-1) == c.argmax(-1))[best[:, 0] - best[:, 1] > 0.2])
     assert count > 3000 and same / count >= 0.999
-    assert bool(torch.cat(clear).all()) and len(torch.cat(clear)) > count / 2
+    if half is not None:
+        assert bool(torch.cat(clear).all()) and len(torch.cat(clear)) > count / 2
 
 
 @pytest.fixture(scope="module")

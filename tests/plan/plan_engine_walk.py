@@ -91,7 +91,8 @@ def build(case: dict[str, Any], path: str, world: dist.World) -> Engine:
 
 def backward(engine: Engine, world: dist.World) -> None:
     ids = torch.arange(16)[None]
-    loss = engine(input_ids=ids, labels=ids.roll(-1), cu_seqlens=torch.tensor([0, 16]))
+    positions = torch.arange(16)[None]
+    loss = engine(input_ids=ids, position_ids=positions, labels=ids.roll(-1), cu_seqlens=torch.tensor([0, 16]))
     engine.backward(loss, 1.0)
 
 

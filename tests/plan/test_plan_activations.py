@@ -45,8 +45,9 @@ def measured(job: Job, lengths: list[int], path: Path) -> tuple[int, int, int]:
     model = adapters.attach(model, job.adapter, "lm", str(path), 0).train()
     ids = torch.randint(0, SHAPE["vocab_size"], (1, sum(lengths)))
     bounds = torch.tensor([0, *lengths]).cumsum(0)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        loss = model(input_ids=ids, labels=ids.roll(-1), cu_seqlens=bounds)
+        loss = model(input_ids=ids, position_ids=positions, labels=ids.roll(-1), cu_seqlens=bounds)
         with record_function("backward begins"):
             loss.backward()
     return _peaks(profiler)
