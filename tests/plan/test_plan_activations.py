@@ -82,7 +82,19 @@ def test_activations_equal_the_allocations(
     rebuilt = acts.block - stream if job.work.rebuilds else 0
     blocks = acts.kept + rebuilt + acts.transient + acts.head_gradient
     gradients = job.work.element_bytes * sum(job.trainable_groups[0]) if job.full else 0
-    assert max(forward, backward) == pytest.approx(max(acts.kept + acts.loss, blocks), rel=0.05, abs=gradients // 2)
+    peak, predicted = max(forward, backward), max(acts.kept + acts.loss, blocks)
+    slack = max(0.05 * predicted, gradients // 2)
+    assert predicted - slack <= peak <= predicted + slack + packed_bytes(job.work.dtype)
+
+
+def packed_bytes(dtype: str) -> int:
+    """What torch's attention kernel packs aside on this CPU: with AVX-512 copies of keys and values, else next to nothing."""
+    q = torch.randn(2, 2, 512, 64, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with record_function("backward begins"):
+            pass
+        out = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+    return _peaks(profiler)[2] - out.numel() * out.element_size()
 
 
 def test_documents_of_different_lengths_cost_one_tensor_more(tmp_path: Path) -> None:
