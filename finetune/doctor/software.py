@@ -50,6 +50,10 @@ def torch_and_cuda() -> Check:
     if driver:
         return red("torch", f"{build} and driver {driver} do not work together",
                    f"Update the driver, or install a torch built for an older CUDA than {torch.version.cuda}.")
+    from finetune.peak import SLOW_BF16, emulates_bf16
+
+    if emulates_bf16(torch.device("cpu")):
+        return yellow("torch", f"{build}; no GPU here, and {SLOW_BF16}", "Train with model.dtype=fp32.")
     return green("torch", f"{build}; no GPU here, training runs on the CPU")
 
 
