@@ -26,7 +26,7 @@ class RunInfo:
     start_step: int = 0
     """Steps already done by earlier attempts: 0 unless resumed."""
     config: dict[str, Any] = field(default_factory=dict)
-    """The resolved config as plain values, secrets already removed."""
+    """The resolved config as plain values."""
     parameters: dict[str, int] = field(default_factory=dict)
     """`total` and `trainable`, in parameters."""
     world_size: int = 1

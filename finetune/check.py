@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from finetune.check_task import task_problems
@@ -20,6 +21,7 @@ from finetune.config import (
 )
 from finetune.ds_config import accumulation
 from finetune.errors import UserError, problems_error
+from finetune.redact import secret_problems
 from finetune.schedule import SCHEDULES
 
 STAGES = ("auto", 0, 1, 2, 3)
@@ -34,6 +36,10 @@ def check(cfg: Config, world_size: int, cuda: bool, absent: Callable[[Config, bo
         cuda: whether it trains on GPUs.
         absent: (config, whether all else is well) -> what the config names and is not there.
     """
+    # Alone: other problems may repeat the value.
+    problems = list(secret_problems(asdict(cfg)))
+    if problems:
+        raise problems_error("the configuration", problems)
     problems = list(_problems(cfg, world_size, cuda))
     problems += absent(cfg, not problems) if absent else []
     if problems:

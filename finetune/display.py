@@ -41,7 +41,6 @@ from finetune.display_text import (
     sample_text,
     train_command,
 )
-from finetune.redact import redact_words
 
 SHORT_RUN = 50
 """Runs of at most this many steps print every step when the output is not a terminal."""
@@ -168,7 +167,7 @@ class Display(Callback):
     def start(self, run: RunInfo) -> None:
         ranks = run.extra.get("ranks_per_node")
         launcher = f"deepspeed --num_gpus {ranks}" if ranks and ranks == run.world_size else "deepspeed"
-        self.again = train_command(redact_words([str(w) for w in run.extra.get("overrides") or []]), run.run_dir, launcher)
+        self.again = train_command([str(w) for w in run.extra.get("overrides") or []], run.run_dir, launcher)
         self.total_steps = run.total_steps
         self.pace = Pace(run.start_step)
         if run.resumed:

@@ -21,6 +21,7 @@ from finetune.evaluate import evaluate_with
 from finetune.gptj.load import tokenizer_of
 from finetune.lm_eval_suite import check_suite, run_suite
 from finetune.programs import EvaluateConfig
+from finetune.redact import redact_text
 from finetune.report import build_report
 from finetune.saved import (
     Trained,
@@ -168,6 +169,7 @@ def _tokenizer(cfg: EvaluateConfig, folder: Path) -> str | None:
 
 def _report(metrics: dict[str, Any], predictions: list[dict] | None, folder: Path, spec: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    spec = redact_text(spec, "data.eval")
     kept = {"lm_eval": before["lm_eval"]} if "lm_eval" in (before := _before(folder)) else {}
     metrics_log.write_json(folder / "eval.json", {"data": spec, **metrics, **kept})
     if predictions is not None:

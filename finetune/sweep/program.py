@@ -12,8 +12,8 @@ from typing import Any
 
 from finetune.app import ROOT, compose_config, compose_train, report_error, strip_launcher_arguments
 from finetune.config import Config
-from finetune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, UserError
-from finetune.redact import HIDDEN, redact_words
+from finetune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, UserError, problems_error
+from finetune.redact import secret_problems
 from finetune.report.sweep_page import build_sweep_page
 from finetune.sweep.job import DONE, FAILED, PRUNED, Job, read_json, wait_for_earlier
 from finetune.sweep.pool import Pool, build_pool
@@ -50,11 +50,14 @@ class _Sweep:
         folder = _folder(own)
         saved = read_json(folder / SUMMARY) if folder else {}
         if not job_words and saved.get("words"):
-            _refuse_hidden(saved["words"])
             own, job_words = settings_words([*saved["words"], *own])
         self.words, self.script = [*own, *job_words], script
         config = compose_train([*own, *(word for word in job_words if word.startswith("recipe=") and "," not in word)])
         self.cfg = config.sweep
+        # sweep.json and job.json keep the words as they are, to go on with them.
+        secrets = {key_of(word): word.partition("=")[2] for word in self.words} | {"sweep.space": self.cfg.space}
+        if problems := list(secret_problems(secrets)):
+            raise problems_error("the command line", problems)
         if self.cfg.on_failure not in ("continue", "stop"):
             raise UserError(f"'{self.cfg.on_failure}' is neither continue nor stop", "sweep.on_failure")
         self.goal: Goal = build_goal(self.cfg)
@@ -140,14 +143,14 @@ class _Sweep:
 
     def _write(self) -> dict[str, Any]:
         about = {"name": self.folder.name, "strategy": self.cfg.strategy, "total": self.search.total,
-                 "words": redact_words(self.words), "launcher": list(self.pool.places[0].options)}
+                 "words": self.words, "launcher": list(self.pool.places[0].options)}
         summary = write_summary(self.jobs, self.goal, self.folder, about)
         build_sweep_page(self.folder)
         return summary
 
     def _exit_code(self) -> int:
         if self.stopping:
-            words = " ".join(shlex.quote(word) for word in redact_words(self.words) if key_of(word) != "sweep.dir")
+            words = " ".join(shlex.quote(word) for word in self.words if key_of(word) != "sweep.dir")
             again = f"python launch/train.py -m {words} sweep.dir={shlex.quote(str(self.folder))}"
             print(f"stopped; to go on: {again}", flush=True)
             return EXIT_PREEMPTED
@@ -192,13 +195,6 @@ def _words(argv: list[str]) -> list[str]:
         else:
             raise UserError(f"unknown option {word}", remedy="Settings are written key=value; see --help.")
     return words
-
-
-def _refuse_hidden(words: list[str]) -> None:
-    hidden = [key_of(word) for word in words if HIDDEN in word]
-    if hidden:
-        raise UserError(f"sweep.json keeps no secrets, so {', '.join(hidden)} must be typed again", "sweep.dir",
-                        "Run the whole command again with this sweep.dir.")
 
 
 def _folder(own: list[str]) -> Path | None:

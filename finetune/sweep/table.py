@@ -8,7 +8,6 @@ from typing import Any
 
 from finetune import metrics_log
 from finetune.display_text import clock, number
-from finetune.redact import redact_words
 from finetune.sweep.job import DONE, Job
 from finetune.sweep.search import Goal
 
@@ -68,7 +67,7 @@ def brief(value: str) -> str:
 def commands(job: dict[str, Any], launcher: list[str]) -> list[tuple[str, str]]:
     """(what, command) to go on with a job."""
     folder = shlex.quote(job["run_dir"])
-    words = " ".join(shlex.quote(word) for word in redact_words(job["overrides"]))
+    words = " ".join(shlex.quote(word) for word in job["overrides"])
     start = " ".join(["deepspeed", *map(shlex.quote, launcher), "launch/train.py"])
     return [("train it alone", f"{start} {words}"),
             ("look at it", f"{folder}/report.html"),
@@ -91,7 +90,7 @@ def _row(job: Job, goal: Goal) -> dict[str, Any]:
     last = next((r for r in reversed(job.records) if r.get("kind") == "train"), {})
     return {"job": job.number, "status": job.status,
             "value": goal.value(job) if job.status == DONE else _last(job, goal),
-            "chosen": job.chosen, "overrides": redact_words(job.words), "run_dir": str(job.run_dir),
+            "chosen": job.chosen, "overrides": job.words, "run_dir": str(job.run_dir),
             "step": result.get("step") or last.get("step") or 0, "loss": result.get("loss"),
             "eval": result.get("eval") or {}, "tokens_per_second": result.get("tokens_per_second"),
             "seconds": job.seconds, "error": job.error}

@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from finetune.app import compose_config, compose_train, report_error
+from finetune.at_hand import absent
 from finetune.check import check
 from finetune.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "hf_" + "a1B2c3D4" * 4
+HEX = "0123456789abcdef0123456789abcdef01234567"
+SIGNED = "https://example.org/data.jsonl?X-Amz-Signature=hunter2secret"
 URL = "https://someone:hunter2secret@example.org/data.jsonl"
 
 
@@ -135,7 +138,7 @@ def test_a_name_cannot_leave_runs(name):
 
 @pytest.mark.fault(
     happens="a setting that is a secret by name or looks",
-    then="refused (no such key), or `***` in config.yaml, result.json, wandb, tensorboard and messages",
+    then="refused, with its key and without its value; `***` in messages and trackers",
 )
 @pytest.mark.parametrize(
     "word",
@@ -155,28 +158,85 @@ def test_secret_keys_are_refused_without_an_echo(word, capsys):
 
 @pytest.mark.fault(
     happens="a setting that is a secret by name or looks",
-    then="refused (no such key), or `***` in config.yaml, result.json, wandb, tensorboard and messages",
+    then="refused, with its key and without its value; `***` in messages and trackers",
 )
-def test_secret_values_reach_no_file(tmp_path):
-    from finetune.dist import World
-    from finetune.plain import plain_config
-    from finetune.run_files import failed_result, save_config
-
-    cfg = compose_train(
-        ["recipe=quickstart", f"data.train='{URL}'", f"model.path='{SECRET}'", f"train.sample_prompts=['{SECRET}']"]
-    )
-    save_config(cfg, {}, [], tmp_path)
-    error = UserError(f"cannot read {URL} with {SECRET}")
-    failed = failed_result(tmp_path, error, World(0, 1, 0, 1, torch.device("cpu")), 0, None)
-    for text in ((tmp_path / "config.yaml").read_text(), json.dumps(failed), json.dumps(plain_config(cfg))):
-        assert "hunter2secret" not in text and SECRET not in text and "***" in text
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        (f"data.train='{URL}'", "data.train"),
+        (f"data.eval='{SIGNED}'", "data.eval"),
+        (f"model.path='{SECRET}'", "model.path"),
+        (f"train.sample_prompts=['{SECRET}']", "train.sample_prompts"),
+        (f"tracker.wandb.entity={HEX}", "tracker.wandb.entity"),
+    ],
+)
+def test_secret_values_are_refused_before_a_file_is_written(word, key, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = compose_train(["recipe=quickstart", word])
+    with pytest.raises(UserError) as caught:
+        check(cfg, 1, False, absent)
+    said = str(caught.value)
+    assert f"{key}: " in said and "HF_TOKEN" in said
+    assert not any(secret in said for secret in ("hunter2secret", SECRET, HEX)) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.fault(
     happens="a setting that is a secret by name or looks",
-    then="refused (no such key), or `***` in config.yaml, result.json, wandb, tensorboard and messages",
+    then="refused, with its key and without its value; `***` in messages and trackers",
+)
+def test_a_sweep_refuses_secrets_in_its_words(tmp_path, monkeypatch, capsys):
+    from finetune.sweep import sweep
+
+    monkeypatch.chdir(tmp_path)
+    assert sweep(["recipe=quickstart", "optim.lr=1e-3,1e-2", f"train.sample_prompts=['{SECRET}']"]) == 2
+    said = capsys.readouterr().err
+    assert "train.sample_prompts" in said and SECRET not in said and not list(tmp_path.iterdir())
+
+
+def test_names_that_look_like_secrets_are_kept_as_they_are(tmp_path):
+    """A file named by its hash must be found again from config.yaml: `***` would be a pattern for other files."""
+    from finetune.run_files import save_config
+    from finetune.saved import load_config
+
+    names = {
+        "train": tmp_path / f"train-{HEX}.jsonl",
+        "eval": tmp_path / HEX,
+        "model": tmp_path / "sk-learn-reviews-2024-05-part-one",
+    }
+    cfg = compose_train(
+        ["recipe=classify_lora", f"data.train={names['train']}", f"data.eval={names['eval']}",
+         f"model.path={names['model']}", f"task.labels=[{HEX},other]", f"model.revision={HEX}"]
+    )
+    assert not [p for p in _problems_of(cfg) if "secret" in p or "token" in p]
+    save_config(cfg, {"labels": [HEX]}, [], tmp_path)
+    again = load_config(tmp_path)
+    assert (again.data.train, again.data.eval) == (str(names["train"]), str(names["eval"]))
+    assert (again.model.path, again.model.revision, again.task.labels) == (str(names["model"]), HEX, [HEX, "other"])
+    assert json.loads((tmp_path / "task.json").read_text()) == {"labels": [HEX]}
+
+
+def _problems_of(cfg) -> list[str]:
+    try:
+        check(cfg, 1, False)
+    except UserError as error:
+        return str(error).splitlines()
+    return []
+
+
+@pytest.mark.fault(
+    happens="a setting that is a secret by name or looks",
+    then="refused, with its key and without its value; `***` in messages and trackers",
 )
 def test_messages_are_redacted(capsys):
     report_error(UserError(f"cannot read {URL}", SECRET, f"use {SECRET}"))
     said = capsys.readouterr().err
     assert "hunter2secret" not in said and SECRET not in said and said.count("***") >= 3
+
+
+def test_a_failure_is_noted_without_secrets(tmp_path):
+    from finetune.dist import World
+    from finetune.run_files import failed_result
+
+    error = UserError(f"cannot read {URL} with {SECRET}")
+    failed = json.dumps(failed_result(tmp_path, error, World(0, 1, 0, 1, torch.device("cpu")), 0, None))
+    assert "hunter2secret" not in failed and SECRET not in failed and failed.count("***") == 2

@@ -150,7 +150,9 @@ def test_secret_values(value):
 def test_values_that_only_look_alike_stay():
     config = {"revision": HEX, "model": {"commit": HEX}, "path": "hf_models/sk-learn", "n": 3, "on": True, "no": None,
               "password": None, "use_auth_token": False, "hash64": "ab" * 32, "model.path": f"/cache/snapshots/{HEX}",
-              "train": f"/cache/snapshots/{HEX}/*.jsonl"}
+              "train": f"/cache/snapshots/{HEX}/*.jsonl", "note": f"read train-{HEX}.jsonl, {HEX}.csv, a\\{HEX}",
+              "folder": "sk-bank-reviews-2024-train", "file": "sk-learn_classification_data_v2_20240131.jsonl",
+              "words": "bearer internationalization", "host": "hdfs-namenode.example.org?x=1", "eval": HEX}
     assert redact(config) == config
 
 
