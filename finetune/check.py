@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from finetune.check_task import task_problems
+from finetune.check_task import metric_problems, task_problems
 from finetune.config import (
     GPTJ_POSITIONS,
     Config,
@@ -62,6 +62,7 @@ def _problems(cfg: Config, world_size: int, cuda: bool) -> Iterator[UserError]:
     yield from _adapter(cfg)
     yield from _zero(cfg, world_size)
     yield from task_problems(cfg.task)
+    yield from metric_problems(cfg.task, cfg.train.metric)
     yield from _rest(cfg)
 
 

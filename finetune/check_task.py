@@ -1,4 +1,4 @@
-"""What is wrong with a task's settings, whatever the data hold: every problem, with its remedy."""
+"""A task's settings without its data: the problems in them, each with its remedy, and the metrics it is judged by."""
 
 from __future__ import annotations
 
@@ -9,6 +9,43 @@ from finetune.errors import UserError
 
 PROBLEMS = ("single_label", "multi_label", "regression")
 TRUNCATIONS = ("head", "head_tail")
+
+METRICS = {
+    "clm": {"loss": "min", "perplexity": "min"},
+    "instruct": {"loss": "min", "perplexity": "min"},
+    "single_label": {"accuracy": "max", "f1": "max", "loss": "min"},
+    "multi_label": {"f1": "max", "micro_f1": "max", "accuracy": "max", "loss": "min"},
+    "regression": {"mse": "min", "pearson": "max", "loss": "min"},
+    "qa": {"f1": "max", "exact_match": "max", "loss": "min"},
+}
+"""Task, or problem of a classification -> metrics that rank its evaluations, and the better end of each. The first
+one counts where train.metric is null."""
+DIRECTIONS = {name: better for metrics in METRICS.values() for name, better in metrics.items()}
+"""Metric -> "min" or "max"."""
+
+
+def metrics_of(cfg: TaskConfig) -> dict[str, str]:
+    """Metric -> "min" or "max", the task's own metric first."""
+    kind = cfg.problem if isinstance(cfg, ClassifyConfig) else type(cfg).__name__.removesuffix("Config").lower()
+    return METRICS[kind]
+
+
+def best_metric(cfg: TaskConfig, name: str | None) -> tuple[str, str]:
+    """(metric, "min" or "max") by which the best evaluation is chosen; `name` is train.metric."""
+    metrics = metrics_of(cfg)
+    name = name or next(iter(metrics))
+    return name, metrics[name]
+
+
+def metric_problems(cfg: TaskConfig, name: str | None) -> Iterator[UserError]:
+    """A train.metric that evaluations of this task do not have."""
+    if isinstance(cfg, ClassifyConfig) and cfg.problem not in METRICS:
+        return  # told by `task_problems`
+    metrics = metrics_of(cfg)
+    if name and name not in metrics:
+        what = f"task.problem={cfg.problem}" if isinstance(cfg, ClassifyConfig) else "this task"
+        yield UserError(f"train.metric = {name} is no metric of {what}",
+                        remedy=f"Choose from {', '.join(metrics)}; train.metric=null is {next(iter(metrics))}.")
 
 
 def task_problems(cfg: TaskConfig) -> Iterator[UserError]:

@@ -247,7 +247,10 @@ class TrainConfig:
     log_every: int = 1
     """Optimizer steps between lines in metrics.jsonl."""
     early_stopping: int = 0
-    """Stop after this many evaluations without a better loss; 0: never."""
+    """Stop after this many evaluations in a row without a better `metric`; 0: never."""
+    metric: Optional[str] = None
+    """Metric of the evaluations that decides which one is best, for early stopping, checkpoint.best and sweeps; null:
+    the task's own (loss; classify: accuracy, multi_label f1, regression mse; qa: f1)."""
     sample_every: int = 0
     """Optimizer steps between generated samples (task clm and instruct); 0: never."""
     sample_prompts: list[str] = field(default_factory=lambda: ["The"])
@@ -273,7 +276,8 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints kept, at least 2."""
     best: bool = False
-    """Save after the best evaluation, keep that checkpoint beside the newest ones, and export it when the run is done."""
+    """Save after the best evaluation by train.metric, keep that checkpoint beside the newest ones, and export it when
+    the run is done."""
     background: Union[bool, str] = "auto"
     """true: train on while a copy is written; false: wait; auto: where the optimizer states are on GPUs."""
 
@@ -357,7 +361,7 @@ class SweepConfig:
     on_failure: str = "continue"
     """continue with the next job, or stop."""
     metric: str = "auto"
-    """What is compared: a key of the last evaluation; auto: its loss, or the training loss without evaluation."""
+    """What is compared: a key of the last evaluation; auto: train.metric, or the training loss without evaluation."""
     direction: str = "auto"
     """minimize or maximize; auto: by the metric's name."""
     trials: int = 20

@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.errors import gib
 
-EVAL_METRICS = ("loss", "perplexity", "accuracy", "f1", "exact_match")
+EVAL_METRICS = ("loss", "perplexity", "accuracy", "f1", "micro_f1", "exact_match", "mse", "pearson")
 
 
 def number(value: Any, spec: str) -> str:

@@ -12,7 +12,6 @@ from finetune.ds_config import Sharding, accumulation
 from finetune.errors import gib
 from finetune.gptj.attention import pick_attention
 from finetune.gptj.load import DTYPES
-from finetune.redact import redact_text
 
 
 def print_summary(cfg: Config, run_dir: Path, world_size: int, device: str, sharding: Sharding, reason: str, steps: int,
@@ -27,7 +26,7 @@ def print_summary(cfg: Config, run_dir: Path, world_size: int, device: str, shar
         ("run_dir", str(run_dir)),
         ("model", f"{cfg.model.path}  {parameters['total']:,} parameters, {cfg.model.dtype.value}, attention {attention}"),
         ("trained", f"{parameters['trainable']:,} parameters ({share:.2f}%)"),
-        ("data", f"{redact_text(str(cfg.data.train), 'data.train')}  {store.stats['documents']:,} records, {store.stats['tokens']:,} tokens, "
+        ("data", f"{cfg.data.train}  {store.stats['documents']:,} records, {store.stats['tokens']:,} tokens, "
                  f"{len(rows):,} rows, {100 * efficiency(rows, cfg.task.max_length):.1f}% filled"),
         ("batch", f"{cfg.train.micro_batch} micro x {ranks} x {accumulated} accumulation = "
                   f"{cfg.train.global_batch} rows, about {tokens:,.0f} tokens a step"),

@@ -22,6 +22,8 @@ class TrainState:
     """The last steps of which all were skipped."""
     recent_losses: list[float] = field(default_factory=list)
     """Losses that the next one is compared with."""
+    metric: str = ""
+    """Name of the metric that `best` is a value of."""
     best: float | None = None
     """Best evaluation metric so far."""
     best_step: int = 0
@@ -32,3 +34,11 @@ class TrainState:
     """The evaluation of this step was interrupted by a stop."""
     callbacks: dict[str, Any] = field(default_factory=dict)
     """What trackers keep, by class name."""
+
+    def rank_by(self, metric: str) -> bool:
+        """Take `metric` for what is best; True where that drops a best value of another metric."""
+        dropped = bool(self.metric) and self.metric != metric and self.best is not None
+        if dropped:
+            self.best, self.best_step, self.without_gain = None, 0, 0
+        self.metric = metric
+        return dropped

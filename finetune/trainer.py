@@ -68,10 +68,12 @@ class Hooks:
 class Trainer:
     def __init__(self, engine: Engine, task: Task, batches: StepBatches, hooks: Hooks, checkpoints: Checkpoints,
                  callbacks: Callback, stop: StopRequest, world: World, *, train: TrainConfig,
-                 checkpoint: CheckpointConfig, seed: int, total_steps: int):
+                 checkpoint: CheckpointConfig, better: tuple[str, str], seed: int, total_steps: int):
         self.engine, self.task, self.batches, self.hooks = engine, task, batches, hooks
         self.checkpoints, self.callbacks, self.stop, self.world = checkpoints, callbacks, stop, world
         self.train, self.checkpoint, self.seed, self.total_steps = train, checkpoint, seed, total_steps
+        self.better = better
+        """The metric that decides which evaluation is best, and "min" or "max"."""
         self.heap = heap.Watch() if world.device.type == "cpu" else None
         self.saved_step = -1
         self.good = TrainState()
@@ -244,8 +246,8 @@ class Trainer:
         if metrics is None:
             return
         self.last_eval = metrics
-        name, direction = self.task.better
-        value = metrics[name]
+        name, direction = self.better
+        value = metrics[name] if metrics[name] is not None else math.nan  # a correlation of constants is not defined
         better = state.best is None or (value < state.best if direction == "min" else value > state.best)
         if better:
             state.best, state.best_step, state.without_gain = value, state.step, 0
@@ -256,7 +258,7 @@ class Trainer:
     def _out_of_patience(self, state: TrainState) -> bool:
         patience = self.train.early_stopping
         if patience and state.without_gain >= patience:
-            self.callbacks.message(f"stopped early: no better evaluation since step {state.best_step}")
+            self.callbacks.message(f"stopped early: no better {self.better[0]} since step {state.best_step}")
             return True
         return False
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from finetune.check_task import DIRECTIONS
 from finetune.display_text import EVAL_METRICS, clock
 from finetune.errors import gib
 from finetune.report import tables
@@ -89,7 +90,7 @@ def tiles(runs: list[RunFiles], names: list[str]) -> list[Tile]:
     found = []
     best = _best(runs)
     if best is not None:
-        key = _criterion(runs)
+        key = tables.criterion(runs)
         found.append(Tile(f"best eval {key.replace('_', ' ')}", tables.short(_evaluated(runs[best])[key]), names[best]))
     rates = [(rate, i) for i, run in enumerate(runs) if is_number(rate := _rate(run))]
     if rates:
@@ -172,14 +173,9 @@ def _bytes(run: RunFiles, kind: str) -> str:
     return gib(peak) if peak else "-"
 
 
-def _criterion(runs: list[RunFiles]) -> str:
-    known = [name for name in tables.HIGHER_IS_BETTER if any(is_number(_evaluated(run).get(name)) for run in runs)]
-    return known[0] if known else "loss"
-
-
 def _best(runs: list[RunFiles]) -> int | None:
-    key = _criterion(runs)
+    key = tables.criterion(runs)
     scored = [(_evaluated(run)[key], i) for i, run in enumerate(runs) if is_number(_evaluated(run).get(key))]
     if not scored:
         return None
-    return (max if key in tables.HIGHER_IS_BETTER else min)(scored)[1]
+    return (max if DIRECTIONS.get(key) == "max" else min)(scored)[1]

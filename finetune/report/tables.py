@@ -6,13 +6,13 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.check_task import DIRECTIONS, METRICS
 from finetune.display_text import EVAL_METRICS, clock, train_command
 from finetune.errors import gib
 from finetune.report.charts import is_number
 from finetune.report.curves import chosen_option, predicted, ranks_per_node
 from finetune.report.files import RunFiles
 
-HIGHER_IS_BETTER = ("accuracy", "f1", "exact_match")
 Rows = list[tuple[str, str]]
 
 
@@ -197,22 +197,28 @@ def _best(run: RunFiles) -> Tile | None:
     index = _best_index(run)
     if index is None:
         return None
-    key, record = _criterion(run), run.evals[index]
+    key, record = criterion([run]), run.evals[index]
     first = run.evals[0].get(key)
     note = f"step {record['step']:,}" + (f", from {short(first)}" if index and is_number(first) else "")
     return Tile(f"best {key.replace('_', ' ')}" if key != "loss" else "best eval loss", short(record[key]), note)
 
 
-def _criterion(run: RunFiles) -> str:
-    return next((name for name in HIGHER_IS_BETTER if any(is_number(r.get(name)) for r in run.evals)), "loss")
+def criterion(runs: list[RunFiles]) -> str:
+    """The metric that ranks evaluations: train.metric or the task's own, as the first run has it that says so."""
+    named = [(run.config.get("train") or {}).get("metric") for run in runs]
+    tasks = [run.config.get("task") or {} for run in runs]
+    own = [next(iter(METRICS.get(str(task.get("problem") or task.get("kind")), {})), None) for task in tasks]
+    measured = {name for run in runs for record in [*run.evals, run.result.get("eval") or {}] for name, value in record.items()
+                if is_number(value)}
+    return next((name for name in [*named, *own, "accuracy", "f1", "exact_match"] if name in measured), "loss")
 
 
 def _best_index(run: RunFiles) -> int | None:
-    key = _criterion(run)
+    key = criterion([run])
     scored = [(record[key], index) for index, record in enumerate(run.evals) if is_number(record.get(key))]
     if not scored:
         return None
-    return (max(scored, key=lambda s: (s[0], -s[1])) if key in HIGHER_IS_BETTER else min(scored))[1]
+    return (max(scored, key=lambda s: (s[0], -s[1])) if DIRECTIONS.get(key) == "max" else min(scored))[1]
 
 
 def _throughput(run: RunFiles) -> Tile | None:

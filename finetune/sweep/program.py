@@ -60,15 +60,16 @@ class _Sweep:
             raise problems_error("the command line", problems)
         if self.cfg.on_failure not in ("continue", "stop"):
             raise UserError(f"'{self.cfg.on_failure}' is neither continue nor stop", "sweep.on_failure")
-        self.goal: Goal = build_goal(self.cfg)
-        space: Space = read_space([word for word in job_words if key_of(word) != "run_dir"], self.cfg.space)
-        self.pool: Pool = build_pool(self.cfg)
         self.folder = Path(self.cfg.dir or f"multirun/{datetime.now():%Y%m%d-%H%M%S}").expanduser().absolute()
+        space: Space = read_space([word for word in job_words if key_of(word) != "run_dir"], self.cfg.space)
+        typed = compose_train(self._sample(space).words)
+        self.goal: Goal = build_goal(self.cfg, typed)
+        self.pool: Pool = build_pool(self.cfg)
         self._refuse_another(saved)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.search: Search = build_search(self.cfg, space, self.goal, self.folder)
         self.jobs = self.search.earlier()
-        for job in self.jobs or [self._sample(space)]:
+        for job in self.jobs:
             typed = compose_train(job.words)
         self.extra = self._group(typed)
         self.running: list[Job] = []

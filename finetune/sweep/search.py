@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from finetune.config import SweepConfig
+from finetune.check_task import DIRECTIONS, best_metric, metric_problems, task_problems
+from finetune.config import Config, SweepConfig
 from finetune.errors import UserError
 from finetune.sweep import space as spaces
 from finetune.sweep.job import DONE, PRUNED, Job, read_json
 from finetune.sweep.space import Space
 
+HIGHER = ("accuracy", "f1", "exact_match", "precision", "recall", "correlation")
 STRATEGIES = ("grid", "random", "optuna")
 
 
@@ -20,23 +22,21 @@ class Goal:
     """What is compared."""
 
     metric: str
-    """Key of an evaluation, or `auto`."""
+    """Key of an evaluation; `loss` is the training loss where a job has no evaluation."""
     maximize: bool
 
     def value(self, job: Job) -> float | None:
         """The job's figure at its end; None without one."""
         result = job.result()
-        evaluated = result.get("eval") or {}
-        found = evaluated.get("loss", result.get("loss")) if self.metric == "auto" else evaluated.get(self.metric)
+        found = (result.get("eval") or {}).get(self.metric)
         if found is None and self.metric == "loss":
             found = result.get("loss")
         return float(found) if isinstance(found, (int, float)) else None
 
     def reports(self, records: list[dict]) -> list[tuple[int, float]]:
         """(step, value) of the evaluations among `records`."""
-        key = "loss" if self.metric == "auto" else self.metric
-        return [(int(r["step"]), float(r[key])) for r in records
-                if r.get("kind") == "eval" and isinstance(r.get(key), (int, float)) and r.get("step")]
+        return [(int(r["step"]), float(r[self.metric])) for r in records
+                if r.get("kind") == "eval" and isinstance(r.get(self.metric), (int, float)) and r.get("step")]
 
     def rank(self, job: Job) -> tuple[bool, float]:
         """Sorts finished jobs first, best first."""
@@ -114,12 +114,22 @@ def build_search(cfg: SweepConfig, space: Space, goal: Goal, folder: Path) -> Se
     return Study(cfg, space, goal, folder)
 
 
-def build_goal(cfg: SweepConfig) -> Goal:
-    """Raises UserError for an unknown direction."""
+def build_goal(cfg: SweepConfig, job: Config) -> Goal:
+    """The goal of a sweep whose jobs are like `job`.
+
+    Raises:
+        UserError: an unknown direction, or a train.metric that the task does not have.
+    """
     if cfg.direction not in ("auto", "minimize", "maximize"):
         raise UserError(f"'{cfg.direction}' is neither auto, minimize nor maximize", "sweep.direction")
-    higher = any(word in cfg.metric for word in ("accuracy", "f1", "exact_match", "precision", "recall", "correlation"))
-    return Goal(cfg.metric, cfg.direction == "maximize" or (cfg.direction == "auto" and higher))
+    for problem in (*task_problems(job.task), *metric_problems(job.task, job.train.metric)):
+        raise problem
+    metric, end = cfg.metric, DIRECTIONS.get(cfg.metric, "")
+    if metric == "auto":
+        metric, end = best_metric(job.task, job.train.metric) if job.data.eval else ("loss", "min")
+    # Keys of evaluations that rank nothing by themselves, such as a class's own figures.
+    end = end or ("max" if any(word in metric for word in HIGHER) else "min")
+    return Goal(metric, cfg.direction == "maximize" or (cfg.direction == "auto" and end == "max"))
 
 
 def _unique(jobs: list[tuple[list[str], dict[str, str]]]) -> list[tuple[list[str], dict[str, str]]]:

@@ -26,7 +26,7 @@ def write_summary(jobs: list[Job], goal: Goal, folder: Path, about: dict[str, An
 
 def metric_name(jobs: list[Job], goal: Goal) -> str:
     """As the table heads it."""
-    if goal.metric != "auto":
+    if goal.metric != "loss":
         return goal.metric.replace("_", " ")
     evaluated = any((job.result().get("eval") or {}).get("loss") is not None for job in jobs)
     return "eval loss" if evaluated else "loss"

@@ -41,8 +41,6 @@ class Task(Protocol):
     """lm, classify or qa."""
     num_labels: int | None
     """Outputs of a classification head; None elsewhere."""
-    better: tuple[str, str]
-    """The metric that decides which evaluation is best, and "min" or "max"."""
 
     def encoder(self) -> Encoder: ...
 

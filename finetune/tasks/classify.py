@@ -34,15 +34,13 @@ from finetune.tasks.classify_metrics import multi_label_metrics, regression_metr
 from finetune.tasks.gather import Gathered
 from finetune.tasks.instruct import cut_note
 
-BETTER = {"single_label": ("accuracy", "max"), "multi_label": ("f1", "max"), "regression": ("mse", "min")}
-
 
 class ClassifyTask:
     head: str = "classify"
 
     def __init__(self, cfg: ClassifyConfig, tokenizer):
         refuse_task(cfg)
-        self.cfg, self.tokenizer, self.better = cfg, tokenizer, BETTER[cfg.problem]
+        self.cfg, self.tokenizer = cfg, tokenizer
         self.regression, self.multi = cfg.problem == "regression", cfg.problem == "multi_label"
         self.num_labels: int | None = 1 if self.regression else None
         self.names: list[str] | None = None

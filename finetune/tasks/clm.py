@@ -20,7 +20,7 @@ from finetune.tasks.base import Batch, Model, flat_inputs, scored
 
 
 class ClmTask:
-    head, num_labels, better = "lm", None, ("loss", "min")
+    head, num_labels = "lm", None
 
     def __init__(self, cfg: ClmConfig, tokenizer, packing: bool):
         self.cfg, self.tokenizer, self.packing = cfg, tokenizer, packing
@@ -80,13 +80,14 @@ class LmMeter:
         size = len(self.names)
         sums = np.array(world.sum([*self.losses.tolist(), *self.counts.tolist()]))
         losses, counts = sums[:size], sums[size:]
-        total = _summary(losses.sum(), counts.sum())
-        subsets = {n or "(none)": _summary(loss, c) for n, loss, c in zip(self.names, losses, counts, strict=True) if c}
+        total = lm_metrics(losses.sum(), counts.sum())
+        subsets = {n or "(none)": lm_metrics(loss, c) for n, loss, c in zip(self.names, losses, counts, strict=True) if c}
         if len(subsets) > 1 or any(self.names):
             total["subsets"] = subsets
         return total
 
 
-def _summary(loss_sum: float, count: float) -> dict[str, Any]:
+def lm_metrics(loss_sum: float, count: float) -> dict[str, Any]:
+    """Mean loss of the scored tokens, and its perplexity."""
     loss = float(loss_sum / max(count, 1))
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(count)}

@@ -27,7 +27,6 @@ from finetune.tasks.gather import Gathered
 class InstructTask:
     head: str = "lm"
     num_labels: int | None = None
-    better: tuple[str, str] = ("loss", "min")
 
     def __init__(self, cfg: InstructConfig, tokenizer, packing: bool):
         check_format(cfg.format)

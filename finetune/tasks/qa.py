@@ -41,7 +41,6 @@ SHOWN_ANSWERS = 5
 class QaTask:
     head: str = "qa"
     num_labels: int | None = None
-    better: tuple[str, str] = ("f1", "max")
 
     def __init__(self, cfg: QaConfig, tokenizer):
         refuse_task(cfg)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,53 @@ def test_the_best_step_is_kept_and_exported(runs, name):
     assert all(len(line["peak_host_bytes_per_rank"]) == 2 for line in lines)
     assert max(lines[-1]["peak_host_bytes_per_rank"]) >= lines[-1]["host_bytes"] > 0
     assert str(best) in (run / "export/README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def judged(pocket_gptj: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier whose accuracy and loss are best at different steps, judged by either."""
+    root = tmp_path_factory.mktemp("judged")
+    data = root / "rows.jsonl"
+    rows = [{"text": text, "label": label} for text, label in zip("abcdefgh", [0, 0, 0, 0, 0, 1, 1, 1], strict=True)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["recipe=classify_lora", f"model.path={pocket_gptj}", "model.dtype=fp32", f"data.train={data}",
+              f"data.eval={data}", "task.max_length=16", "train.epochs=null", "train.steps=8", "train.global_batch=8",
+              "train.micro_batch=8", "train.eval_every=1", "optim.schedule=constant", "optim.warmup=0", "optim.lr=3e-3",
+              "zero=stage0", "export.enabled=false", "checkpoint.best=true", "seed=1"]
+    judges = {"own": [], "loss": ["train.metric=loss"], "patient": ["train.early_stopping=2"],
+              "patient-loss": ["train.early_stopping=2", "train.metric=loss"]}
+    run_cases(1, [[*common, *words, f"run_dir={root / name}"] for name, words in judges.items()])
+    again = root / "again"
+    shutil.copytree(root / "own", again)
+    run_cases(1, [[*common, "train.steps=9", "train.metric=loss", f"run_dir={again}"]])
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "metric", "better"), [("own", "accuracy", max), ("loss", "loss", min)])
+def test_best_is_by_the_metric_that_is_named(judged, name, metric, better):
+    run = judged / name
+    evaluated = {line["step"]: line for line in metrics(run, "eval")}
+    assert len(evaluated) == 8
+    value = better(line[metric] for line in evaluated.values())
+    first = next(step for step, line in evaluated.items() if line[metric] == value)
+    result = json.loads((run / "result.json").read_text())
+    assert (result["best_metric"], result["best"], result["best_step"]) == (metric, value, first)
+    assert step_folder(run / "checkpoints", first).is_dir()
+
+
+@pytest.mark.slow
+def test_early_stopping_follows_the_same_metric(judged):
+    by = {name: [line[metric] for line in metrics(judged / name, "eval")]
+          for name, metric in (("patient", "accuracy"), ("patient-loss", "loss"))}
+    whole = [line["accuracy"] for line in metrics(judged / "own", "eval")]
+    assert len(by["patient"]) < len(by["patient-loss"]) == 8, "the loss still falls where accuracy stands still"
+    stop = len(by["patient"])
+    assert by["patient"] == whole[:stop] and max(whole[: stop - 2]) >= max(whole[stop - 2 : stop])
+
+
+@pytest.mark.slow
+def test_a_resumed_run_with_another_metric_compares_it_with_no_value_of_the_old_one(judged):
+    result = json.loads((judged / "again" / "result.json").read_text())
+    last = metrics(judged / "again", "eval")[-1]
+    assert last["step"] == 9 and (result["best_metric"], result["best"], result["best_step"]) == ("loss", last["loss"], 9)

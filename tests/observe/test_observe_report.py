@@ -282,14 +282,14 @@ def test_the_callback_builds_at_evaluations_at_most_every_30_seconds_and_at_the_
     monkeypatch.setattr(build_module, "build_report", lambda run_dir, picture=True: built.append((now[0], picture)))
     report = Report()
     report.start(RunInfo(tmp_path, "r", 10, world_size=2, data={"tokens": 5},
-                         extra={"torch": "2.13", "overrides": ["recipe=r", "hf_token=abc"]}))
+                         extra={"hub_token": "abc", "overrides": ["recipe=r", f"data.train={'ab' * 20}"]}))
     for moment in (100.0, 110.0, 129.0, 131.0, 140.0):
         now[0] = moment
         report.evaluation(eval_record(1))
     report.finish({"status": "done"})
     assert built == [(100.0, False), (131.0, False), (140.0, True)]
     assert json.loads((tmp_path / "environment.json").read_text()) == {
-        "world_size": 2, "total_steps": 10, "torch": "2.13", "overrides": ["recipe=r", "hf_token=***"]}
+        "world_size": 2, "total_steps": 10, "hub_token": "***", "overrides": ["recipe=r", f"data.train={'ab' * 20}"]}
     assert json.loads((tmp_path / "data_stats.json").read_text()) == {"tokens": 5}
 
 

@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from finetune.config import SweepConfig
+from finetune.config import ClassifyConfig, ClmConfig, Config, DataConfig, SweepConfig, TrainConfig
 from finetune.errors import UserError
 from finetune.sweep import pool as pools
 from finetune.sweep.job import DONE, FAILED, Job
@@ -16,6 +16,8 @@ from finetune.sweep.pool import build_pool
 from finetune.sweep.program import _words
 from finetune.sweep.search import Goal, Listed, build_goal, build_search
 from finetune.sweep.space import Choice, Interval, draw, grid, read_space, settings_words
+
+CLM = Config(task=ClmConfig(), data=DataConfig(eval="e.jsonl"))
 
 
 def test_words_become_fixed_words_and_parameters():
@@ -87,18 +89,33 @@ def test_jobs_are_found_again_by_their_words(tmp_path):
 
 
 def test_goal_ranks_by_direction():
-    assert build_goal(SweepConfig()) == Goal("auto", False)
-    assert build_goal(SweepConfig(metric="accuracy")).maximize
-    assert not build_goal(SweepConfig(metric="accuracy", direction="minimize")).maximize
+    assert build_goal(SweepConfig(), CLM) == Goal("loss", False)
+    assert build_goal(SweepConfig(metric="accuracy"), CLM).maximize
+    assert build_goal(SweepConfig(metric="pearson"), CLM).maximize
+    assert not build_goal(SweepConfig(metric="accuracy", direction="minimize"), CLM).maximize
     with pytest.raises(UserError, match="upwards"):
-        build_goal(SweepConfig(direction="upwards"))
+        build_goal(SweepConfig(direction="upwards"), CLM)
+
+
+def test_auto_is_what_the_jobs_take_for_best():
+    def classify(problem: str, metric: str | None, held_out: str | None) -> Config:
+        data, train = DataConfig(eval=held_out), TrainConfig(metric=metric)
+        return Config(task=ClassifyConfig(problem=problem), data=data, train=train)
+
+    auto = SweepConfig()
+    assert build_goal(auto, classify("single_label", None, "e.jsonl")) == Goal("accuracy", True)
+    assert build_goal(auto, classify("regression", None, "e.jsonl")) == Goal("mse", False)
+    assert build_goal(auto, classify("single_label", "loss", "e.jsonl")) == Goal("loss", False)
+    assert build_goal(auto, classify("single_label", None, None)) == Goal("loss", False)
+    with pytest.raises(UserError, match="Choose from accuracy, f1, loss"):
+        build_goal(auto, classify("single_label", "mse", "e.jsonl"))
 
 
 def test_goal_reads_the_evaluation_before_the_training_loss(tmp_path):
     job = Job(0, tmp_path, [], {}, status=DONE)
-    assert build_goal(SweepConfig()).value(job) is None
+    assert build_goal(SweepConfig(), CLM).value(job) is None
     (tmp_path / "result.json").write_text(json.dumps({"status": "done", "loss": 3.0, "eval": {"loss": 2.0, "f1": 0.5}}))
-    values = [build_goal(SweepConfig(metric=metric)).value(job) for metric in ("auto", "loss", "f1", "accuracy")]
+    values = [build_goal(SweepConfig(metric=metric), CLM).value(job) for metric in ("auto", "loss", "f1", "accuracy")]
     assert values == [2.0, 2.0, 0.5, None]
 
 
@@ -107,10 +124,10 @@ def test_unknown_strategy_and_missing_optuna(tmp_path, monkeypatch):
 
     space = read_space(["optim.lr=1,2"], {})
     with pytest.raises(UserError, match="bayes"):
-        build_search(SweepConfig(strategy="bayes"), space, Goal("auto", False), tmp_path)
+        build_search(SweepConfig(strategy="bayes"), space, Goal("loss", False), tmp_path)
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UserError, match=r"pip install -e '.\[sweep\]'"):
-        build_search(SweepConfig(strategy="optuna"), space, Goal("auto", False), tmp_path)
+        build_search(SweepConfig(strategy="optuna"), space, Goal("loss", False), tmp_path)
 
 
 def options(monkeypatch, gpus: int, **settings) -> list[tuple[str, ...]]:
@@ -168,7 +185,7 @@ def test_cpu_jobs_at_once_share_no_core(monkeypatch):
 
 
 def test_failed_jobs_do_not_win(tmp_path):
-    goal = build_goal(SweepConfig())
+    goal = build_goal(SweepConfig(), CLM)
     jobs = [Job(n, tmp_path / str(n), [], {}, status=status) for n, status in enumerate((FAILED, DONE))]
     for job, loss in zip(jobs, (0.1, 5.0), strict=True):
         job.run_dir.mkdir()
