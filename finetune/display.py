@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -36,11 +37,13 @@ from finetune.display_text import (
     count,
     evaluation_text,
     figures,
+    outcome_text,
     plain_line,
     result_text,
     sample_text,
     train_command,
 )
+from finetune.metrics_log import METRICS, read
 
 SHORT_RUN = 50
 """Runs of at most this many steps print every step when the output is not a terminal."""
@@ -149,8 +152,11 @@ class Display(Callback):
         self.printed = float("-inf")
         self.bar: Progress | None = None
         self.live: Live | None = None
+        self.run_dir: Path | None = None
+        self.task = ""
+        """Kind of task."""
         self.again = ""
-        """The command that goes on with this run; known once training begins."""
+        """The command that goes on with this run; known, as the two above, once training begins."""
 
     @contextmanager
     def phase(self, name: str, total: float | None = None) -> Iterator[Phase]:
@@ -165,6 +171,7 @@ class Display(Callback):
         phase.close(failed=False)
 
     def start(self, run: RunInfo) -> None:
+        self.run_dir, self.task = run.run_dir, str((run.config.get("task") or {}).get("kind", ""))
         ranks = run.extra.get("ranks_per_node")
         launcher = f"deepspeed --num_gpus {ranks}" if ranks and ranks == run.world_size else "deepspeed"
         self.again = train_command([str(w) for w in run.extra.get("overrides") or []], run.run_dir, launcher)
@@ -205,6 +212,9 @@ class Display(Callback):
         self.close()
         done = result.get("status") == "done"
         self.message(result_text(result), style="bold" if done else "bold red")
+        if self.run_dir is not None:
+            records = read(self.run_dir / METRICS)
+            self.message(outcome_text(result, records, self.run_dir, self.task))
         if self.again and not done:
             self.message(f"to go on: {self.again}")
 

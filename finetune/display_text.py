@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import shlex
+from pathlib import Path
 from typing import Any
 
-from finetune.errors import gib
+from finetune.errors import gib, who_stopped
 
 EVAL_METRICS = ("loss", "perplexity", "accuracy", "f1", "micro_f1", "exact_match", "mse", "pearson")
 
@@ -14,6 +15,21 @@ EVAL_METRICS = ("loss", "perplexity", "accuracy", "f1", "micro_f1", "exact_match
 def number(value: Any, spec: str) -> str:
     """`value` in `spec`, "-" where there is none; NaN and infinities are shown, never hidden."""
     return format(value, spec) if isinstance(value, (int, float)) else "-"
+
+
+def figure(value: Any) -> str:
+    """A loss or metric wherever one is shown: five digits, at most four behind the point, thousands separated.
+
+    `0.9312`, `7.1906`, `44.701`, `889.57`, `1,602.3`; `1.250e-04` below a thousandth; counts whole; "-" for none.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "-" if value is None else str(value)
+    if isinstance(value, int) or not math.isfinite(value):
+        return f"{value:,}"
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.3e}"
+    digits = 4 - math.floor(math.log10(abs(value))) if abs(value) >= 1 else 4
+    return f"{value:,.{max(0, digits)}f}"
 
 
 def count(value: float) -> str:
@@ -33,7 +49,7 @@ def clock(seconds: float | None) -> str:
 
 def figures(record: dict[str, Any], seconds_left: float | None) -> list[str]:
     """The figures of a step, those that have no value left out: `loss 2.3456`, `lr 1.0e-04`, ..."""
-    parts = [f"loss {number(record.get('loss'), '.4f')}", f"lr {number(record.get('lr'), '.1e')}"]
+    parts = [f"loss {figure(record.get('loss'))}", f"lr {number(record.get('lr'), '.1e')}"]
     if record.get("grad_norm") is not None:
         parts.append(f"grad {number(record['grad_norm'], '.2f')}")
     if record.get("tokens_per_second") is not None:
@@ -60,7 +76,7 @@ def evaluation_text(record: dict[str, Any]) -> str:
 
 
 def metrics_text(record: dict[str, Any]) -> str:
-    known = [f"{name} {number(record[name], '.4f')}" for name in EVAL_METRICS if name in record]
+    known = [f"{name} {figure(record[name])}" for name in EVAL_METRICS if name in record]
     known += [f"{count(record['tokens'])} tokens"] if isinstance(record.get("tokens"), int) else []
     return "  ".join(known) or "no metrics"
 
@@ -77,12 +93,61 @@ def sample_text(step: int, prompt: str, text: str) -> str:
     return f"sample at step {step}, prompt {prompt!r}:\n{body}"
 
 
+def status_text(result: dict[str, Any]) -> str:
+    """How a run ended, for people: `done`, `failed`, `stopped by you (Ctrl-C)`, `preempted (SIGTERM)`."""
+    status, reason = str(result.get("status", "ended")), result.get("stopped_by")
+    if status != "preempted" or not reason:
+        return status
+    who = who_stopped(str(reason))
+    return f"stopped by {who}" if who != reason else f"preempted ({reason})"
+
+
+def averaged_loss(records: list[dict[str, Any]]) -> tuple[float, str] | None:
+    """Training loss at the end of `records`, which one noisy step does not tell: (mean, "last 12 steps averaged")."""
+    losses = [(record["step"], record["loss"]) for record in records
+              if record.get("kind", "train") == "train" and isinstance(record.get("loss"), (int, float))]
+    losses = losses[-min(50, max(5, len(losses) // 10)) :]
+    if not losses:
+        return None
+    mean = sum(loss for _, loss in losses) / len(losses)
+    logged = "" if losses[-1][0] - losses[0][0] == len(losses) - 1 else "logged "
+    return mean, f"last {len(losses)} {logged}steps averaged" if len(losses) > 1 else f"step {losses[0][0]}"
+
+
 def result_text(result: dict[str, Any]) -> str:
-    """The last line of a run: status, loss, tokens, time. An error is told by the program, once and last."""
-    head = f"{result.get('status', 'ended')} at step {result.get('step', 0)}"
-    parts = [head, f"loss {number(result.get('loss'), '.4f')}"]
+    """How a run ended: status, tokens, time. An error is told by the program, once and last."""
+    parts = [f"{status_text(result)} at step {result.get('step', 0)}"]
     if result.get("tokens"):
         parts.append(f"{count(result['tokens'])} tokens in {clock(result.get('seconds'))}")
     if result.get("tokens_per_second"):
         parts.append(f"{number(result['tokens_per_second'], ',.0f')} tok/s")
     return "  ".join(parts)
+
+
+def outcome_text(result: dict[str, Any], records: list[dict[str, Any]], run_dir: Path, task: str) -> str:
+    """What a run came to and what to do with it, a line each: losses, the best step, the page, the export.
+
+    Args:
+        records: its lines of metrics.jsonl.
+        task: kind of task, which decides how the export is asked.
+    """
+    lines = []
+    if trained := averaged_loss(records):
+        lines.append(("training", f"loss {figure(trained[0])}, {trained[1]}"))
+    if result.get("eval"):
+        lines.append(("evaluation", metrics_text(result["eval"])))
+    best = result.get("best_step")
+    if best and best != result.get("step"):
+        exported = ", which is exported" if result.get("export_step") == best else ""
+        lines.append(("best", f"{result.get('best_metric', 'metric')} {figure(result.get('best'))} at step {best}{exported}"))
+    lines.append(("page", str(run_dir / "report.html")))
+    if result.get("export"):
+        export = run_dir / str(result["export"])
+        lines += [("export", str(export)), ("try it", generate_command(export, task))]
+    return "\n".join(f"  {name:<10}  {text}" for name, text in lines)
+
+
+def generate_command(export: Path, task: str) -> str:
+    """The command that asks an export, with the words that its task takes."""
+    words = {"qa": "question=\"...\" context=\"...\"", "instruct": "chat=true prompt=\"...\""}.get(task, "prompt=\"...\"")
+    return f"python launch/generate.py model={shlex.quote(str(export))} {words}"

@@ -37,7 +37,12 @@ class Preempted(SystemExit):
         super().__init__(EXIT_PREEMPTED)
 
     def __str__(self) -> str:
-        return f"stopped by {self.reason}; there was nothing to save"
+        return f"stopped by {who_stopped(self.reason)}; there was nothing to save"
+
+
+def who_stopped(reason: str) -> str:
+    """Words for a request to stop: `you (Ctrl-C)`, `you (file STOP)`, else the reason itself, such as `SIGTERM`."""
+    return {"SIGINT": "you (Ctrl-C)", "file STOP": "you (file STOP)"}.get(reason, reason)
 
 
 class RunFailed(UserError):

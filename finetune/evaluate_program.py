@@ -15,6 +15,7 @@ from finetune.data.columns import open_store
 from finetune.data.store import build_store
 from finetune.data.tokenizer import load_tokenizer
 from finetune.display import silence_libraries, summary_table
+from finetune.display_text import figure
 from finetune.dist import World
 from finetune.errors import EXIT_DONE, UserError
 from finetune.evaluate import evaluate_with
@@ -101,7 +102,7 @@ def _lm_eval(cfg: EvaluateConfig, folder: Path, trained: Trained, world: World) 
     kept = before.get("lm_eval") or {}
     merged = {part: (kept.get(part) or {}) | found[part] for part in ("tasks", "settings")}
     metrics_log.write_json(target / "eval.json", {**before, "lm_eval": merged})
-    summary_table("lm-eval", [(task, ", ".join(f"{k} {_figure(v)}" for k, v in row.items()))
+    summary_table("lm-eval", [(task, ", ".join(f"{k} {figure(v)}" for k, v in row.items()))
                               for task, row in found["tasks"].items()])
     _tell(target)
 
@@ -175,9 +176,9 @@ def _report(metrics: dict[str, Any], predictions: list[dict] | None, folder: Pat
     if predictions is not None:
         with (folder / "predictions.jsonl").open("w", encoding="utf-8") as f:
             f.writelines(metrics_log.dumps(row) + "\n" for row in predictions)
-    rows = [(key, _figure(value)) for key, value in metrics.items() if not isinstance(value, (dict, list))]
+    rows = [(key, figure(value)) for key, value in metrics.items() if not isinstance(value, (dict, list))]
     for group in ("subsets", "per_class"):
-        rows += [(f"  {name}", ", ".join(f"{k} {_figure(v)}" for k, v in values.items()))
+        rows += [(f"  {name}", ", ".join(f"{k} {figure(v)}" for k, v in values.items()))
                  for name, values in (metrics.get(group) or {}).items()]
     summary_table(f"evaluation of {spec}", rows)
     _tell(folder)
@@ -188,7 +189,3 @@ def _tell(folder: Path) -> None:
     print(f"written to {folder / 'eval.json'}")
     if (folder / "metrics.jsonl").is_file():
         build_report(folder, picture=False)
-
-
-def _figure(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -172,6 +172,7 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
         "start_host_bytes": memory.start_host, "zero_stage": sharding.stage, "export": "export" if exported else None,
         "export_step": chosen.step if exported else None,
         "best": state.best, "best_metric": better[0], "best_step": state.best_step or None, "skipped_steps": state.skipped,
+        "stopped_by": (stop.reason or "another rank") if result.status == "preempted" else None,
         "wall_seconds": time.perf_counter() - started,
         "bad_rows": inputs.train.stats["bad_rows"],
         "bad_eval_rows": inputs.eval.stats["bad_rows"] if inputs.eval else 0, "data_notes": inputs.notes})

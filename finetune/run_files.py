@@ -87,7 +87,8 @@ def failed_result(run_dir: Path, error: BaseException, world: World, start_host:
     text = None if stopped else error.render() if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     text = redact_text(text) if text else None
     return {
-        "status": "preempted" if stopped else "failed", "step": last.get("step", 0), "loss": last.get("loss"),
+        "status": "preempted" if stopped else "failed", "stopped_by": error.reason if stopped else None,
+        "step": last.get("step", 0), "loss": last.get("loss"),
         "eval": evaluated, "tokens": last.get("tokens", 0),
         "seconds": seconds, "tokens_per_second": last.get("tokens", 0) / seconds if seconds else 0.0,
         "peak_host_bytes": memory_watch.peak_host_bytes(), "start_host_bytes": start_host,

@@ -24,7 +24,7 @@ from finetune.data.batches import StepBatches
 from finetune.data.order import step_positions
 from finetune.dist import World, seed_for
 from finetune.engine import Engine
-from finetune.errors import RunFailed
+from finetune.errors import RunFailed, who_stopped
 from finetune.signals import StopRequest
 from finetune.tasks.base import Batch, Task, to_device
 from finetune.trouble import spike
@@ -287,7 +287,7 @@ class Trainer:
         self._settle()
         if status == "preempted":
             saved = "saved" if state.step else "there was nothing to save"
-            self.callbacks.message(f"stopped by {self.stop.reason or 'another rank'} after step {state.step}; {saved}")
+            self.callbacks.message(f"stopped by {who_stopped(self.stop.reason or 'another rank')} after step {state.step}; {saved}")
         rate = self.trained_tokens / self.trained_seconds if self.trained_seconds else 0.0
         return Result(status, state.step, self.last_loss, self.last_eval, state.tokens, state.seconds, rate)
 

@@ -17,7 +17,7 @@ from finetune.redact import redact
 from finetune.report import tables
 from finetune.report.charts import draw
 from finetune.report.confusion import confusion
-from finetune.report.curves import curves
+from finetune.report.curves import curves, steps_of
 from finetune.report.data import sections
 from finetune.report.differences import from_recipe
 from finetune.report.files import DATA, ENVIRONMENT, RunFiles, read_run
@@ -45,11 +45,13 @@ def build_report(run_dir: Path | str, picture: bool = True, out: Path | None = N
 
 def page_context(run: RunFiles) -> dict[str, Any]:
     """Everything that the template names."""
-    drawings = [draw(chart) for chart in curves(run)]
+    charts = curves(run)
+    drawings = [draw(chart, steps_of(charts)) for chart in charts]
     return {
         "name": tables.run_name(run),
         "run_dir": str(run.run_dir),
         "status": tables.status(run),
+        "status_words": tables.status_words(run),
         "running": not run.result,
         "error": run.result.get("error"),
         "updated": time.strftime("%Y-%m-%d %H:%M:%S"),

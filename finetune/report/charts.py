@@ -97,10 +97,14 @@ def thin(points: list[Point], limit: int = MAX_POINTS) -> list[Point]:
     return sorted({points[0], *kept, points[-1]})
 
 
-def draw(chart: Chart) -> Drawing:
-    """Geometry of a chart; its series must not all be empty."""
+def draw(chart: Chart, steps: tuple[float, float] | None = None) -> Drawing:
+    """Geometry of a chart; its series must not all be empty.
+
+    Args:
+        steps: first and last step to span at least, so that charts beside each other have one axis.
+    """
     series = [Series(s.name, thin(s.points), s.color, s.style) for s in chart.series if s.points]
-    xs = [x for s in series for x, _ in s.points]
+    xs = [*(steps or ()), *(x for s in series for x, _ in s.points)]
     ys = [y for s in series for _, y in s.points] + ([0.0] if chart.from_zero else [])
     x_axis, y_axis = _axis(min(xs), max(xs), "step", pad=False), _axis(min(ys), max(ys), chart.unit)
     paths = [{"name": s.name, "color": s.color, "style": s.style, "d": _path(s, x_axis, y_axis),

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune.check_task import DIRECTIONS
-from finetune.display_text import EVAL_METRICS, clock
+from finetune.display_text import EVAL_METRICS, clock, figure
 from finetune.errors import gib
 from finetune.report import tables
 from finetune.report.charts import SMOOTH_FROM, Chart, Drawing, Point, Series, column, draw, is_number, smooth
+from finetune.report.curves import steps_of
 from finetune.report.differences import between
 from finetune.report.files import RunFiles, read_json, read_run
 from finetune.report.tables import Table, Tile
@@ -41,7 +42,7 @@ def page_context(runs: list[RunFiles]) -> dict[str, Any]:
     return {
         "title": f"{len(runs)} runs compared", "updated": time.strftime("%Y-%m-%d %H:%M:%S"),
         "keys": [{"name": name, "color": color_of(i), "style": style_of(i), "path": str(run.run_dir),
-                  "status": tables.status(run)} for i, (run, name) in enumerate(zip(runs, names, strict=True))],
+                  "status": tables.status_words(run)} for i, (run, name) in enumerate(zip(runs, names, strict=True))],
         "tiles": tiles(runs, names), "results": results(runs, names), "drawings": drawings,
         "wide": {0, len(drawings) - 1} if len(drawings) % 2 == 0 else {0},
         "settings": between(names, [run.config for run in runs]),
@@ -69,16 +70,16 @@ def charts(runs: list[RunFiles], names: list[str]) -> list[Drawing]:
                   for i, (run, name) in enumerate(zip(runs, names, strict=True))]
         # A GPU's memory is 0 on a machine without one.
         if any(y for s in series for _, y in s.points):
-            found.append(draw(Chart(title, [s for s in series if s.points], unit, from_zero)))
-    return found
+            found.append(Chart(title, [s for s in series if s.points], unit, from_zero))
+    return [draw(chart, steps_of(found)) for chart in found]
 
 
 def results(runs: list[RunFiles], names: list[str]) -> Table:
     """One row a run, the best evaluation marked."""
     metrics = [name for name in EVAL_METRICS if any(is_number(_evaluated(run).get(name)) for run in runs)]
-    rows = [[name, tables.status(run), _step(run), tables.short(_final(run, "loss")),
-             *(tables.short(_evaluated(run).get(metric)) for metric in metrics),
-             tables.short(_rate(run)), clock(run.result.get("seconds")), _bytes(run, "host"), _bytes(run, "gpu"),
+    rows = [[name, tables.status_words(run), _step(run), figure(_final(run, "loss")),
+             *(figure(_evaluated(run).get(metric)) for metric in metrics),
+             figure(_rate(run)), clock(run.result.get("seconds")), _bytes(run, "host"), _bytes(run, "gpu"),
              str(run.result.get("world_size") or run.env.get("world_size") or "-")]
             for run, name in zip(runs, names, strict=True)]
     evaluated = [f"eval {name.replace('_', ' ')}" for name in metrics]
@@ -91,7 +92,7 @@ def tiles(runs: list[RunFiles], names: list[str]) -> list[Tile]:
     best = _best(runs)
     if best is not None:
         key = tables.criterion(runs)
-        found.append(Tile(f"best eval {key.replace('_', ' ')}", tables.short(_evaluated(runs[best])[key]), names[best]))
+        found.append(Tile(f"best eval {key.replace('_', ' ')}", figure(_evaluated(runs[best])[key]), names[best]))
     rates = [(rate, i) for i, run in enumerate(runs) if is_number(rate := _rate(run))]
     if rates:
         rate, i = max(rates)
@@ -112,7 +113,7 @@ def groups(runs: list[RunFiles], names: list[str]) -> Table | None:
         return None
     figures = [row for last in lasts for row in last.values() if isinstance(row, dict)]
     key = next((k for k in ("loss", "f1", "accuracy") if any(is_number(row.get(k)) for row in figures)), "loss")
-    rows = [[group, *(tables.short((last.get(group) or {}).get(key)) for last in lasts)] for group in found]
+    rows = [[group, *(figure((last.get(group) or {}).get(key)) for last in lasts)] for group in found]
     return Table([f"{key} by group", *names], rows)
 
 

@@ -28,6 +28,12 @@ def curves(run: RunFiles) -> list[Chart]:
     return [chart for chart in charts if any(series.points for series in chart.series)]
 
 
+def steps_of(charts: list[Chart]) -> tuple[float, float] | None:
+    """First and last step of all charts together."""
+    steps = [step for chart in charts for series in chart.series for step, _ in series.points]
+    return (min(steps), max(steps)) if steps else None
+
+
 def predicted(run: RunFiles) -> dict[str, float]:
     """Predicted `host_bytes` and `gpu_bytes` of one rank, and `parts`, of the option that was chosen.
 

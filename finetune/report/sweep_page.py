@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from finetune.display_text import clock, number
+from finetune.display_text import clock, figure, number
 from finetune.report.charts import HEIGHT, WIDTH, Axis, is_number, linear_axis
 from finetune.report.tables import Tile
 from finetune.report.template import render, write_page
@@ -78,8 +78,9 @@ def page_context(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
     keys = list(dict.fromkeys(key for job in jobs for key in job["chosen"]))
     scales = [scale_of(key, [value_of(job["chosen"].get(key)) for job in jobs]) for key in keys]
     running = any(job["status"] in ("running", "waiting") for job in jobs)
+    name = summary["name"]
     return {
-        "name": f"sweep {summary['name']}", "folder": str(folder), "running": running,
+        "name": name if "sweep" in name else f"sweep {name}", "folder": str(folder), "running": running,
         "updated": time.strftime("%Y-%m-%d %H:%M:%S"),
         "status": "running" if running else "done" if summary["best"] is not None else "failed",
         "told": f"{sum(job['status'] == 'done' for job in jobs)} of {summary['total']} jobs done",
@@ -123,7 +124,7 @@ def scale_of(key: str, values: list[Any]) -> Scale | None:
     if len(different) > MANY or close:
         return Scale(key, found, _log_axis(different) if log else linear_axis(different[0], different[-1]), log)
     axis = Axis(places[0] - 0.08 * room, places[-1] + 0.08 * room)
-    axis.ticks = [(100 * axis.at(place), figure(value)) for place, value in zip(places, different, strict=True)]
+    axis.ticks = [(100 * axis.at(place), setting(value)) for place, value in zip(places, different, strict=True)]
     return Scale(key, found, axis, log)
 
 
@@ -132,7 +133,7 @@ def metric_scale(name: str, values: list[float]) -> Scale | None:
     return Scale(name, list(values), linear_axis(min(values), max(values))) if values else None
 
 
-def figure(value: float) -> str:
+def setting(value: float) -> str:
     """`3e-05`, `0.25`, `64`."""
     return f"{value:,.0f}" if abs(value) >= 1000 and value == int(value) else f"{value:.4g}"
 
@@ -154,7 +155,7 @@ def scatter(jobs: list[Row], scale: Scale, metric: Scale, tones: dict[int, int])
     for job in reversed(jobs):
         x, y = scale.at(value_of(job["chosen"].get(scale.key))), metric.at(job["value"])
         if x is not None and y is not None:
-            value = number(job["value"], ".4f")
+            value = figure(job["value"])
             text = f"job {job['job']}: {scale.key}={job['chosen'][scale.key]}, {metric.key} {value}"
             marks.append({"job": job["job"], "x": round(100 * x, 2), "y": round(100 * y, 2), "text": text,
                           "tone": tones.get(job["job"], 100), "ended": job["status"] == "done"})
@@ -165,7 +166,7 @@ def rows(jobs: list[Row], keys: list[str], tones: dict[int, int], folder: Path) 
     """The table; each job leads to its page, or to what it printed where it came to none."""
     def cells(job: Row) -> list[str]:
         chosen = [_brief(job["chosen"].get(key, "-")) for key in keys]
-        return [number(job["value"], ".4f"), *chosen, f"{job['step']:,}", clock(job["seconds"]),
+        return [figure(job["value"]), *chosen, f"{job['step']:,}", clock(job["seconds"]),
                 number(job["tokens_per_second"], ",.0f")]
 
     def link(job: Row) -> str:
@@ -184,11 +185,11 @@ def tiles(summary: dict[str, Any]) -> list[Tile]:
     if summary["best"] is not None:
         best = jobs[0]
         told = " ".join(f"{key.rpartition('.')[2]}={_brief(value)}" for key, value in best["chosen"].items())
-        found.append(Tile(f"best {summary['metric']}", number(best["value"], ".4f"), f"job {best['job']}: {told}"))
+        found.append(Tile(f"best {summary['metric']}", figure(best["value"]), f"job {best['job']}: {told}"))
     values = [job["value"] for job in jobs if is_number(job["value"]) and job["status"] == "done"]
     if len(values) > 1:
         better = "highest" if summary["direction"] == "maximize" else "lowest"
-        found.append(Tile("spread", number(max(values) - min(values), ".4f"), f"best to worst; {better} wins"))
+        found.append(Tile("spread", figure(max(values) - min(values)), f"best to worst; {better} wins"))
     seconds = sum(job["seconds"] for job in jobs)
     return [*found, Tile("time of all jobs", clock(seconds), f"{clock(seconds / max(1, len(jobs)))} each")]
 
@@ -209,10 +210,10 @@ def commands(summary: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
 def _log_axis(values: list[float]) -> Axis:
     low, high = math.floor(math.log10(values[0]) + 1e-9), math.ceil(math.log10(values[-1]) - 1e-9)
     axis = Axis(low, max(high, low + 1))
-    axis.ticks = [(100 * axis.at(power), figure(10.0 ** power)) for power in range(low, max(high, low + 1) + 1)]
+    axis.ticks = [(100 * axis.at(power), setting(10.0 ** power)) for power in range(low, max(high, low + 1) + 1)]
     return axis
 
 
 def _brief(text: str) -> str:
     value = value_of(text)
-    return figure(value) if is_number(value) and len(str(text)) > 8 else str(text)
+    return setting(value) if is_number(value) and len(str(text)) > 8 else str(text)

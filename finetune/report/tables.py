@@ -7,12 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.check_task import DIRECTIONS, METRICS
-from finetune.display_text import EVAL_METRICS, clock, train_command
+from finetune.display_text import (
+    EVAL_METRICS,
+    averaged_loss,
+    clock,
+    figure,
+    generate_command,
+    status_text,
+    train_command,
+)
 from finetune.errors import gib
 from finetune.report.charts import is_number
 from finetune.report.curves import chosen_option, predicted, ranks_per_node
 from finetune.report.files import RunFiles
 
+PARTS = ("process", "weights", "gradients", "optimizer", "activations", "logits", "workspace")
+"""Parts of a prediction, by the number of their colour."""
 Rows = list[tuple[str, str]]
 
 
@@ -38,12 +48,21 @@ class Part:
     text: str
     share: float
     """Of the whole prediction, 0 to 1."""
+    color: int
+    """0 to 6: the page's palette, 0 grey."""
+
+
+@dataclass
+class Bar:
+    name: str
+    """host or GPU, and the prediction that the parts add up to."""
+    parts: list[Part]
 
 
 @dataclass
 class Memory:
     table: Table
-    parts: list[Part]
+    bars: list[Bar]
 
 
 def run_name(run: RunFiles) -> str:
@@ -55,20 +74,16 @@ def status(run: RunFiles) -> str:
     return str(run.result.get("status") or "running")
 
 
+def status_words(run: RunFiles) -> str:
+    """The status as people read it, `stopped by you (Ctrl-C)`."""
+    return status_text(run.result) if run.result else "running"
+
+
 def tiles(run: RunFiles) -> list[Tile]:
     """The figures at the top; those that a run does not have yet are left out."""
     found = [_progress(run), _loss(run), _best(run), _throughput(run), _time(run), _trainable(run), _sharding(run),
              _peak(run, "host", "peak_host_bytes", "host_bytes"), _peak(run, "GPU", "peak_gpu_bytes", "gpu_bytes")]
     return [tile for tile in found if tile is not None]
-
-
-def short(value: Any) -> str:
-    """A figure in a table: four significant digits, thousands separated, "-" for none."""
-    if not is_number(value):
-        return "-" if value is None or isinstance(value, float) else str(value)
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
 
 
 def large(value: float) -> str:
@@ -84,19 +99,19 @@ def evaluations(run: RunFiles) -> Table | None:
     if not run.evals:
         return None
     names = [name for name in EVAL_METRICS if any(name in record for record in run.evals)]
-    rows = [[f"{record['step']:,}", *(short(record.get(name)) for name in names)] for record in run.evals]
+    rows = [[f"{record['step']:,}", *(figure(record.get(name)) for name in names)] for record in run.evals]
     return Table(["step", *(name.replace("_", " ") for name in names)], rows, _best_index(run))
 
 
 def later(run: RunFiles) -> Table | None:
     """What launch/evaluate.py wrote: the task's own metrics on its data, and lm-eval's tasks."""
-    own = [(name.replace("_", " "), short(value)) for name, value in run.later.items() if is_number(value)]
+    own = [(name.replace("_", " "), figure(value)) for name, value in run.later.items() if is_number(value)]
     rows = [[str(run.later.get("data") or "evaluation"), ", ".join(f"{name} {value}" for name, value in own)]] if own else []
     suite = run.later.get("lm_eval")
     tasks = suite.get("tasks") if isinstance(suite, dict) else None
     for name, found in (tasks if isinstance(tasks, dict) else {}).items():
         if isinstance(found, dict):
-            rows.append([f"lm-eval: {name}", ", ".join(f"{k} {short(v)}" for k, v in found.items() if is_number(v))])
+            rows.append([f"lm-eval: {name}", ", ".join(f"{k} {figure(v)}" for k, v in found.items() if is_number(v))])
     return Table(["evaluated on", "result"], rows) if rows else None
 
 
@@ -109,7 +124,7 @@ def groups(run: RunFiles) -> Table | None:
     rows_of = {str(name): row for name, row in last.items() if isinstance(row, dict)}
     names = list(dict.fromkeys(key for row in rows_of.values() for key in row))
     changed = len(with_groups) > 1 and "loss" in names
-    rows = [[name, *(short(row.get(key)) for key in names), *([_change(first.get(name), row)] if changed else [])]
+    rows = [[name, *(figure(row.get(key)) for key in names), *([_change(first.get(name), row)] if changed else [])]
             for name, row in rows_of.items()]
     head = ["subset" if with_groups[-1].get("subsets") else "class", *(name.replace("_", " ") for name in names)]
     return Table([*head, *(["loss since first"] if changed else [])], rows, note=f"step {with_groups[-1]['step']:,}")
@@ -126,15 +141,33 @@ def memory(run: RunFiles) -> Memory | None:
                          _ratio(measured, expected.get(key))])
     note = f"host of a node divided by its {ranks_per_node(run)} ranks" if ranks_per_node(run) > 1 else ""
     table = Table(["", "predicted", "measured", "of predicted"], rows, note=note)
-    return Memory(table, _parts(run)) if rows else None
+    return Memory(table, _bars(run, expected)) if rows else None
 
 
-def _parts(run: RunFiles) -> list[Part]:
-    """Largest first."""
-    parts = {name: value for name, value in (chosen_option(run).get("parts") or {}).items() if is_number(value)}
-    total = sum(parts.values()) or 1
-    return [Part(str(name), gib(value), value / total)
-            for name, value in sorted(parts.items(), key=lambda item: -item[1]) if value > 0]
+def _bars(run: RunFiles, expected: dict[str, float]) -> list[Bar]:
+    """The parts of each prediction, in bytes of one rank; what the plan does not name is the process itself."""
+    option, ranks = chosen_option(run), ranks_per_node(run)
+    device = _numbers(option.get("parts"))
+    host = {name: value / ranks for name, value in _numbers(option.get("host_parts")).items()}
+    if "tensors" in host or not (host or "gpu_bytes" in expected):  # without a GPU the tensors are in the host's memory
+        host.pop("tensors", None)
+        host = {name: host.get(name, 0) + device.get(name, 0) for name in [*host, *device]}
+    found = []
+    for name, key, parts in (("GPU", "gpu_bytes", device), ("host", "host_bytes", host)):
+        total = expected.get(key)
+        if not total or not parts:
+            continue
+        parts = {"process" if part == "processes" else part: value for part, value in parts.items()}
+        if name == "host":
+            parts["process"] = parts.get("process", 0) + max(0, total - sum(parts.values()))
+        largest = sorted((item for item in parts.items() if item[1] > 0), key=lambda item: -item[1])
+        found.append(Bar(f"{name}, predicted {gib(total)}", [
+            Part(part, gib(value), value / total, PARTS.index(part) if part in PARTS else 0) for part, value in largest]))
+    return found
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    return {str(name): value for name, value in (values or {}).items() if is_number(value)}
 
 
 def samples(run: RunFiles) -> list[dict[str, str]]:
@@ -167,13 +200,11 @@ def commands(run: RunFiles) -> Rows:
     kinds = ["full"] if adapter.get("kind", "full") == "full" else ["adapter"]
     # Prompts and prefixes are inputs, not weights: there is nothing to merge them into.
     kinds += ["merged"] * (adapter.get("kind") in ("lora", "ia3"))
-    export = shlex.quote(str(run.run_dir / str(run.result.get("export") or "export")))
+    export = run.run_dir / str(run.result.get("export") or "export")
     found = [] if run.result.get("status") == "done" else [("continue", _again(run))]
     found.append(("evaluate", f"deepspeed launch/evaluate.py run={folder}"))
     found += [(f"export {kind}", f"python launch/export.py run={folder} kind={kind}") for kind in kinds]
-    asks = {"qa": "question=\"...\" context=\"...\"", "instruct": "chat=true prompt=\"...\""}
-    words = asks.get((run.config.get("task") or {}).get("kind"), "prompt=\"...\"")
-    return [*found, ("generate", f"python launch/generate.py model={export} {words}")]
+    return [*found, ("generate", generate_command(export, str((run.config.get("task") or {}).get("kind"))))]
 
 
 def _again(run: RunFiles) -> str:
@@ -189,8 +220,8 @@ def _progress(run: RunFiles) -> Tile:
 
 
 def _loss(run: RunFiles) -> Tile | None:
-    losses = [record["loss"] for record in run.train if is_number(record.get("loss"))]
-    return Tile("training loss", f"{losses[-1]:.4f}", f"from {losses[0]:.4f}") if losses else None
+    averaged = averaged_loss(run.train)
+    return Tile("training loss", figure(averaged[0]), averaged[1]) if averaged else None
 
 
 def _best(run: RunFiles) -> Tile | None:
@@ -199,8 +230,8 @@ def _best(run: RunFiles) -> Tile | None:
         return None
     key, record = criterion([run]), run.evals[index]
     first = run.evals[0].get(key)
-    note = f"step {record['step']:,}" + (f", from {short(first)}" if index and is_number(first) else "")
-    return Tile(f"best {key.replace('_', ' ')}" if key != "loss" else "best eval loss", short(record[key]), note)
+    note = f"step {record['step']:,}" + (f", from {figure(first)}" if index and is_number(first) else "")
+    return Tile(f"best {key.replace('_', ' ')}" if key != "loss" else "best eval loss", figure(record[key]), note)
 
 
 def criterion(runs: list[RunFiles]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import metrics_log
-from finetune.display_text import clock, number
+from finetune.display_text import clock, figure
 from finetune.sweep.job import DONE, Job
 from finetune.sweep.search import Goal
 
@@ -46,7 +46,7 @@ def render(summary: dict[str, Any]) -> str:
 
 
 def _cells(job: dict[str, Any], keys: list[str]) -> list[str]:
-    return [str(job["job"]), job["status"], number(job["value"], ".4f"),
+    return [str(job["job"]), job["status"], figure(job["value"]),
             *(brief(job["chosen"].get(key, "")) for key in keys), str(job["step"] or "-"), clock(job["seconds"])]
 
 
@@ -80,7 +80,7 @@ def _advice(summary: dict[str, Any]) -> list[str]:
         return ["no job is done"]
     best = summary["jobs"][0]
     what = " ".join(f"{key}={brief(value)}" for key, value in best["chosen"].items())
-    lines = [f"best: job {best['job']}  {summary['metric']} {number(best['value'], '.4f')}  {what}"]
+    lines = [f"best: job {best['job']}  {summary['metric']} {figure(best['value'])}  {what}"]
     return lines + [f"  {name + ':':<16}{command}" for name, command in commands(best, summary.get("launcher") or [])]
 
 

@@ -7,7 +7,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from finetune.display_text import number
+from finetune.display_text import figure, number
 from finetune.sweep.job import DONE, Job
 from finetune.sweep.search import Goal
 from finetune.sweep.table import brief, shortest
@@ -41,9 +41,9 @@ class View:
 
     def ended(self, job: Job) -> None:
         value = self.goal.value(job) if job.status == DONE else None
-        figure = f"  {number(value, '.4f')}" if value is not None else ""
+        told = f"  {figure(value)}" if value is not None else ""
         error = f": {job.error}" if job.error else ""
-        self.say(f"[{job.number}] {job.status}{figure}{error}", "green" if job.status == DONE else "yellow")
+        self.say(f"[{job.number}] {job.status}{told}{error}", "green" if job.status == DONE else "yellow")
 
     def show(self, jobs: list[Job], running: list[Job], total: int) -> None:
         """Redraw what is running."""
@@ -54,13 +54,13 @@ class View:
             table.add_column(name, justify="left" if name == "varied" else "right")
         for job in running:
             last = next((r for r in reversed(job.records) if r.get("kind") == "train"), {})
-            table.add_row(str(job.number), str(last.get("step", "-")), number(last.get("loss"), ".4f"),
+            table.add_row(str(job.number), str(last.get("step", "-")), figure(last.get("loss")),
                           number(last.get("tokens_per_second"), ",.0f"), describe(job), style="cyan")
         done = [job for job in jobs if job.status == DONE]
         best = min(done, key=self.goal.rank, default=None)
         told = f"{len(done)} of {total} jobs done"
         if best is not None:
-            told += f", best so far [{best.number}] {number(self.goal.value(best), '.4f')}"
+            told += f", best so far [{best.number}] {figure(self.goal.value(best))}"
         self.live.update(Group(table, Text(told, style="bold")))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import mmap
 import subprocess
@@ -16,7 +17,7 @@ from rich.console import Console
 from finetune import display as display_module
 from finetune.callbacks import RunInfo
 from finetune.display import NOISY, Display, summary_table
-from finetune.display_text import clock, plain_line
+from finetune.display_text import clock, figure, plain_line
 from finetune.hush import hushed
 from finetune.memory_watch import gpu_bytes, host_bytes, peak_host_bytes
 
@@ -41,6 +42,40 @@ def test_a_plain_line_holds_every_figure():
 def test_figures_that_are_missing_are_left_out_but_nan_is_shown():
     bare = {"step": 1, "loss": float("nan"), "lr": 1e-4, "grad_norm": None, "tokens_per_second": None}
     assert plain_line(bare, 9, None) == "step 1/9  loss nan  lr 1.0e-04  ETA -"
+
+
+@pytest.mark.parametrize(("value", "text"), [
+    (7.19058, "7.1906"), (0.9312499, "0.9312"), (44.70118, "44.701"), (889.5663, "889.57"), (1602.31, "1,602.3"),
+    (123456.7, "123,457"), (-2.5, "-2.5000"), (0.0, "0.0000"), (0.0001236, "1.236e-04"), (45041, "45,041"), (None, "-"),
+    (float("nan"), "nan")])
+def test_one_way_to_write_a_figure(value, text):
+    assert figure(value) == text
+
+
+def test_the_end_of_a_run_says_what_it_came_to_and_what_to_do_with_it(tmp_path: Path):
+    display, out = plain()
+    display.start(run_info(tmp_path, 3, config={"task": {"kind": "qa"}}))
+    lines = [{**RECORD, "step": step, "loss": loss} for step, loss in ((1, 4.0), (2, 3.0), (3, 9.5))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    display.finish({"status": "done", "step": 3, "loss": 9.5, "eval": {"loss": 1602.31, "f1": 0.5}, "tokens": 300,
+                    "seconds": 3.0, "export": "export", "export_step": 2, "best": 0.75, "best_step": 2, "best_metric": "f1"})
+    assert out.getvalue().splitlines() == [
+        "done at step 3  300 tokens in 0:03",
+        "  training    loss 5.5000, last 3 steps averaged",
+        "  evaluation  loss 1,602.3  f1 0.5000",
+        "  best        f1 0.7500 at step 2, which is exported",
+        f"  page        {tmp_path}/report.html",
+        f"  export      {tmp_path}/export",
+        f"  try it      python launch/generate.py model={tmp_path}/export question=\"...\" context=\"...\""]
+
+
+def test_a_run_that_was_stopped_ends_with_the_command_to_go_on(tmp_path: Path):
+    display, out = plain()
+    display.start(run_info(tmp_path, 3, extra={"overrides": ["recipe=quickstart"]}))
+    display.finish({"status": "preempted", "stopped_by": "SIGINT", "step": 2, "loss": 9.5, "eval": {}, "export": None})
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "stopped by you (Ctrl-C) at step 2"
+    assert lines[-1] == f"to go on: deepspeed launch/train.py recipe=quickstart run_dir={tmp_path}"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3723, "1:02:03"), (90000, "1d 01:00"),

@@ -19,6 +19,7 @@ from finetune.report.confusion import confusion
 from finetune.report.curves import curves, predicted
 from finetune.report.data import sections
 from finetune.report.files import read_run
+from finetune.report.tables import memory
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "base", "col", "source"}
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -120,6 +121,46 @@ def test_a_run_on_the_cpu_predicts_no_gpu(tmp_path: Path):
     plan = json.loads((run_dir / "plan.json").read_text())
     (run_dir / "plan.json").write_text(json.dumps({**plan, "machine": {**plan["machine"], "gpus": 0}}))
     assert set(predicted(read_run(run_dir))) == {"host_bytes"}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_parts_of_a_prediction_add_up_to_it(tmp_path: Path, ranks: int):
+    """On a CPU the tensors are in the process: 650 MiB of process and 250 MiB of tensors on each rank."""
+    mib = 2**20
+    run_dir = make_run(tmp_path / "run", steps=2)
+    plan = json.loads((run_dir / "plan.json").read_text())
+    plan["machine"]["gpus"] = 0
+    plan["options"][1] |= {
+        "host_bytes": ranks * 900 * mib, "parts": {"weights": 100 * mib, "logits": 120 * mib, "workspace": 30 * mib},
+        "host_parts": {"processes": ranks * 650 * mib, "weights": 0, "tensors": ranks * 250 * mib, "checkpoint": 0}}
+    (run_dir / "plan.json").write_text(json.dumps(plan))
+    values = json.loads((run_dir / "result.json").read_text())
+    (run_dir / "result.json").write_text(json.dumps(values | {"world_size": ranks}))
+    (host,) = memory(read_run(run_dir)).bars
+    assert host.name == "host, predicted 900.0 MiB" and sum(part.share for part in host.parts) == pytest.approx(1)
+    assert [(part.name, part.text) for part in host.parts] == [
+        ("process", "650.0 MiB"), ("logits", "120.0 MiB"), ("weights", "100.0 MiB"), ("workspace", "30.0 MiB")]
+    assert "process 650.0 MiB" in page_of(run_dir).text
+
+
+def test_the_training_loss_is_an_average_and_axes_are_named(tmp_path: Path):
+    write_lines(tmp_path / "metrics.jsonl", [train_record(step, 60) | {"loss": float(step)} for step in range(1, 61)]
+                + [eval_record(60)])
+    page = page_of(tmp_path)
+    assert "training loss 57.500 last 6 steps averaged" in page.text, "55 to 60"
+    assert page.text.count(" step ") >= len(page.titles())
+    spans = {tuple(chart["x"]) for chart in page.data}
+    assert spans == {(1.0, 60.0)}, "a chart with one evaluation has the same axis as the others"
+
+
+def test_a_stop_by_hand_is_called_so(tmp_path: Path):
+    for reason, words in (("SIGINT", "stopped by you (Ctrl-C)"), ("file STOP", "stopped by you (file STOP)"),
+                          ("SIGTERM", "preempted (SIGTERM)"), (None, "preempted")):
+        run_dir = make_run(tmp_path / str(reason), steps=3, status="preempted")
+        values = json.loads((run_dir / "result.json").read_text())
+        (run_dir / "result.json").write_text(json.dumps(values | {"stopped_by": reason}))
+        page = page_of(run_dir)
+        assert words in page.text and ("p", {"class": "status preempted"}) in page.tags
 
 
 def test_a_run_that_failed_before_it_knew_anything(tmp_path: Path):

@@ -96,3 +96,9 @@ def test_without_a_terminal_each_event_is_one_plain_line(tmp_path: Path):
     view.ended(one)
     view.close()
     assert console.file.getvalue() == "[3] lr=1e-4\n[3] failed: no\n"
+
+
+def test_a_sweep_in_a_folder_called_sweep_is_not_a_sweep_sweep(tmp_path: Path):
+    for name, title in (("sweep", "sweep"), ("lr-sweep", "lr-sweep"), ("20260101-120000", "sweep 20260101-120000")):
+        (tmp_path / "sweep.json").write_text(json.dumps(SUMMARY | {"name": name}))
+        assert f"<h1>{title}</h1>" in build_sweep_page(tmp_path).read_text()
