@@ -116,11 +116,11 @@ def draw(chart: Chart, steps: tuple[float, float] | None = None) -> Drawing:
 
 
 def label(value: float, unit: str, step: float = 0.0) -> str:
-    """A tick's text: `1,200`, `2.5`, `1.0e-04`, `3 GiB`, `40%`."""
+    """A tick's text: `1,200`, `2.5`, `1.0e-04`, `3 GiB`, `40%`, `49.6%`."""
     if unit == "bytes":
         return bytes_label(value)
     if unit == "share":
-        return f"{value:.0%}"
+        return f"{value:.{max(0, -math.floor(math.log10(100 * step) + 1e-9)) if step else 0}%}"
     if unit == "exp":
         return "0" if value == 0 else f"{value:.1e}"
     digits = max(0, -math.floor(math.log10(step) + 1e-9)) if 0 < step < 1 else 0

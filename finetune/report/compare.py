@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.check_task import DIRECTIONS
-from finetune.display_text import EVAL_METRICS, clock, figure
+from finetune.display_text import EVAL_METRICS, averaged_loss, clock, figure
 from finetune.errors import gib
 from finetune.report import tables
 from finetune.report.charts import SMOOTH_FROM, Chart, Drawing, Point, Series, column, draw, is_number, smooth
@@ -77,7 +77,7 @@ def charts(runs: list[RunFiles], names: list[str]) -> list[Drawing]:
 def results(runs: list[RunFiles], names: list[str]) -> Table:
     """One row a run, the best evaluation marked."""
     metrics = [name for name in EVAL_METRICS if any(is_number(_evaluated(run).get(name)) for run in runs)]
-    rows = [[name, tables.status_words(run), _step(run), figure(_final(run, "loss")),
+    rows = [[name, tables.status_words(run), _step(run), figure(_loss(run)),
              *(figure(_evaluated(run).get(metric)) for metric in metrics),
              figure(_rate(run)), clock(run.result.get("seconds")), _bytes(run, "host"), _bytes(run, "gpu"),
              str(run.result.get("world_size") or run.env.get("world_size") or "-")]
@@ -157,8 +157,10 @@ def _evaluated(run: RunFiles) -> dict[str, Any]:
     return run.result.get("eval") or (run.evals[-1] if run.evals else {})
 
 
-def _final(run: RunFiles, key: str) -> Any:
-    return run.result.get(key) if is_number(run.result.get(key)) else run.train[-1].get(key) if run.train else None
+def _loss(run: RunFiles) -> float | None:
+    """Training loss at the end: averaged, or the last one where only the result is left."""
+    averaged = averaged_loss(run.train)
+    return averaged[0] if averaged else run.result.get("loss")
 
 
 def _step(run: RunFiles) -> str:

@@ -87,9 +87,10 @@ def read_request(body: Any, chat: bool, speaker: Speaker, limits: Limits) -> Req
     for name in ("best_of", "repetition_penalty"):
         if body.get(name) not in (None, 1, body.get("n") if name == "best_of" else 1):
             raise Refused(400, f"'{name}' is not supported", name)
-    n = _number(body, "n", 1, int, 1, limits.max_texts)
+    n = _number(body, "n", 1, int, 1, 10**9)
     if len(prompts) * n > limits.max_texts:
-        raise Refused(400, f"{len(prompts)} prompts x n = {n} exceed the limit of {limits.max_texts} texts", "n")
+        raise Refused(400, f"{len(prompts)} prompts x n = {n} exceed the {limits.max_texts} texts that this server "
+                      f"allows; started with max_texts={len(prompts) * n} it allows them", "n")
     stream = _flag(body, "stream")
     if stream and len(prompts) * n > 1:
         raise Refused(400, "only one text can be streamed: one prompt, n = 1", "stream")
@@ -109,9 +110,12 @@ def _asks(name: str, value: Any) -> bool:
 def _new_tokens(body: Json, chat: bool, room: int, limits: Limits) -> int:
     name = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
     default = min(limits.max_tokens, max(room, 1)) if chat else min(COMPLETION_TOKENS, limits.max_tokens)
-    new = _number(body, name, default, int, 1, limits.max_tokens)
+    new = _number(body, name, default, int, 1, 10**9)
     if new > room:
         raise Refused(400, f"the prompt leaves room for {max(room, 0)} tokens, {name} = {new}", name)
+    if new > limits.max_tokens:
+        raise Refused(400, f"{name} = {new} exceeds the {limits.max_tokens} that this server allows; "
+                      f"started with max_tokens={new} it allows it", name)
     return new
 
 
@@ -203,19 +207,21 @@ class Reply:
     def __init__(self, request: Request, model: str):
         self.request = request
         self.prompt_tokens = sum(map(len, request.prompts))
+        self.new_tokens = 0
+        """Tokens generated so far, of all texts."""
         self.kind = "chat.completion" if request.chat else "text_completion"
         self.head = {"id": f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex[:24]}",
                      "created": int(time.time()), "model": model}
 
     def whole(self, speaker: Speaker) -> Json:
         """Generate everything; the response object."""
-        choices, tokens = [], 0
+        choices = []
         for i, (ids, how) in enumerate(zip(self.request.prompts, self.request.samplings, strict=True)):
             found = speaker.continue_ids([ids], how)[0]
-            tokens += len(found)
+            self.new_tokens += len(found)
             text = finished_text(speaker.tokenizer, found, how.stop)
             choices.append(self._choice(i, text, finish(speaker, found, how)))
-        return {**self.head, "object": self.kind, "choices": choices, "usage": self.usage(tokens)}
+        return {**self.head, "object": self.kind, "choices": choices, "usage": self.usage()}
 
     def stream(self, speaker: Speaker, send: Callable[[Json], None]) -> None:
         """Generate and send chunk objects as text comes."""
@@ -224,13 +230,14 @@ class Reply:
             send(self._chunk({"role": "assistant", "content": ""}, None))
         streamer = Streamer(speaker.tokenizer, how.stop, lambda text: send(self._chunk(self._delta(text), None)))
         found = speaker.continue_ids([ids], how, streamer)[0]
+        self.new_tokens = len(found)
         send(self._chunk({} if self.request.chat else self._delta(""), finish(speaker, found, how)))
         if self.request.include_usage:
-            send({**self.head, "object": self._chunk_kind(), "choices": [], "usage": self.usage(len(found))})
+            send({**self.head, "object": self._chunk_kind(), "choices": [], "usage": self.usage()})
 
-    def usage(self, tokens: int) -> Json:
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": tokens,
-                "total_tokens": self.prompt_tokens + tokens}
+    def usage(self) -> Json:
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.new_tokens,
+                "total_tokens": self.prompt_tokens + self.new_tokens}
 
     def _choice(self, index: int, text: str, reason: str) -> Json:
         content = {"message": {"role": "assistant", "content": text}} if self.request.chat else {"text": text}

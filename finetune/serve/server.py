@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import json
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -71,20 +72,40 @@ class Handler(BaseHTTPRequestHandler):
         self._guarded(self._post)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Requests are not logged: prompts are their writers' business."""
+        """Drop the standard library's lines; `_log` writes one when a request is over."""
+
+    def send_response(self, code: int, message: str | None = None) -> None:
+        self.status = code
+        super().send_response(code, message)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer a request that is no HTTP, or has a method that is not known."""
+        self.reply, self.started = None, time.monotonic()
+        super().send_error(code, message, explain)
+        self._log()
+
+    def _log(self, note: str = "") -> None:
+        """Write time, method, path, status, tokens and seconds to stderr: no query, no body, no generated text."""
+        path = urlsplit(getattr(self, "path", None) or "-").path[:100].encode("unicode_escape").decode()
+        tokens = f"{self.reply.prompt_tokens} + {self.reply.new_tokens} tokens  " if self.reply else ""
+        seconds = time.monotonic() - self.started
+        print(f"{time.strftime('%H:%M:%S')}  {self.command or '-'} {path}  {self.status}  {tokens}{seconds:.2f} s{note}",
+              file=sys.stderr, flush=True)
 
     def _guarded(self, answer) -> None:
-        self.began = False
+        self.began, self.status, self.reply, self.started, note = False, 0, None, time.monotonic(), ""
         try:
             self._check_host()
             answer(urlsplit(self.path).path)
         except Refused as error:
             self._refuse(error)
         except (BrokenPipeError, ConnectionResetError, TimeoutError):
-            self.close_connection = True
+            self.close_connection, note = True, "  the client went away"
         except Exception:
             traceback.print_exc()
             self._refuse(Refused(500, "the server failed; its own output says why"))
+        finally:
+            self._log(note)
 
     def _refuse(self, error: Refused) -> None:
         self.close_connection = True  # what is left of the body is not read
@@ -114,14 +135,15 @@ class Handler(BaseHTTPRequestHandler):
         if asked not in (None, "", service.name):
             raise Refused(404, f"there is no model '{str(asked)[:100]}'; this is '{service.name}'", "model")
         request = read_request(body, path.startswith("/v1/chat"), service.speaker, service.limits)
+        reply = self.reply = Reply(request, service.name)
         # The place is free before the client learns that its answer is whole: it may ask again at once.
         if request.stream:
             with self._turn():
-                self._stream(Reply(request, service.name))
+                self._stream(reply)
             self._event("[DONE]")
         else:
             with self._turn():
-                whole = Reply(request, service.name).whole(service.speaker)
+                whole = reply.whole(service.speaker)
             self._json(200, whole)
 
     @contextmanager
@@ -129,7 +151,8 @@ class Handler(BaseHTTPRequestHandler):
         """Wait until the model is free; turned away where `concurrency` requests wait already."""
         service = self.service
         if not service.places.acquire(blocking=False):
-            raise Refused(429, f"{service.concurrency} requests are waiting already; try again later")
+            raise Refused(429, f"{service.concurrency} requests are waiting already, as many as this server allows "
+                          "(its key concurrency); try again later")
         try:
             with service.model_lock:
                 yield
@@ -173,8 +196,11 @@ class Handler(BaseHTTPRequestHandler):
             length = int(self.headers.get("Content-Length", ""))
         except ValueError:
             raise Refused(411, "send Content-Length") from None
-        if not 0 <= length <= self.service.max_body:
-            raise Refused(413, f"the body has {length} bytes, {self.service.max_body} are allowed")
+        if length < 0:
+            raise Refused(400, f"Content-Length is {length}")
+        if length > self.service.max_body:
+            raise Refused(413, f"the body has {length} bytes, {self.service.max_body} are allowed; started with "
+                          f"max_body_bytes={length} the server allows it")
         try:
             return json.loads(self.rfile.read(length))
         except (ValueError, RecursionError):

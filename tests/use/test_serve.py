@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -153,6 +155,32 @@ def test_wrong_requests_are_refused_in_openais_form(server, name):
     status, _, data = call(server, "/v1/completions", body)
     error = json.loads(data)["error"]
     assert status == wanted and error["message"] and error["type"].endswith("_error"), data
+
+
+@pytest.mark.parametrize(("body", "key"), [
+    ({"prompt": "a", "max_tokens": 40}, "max_tokens=40"), ({"prompt": "a", "max_completion_tokens": 33}, "max_tokens=33"),
+    ({"prompt": ["a", "b"], "n": 3}, "max_texts=6"), ({"prompt": "a" * 6000}, "max_body_bytes=60"),
+])
+def test_a_limit_names_the_key_that_raises_it(server, body, key):
+    assert key in json.loads(call(server, "/v1/completions", body)[2])["error"]["message"]
+
+
+def test_each_request_is_a_line_without_its_text(loaded, capsys):
+    server = start(loaded)
+    words = {"prompt": "x y z", "max_tokens": 4, "temperature": 0}
+    size = len(loaded.ids(words["prompt"], False))
+    requests = [("/v1/completions", words), ("/v1/completions?key=hush", words | {"stream": True}),
+                ("/v1/completions", words | {"max_tokens": 2000}), ("/nothing", words)]
+    assert [call(server, path, body)[0] for path, body in requests] == [200, 200, 400, 404]
+    assert call(server, "/health", method="GET")[0] == 200 and call(server, "/", method="BREW")[0] == 501
+    said, deadline = "", time.monotonic() + 30
+    while said.count("\n") < 6 and time.monotonic() < deadline:  # a line follows its answer
+        said += capsys.readouterr().err
+        time.sleep(0.01)
+    server.shutdown()
+    assert sorted(re.sub(r"^[\d:]{8}  |[\d.]+ s$", "", line) for line in said.splitlines()) == sorted([
+        f"POST /v1/completions  200  {size} + 4 tokens  ", f"POST /v1/completions  200  {size} + 4 tokens  ",
+        "POST /v1/completions  400  ", "POST /nothing  404  ", "GET /health  200  ", "BREW /  501  "])
 
 
 def test_pages_of_other_origins_are_kept_out(server):
