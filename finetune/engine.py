@@ -31,7 +31,12 @@ NORM_PIECE = {"cpu": 2**20, "cuda": 2**26}
 NORM_ROW = 1024
 """So few squares lose nothing in fp32; the rows' norms are added up in fp64."""
 OP = "deepspeed_shm_comm"
-COMPILING = "compiling DeepSpeed's CPU communication op, once, about a minute"
+COMPILING = "compiling DeepSpeed's CPU op, once on this machine: one to two minutes on idle cores"
+
+
+def compiles_first(world: World) -> bool:
+    """Tell a run whose first use of DeepSpeed will compile an op: one on CPUs, where nobody has compiled it yet."""
+    return world.device.type == "cpu" and OP not in built_ops()
 
 
 def connect_deepspeed(world: World, phase: Callable[[str], AbstractContextManager] = nullcontext) -> None:
@@ -50,8 +55,7 @@ def connect_deepspeed(world: World, phase: Callable[[str], AbstractContextManage
         if lock:
             raise RunFailed(f"a compile of DeepSpeed's ops was killed and left its lock: {lock}",
                             remedy=f"Remove it and start again: rm {lock}")
-    compiles = world.main and world.device.type == "cpu" and OP not in built_ops()
-    with phase(COMPILING) if compiles else nullcontext(), hushed():
+    with phase(COMPILING) if world.main and compiles_first(world) else nullcontext(), hushed():
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
         world.barrier()
     _unlink_shared_memory(world.rank)

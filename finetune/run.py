@@ -29,7 +29,7 @@ from finetune.data.order import Order
 from finetune.display import Display, silence_libraries
 from finetune.dist import World
 from finetune.ds_config import Sharding
-from finetune.engine import Engine, connect_deepspeed, partitioned_build, place_partitioned
+from finetune.engine import Engine, compiles_first, connect_deepspeed, partitioned_build, place_partitioned
 from finetune.environment import environment
 from finetune.errors import EXIT_DONE, EXIT_PREEMPTED, Preempted, RunFailed
 from finetune.evaluate import Interrupted, evaluate
@@ -112,6 +112,9 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
     say = callbacks.message
     resume_from = world.on_main(lambda: find_resume(cfg.resume, run_dir, say))
 
+    if compiles_first(world):
+        say("the first run on this machine compiles an op of DeepSpeed before it trains: one to two minutes on idle cores, "
+            "more where others use them; let it finish")
     memory.planned = world.on_main(lambda: plan_run(cfg, world, run_dir, None))  # before data are tokenised for hours
     inputs = prepare_inputs(cfg, world, display, say)
     memory.planned = planned = world.on_main(lambda: plan_run(cfg, world, run_dir, inputs.task.num_labels))

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,7 +142,11 @@ class WandbTracker(Callback):
             self.run.log_artifact(self._artifact(self.run_dir / str(result["export"])))
         if status == "preempted":
             self.run.mark_preempting()
+        offline, files = self.run.offline, Path(self.run.dir).parent
         self.run.finish(exit_code=0 if status == "done" else 1)
+        if offline:
+            print(f"wandb was offline: its files are in {files}; to upload them: wandb sync {shlex.quote(str(files))}",
+                  flush=True)
 
     def _options(self, run: RunInfo) -> dict[str, Any]:
         mode = self._mode()
@@ -159,8 +164,8 @@ class WandbTracker(Callback):
         """WANDB_MODE wins: clusters without a way out set it for everybody. Without a key wandb would ask for one."""
         mode = os.environ.get("WANDB_MODE") or self.cfg.mode
         if mode == "online" and not self.wandb.api.api_key:
-            log.warning("wandb knows no API key (WANDB_API_KEY, or wandb login): logging offline; later: wandb sync %s",
-                        self.run_dir / "wandb/offline-run-*")
+            log.warning("wandb knows no API key (WANDB_API_KEY, or wandb login): logging offline; the end of the run says "
+                        "where, and how to upload it")
             return "offline"
         return mode
 

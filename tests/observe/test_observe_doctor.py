@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from finetune import doctor, engine
 from finetune.doctor import find_stale_locks, locks, machine, software
@@ -52,6 +53,17 @@ def test_a_stale_lock_stops_only_a_run_that_needs_the_op(lock: Path, monkeypatch
     assert engine._stale_lock() is None
     other.rename(lock)
     assert engine._stale_lock() == str(lock)
+
+
+def test_a_run_on_cpus_knows_that_it_will_compile_first(tmp_path: Path, monkeypatch):
+    from finetune.dist import World
+
+    cpu = World(0, 1, 0, 1, torch.device("cpu"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert engine.compiles_first(cpu) and not engine.compiles_first(World(0, 1, 0, 1, torch.device("meta")))
+    (tmp_path / "deepspeed_shm_comm").mkdir()
+    (tmp_path / "deepspeed_shm_comm" / "deepspeed_shm_comm.so").touch()
+    assert not engine.compiles_first(cpu)
 
 
 def test_no_lock_and_no_folder(tmp_path: Path, monkeypatch):

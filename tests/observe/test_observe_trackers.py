@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def test_tensorboard_hides_the_steps_that_a_resumed_run_repeats(tmp_path: Path):
     assert not any(SECRET.encode() in path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
 
 
-def test_wandb_offline_resumes_its_id_and_stores_no_secret(tmp_path: Path, monkeypatch):
+def test_wandb_offline_resumes_its_id_and_stores_no_secret(tmp_path: Path, monkeypatch, capsys):
     key = "f" * 20 + HEX[:20]
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_API_KEY", key)
@@ -75,6 +76,9 @@ def test_wandb_offline_resumes_its_id_and_stores_no_secret(tmp_path: Path, monke
         assert len(set(kept)) == 1, "a resumed run keeps its id"
         callbacks.finish({"status": "done", "loss": 1.0, "error": None, "wandb_key": SECRET})
         assert len(callbacks.callbacks) == 1, "the tracker was switched off"
+    synced = [shlex.split(line.partition("wandb sync ")[2]) for line in capsys.readouterr().out.splitlines()
+              if line.startswith("wandb was offline")]
+    assert sorted(synced) == sorted([str(path)] for path in (tmp_path / "wandb").glob("offline-run-*"))
     files = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file() and not path.is_symlink()]
     stored = b"\n".join(path.read_bytes() for path in files)
     assert b"PUBLICPATH" in stored and b"sweep" in stored, "the run itself must be there"
@@ -106,7 +110,7 @@ def test_wandb_without_a_key_goes_on_offline(tmp_path: Path, monkeypatch, caplog
     monkeypatch.delenv("WANDB_MODE", raising=False)
     tracker = WandbTracker(WandbConfig(enabled=True))
     monkeypatch.setattr(type(tracker.wandb.api), "api_key", None)
-    assert tracker._options(run_info(tmp_path))["mode"] == "offline" and "wandb sync" in caplog.text
+    assert tracker._options(run_info(tmp_path))["mode"] == "offline" and "logging offline" in caplog.text
 
 
 def test_a_missing_package_and_a_wrong_mode_are_told_before_training(monkeypatch):
