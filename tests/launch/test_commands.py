@@ -233,7 +233,8 @@ def test_sigterm_saves_and_the_same_command_continues(quick, tmp_path):
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 75, output[-2000:]
     stopped = result(tmp_path)
-    assert stopped["status"] == "preempted" and 0 < stopped["step"] < 400
+    assert (stopped["status"], stopped["stopped_by"]) == ("preempted", "SIGTERM") and 0 < stopped["step"] < 400
+    assert "preempted (SIGTERM) at step" in output and f"run_dir={tmp_path}" in output.strip().splitlines()[-1]
     done = call([*command[:-1], f"train.steps={stopped['step'] + 2}", "export.enabled=false"])
     assert done.returncode == 0, done.stderr[-2000:]
     records = [json.loads(line) for line in lines.read_text().splitlines()]

@@ -88,7 +88,7 @@ def test_short_names_and_figures():
 
 def test_without_a_terminal_each_event_is_one_plain_line(tmp_path: Path):
     console = Console(file=io.StringIO(), force_terminal=False)
-    view, one = View(Goal("auto", False), console), Job(3, tmp_path, ["a=1"], {"optim.lr": "1e-4"})
+    view, one = View(Goal("loss", False), console), Job(3, tmp_path, ["a=1"], {"optim.lr": "1e-4"})
     view.open()
     view.started(one)
     one.status, one.error = FAILED, "no"

@@ -142,7 +142,7 @@ def test_a_hopeless_job_is_stopped_early(tmp_path):
         return [{"kind": "eval", "step": step, "loss": loss} for step in (1, 2)]
 
     cfg = SweepConfig(strategy="optuna", trials=4, prune_after=2)
-    study = Study(cfg, read_space(["optim.lr=interval(0.1,1)"], {}), Goal("auto", False), tmp_path)
+    study = Study(cfg, read_space(["optim.lr=interval(0.1,1)"], {}), Goal("loss", False), tmp_path)
     for loss in (1.0, 2.0):
         job = study.next()
         job.run_dir.mkdir()
