@@ -187,6 +187,11 @@ def _rest(cfg: Config) -> Iterator[UserError]:
                         remedy="Try name=my-run, and run_dir=DIR for another place.")
     if cfg.data.max_bad_rows < 0:
         yield UserError(f"data.max_bad_rows = {cfg.data.max_bad_rows} is negative", remedy="Try data.max_bad_rows=100.")
+    try:
+        "".encode(cfg.data.encoding)
+    except LookupError:
+        yield UserError(f"data.encoding = {cfg.data.encoding} is no encoding of text that Python knows",
+                        remedy="Try data.encoding=cp1252 (Western Windows), or leave it out for UTF-8.")
     if cfg.checkpoint.keep < 2:
         yield UserError(f"checkpoint.keep = {cfg.checkpoint.keep}: the newest may be damaged by what ended the run",
                         remedy="Try checkpoint.keep=2.")

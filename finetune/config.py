@@ -45,6 +45,12 @@ class OnBadRow(Enum):
     skip = "skip"
 
 
+class Quotes(Enum):
+    auto = "auto"
+    enclose = "enclose"
+    text = "text"
+
+
 @dataclass
 class ModelConfig:
     path: str = MISSING
@@ -126,7 +132,7 @@ class QaConfig(TaskConfig):
 @dataclass
 class DataConfig:
     train: Optional[str] = None
-    """File, glob, directory, `datasets` folder or hub id; `asset:NAME` ships with the project."""
+    """File, glob, directory, several of these with commas, `datasets` folder or hub id; `asset:NAME` ships with the project."""
     eval: Optional[str] = None
     """As `train`; null: no evaluation."""
     split: str = "train"
@@ -139,6 +145,11 @@ class DataConfig:
     """error: stop at the first bad row; skip: count bad rows and go on."""
     max_bad_rows: int = 100
     """With on_bad_row=skip: stop all the same after this many bad rows."""
+    encoding: str = "utf-8"
+    """Encoding of text files that are not UTF-8, in Python's names: cp1252, utf-16, shift_jis, ..."""
+    quotes: Quotes = Quotes.auto
+    """Double quotes in csv and tsv files: enclose cells, are part of the text, or auto: enclose, and rows that a
+    stray quote would swallow are found."""
     cache_dir: Optional[str] = None
     """Folder of the tokenised cache; null: ~/.cache/finetune-gptj."""
     preview: int = 0

@@ -12,6 +12,7 @@ from finetune.app import Composed
 from finetune.assets_path import resolve
 from finetune.config import DataConfig
 from finetune.data.columns import open_store
+from finetune.data.records import file_options
 from finetune.data.store import build_store
 from finetune.data.tokenizer import load_tokenizer
 from finetune.display import silence_libraries, summary_table
@@ -76,7 +77,7 @@ def _run(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> int:
     spec = data.eval
     path = world.on_main(lambda: build_store(
         resolve(spec), data.eval_split, task.encoder(), on_bad_row=data.on_bad_row.value, max_bad_rows=data.max_bad_rows,
-        config=data.config, cache_dir=Path(data.cache_dir).expanduser() if data.cache_dir else None).path)
+        config=data.config, options=file_options(data), cache_dir=Path(data.cache_dir).expanduser() if data.cache_dir else None).path)
     store = open_store(path)
     metrics, predictions = evaluate_with(trained.module, task, store, world, cfg.batch)
     if store.stats["bad_rows"]:

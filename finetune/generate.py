@@ -33,7 +33,7 @@ from finetune.saved import Trained, load_export, read_about, typed_task
 from finetune.tasks import build_task
 
 Row = dict[str, Any]
-TABLES = (".json", ".csv", ".tsv", ".parquet")
+TABLES = (".json", ".ndjson", ".csv", ".tsv", ".parquet")
 """Files of rows with named fields; of any other each line is a prompt."""
 
 

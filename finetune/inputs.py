@@ -11,6 +11,7 @@ from finetune.assets_path import resolve
 from finetune.config import Config
 from finetune.data.columns import Store, open_store
 from finetune.data.packing import Rows, efficiency
+from finetune.data.records import data_notes, file_options
 from finetune.data.store import build_store
 from finetune.data.tokenizer import load_tokenizer
 from finetune.display import Display
@@ -30,7 +31,7 @@ class Inputs:
     rows: Rows
     """Which training examples share a row."""
     notes: dict[str, list[str]]
-    """What encoding did to the data (texts cut, contexts split), by train and eval."""
+    """What is remarkable about the files, and what encoding did to the data (texts cut), by train and eval."""
 
     def collate(self, indices: list[int]) -> Batch:
         """These rows of the training data as one numpy batch."""
@@ -65,10 +66,13 @@ def prepare_inputs(cfg: Config, world: World, display: Display | None, say) -> I
     rows = task.rows(train)
     if cfg.data.preview:
         say(preview(task, train, rows, tokenizer, cfg.data.preview))
-    notes = {name: task.notes(store) if store else [] for name, store in (("train", train), ("eval", held_out))}
-    for name, lines in notes.items():
-        for line in lines:
+    notes = world.on_main(lambda: data_notes(cfg.data))
+    for name, store in (("train", train), ("eval", held_out)):
+        notes[name] += task.notes(store) if store else []
+        for line in notes[name]:
             say(f"{name} data: {line}")
+        if store and (bad := store.stats["bad_rows"]):
+            say(f"{name} data: {bad} bad row{'s' if bad > 1 else ''} left out; {store.stats['bad_row_messages'][0]}")
     return Inputs(tokenizer, task, train, held_out, rows, notes)
 
 
@@ -86,7 +90,7 @@ def _store(cfg: Config, task: Task, spec: str | None, split: str, world: World, 
 
             store = build_store(resolve(spec), split, task.encoder(), on_bad_row=data.on_bad_row.value,
                                 cache_dir=Path(data.cache_dir).expanduser() if data.cache_dir else None,
-                                max_bad_rows=data.max_bad_rows, config=data.config,
+                                max_bad_rows=data.max_bad_rows, config=data.config, options=file_options(data),
                                 progress=progress if phase else None)
         return store.path
 

@@ -21,8 +21,9 @@ from typing import Any
 from finetune.config import InstructConfig
 from finetune.data.fields import MEND, full_text, text_field
 from finetune.data.records import MISSING, get_field
-from finetune.data.rows import SKIP, json_type
+from finetune.data.rows import json_type
 from finetune.data.template import Message
+from finetune.data.utf8 import SKIP
 from finetune.errors import UserError
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}

@@ -1,39 +1,61 @@
-"""Bytes of a plain, .gz or .zst file as chunks and as lines, in bounded memory.
+"""Bytes of a plain, gzip or zstd file as decompressed chunks, in bounded memory.
 
-Flow: file -> chunks (decompressed) -> lines. Both compressors allow several frames one after another. A file that
-ends inside a frame is an error here, although Python's own readers of .zst end silently. Parses nothing.
+The content decides how a file is decompressed, not its name: downloads are often named wrongly. Both compressors
+allow several frames one after another. A file that ends inside a frame is an error here, although Python's own
+readers of .zst end silently. Knows neither text nor lines (`utf8`).
 """
 
 from __future__ import annotations
 
+import re
+import shlex
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from finetune.errors import UserError, gib
+from finetune.errors import UserError
 
 READ_BYTES = 1 << 18
-LINE_LIMIT_BYTES = 256 << 20
 # 2 GiB: what `zstd --long=31` writes. The memory is only taken for files that were written so.
 ZSTD_WINDOW_BYTES = 1 << 31
 ZSTD_STEP_BYTES = 1 << 16
-UTF8_BOM = b"\xef\xbb\xbf"
+HEAD_BYTES = 512
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
 
 Count = Callable[[int], None]
 
 
-class Line(NamedTuple):
-    number: int
-    """From 1."""
-    data: bytes
-    """Without its newline."""
-    complete: bool
-    """False for a last line that ends the file without a newline."""
-
-
 class BrokenStream(Exception):
     """The compressed stream ends early or is damaged; `str(error)` is the reason."""
+
+
+def head_of(path: Path) -> bytes:
+    """The first bytes of the file as it lies on disk.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return file.read(HEAD_BYTES)
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror or error}", str(path)) from None
+
+
+def compression(path: Path) -> str:
+    """gzip, zstd or "", by content; where that tells nothing, by name."""
+    head = head_of(path)
+    if head.startswith(GZIP):
+        return "gzip"
+    if head.startswith(ZSTD) or ZSTD_SKIPPABLE.match(head):
+        return "zstd"
+    named = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower(), "")
+    # Plain text under a compressed name is read as text; anything else is a damaged archive.
+    magic = {"gzip": GZIP, "zstd": ZSTD}.get(named, b"")
+    is_text = not magic.startswith(head) and not re.search(rb"[^\t\n\f\r -~\x80-\xff]", head)
+    return "" if is_text else named
 
 
 def chunks(path: Path, count: Count | None = None) -> Iterator[bytes]:
@@ -44,60 +66,27 @@ def chunks(path: Path, count: Count | None = None) -> Iterator[bytes]:
         UserError: the file cannot be read.
     """
     pieces = _read(path, count or (lambda _: None))
-    if path.suffix.lower() == ".gz":
-        return _inflate(pieces)
-    if path.suffix.lower() == ".zst":
-        return _zstd(pieces)
-    return pieces
+    unpack = {"gzip": _inflate, "zstd": _zstd}.get(compression(path))
+    return unpack(pieces) if unpack else pieces
 
 
-def lines(path: Path, count: Count | None = None) -> Iterator[Line]:
-    """Lines split at b"\\n" only, a UTF-8 byte order mark removed.
-
-    Raises:
-        UserError: file:line of a broken stream, a UTF-16 file, or a line beyond 256 MiB.
-    """
-    number, tail, tail_bytes, first = 0, [], 0, True
-    try:
-        for chunk in chunks(path, count):
-            if first and chunk:
-                chunk, first = strip_bom(chunk, path), False
-            *whole, rest = chunk.split(b"\n")
-            if whole:
-                whole[0] = b"".join([*tail, whole[0]])
-                tail, tail_bytes = [], 0
-            for data in whole:
-                number += 1
-                yield Line(number, data, True)
-            tail.append(rest)
-            tail_bytes += len(rest)
-            if tail_bytes > LINE_LIMIT_BYTES:
-                raise _line_too_long(path, number + 1)
-    except BrokenStream as fault:
-        raise broken_file(path, fault, number) from None
-    last = b"".join(tail)
-    if last:
-        yield Line(number + 1, last, False)
+def show_line(path: Path, number: int) -> str:
+    """The shell command that prints one line of a file."""
+    if compression(path):
+        return f"{decompress_command(path)} | sed -n {number}p"
+    return f"sed -n {number}p {shlex.quote(str(path))}"
 
 
-def strip_bom(chunk: bytes, path: Path) -> bytes:
-    """The first chunk of a file without its byte order mark; UTF-16 and UTF-32 are refused."""
-    if chunk.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError("this file is UTF-16, not UTF-8", f"{path}:1",
-                        f"Try iconv -f UTF-16 -t UTF-8 {path} > converted{path.suffix}")
-    return chunk.removeprefix(UTF8_BOM)
+def decompress_command(path: Path) -> str:
+    """The shell command that decompresses a file whatever its name."""
+    return f"{compression(path)} -dc < {shlex.quote(str(path))}"
 
 
-def broken_file(path: Path, fault: BrokenStream, good_lines: int) -> UserError:
-    last = f"the last good line is {good_lines}" if good_lines else "no line of it can be read"
-    return UserError(f"{fault}; {last}", f"{path}:{good_lines + 1}",
-                     "Download or copy it again and compare its size or checksum with the source; "
-                     f"to keep what is readable, decompress the first {good_lines} lines to another file.")
-
-
-def _line_too_long(path: Path, number: int) -> UserError:
-    return UserError(f"a line is longer than {gib(LINE_LIMIT_BYTES)}", f"{path}:{number}",
-                     "One record per line is expected; if the file is one JSON array, name it .json.")
+def renamed(path: Path, mark: str) -> str:
+    """a.csv.gz -> a.utf8.csv, beside it."""
+    name = re.sub(r"\.(gz|zst)$", "", path.name, flags=re.IGNORECASE)
+    stem, dot, suffix = name.rpartition(".")
+    return shlex.quote(str(path.with_name(f"{stem}.{mark}.{suffix}" if dot else f"{name}.{mark}")))
 
 
 def _read(path: Path, count: Count) -> Iterator[bytes]:

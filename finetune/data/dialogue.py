@@ -23,9 +23,9 @@ from finetune.config import InstructConfig
 from finetune.data.columns import Column, Example
 from finetune.data.conversations import conversation
 from finetune.data.fields import digest, shown
-from finetune.data.rows import SKIP
 from finetune.data.template import Message, Template
 from finetune.data.text import TextTokenizer, ids_dtype
+from finetune.data.utf8 import SKIP
 from finetune.errors import UserError
 
 if TYPE_CHECKING:

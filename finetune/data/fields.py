@@ -9,7 +9,8 @@ import hashlib
 from typing import Any
 
 from finetune.data.records import MISSING, field_error, get_field
-from finetune.data.rows import SKIP, json_type
+from finetune.data.rows import json_type
+from finetune.data.utf8 import SKIP
 from finetune.errors import UserError
 
 MEND = f"Mend the row; {SKIP}"

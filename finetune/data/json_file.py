@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune.data.decode import BrokenStream, Count, broken_file, chunks, strip_bom
+from finetune.data.decode import BrokenStream, Count
 from finetune.data.rows import Row, check_object, json_type, jsonl_rows
+from finetune.data.utf8 import DEFAULTS, FileOptions, broken_file, invalid_utf8, text_chunks
 from finetune.errors import UserError
 
 SPACE = " \t\r\n"
@@ -22,15 +23,15 @@ HEAD_BYTES = 16 << 20
 SHAPES = 'A .json file is one array [...], one object {"data": [...]}, or one object per line.'
 
 
-def json_rows(path: Path, count: Count | None = None) -> Iterator[Row]:
-    if _is_jsonl(path):
-        return jsonl_rows(path, count)
-    return _document_rows(path, count)
+def json_rows(path: Path, count: Count | None = None, options: FileOptions = DEFAULTS) -> Iterator[Row]:
+    if _is_jsonl(path, options):
+        return jsonl_rows(path, count, options)
+    return _document_rows(path, count, options)
 
 
-def _is_jsonl(path: Path) -> bool:
-    """Whether the first line alone is an object that is not the whole {"data": [...]}."""
-    head = _first_line(path).strip()
+def _is_jsonl(path: Path, options: FileOptions) -> bool:
+    """Return whether the first line alone is an object that is not the whole {"data": [...]}."""
+    head = _first_line(path, options).strip()
     if not head.startswith(b"{"):
         return False
     try:
@@ -39,13 +40,12 @@ def _is_jsonl(path: Path) -> bool:
         return False
 
 
-def _first_line(path: Path) -> bytes:
+def _first_line(path: Path, options: FileOptions) -> bytes:
     """The first line that is not blank; nothing where it is longer than `HEAD_BYTES`, or cannot be read."""
-    head, first = b"", True
+    head = b""
     try:
-        for chunk in filter(None, chunks(path)):
-            head = (head + (strip_bom(chunk, path) if first else chunk)).lstrip()
-            first = False
+        for chunk in text_chunks(path, encoding=options.encoding):
+            head = (head + chunk).lstrip()
             if b"\n" in head:
                 return head.split(b"\n")[0]
             if len(head) > HEAD_BYTES:
@@ -55,8 +55,8 @@ def _first_line(path: Path) -> bytes:
     return head
 
 
-def _document_rows(path: Path, count: Count | None) -> Iterator[Row]:
-    window = _Window(path, count)
+def _document_rows(path: Path, count: Count | None, options: FileOptions) -> Iterator[Row]:
+    window = _Window(path, count, options)
     opening = window.peek()
     if opening == "":
         return
@@ -113,12 +113,11 @@ def _elements(window: _Window) -> Iterator[tuple[int, Any]]:
 class _Window:
     """A text window over the file that grows to hold one element and forgets what was read."""
 
-    def __init__(self, path: Path, count: Count | None):
+    def __init__(self, path: Path, count: Count | None, options: FileOptions):
         self.path, self.text, self.at, self.line, self.ended = path, "", 0, 1, False
         self._seen, self._seen_lines = 0, 0  # newlines up to here in the window are counted
-        self._chunks = filter(None, chunks(path, count))
+        self._chunks = filter(None, text_chunks(path, count, options.encoding))
         self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._first = True
         self._parser = json.JSONDecoder()
 
     def peek(self) -> str:
@@ -185,13 +184,10 @@ class _Window:
     def _next_text(self) -> str:
         try:
             chunk = next(self._chunks, b"")
-            if self._first and chunk:
-                chunk, self._first = strip_bom(chunk, self.path), False
             self.ended = not chunk
             return self._decoder.decode(chunk, final=self.ended)
         except BrokenStream as fault:
             raise broken_file(self.path, fault, self.line - 1) from None
         except UnicodeDecodeError as error:
             line = self.line + error.object.count(b"\n", 0, error.start)
-            raise UserError(f"invalid UTF-8: byte 0x{error.object[error.start]:02x}", f"{self.path}:{line}",
-                            "If the file is Latin-1: iconv -f LATIN1 -t UTF-8") from None
+            raise invalid_utf8(self.path, f"{self.path}:{line}", error) from None

@@ -21,8 +21,9 @@ from finetune.config import ClassifyConfig
 from finetune.data.columns import Column, Example
 from finetune.data.fields import MEND, digest, shown, text_field
 from finetune.data.records import MISSING, field_error, get_field
-from finetune.data.rows import SKIP, json_type
+from finetune.data.rows import json_type
 from finetune.data.text import TextTokenizer, ids_dtype
+from finetune.data.utf8 import SKIP
 from finetune.errors import UserError
 
 if TYPE_CHECKING:

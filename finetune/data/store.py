@@ -22,6 +22,7 @@ from pathlib import Path
 from finetune.data.columns import FORMAT, Column, Encoder, Example, Store, open_store, store_fault
 from finetune.data.pipeline import BadRows, Meter, Progress, check_bad_rows, run
 from finetune.data.records import Source, open_source
+from finetune.data.utf8 import DEFAULTS, FileOptions
 from finetune.data.write import ColumnWriter, write_meta
 from finetune.durable import fsync
 from finetune.errors import UserError
@@ -32,7 +33,8 @@ log = logging.getLogger(__name__)
 
 
 def build_store(spec: str, split: str, encoder: Encoder, *, cache_dir: Path | None = None, on_bad_row: str = "error",
-                max_bad_rows: int = 100, config: str | None = None, progress: Progress | None = None) -> Store:
+                max_bad_rows: int = 100, config: str | None = None, options: FileOptions = DEFAULTS,
+                progress: Progress | None = None) -> Store:
     """The store of these data under this encoder, from the cache or built now.
 
     Raises:
@@ -40,7 +42,7 @@ def build_store(spec: str, split: str, encoder: Encoder, *, cache_dir: Path | No
             example at all, or a disk that is full or not writable.
     """
     assert on_bad_row in ("error", "skip")
-    source = open_source(spec, split, config)
+    source = open_source(spec, split, config, options)
     fingerprint = _fingerprint(source, encoder, on_bad_row)
     folder = (Path(cache_dir) if cache_dir else default_cache_dir()) / fingerprint[:16]
     if store_fault(folder) is None:

@@ -22,10 +22,10 @@ import numpy as np
 from finetune.config import QaConfig
 from finetune.data.columns import Column, Example, PartlyBad
 from finetune.data.fields import digest
-from finetune.data.rows import SKIP
 from finetune.data.squad import Question, questions
 from finetune.data.text import ids_dtype
 from finetune.data.tokenizer import backend, tokenizer_fingerprint
+from finetune.data.utf8 import SKIP
 from finetune.errors import UserError
 
 if TYPE_CHECKING:

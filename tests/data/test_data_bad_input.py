@@ -15,7 +15,7 @@ import pytest
 import zstandard
 from toy_encoder import ToyEncoder
 
-from finetune.data import decode
+from finetune.data import utf8
 from finetune.data.records import read
 from finetune.data.store import build_store
 from finetune.data.text import TextEncoder
@@ -46,7 +46,7 @@ BAD_ROWS = {
         "nested too deeply",
     ),
     "huge number": ("a.jsonl", GOOD + b'{"text": ' + b"1" * 5000 + b"}\n" + GOOD, 2, "broken JSON: Exceeds the limit"),
-    "in a .zst": ("a.jsonl.zst", zstandard.compress(GOOD + b"oops\n" + GOOD), 2, "zstdcat .*a.jsonl.zst . sed -n 2p"),
+    "in a .zst": ("a.jsonl.zst", zstandard.compress(GOOD + b"oops\n" + GOOD), 2, "zstd -dc < .*a.jsonl.zst . sed -n 2p"),
     "CSV, too many fields": ("a.csv", b"text,n\ngood,1\na,2,3\ngood,4\n", 3, "the row has 3 fields, the header 2"),
     "CSV, too few fields": ("a.csv", b"text,n\ngood,1\na\ngood,4\n", 3, "the row has 1 fields, the header 2"),
     "CSV, invalid UTF-8": ("a.csv", b"text,n\ngood,1\ncaf\xe9,2\ngood,4\n", 3, "invalid UTF-8: byte 0xe9"),
@@ -85,14 +85,22 @@ def parquet() -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+EMPTY_FILES = {
+    "empty": ("a.jsonl", b""),
+    "blank": ("a.jsonl", b"\n\n  \n"),
+    "empty gz": ("a.jsonl.gz", b""),
+    "empty zst": ("a.jsonl.zst", zstandard.compress(b"")),
+    "empty JSON": ("a.json", b"[]"),
+    "empty text": ("a.txt", b""),
+    "blank text": ("a.txt", b" \n\n"),
+    "empty CSV": ("a.csv", b""),
+    "header only": ("a.csv", b"text,n\n"),
+    "separator only": ("a.csv", b"sep=;\n"),
+}
+HTML = b"<!DOCTYPE html>\n<html><body>Not found</body></html>\n"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 2469606195\n" % (b"4d7a" * 16)
+
 BAD_FILES = {
-    "empty": ("a.jsonl", b"", "the file holds no record"),
-    "blank": ("a.jsonl", b"\n\n  \n", "the file holds no record"),
-    "empty gz": ("a.jsonl.gz", b"", "the file holds no record"),
-    "empty zst": ("a.jsonl.zst", zstandard.compress(b""), "the file holds no record"),
-    "empty JSON": ("a.json", b"[]", "the file holds no record"),
-    "empty text": ("a.txt", b"", "the file holds no record"),
-    "header only": ("a.csv", b"text,n\n", "the file holds no record"),
     "truncated gz": (
         "a.jsonl.gz",
         gzip.compress(NOISE)[:-3000],
@@ -104,7 +112,17 @@ BAD_FILES = {
         "the gzip stream is truncated; the last good line is 4000",
     ),
     "corrupt gz": ("a.jsonl.gz", flipped(gzip.compress(NOISE)), "the gzip data is damaged"),
-    "no gz": ("a.jsonl.gz", NOISE, "the gzip data is damaged .*; no line of it can be read"),
+    "no gz": ("a.jsonl.gz", bytes(range(256)) * 9, "the gzip data is damaged .*; no line of it can be read"),
+    "gz in gz": ("a.jsonl.gz", gzip.compress(gzip.compress(GOOD)), "this file is compressed twice"),
+    "workbook": ("a.csv", b"PK\x03\x04" + NOISE, "this file is a zip archive or an Excel workbook, not .csv"),
+    "web page": ("a.jsonl", HTML, "this file is a web page"),
+    "pointer to text": ("a.txt", POINTER, "this is a git-lfs pointer, not the file itself; its 2.30 GiB are still"),
+    "pointer to lines": ("a.jsonl", POINTER, "git-lfs pointer"),
+    "pointer to a table": ("a.csv", POINTER, "git-lfs pointer"),
+    "pointer to parquet": ("a.parquet", POINTER, "git-lfs pointer"),
+    "pointer to an archive": ("a.jsonl.zst", POINTER, "git-lfs pointer"),
+    "UTF-16 without mark": ("a.csv", "text,n\na,1\n".encode("utf-16-le"), "a.csv:1: this file is UTF-16-LE, not UTF-8"),
+    "header without names": ("a.csv", b",,\na,b,c\n", "a.csv:1: the first line names no column"),
     "truncated zst": (
         "a.jsonl.zst",
         zstandard.compress(NOISE)[:-3000],
@@ -120,7 +138,7 @@ BAD_FILES = {
         flipped(zstandard.ZstdCompressor(write_checksum=True).compress(NOISE)),
         "the zstd data is damaged",
     ),
-    "no zst": ("a.jsonl.zst", NOISE, "the zstd data is damaged"),
+    "no zst": ("a.jsonl.zst", bytes(range(256)) * 9, "the zstd data is damaged"),
     "truncated parquet": ("a.parquet", parquet()[:-100], "not a readable parquet file"),
     "no parquet": ("a.parquet", NOISE, "not a readable parquet file"),
     "UTF-16": ("a.jsonl", GOOD.decode().encode("utf-16"), "a.jsonl:1: this file is UTF-16"),
@@ -150,18 +168,18 @@ BAD_FILES = {
     "CSV header twice": ("a.csv", b"text,text\n1,2\n", "a.csv:1: the header names 'text' twice"),
     "CSV open quote": (
         "a.csv",
-        b'text,n\ngood,1\n"open,2\ngood,3\n',
+        b'text,n\ngood,1\n"open,2\ngood\nfine, or not,3\n',
         "a.csv:3: a quoted field is opened here and never closed",
     ),
     "CSV quote that ends wrongly": (
         "a.csv",
-        b'text,n\ngood,1\n"open,2\ngood,3\nhe said "hi" there,4\ngood,5\n',
+        b'text,n\ngood,1\n"open,2\ngood\nhe said "hi" there,4\ngood,5\n',
         "a.csv:3: a quoted field is opened here and ends wrongly 2 lines below",
     ),
-    "TSV quotes around rows": (
-        "a.tsv",
-        b'text\tn\ngood\t1\n"open\t2\ngood\t3\ngood\t4\nclose"\t5\n',
-        "a.tsv:3: a quote opens here and swallows the 2 rows behind it",
+    "CSV quotes that may enclose rows": (
+        "a.csv",
+        b'prompt,completion\nsum,one\n"add,two\nall,three\nup",four\n',
+        "a.csv:3: a quote opens here and seems to swallow the 2 rows behind it",
     ),
 }
 
@@ -176,6 +194,24 @@ def test_a_bad_file_is_raised(tmp_path, kind):
     assert str(caught.value).startswith(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("kind", EMPTY_FILES)
+def test_an_empty_file_is_a_bad_row(tmp_path, toy, kind):
+    """It stops a run, or is told and left out; nothing but empty files is an error all the same."""
+    name, data = EMPTY_FILES[kind]
+    (tmp_path / "all").mkdir()
+    path = tmp_path / "all" / name
+    path.write_bytes(data)
+    (fault,) = read(str(path), "train")
+    assert isinstance(fault, UserError) and str(fault).startswith(f"{path}: the file holds no record")
+    with pytest.raises(UserError, match=r"(?s)no example is left.*the file holds no record"):
+        build_store(str(path), "train", toy, on_bad_row="skip")
+    (tmp_path / "all" / "good.jsonl").write_bytes(GOOD)
+    with pytest.raises(UserError, match="the file holds no record"):
+        build_store(str(tmp_path / "all"), "train", toy)
+    store = build_store(str(tmp_path / "all"), "train", toy, on_bad_row="skip")
+    assert len(store) == 1 and store.stats["bad_rows"] == 1 and str(path) in store.stats["bad_row_messages"][0]
+
+
 @pytest.mark.parametrize("cut", range(1, 60))
 def test_every_cut_of_a_zst_or_gz_is_noticed(tmp_path, cut):
     for name, whole in (("a.jsonl.zst", zstandard.compress(GOOD * 3)), ("a.jsonl.gz", gzip.compress(GOOD * 3))):
@@ -186,7 +222,7 @@ def test_every_cut_of_a_zst_or_gz_is_noticed(tmp_path, cut):
 
 
 def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(decode, "LINE_LIMIT_BYTES", 1 << 20)
+    monkeypatch.setattr(utf8, "LINE_LIMIT_BYTES", 1 << 20)
     (tmp_path / "a.jsonl").write_bytes(GOOD + b"[" + b"1," * (1 << 20))
     with pytest.raises(UserError, match=r"(?s)a.jsonl:2: a line is longer than .*name it .json"):
         list(read(str(tmp_path / "a.jsonl"), "train"))
