@@ -4,7 +4,8 @@
                "is_impossible"}]}]}                                SQuAD v1.1 and v2: the elements of the file's "data"
     flat       {"id", "context", "question", "answers": {"text": [..], "answer_start": [..]}}      as on the hub
 
-`answer_start` counts characters of the context. A question without answers is unanswerable. Tokenises nothing.
+`answer_start` counts characters of the context. A question without answers is unanswerable; some exports write
+{"text": "", "answer_start": -1} instead. Tokenises nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Union
 
 from finetune.data.fields import MEND, full_text, shown
-from finetune.data.rows import SKIP, json_type
+from finetune.data.rows import json_type
+from finetune.data.utf8 import SKIP
 from finetune.errors import UserError
 
 LAYOUTS = ('A row is a SQuAD article {"title", "paragraphs": [...]} or a question '
@@ -67,7 +69,8 @@ def _checked(entry: Any, context: str, place: str, number: int) -> Question | Us
         where = f"{place} id {name}"
         impossible = entry.get("is_impossible")
         given = [] if impossible is True and "answers" not in entry else _get(entry, "answers", where)
-        answers = [_annotation(answer, where) for answer in _list(given, "'answers'", where)]
+        annotated = _list(given, "'answers'", where)
+        answers = [_annotation(answer, where) for answer in annotated if not _is_none(answer, impossible is True)]
         if impossible is True and answers:
             raise UserError(f"is_impossible is true, yet there is the answer {shown(answers[0][1])}", where,
                             f"Empty 'answers', or set is_impossible to false; {SKIP}")
@@ -84,7 +87,8 @@ def _flat(record: dict, where: str) -> Question:
     place = f"{where} id {name}" if name is not None else where
     context = full_text(_get(record, "context", place), "'context'", place)
     answers = _parsed(_get(record, "answers", place))
-    pairs = [_annotation(a, place) for a in answers] if isinstance(answers, list) else _columns(answers, place)
+    pairs = ([_annotation(answer, place) for answer in answers if not _is_none(answer)] if isinstance(answers, list)
+             else _columns(answers, place))
     return _question(place, str(where if name is None else name), context, _get(record, "question", place), pairs)
 
 
@@ -107,7 +111,19 @@ def _columns(answers: Any, where: str) -> list[tuple[int, str]]:
     starts = _list(_get(answers, "answer_start", where), "'answers.answer_start'", where)
     if len(texts) != len(starts):
         raise UserError(f"'answers' has {len(texts)} texts and {len(starts)} starts", where, MEND)
-    return [_annotation({"text": t, "answer_start": s}, where) for t, s in zip(texts, starts, strict=True)]
+    pairs = [{"text": t, "answer_start": s} for t, s in zip(texts, starts, strict=True)]
+    return [_annotation(pair, where) for pair in pairs if not _is_none(pair)]
+
+
+def _is_none(answer: Any, impossible: bool = False) -> bool:
+    """Return whether an annotation says that there is no answer: without text, at -1 or nowhere.
+
+    Args:
+        impossible: the question is marked as unanswerable; then any start will do.
+    """
+    if not isinstance(answer, dict) or answer.get("text") not in ("", None):
+        return False
+    return impossible or answer.get("answer_start", -1) in (-1, None)
 
 
 def _annotation(answer: Any, where: str) -> tuple[int, str]:

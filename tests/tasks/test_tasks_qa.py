@@ -16,6 +16,7 @@ from task_setup import EOS, NEWLINE, assert_same_gradients, evaluate_on, models
 from finetune.config import QaConfig
 from finetune.data.store import build_store
 from finetune.data.windows import token_span, window_starts
+from finetune.errors import UserError
 from finetune.preview import preview
 from finetune.tasks import build_task
 from finetune.tasks.qa import NOTHING, best_spans
@@ -347,6 +348,28 @@ def test_one_rank_and_three_report_the_same(make):
     (alone,), predictions = evaluate_on(1, ours, made, batch=1)
     several, theirs = evaluate_on(3, ours, made, batch=1)
     assert several == [alone] * 3 and theirs == predictions and len(predictions) == 4
+
+
+@pytest.mark.parametrize("answers", [
+    {"text": [""], "answer_start": [-1]}, {"text": [None], "answer_start": [None]}, [{"text": "", "answer_start": -1}],
+    '{"text": [""], "answer_start": [-1]}',
+])
+def test_an_empty_text_at_minus_one_is_no_answer(make, answers):
+    made = make(cfg(), [NOBODY | {"answers": answers}])
+    assert made.example(0) == make(cfg(), [NOBODY]).example(0) and made.task.unanswerable
+
+
+def test_articles_may_mark_unanswerable_questions_by_an_empty_text(make):
+    qas = [{"id": "a", "question": "Why?", "is_impossible": True, "answers": [{"text": "", "answer_start": start}]}
+           for start in (-1, 0)] + [{"id": "b", "question": "Why?", "answers": [{"text": "", "answer_start": -1}]}]
+    made = make(cfg(), [{"paragraphs": [{"context": "Ada met Bob.", "qas": qas}]}])
+    assert [made.example(i)["start"] for i in range(3)] == [8, 8, 8]
+    for bad in ({"answers": [{"text": "", "answer_start": 0}]},
+                {"is_impossible": False, "answers": [{"text": "", "answer_start": -1}]},
+                {"answers": [{"text": "Bob", "answer_start": -1}]}):
+        article = {"paragraphs": [{"context": "Ada met Bob.", "qas": [{"id": "a", "question": "Who?"} | bad]}]}
+        with pytest.raises(UserError, match="id a: "):
+            make(cfg(), [article])
 
 
 def test_a_bad_question_does_not_cost_its_article(make):
