@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from finetune.assets_path import resolve
-from finetune.config import Config
-from finetune.data.records import open_source
+from finetune.config import Config, Init
+from finetune.data.records import file_options, open_source
 from finetune.errors import UserError
-from finetune.gptj.load import local_folder
+from finetune.gptj.load import local_folder, refuse_pointers
 
 FETCHED = {"data/sotu": "Fetch it: python -m finetune.data.fetch sotu"}
 """Folders of data that a recipe names and the project has a command for."""
@@ -25,8 +25,8 @@ def absent(cfg: Config, download: bool) -> Iterator[UserError]:
     for key, spec, split in (("data.train", data.train, data.split), ("data.eval", data.eval, data.eval_split)):
         if spec:
             fetch = FETCHED.get(str(Path(spec).parent), "")
-            yield from _try(lambda spec=spec, split=split: open_source(spec, split, data.config), key, fetch)
-    yield from _try(lambda: local_folder(cfg.model, download), "", "")
+            yield from _try(lambda spec=spec, split=split: open_source(spec, split, data.config, file_options(data)), key, fetch)
+    yield from _try(lambda: refuse_pointers(local_folder(cfg.model, download), cfg.model.init is Init.pretrained), "", "")
     folder = Path(resolve(cfg.model.tokenizer or ".")).expanduser()
     if str(folder).startswith("/") and not folder.is_dir():
         yield UserError(f"there is no directory {folder}", "model.tokenizer", "Check the path, or leave model.tokenizer out.")

@@ -25,6 +25,7 @@ from finetune.checkpoint_files import step_folder, verify
 from finetune.config import Config, Dtype, FullConfig, Init, ModelConfig, TaskConfig
 from finetune.data.records import read
 from finetune.data.tokenizer import load_tokenizer
+from finetune.durable import refuse_pointer
 from finetune.errors import UserError
 from finetune.gptj.load import DTYPES, MAPPED_BYTES, build_model, local_folder, weights_identity
 from finetune.peak import SLOW_BF16, emulates_bf16
@@ -191,6 +192,8 @@ def load_run(cfg: Config, checkpoint: Path, head: str, num_labels: int | None, d
 
 def read_about(folder: Path) -> dict[str, Any]:
     """finetune.json of an export; for any other GPT-J checkpoint what its config.json tells."""
+    for name in (ABOUT, "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "config.json"):
+        refuse_pointer(folder / name)
     if (folder / ABOUT).is_file():
         return json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     if (folder / "adapter_config.json").is_file():

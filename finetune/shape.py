@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Union
 
 from finetune.config import AdapterConfig, FullConfig, Ia3Config, LoraConfig, PrefixConfig, PromptConfig
+from finetune.durable import refuse_pointer
 from finetune.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
@@ -281,6 +282,7 @@ def _cached_config(repo_id: str, revision: Union[str, None]) -> Union[str, None]
 
 def _read_json(path: Path) -> tuple[dict[str, Any], str]:
     path = path / "config.json" if path.is_dir() else path
+    refuse_pointer(path)
     try:
         return json.loads(path.read_text()), str(path)
     except FileNotFoundError:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from finetune.assets_path import asset, resolve
+from finetune.durable import refuse_pointer
 from finetune.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 EXTRA_TOKENS = 143
 POSITIONS = 2048
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "tokenizer_config.json")
+SIDE_FILES = ("merges.txt", "special_tokens_map.json", "added_tokens.json")
 
 
 def load_tokenizer(path: str | None) -> PreTrainedTokenizerBase:
@@ -32,6 +34,8 @@ def load_tokenizer(path: str | None) -> PreTrainedTokenizerBase:
     path = None if path is None else resolve(str(path))
     if path is None or (Path(path).is_dir() and not _has_tokenizer(Path(path))):
         return build_gptj_tokenizer()
+    for name in (*TOKENIZER_FILES, *SIDE_FILES):
+        refuse_pointer(Path(path).expanduser() / name)
     tokenizer = _load_auto(path)
     missing = "eos token, which separates documents" if tokenizer.eos_token_id is None else None
     if getattr(tokenizer, "backend_tokenizer", None) is None:

@@ -24,11 +24,15 @@ from transformers import GPTJConfig
 
 from finetune.assets_path import resolve
 from finetune.config import Init, ModelConfig
+from finetune.data.tokenizer import TOKENIZER_FILES
+from finetune.durable import refuse_pointer
 from finetune.errors import UserError
 from finetune.gptj.model import HEADS, copy_config
 
 LEGACY = re.compile(r"(\.attn\.(bias|masked_bias|embed_positions)|\.rotary_emb\.inv_freq)$")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLES = ("model.safetensors", "pytorch_model.bin")
 PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "tokenizer*",
             "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
 MAPPED_BYTES = 1 << 26
@@ -87,10 +91,10 @@ def _full_name(name: str) -> str:
 
 
 def _name_to_file(folder: Path) -> dict[str, Path]:
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+    for index in INDEXES:
         if (folder / index).is_file():
             return _read_index(folder, folder / index)
-    for single in ("model.safetensors", "pytorch_model.bin"):
+    for single in SINGLES:
         if (folder / single).is_file():
             file = folder / single
             return {name: file for name in _open_shard(file).keys()}  # noqa: SIM118 - not a dict
@@ -99,6 +103,7 @@ def _name_to_file(folder: Path) -> dict[str, Path]:
 
 
 def _read_index(folder: Path, index: Path) -> dict[str, Path]:
+    refuse_pointer(index)
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, UnicodeDecodeError) as error:
@@ -115,8 +120,31 @@ def _read_index(folder: Path, index: Path) -> dict[str, Path]:
     return files
 
 
+def refuse_pointers(folder: Path, weights: bool) -> None:
+    """Check that git-lfs has fetched the files of a checkpoint that will be read.
+
+    Args:
+        weights: the weights will be read, not config.json and the tokenizer alone.
+
+    Raises:
+        UserError: one of them is a git-lfs pointer.
+    """
+    for name in ("config.json", *TOKENIZER_FILES):
+        refuse_pointer(folder / name)
+    for index in INDEXES if weights else ():
+        if (folder / index).is_file():
+            for file in sorted(set(_read_index(folder, folder / index).values())):
+                refuse_pointer(file)
+            return
+    for single in SINGLES if weights else ():
+        if (folder / single).is_file():
+            refuse_pointer(folder / single)
+            return
+
+
 def _open_shard(file: Path):
     """A handle with keys(): safetensors by mmap, .bin as a dict of mmapped tensors."""
+    refuse_pointer(file)
     try:
         if file.suffix == ".safetensors":
             return safe_open(str(file), framework="pt")
@@ -188,6 +216,7 @@ def read_config(folder: Path, cfg: ModelConfig, num_labels: int | None = None) -
         UserError: config.json is missing, broken, or not a GPT-J's.
     """
     file = folder / "config.json"
+    refuse_pointer(file)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPTJForCausalLM
 
-from finetune.config import Dtype, Init, ModelConfig
+from finetune.at_hand import absent
+from finetune.config import Config, Dtype, Init, ModelConfig
+from finetune.data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from finetune.errors import UserError
 from finetune.gptj.load import build_model, weights_identity
 
@@ -166,3 +168,35 @@ def test_hub_id_offline_says_what_to_do():
     with pytest.raises(UserError) as caught:
         build_model(ModelConfig(path="EleutherAI/gpt-j-6b"), "lm", device=CPU, seed=0)
     assert "recipe=quickstart" in str(caught.value) and "model.path=DIR" in str(caught.value)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 24207819307\n" % (b"4d7a" * 16)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "pytorch_model.bin", "tokenizer.json", "vocab.json",
+                                  "shard.safetensors", "model.safetensors.index.json"])
+def test_a_git_lfs_pointer_is_named_before_anything_is_read(copy, name):
+    """Weights, sharded or not, config and tokenizer; a remedy that names the folder where there is a repository."""
+    if name == "pytorch_model.bin":
+        (copy / "model.safetensors").unlink()
+    if name.startswith("shard"):
+        (copy / "model.safetensors").unlink()
+        (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"transformer.wte.weight": name}}))
+    (copy / name).write_bytes(POINTER)
+    (copy / ".git").mkdir()
+    cfg = Config(model=ModelConfig(path=str(copy), dtype=Dtype.fp32))
+    (problem,) = absent(cfg, download=False)
+    assert str(problem) == (f"{copy / name}: this is a git-lfs pointer, not the file itself; its 22.55 GiB are still on the "
+                            f"server\n  git lfs install && git -C {copy} lfs pull")
+    with pytest.raises(UserError, match=r"git-lfs pointer"):
+        load_tokenizer(str(copy)) if name in TOKENIZER_FILES else build(copy)
+
+
+def test_pointers_that_nothing_reads_do_not_matter(copy, small_gptj):
+    """As in a repository of which only the safetensors were pulled."""
+    (copy / "pytorch_model.bin").write_bytes(POINTER)
+    (copy / "flax_model.msgpack").write_bytes(POINTER)
+    assert same(copy, small_gptj)
+    (copy / "model.safetensors").write_bytes(POINTER)
+    cfg = Config(model=ModelConfig(path=str(copy), dtype=Dtype.fp32, init=Init.random))
+    assert not list(absent(cfg, download=False))
