@@ -12,7 +12,7 @@ from finetune.app import Composed
 from finetune.assets_path import resolve
 from finetune.config import DataConfig
 from finetune.data.columns import open_store
-from finetune.data.records import file_options
+from finetune.data.records import data_notes, file_options
 from finetune.data.store import build_store
 from finetune.data.tokenizer import load_tokenizer
 from finetune.display import silence_libraries, summary_table
@@ -82,7 +82,11 @@ def _run(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> int:
     metrics, predictions = evaluate_with(trained.module, task, store, world, cfg.batch)
     if store.stats["bad_rows"]:
         metrics |= {"bad_rows": store.stats["bad_rows"], "bad_row_messages": store.stats["bad_row_messages"]}
+    if notes := world.on_main(lambda: data_notes(data)["eval"]):
+        metrics |= {"data_notes": notes}
     if world.main:
+        for note in notes:
+            print(f"eval data: {note}")
         _report(metrics, predictions, Path(cfg.out).expanduser() if cfg.out else folder, spec)
     return EXIT_DONE
 

@@ -23,8 +23,10 @@ from finetune.app import Composed
 from finetune.assets_path import resolve
 from finetune.data.records import read
 from finetune.data.tokenizer import load_tokenizer
+from finetune.data.utf8 import invalid_utf8, lines
 from finetune.display import silence_libraries
 from finetune.ds_inference import accelerated, refuse_engine
+from finetune.durable import refuse_pointer
 from finetune.errors import EXIT_DONE, UserError
 from finetune.gptj.library import takes_virtual_tokens, to_library_model
 from finetune.programs import GenerateConfig
@@ -167,15 +169,16 @@ def read_prompts(cfg: GenerateConfig) -> Iterator[Row]:
 
 
 def _lines(file: Path) -> Iterator[Row]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read: {error}", str(file), "Check prompts=FILE.") from None
-    found = [(n, line.rstrip("\r")) for n, line in enumerate(lines, 1) if line.strip()]
+    refuse_pointer(file)
+    found = [line for line in lines(file) if line.data.strip()]
     if not found:
         raise UserError("the file holds no prompt", str(file), "Write a prompt on each line.")
-    for n, line in found:
-        yield {"prompt": line, "where": f"{file}:{n}"}
+    for line in found:
+        where = f"{file}:{line.number}"
+        try:
+            yield {"prompt": line.data.decode("utf-8").rstrip("\r"), "where": where}
+        except UnicodeDecodeError as error:
+            raise invalid_utf8(file, where, error) from None
 
 
 def _check_questions(cfg: GenerateConfig, speaker: Speaker, asked: list[Row]) -> None:

@@ -97,24 +97,24 @@ def notes_on(files: Files, training: bool) -> list[str]:
     notes = []
     if files.left_out:
         kinds = " ".join(sorted({path.suffix or "no suffix" for path in files.left_out}))
-        notes.append(f"{_count(files.left_out, 'file')} of unknown format ({kinds}) left out: {_names(files.left_out)}")
+        notes.append(f"left out, of unknown format ({kinds}): {_count(files.left_out)}, {_names(files.left_out)}")
     by_content: dict[tuple, list[Path]] = {}
     for path in files.paths:
         by_content.setdefault(_content(path), []).append(path)
     for same in by_content.values():
         if len(same) > 1 and same[0].stat().st_size:
-            notes.append(f"{len(same)} files have the same content and all are read: {_names(same)}")
+            notes.append(f"read although their content is the same: {_count(same)}, {_names(same)}")
     by_stem: dict[str, set[str]] = {}
     for path in files.paths:
         by_stem.setdefault(str(path)[: -len(suffix(path) or "")], set()).add(suffix(path) or "")
     several = [f"{stem}{{{','.join(sorted(kinds))}}}" for stem, kinds in by_stem.items() if len(kinds) > 1]
     if several:
-        notes.append(f"files of one name in several formats are all read: {', '.join(several[:5])}")
+        notes.append(f"read although the same name is there in several formats: {', '.join(several[:5])}")
     if training and not files.chosen:
         root = os.path.commonpath([path.parent for path in files.paths])
         held_out = [path for path in files.paths if HELD_OUT.search(str(path.relative_to(root)))]
         if held_out and len(held_out) < len(files.paths):
-            notes.append(f"{_count(held_out, 'file')} named like held-out data are trained on: {_names(held_out)}; "
+            notes.append(f"trained on although named like held-out data: {_count(held_out)}, {_names(held_out)}; "
                          "name the training files alone to leave them out")
     return notes
 
@@ -125,7 +125,7 @@ def shared(train: Files, held_out: Files) -> list[str]:
     both = [path for path in held_out.paths if _content(path) in trained]
     if not both:
         return []
-    return [f"{len(both)} of {_count(held_out.paths, 'evaluation file')} are trained on as well ({_names(both)}): "
+    return [f"trained on as well: {len(both)} of {_count(held_out.paths)}, {_names(both)}; "
             "figures on these rows tell how well the model remembers them, not how well it does on new ones"]
 
 
@@ -284,5 +284,5 @@ def _names(paths: list[Path]) -> str:
     return f"{shown} and {len(paths) - 5} more" if len(paths) > 5 else shown
 
 
-def _count(items: list, noun: str) -> str:
-    return f"{len(items)} {noun}" + ("" if len(items) == 1 else "s")
+def _count(paths: list[Path]) -> str:
+    return "1 file" if len(paths) == 1 else f"{len(paths)} files"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Union
@@ -105,14 +106,16 @@ def file_options(data: DataConfig) -> FileOptions:
 
 def data_notes(data: DataConfig) -> dict[str, list[str]]:
     """What people should know about the files of a run, by train and eval. Opens nothing that is not a file here."""
-    train = _local_files(data.train)
+    train = None
+    with suppress(UserError):  # an evaluation may be long after the training, whose data need not be here any more
+        train = _local_files(data.train)
     held_out = _local_files(data.eval)
     notes: dict[str, list[str]] = {"train": notes_on(train, training=True) if train else [],
                                    "eval": notes_on(held_out, training=False) if held_out else []}
     if train and held_out:
         notes["eval"] += shared(train, held_out)
     elif data.eval and data.train == data.eval and data.split == data.eval_split:
-        notes["eval"].append("the evaluation data are the training data: figures on them tell how well the model remembers "
+        notes["eval"].append("trained on as well: all of it; figures on these rows tell how well the model remembers "
                              "them, not how well it does on new ones")
     return notes
 

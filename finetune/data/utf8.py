@@ -175,7 +175,7 @@ def encoding_remedy(path: Path, encoding: str) -> str:
     """The key, and the command for programs without it."""
     command = f"{decompress_command(path)} | iconv" if compression(path) else "iconv"
     source = "" if compression(path) else f" {shlex.quote(str(path))}"
-    return (f"Try data.encoding={encoding.lower()}, or convert the file:\n"
+    return (f"To train or evaluate on it: data.encoding={encoding.lower()}. Or convert the file:\n"
             f"    {command} -f {_iconv_name(encoding)} -t UTF-8{source} > {renamed(path, 'utf8')}")
 
 

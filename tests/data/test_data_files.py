@@ -53,8 +53,8 @@ def test_every_name_of_json_lines_is_read(corpus):
 def test_files_of_unknown_format_are_told(corpus):
     folder = corpus({"a.jsonl": line("a"), "b.docx": b"PK", "sub/c.pdf": b"%PDF", "d.jsonl.bz2": b"BZh9"})
     (note,) = notes(folder)["train"]
-    assert note.startswith("3 files of unknown format (.bz2 .docx .pdf) left out: ") and "sub/c.pdf" in note
-    assert notes(f"{folder}/*")["train"] == ["2 files of unknown format (.bz2 .docx) left out: "
+    assert note.startswith("left out, of unknown format (.bz2 .docx .pdf): 3 files, ") and "sub/c.pdf" in note
+    assert notes(f"{folder}/*")["train"] == ["left out, of unknown format (.bz2 .docx): 2 files, "
                                              f"{folder}/b.docx, {folder}/d.jsonl.bz2"]
 
 
@@ -83,15 +83,14 @@ def test_a_file_beside_its_compressed_copy_is_refused(corpus, pattern):
 def test_copies_and_several_formats_are_told(corpus):
     folder = corpus({"a.jsonl": line("a"), "copy of a.jsonl": line("a"), "b.csv": b"text\nb\n", "b.jsonl": line("b")})
     same, formats = notes(folder)["train"]
-    assert same == f"2 files have the same content and all are read: {folder}/a.jsonl, {folder}/copy of a.jsonl"
-    assert formats == f"files of one name in several formats are all read: {folder}/b{{.csv,.jsonl}}"
+    assert same == f"read although their content is the same: 2 files, {folder}/a.jsonl, {folder}/copy of a.jsonl"
+    assert formats == f"read although the same name is there in several formats: {folder}/b{{.csv,.jsonl}}"
 
 
 def test_evaluation_files_among_the_training_files_are_told(corpus, tmp_path):
     folder = corpus({"part-0.jsonl": line("a"), "part-1.jsonl": line("b"), "held.jsonl": line("c")})
     (note,) = notes(folder, folder / "held.jsonl")["eval"]
-    assert note.startswith(f"1 of 1 evaluation file are trained on as well ({folder}/held.jsonl)") or \
-        note.startswith(f"1 of 1 evaluation files are trained on as well ({folder}/held.jsonl)")
+    assert note.startswith(f"trained on as well: 1 of 1 file, {folder}/held.jsonl; figures on these rows tell")
     assert len(notes(f"{folder}/*.jsonl", folder)["eval"]) == 1
     shutil.copy(folder / "held.jsonl", tmp_path / "other.jsonl")  # the same rows under another name
     assert len(notes(folder, tmp_path / "other.jsonl")["eval"]) == 1
@@ -105,7 +104,7 @@ def test_evaluation_files_among_the_training_files_are_told(corpus, tmp_path):
 def test_files_named_like_held_out_data_are_told(corpus, name):
     folder = corpus({"data/train-00000-of-00001.jsonl": line("a"), name: line("b"), "latest.jsonl": line("c")})
     (note,) = notes(folder)["train"]
-    assert note.startswith(f"1 file named like held-out data are trained on: {folder}/{name}")
+    assert note.startswith(f"trained on although named like held-out data: 1 file, {folder}/{name}; ")
     assert notes(folder / name) == {"train": [], "eval": []}  # it was named itself
 
 
@@ -186,8 +185,8 @@ def test_the_remedy_for_another_encoding_decodes_the_file(tmp_path, encoding, na
         (fault,) = [row for row in read(str(path), "train") if isinstance(row, UserError)]
     except UserError as error:
         fault = error
-    key, command = fault.remedy.split(", or convert the file:\n")
-    assert texts(path, encoding=key.removeprefix("Try data.encoding=")) == [text]
+    key, command = fault.remedy.split(". Or convert the file:\n")
+    assert texts(path, encoding=key.partition("data.encoding=")[2]) == [text]
     subprocess.run(command, shell=True, check=True)
     converted = next(tmp_path.glob("*.utf8.*"))
     assert texts(converted) == [text]
