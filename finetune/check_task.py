@@ -72,6 +72,11 @@ def _classify(cfg: ClassifyConfig) -> Iterator[UserError]:
     if cfg.problem == "regression" and (cfg.labels or cfg.class_weights):
         key = "labels" if cfg.labels else "class_weights"
         yield UserError(f"task.{key} has no meaning for a regression", remedy=f"Try task.{key}=null.")
+    if cfg.label_separator is not None and cfg.problem != "multi_label":
+        yield UserError(f"task.label_separator has no meaning for task.problem={cfg.problem}",
+                        remedy="Try task.problem=multi_label, or task.label_separator=null.")
+    if cfg.label_separator == "":
+        yield UserError("task.label_separator is empty", remedy="Try task.label_separator=comma.")
     weights = cfg.class_weights
     if weights and not (all(w >= 0 for w in weights) and any(weights)):
         yield UserError(f"task.class_weights = {weights} must not be negative, nor all zero",

@@ -77,6 +77,8 @@ class ModelConfig:
 class TaskConfig:
     max_length: int = GPTJ_POSITIONS
     """Sequence length in tokens."""
+    weight_field: Optional[str] = "weight"
+    """Record field with a row's training weight, 1 (takes part, as rows without it) or 0 (left out); null: no field."""
 
 
 @dataclass
@@ -111,6 +113,9 @@ class ClassifyConfig(TaskConfig):
     """single_label, multi_label or regression."""
     labels: Optional[list[str]] = None
     """Label names in the order of the head's outputs; null: collected from the training data, sorted."""
+    label_separator: Optional[str] = None
+    """What stands between the labels of a multi-label cell such as `a,b`: comma, semicolon, pipe, space, tab, or any
+    other text; null: cells are arrays."""
     class_weights: Optional[list[float]] = None
     """Loss weight of each class; null: all 1."""
     truncation: str = "head"

@@ -68,12 +68,18 @@ def prepare_inputs(cfg: Config, world: World, display: Display | None, say) -> I
         say(preview(task, train, rows, tokenizer, cfg.data.preview))
     notes = world.on_main(lambda: data_notes(cfg.data))
     for name, store in (("train", train), ("eval", held_out)):
-        notes[name] += task.notes(store) if store else []
+        notes[name] += _left_out(store) + task.notes(store) if store else []
         for line in notes[name]:
             say(f"{name} data: {line}")
         if store and (bad := store.stats["bad_rows"]):
             say(f"{name} data: {bad} bad row{'s' if bad > 1 else ''} left out; {store.stats['bad_row_messages'][0]}")
     return Inputs(tokenizer, task, train, held_out, rows, notes)
+
+
+def _left_out(store: Store) -> list[str]:
+    """A note on rows without an example; stores of older versions do not count them."""
+    rows = store.stats.get("left_out", 0)
+    return [f"{rows:,} of {store.stats['documents']:,} rows are empty or left out by their own mark"] if rows else []
 
 
 def _store(cfg: Config, task: Task, spec: str | None, split: str, world: World, display: Display | None) -> Store | None:

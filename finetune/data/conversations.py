@@ -7,19 +7,22 @@
 
 All become messages of the second layout; prompt and completion may be lists of such messages too. Turns may name their
 fields in either way, and a field `system` beside them is the system message. A conversation is: perhaps a system
-message, then user and assistant in turn. Turns behind the assistant's last are left out: nothing of them is scored.
-Renders and tokenises nothing.
+message, then user and assistant in turn.
+
+A turn of the assistant may be marked as not to be scored (`TRAINED`, `MASKED`), and so may a row. What is not scored is
+read all the same by the turns behind it. Turns behind the last scored one are left out. Renders and tokenises nothing.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any
 
 from finetune.config import InstructConfig
-from finetune.data.fields import MEND, full_text, text_field
+from finetune.data.fields import MEND, counts, full_text, parsed_cell, shown, text_field
 from finetune.data.records import MISSING, get_field
 from finetune.data.rows import json_type
 from finetune.data.template import Message
@@ -31,21 +34,38 @@ SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "a
                   "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant"}
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython", "environment")
 LAYOUTS = "prompt, messages, alpaca and sharegpt"
+TRAINED = ("weight", "train", "training", "trainable", "loss", "loss_mask")
+"""Marks of a turn that say 1 or true where it is scored: OpenAI's, Axolotl's, ms-swift's and others'."""
+MASKED = ("masked",)
+"""Marks that say 1 or true where a turn is not scored: torchtune's."""
+LIKE_A_MARK = re.compile(r"(^|_)(weights?|train|trained|training|trainable|loss|losses|mask|masked|masking)(_|$)")
+SCORED = "scored"
+"""Key of a read message that carries its mark, until `conversation` takes it out."""
 
 
-def conversation(record: dict, where: str, cfg: InstructConfig) -> list[Message]:
-    """The row's messages, the last of them the assistant's.
+def conversation(record: dict, where: str, cfg: InstructConfig) -> tuple[list[Message], list[bool]] | None:
+    """The row's messages, the last of them a scored one of the assistant, and which are scored.
+
+    Returns:
+        None for a row whose own mark leaves it out.
 
     Raises:
-        UserError: the row has none of the layouts (or not the one that `cfg.format` names), or breaks its rules.
+        UserError: the row has none of the layouts (or not the one that `cfg.format` names), or breaks its rules; no
+            turn of it is scored; a mark is unknown or has a value that says neither yes nor no.
     """
     layout = layout_of(record, cfg) if cfg.format == "auto" else cfg.format
     if layout is None:
         raise _unknown_layout(record, where, cfg)
+    if _left_out(record, where, cfg):
+        return None
     messages = READERS[layout](record, where, cfg)
     _check_order(messages, where)
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    return messages[: last + 1]
+    scored = [message.pop(SCORED, True) and message["role"] == "assistant" for message in messages]
+    if not any(scored):
+        raise UserError("no turn of the conversation is scored: all of the assistant's are marked as left out", where,
+                        f"Mark one of them with \"weight\": 1; {SKIP}")
+    last = max(i for i, kept in enumerate(scored) if kept)
+    return messages[: last + 1], scored[: last + 1]
 
 
 def check_format(name: str) -> None:
@@ -73,7 +93,7 @@ def _unknown_layout(record: dict, where: str, cfg: InstructConfig) -> UserError:
 
 
 def _prompt(record: dict, where: str, cfg: InstructConfig) -> list[Message]:
-    parts = [(field, get_field(record, field)) for field in (cfg.prompt_field, cfg.completion_field)]
+    parts = [(field, parsed_cell(get_field(record, field))) for field in (cfg.prompt_field, cfg.completion_field)]
     if all(isinstance(value, list) and value and isinstance(value[0], dict) for _, value in parts):
         turns = [message for field, value in parts for message in _list(value, field, where, "role")]
         return turns if turns[0]["role"] == "system" else _system(record, where) + turns
@@ -127,8 +147,10 @@ def _turns(record: dict, where: str, field: str, style: str) -> list[Message]:
 
 def _list(turns: Any, field: str, where: str, style: str) -> list[Message]:
     """Messages of a list of turns that say role and content, or from and value; `style` is the expected first key."""
+    turns = parsed_cell(turns)
     if not isinstance(turns, list):
-        raise UserError(f"field '{field}' is {json_type(turns)}, not an array", where, MEND)
+        cell = "A text cell must hold a JSON array. " if isinstance(turns, str) else ""
+        raise UserError(f"field '{field}' is {json_type(turns)}, not an array", where, cell + MEND)
     if not turns:
         raise UserError(f"field '{field}' is an empty array", where, MEND)
     return [_turn(turn, f"{field}[{i}]", where, style) for i, turn in enumerate(turns)]
@@ -146,7 +168,48 @@ def _turn(turn: Any, name: str, where: str, style: str) -> Message:
     role = turn[style]
     if not isinstance(role, str) or role not in roles:
         raise UserError(f"{name} has the unknown {style} {role!r}", where, _role_hint(str(role), roles))
-    return {"role": roles[role], "content": full_text(_joined(turn[text_key]), f"{name}.{text_key}", where)}
+    message: Message = {"role": roles[role], "content": full_text(_joined(turn[text_key]), f"{name}.{text_key}", where)}
+    mark = _mark(turn, name, where)
+    if mark and message["role"] != "assistant":
+        raise UserError(f"{name} is the {message['role']}'s and marked as scored; only the assistant's turns are", where,
+                        f"Remove the mark; {SKIP}")
+    return message if mark is None else message | {SCORED: mark}
+
+
+def _mark(turn: dict, name: str, where: str) -> bool | None:
+    """Whether a turn's marks say that it is scored; None where it has none.
+
+    Raises:
+        UserError: two marks contradict each other, or one cannot be followed.
+    """
+    marks: dict[str, bool] = {}
+    for key, value in turn.items():
+        if value is None or not isinstance(key, str) or not LIKE_A_MARK.search(key.lower()):
+            continue
+        if key not in (*TRAINED, *MASKED):
+            raise UserError(f"{name} has '{key}', which looks like a mark of what is scored and is not known", where,
+                            f'Write "weight": 0 into turns that are not to be scored, or rename \'{key}\'; {SKIP}')
+        answer = _yes_or_no(value)
+        if answer is None:
+            raise UserError(f"{name}.{key} is {shown(str(value))[1:-1]}: a turn is scored (1) or not (0), nothing between",
+                            where, f"Write 0 or 1; {SKIP}")
+        marks[key] = answer != (key in MASKED)
+    if len(set(marks.values())) > 1:
+        raise UserError(f"{name} is marked as scored and as not scored: {', '.join(marks)}", where, MEND)
+    return next(iter(marks.values()), None)
+
+
+def _left_out(record: dict, where: str, cfg: InstructConfig) -> bool:
+    """Tell whether marks of the whole row leave it out."""
+    if not counts(record, cfg.weight_field, (cfg.prompt_field, cfg.completion_field), where):
+        return True
+    return any(_yes_or_no(record.get(key)) is False for key in ("train", "training", "trainable", "loss"))
+
+
+def _yes_or_no(value: Any) -> bool | None:
+    """True or false, 1 or 0, however they are written."""
+    text = str(value).strip().lower()
+    return {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(text)
 
 
 def _role_hint(role: str, roles: dict[str, str]) -> str:

@@ -7,9 +7,10 @@ a completion starts at a token of its own. With prompt tokens P P P, completion 
     scored   0 0 0 1 1 1                                        example 1:  P P C E     scored 0 0 1 1
                                                                 example 2:  P P C E P C C E      0 0 0 0 0 1 1 1
 
-eos is scored after every completion: without it the model never learns to stop. What does not fit loses tokens from
-its left, never from a completion; a conversation that does not fit becomes several examples that score every completion
-once, each behind as much of what was said before as there is room for. Packs nothing (`packing`).
+eos is scored after every completion: without it the model never learns to stop. A completion that is marked as not to be
+scored is part of the next prompt, its eos included. What does not fit loses tokens from its left, never from a
+completion; a conversation that does not fit becomes several examples that score every completion once, each behind as
+much of what was said before as there is room for. Packs nothing (`packing`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 Turn = tuple[list[int], list[int]]
 """Ids of a prompt, and of its completion with eos."""
+Pieces = tuple[list[str], list[bool]]
+"""Texts of prompts and completions in turn, and which of the completions are scored."""
 
 
 class InstructEncoder:
@@ -47,26 +50,37 @@ class InstructEncoder:
 
     def fingerprint(self) -> str:
         cfg = self.cfg
-        return digest("instruct-2", self._texts.fingerprint, self.template.text, cfg.format, cfg.prompt_field,
-                      cfg.completion_field, cfg.max_length)
+        return digest("instruct-3", self._texts.fingerprint, self.template.text, cfg.format, cfg.prompt_field,
+                      cfg.completion_field, cfg.weight_field, cfg.max_length)
 
     def encode(self, batch: list[tuple[str, dict]]) -> list[list[Example] | UserError]:
         rows = [self._pieces(where, record) for where, record in batch]
-        ids = iter(self._texts([piece for row in rows if not isinstance(row, UserError) for piece in row]))
+        ids = iter(self._texts([piece for row in rows if isinstance(row, tuple) for piece in row[0]]))
         results: list[list[Example] | UserError] = []
         for (where, _), row in zip(batch, rows, strict=True):
-            if isinstance(row, UserError):
-                results.append(row)
-            else:
-                turns = [(next(ids), [*next(ids), self._eos]) for _ in range(len(row) // 2)]
-                results.append(self._examples(where, turns))
+            if not isinstance(row, tuple):
+                results.append([] if row is None else row)
+                continue
+            turns: list[Turn] = []
+            prompt: list[int] = []
+            for scored in row[1]:
+                prompt, completion = [*prompt, *next(ids)], [*next(ids), self._eos]
+                if scored:
+                    turns.append((prompt, completion))
+                prompt = [] if scored else [*prompt, *completion]
+            results.append(self._examples(where, turns))
         return results
 
-    def _pieces(self, where: str, record: dict) -> list[str] | UserError:
+    def _pieces(self, where: str, record: dict) -> Pieces | UserError | None:
+        """What is read and written; what is wrong with the row; or None where its own mark leaves it out."""
         try:
-            messages = conversation(record, where, self.cfg)
+            read = conversation(record, where, self.cfg)
+            if read is None:
+                return None
+            messages, scored = read
             _refuse_eos(messages, self.template.eos, where)
-            return self.template.pieces(messages, where)
+            by_assistant = [kept for message, kept in zip(messages, scored, strict=True) if message["role"] == "assistant"]
+            return self.template.pieces(messages, where), by_assistant
         except UserError as error:
             return error
 

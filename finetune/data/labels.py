@@ -6,20 +6,24 @@ Flow: text (and pair) -> ids, a closing eos -> label by name (or as a number). T
                      ^ pooled: it alone has read everything                ^
 
 The eos is appended, and pooled by its position; its id is never looked for. Too long texts lose tokens, never the eos:
-truncation head keeps t1 t2 t3 t4, head_tail t1 t2 t5 t6; of a pair the longer text gives first. The encoder knows
-label names once the task has learnt them; before, every name is taken as it comes.
+truncation head keeps t1 t2 t3 t4, head_tail t1 t2 t5 t6; of a pair the longer text gives first.
+
+The encoder knows label names once the task has learnt them; before, every name is taken as it comes. A row's label is
+matched by its spelling, then by its meaning (`True` is `true`, `1.0` is `1`), and only then, where names were given, as
+a position among them. A label that could be two of the names is refused.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from itertools import pairwise
+import re
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any, Union, cast
 
 from finetune.config import ClassifyConfig
 from finetune.data.columns import Column, Example
-from finetune.data.fields import MEND, digest, shown, text_field
+from finetune.data.fields import MEND, counts, digest, parsed_cell, shown, text_field
 from finetune.data.records import MISSING, field_error, get_field
 from finetune.data.rows import json_type
 from finetune.data.text import TextTokenizer, ids_dtype
@@ -36,6 +40,10 @@ SEPARATOR = "\n"
 
 FLOAT32_MAX = 3.4028234663852886e38
 """Regression targets are fp32."""
+SEPARATORS = {"comma": ",", "semicolon": ";", "pipe": "|", "space": " ", "tab": "\t"}
+"""Words for `task.label_separator`, which need no quotes on a command line."""
+TRUTHS = ({"false": False, "true": True}, {"no": False, "yes": True}, {"0": False, "1": True})
+"""Pairs of names that say the same thing."""
 
 
 class ClassifyEncoder:
@@ -58,27 +66,29 @@ class ClassifyEncoder:
 
     def fingerprint(self) -> str:
         cfg = self.cfg
-        return digest("classify-2", self._texts.fingerprint, self.labels.names, self.labels.by_index, cfg.text_field,
-                      cfg.text_pair_field, cfg.label_field, cfg.problem, cfg.truncation, cfg.max_length)
+        return digest("classify-3", self._texts.fingerprint, self.labels.names, self.labels.by_index, cfg.text_field,
+                      cfg.text_pair_field, cfg.label_field, cfg.label_separator, cfg.weight_field, cfg.problem,
+                      cfg.truncation, cfg.max_length)
 
     def encode(self, batch: list[tuple[str, dict]]) -> list[list[Example] | UserError]:
         rows = [self._row(where, record) for where, record in batch]
-        ids = iter(self._texts([text for row in rows if not isinstance(row, UserError) for text in row[0]]))
+        ids = iter(self._texts([text for row in rows if isinstance(row, tuple) for text in row[0]]))
         results: list[list[Example] | UserError] = []
         for (where, _), row in zip(batch, rows, strict=True):
-            if isinstance(row, UserError):
-                results.append(row)
+            if not isinstance(row, tuple):
+                results.append([] if row is None else row)
             else:
                 kept, cut = self._join([next(ids) for _ in row[0]])
                 results.append([{"ids": kept, "label": row[1], "where": where.encode("utf-8", "backslashreplace"), "cut": cut}])
         return results
 
-    def _row(self, where: str, record: dict) -> tuple[list[str], Label] | UserError:
+    def _row(self, where: str, record: dict) -> tuple[list[str], Label] | UserError | None:
+        """Texts and label; what is wrong with the row; or None where its weight leaves it out."""
+        cfg = self.cfg
         try:
-            texts = [text_field(record, self.cfg.text_field, where, "task.text_field")]
-            if self.cfg.text_pair_field:
-                texts.append(text_field(record, self.cfg.text_pair_field, where, "task.text_pair_field"))
-            return texts, self.labels.read(record, where)
+            if not counts(record, cfg.weight_field, (cfg.text_field, cfg.text_pair_field, cfg.label_field), where):
+                return None
+            return labelled_texts(record, cfg, where), self.labels.read(record, where)
         except UserError as error:
             return error
 
@@ -90,6 +100,18 @@ class ClassifyEncoder:
         lost = sum(map(len, parts)) - sum(map(len, kept))
         joined = kept[0] if len(kept) == 1 else [*kept[0], *glue, *kept[1]]
         return [*joined, self._eos], lost
+
+
+def labelled_texts(record: dict, cfg: ClassifyConfig, where: str) -> list[str]:
+    """The text that a row is about, or its two texts.
+
+    Raises:
+        UserError: one is absent, no string, or blank.
+    """
+    texts = [text_field(record, cfg.text_field, where, "task.text_field")]
+    if cfg.text_pair_field:
+        texts.append(text_field(record, cfg.text_pair_field, where, "task.text_pair_field"))
+    return texts
 
 
 def shares(parts: list[list[int]], room: int) -> list[int]:
@@ -115,7 +137,10 @@ class LabelReader:
 
     def __init__(self, cfg: ClassifyConfig, names: list[str] | None, by_index: bool):
         self.field, self.problem, self.names, self.by_index = cfg.label_field, cfg.problem, names, by_index
-        self.counted = by_index and not any(_is_integer(name) for name in names or [])  # else an integer is a name
+        keys = [label_key(name) for name in names or []]
+        self.counted = by_index and not any(map(_is_integer, keys))  # else an integer is a name
+        self._truth = next((truth for truth in TRUTHS if sorted(truth) == sorted(keys)), None)
+        self._separator = SEPARATORS.get(cfg.label_separator or "", cfg.label_separator)
         self._texts = (cfg.text_field, cfg.text_pair_field)
 
     def read(self, record: dict, where: str) -> Label:
@@ -138,15 +163,32 @@ class LabelReader:
         return self._known(value, where)
 
     def _multi(self, value: Any, where: str) -> str:
-        value = _array(value)
+        value = parsed_cell(value)
+        if isinstance(value, str) and self._separator:
+            value = [part.strip() for part in value.split(self._separator)] if value.strip() else []
+            value = [part for part in value if part] if self._separator.isspace() else value
         if not isinstance(value, list):
-            raise self._wrong_type(value, "an array of labels", where, "Try task.problem=single_label.")
+            mark = next((word for word, mark in SEPARATORS.items() if mark in str(value)), "comma")
+            remedy = "Try task.problem=single_label, or for cells such as 'a,b' "
+            raise self._wrong_type(value, "an array of labels", where, f"{remedy}task.label_separator={mark}.")
+        self._refuse_zeros_and_ones(value, where)
         names = sorted(self._known(item, where) for item in value)
         twice = next((a for a, b in pairwise(names) if a == b), None)
         if twice is not None:
-            raise UserError(f"field '{self.field}' names label '{twice}' twice", where,
-                            f"List the labels that apply, not zeros and ones for all of them; {SKIP}")
+            raise UserError(f"field '{self.field}' names label '{twice}' twice", where, NO_ZEROS_AND_ONES)
         return json.dumps(names, ensure_ascii=False)
+
+    def _refuse_zeros_and_ones(self, values: list, where: str) -> None:
+        """[1.0, 0.0] is no list of names; [1, 0] could be one, but not beside two names of which it has one number each.
+
+        More than two zeros and ones name a label twice.
+        """
+        if not values or not all(isinstance(v, (bool, int, float)) and v in (0, 1) for v in values):
+            return
+        whole = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+        if not whole or (self.counted and len(values) == len(self.names or [])):
+            raise UserError(f"field '{self.field}' is {shown(json.dumps(values))[1:-1]}: zeros and ones, not labels", where,
+                            NO_ZEROS_AND_ONES)
 
     def _number(self, value: Any, where: str) -> float:
         try:
@@ -159,14 +201,33 @@ class LabelReader:
         return number
 
     def _known(self, value: Any, where: str) -> str:
-        """The label's name, if it is one of the known."""
+        """The label's name among those that are known: by spelling, by meaning, by position, in this order.
+
+        Raises:
+            UserError: it is none of them, or could be two of them.
+        """
         name = self._name(value, where)
         if self.names is None or name in self.names:
             return name
-        place = {"false": "0", "true": "1"}.get(name, name) if isinstance(value, bool) else name
-        if self.counted and place.isdecimal() and int(place) < len(self.names):
-            return self.names[int(place)]
-        raise unseen(name, self.names, self.by_index, where)
+        key = label_key(name)
+        alike = [other for other in self.names if label_key(other) == key]
+        place = self.names[int(key)] if self.counted and key.isdecimal() and int(key) < len(self.names) else None
+        truth = next((pair[key] for pair in TRUTHS if key in pair), None)
+        if not alike and self._truth and truth is not None:
+            alike = [other for other in self.names if self._truth[label_key(other)] is truth]
+            if place and place not in alike and "yes" in self._truth:
+                alike = [place]  # integers count in [yes, no] as in any list
+            elif place and place not in alike:
+                raise UserError(f"label {name} could be '{alike[0]}' by its meaning and '{place}' by its place in "
+                                f"task.labels", where, "Try task.labels=[false,true], or write true and false.")
+        if len(alike) > 1:
+            raise UserError(f"label '{name}' could be {_quoted(alike)}", where, f"Spell it as one of them; {SKIP}")
+        if not alike and isinstance(value, bool) and self.by_index:
+            raise UserError(f"label {name} is a boolean, and none of task.labels = {_quoted(self.names)} says which of "
+                            "them it is", where, "Try task.labels=[false,true], or write the names into the data.")
+        if not alike and place is None:
+            raise unseen(name, self.names, self.by_index, where)
+        return alike[0] if alike else cast(str, place)
 
     def _name(self, value: Any, where: str) -> str:
         if isinstance(value, bool):
@@ -191,21 +252,39 @@ class LabelReader:
         return UserError(f"field '{self.field}' is {json_type(value)}{quoted}, not {wanted}", where, remedy)
 
 
-def _array(value: Any) -> Any:
-    """A JSON array that stands in a string, as CSV files have it, else the value."""
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
+NO_ZEROS_AND_ONES = f"List the labels that apply, not zeros and ones for all of them; {SKIP}"
+
+
+def label_key(name: str) -> str:
+    """What a label means, however it is spelled: `True` and `true` are one label, `1.0` and `1` are one."""
+    plain = name.strip().casefold()
+    whole = re.fullmatch(r"(-?\d+)\.0+", plain)
+    return whole[1] if whole else plain
+
+
+def refuse_double_spellings(names: list[str], label_field: str) -> None:
+    """Names collected from data must differ in more than their spelling.
+
+    Raises:
+        UserError: `Positive` beside `positive`, `1` beside `1.0`.
+    """
+    for _, same in groupby(sorted(names, key=label_key), key=label_key):
+        spellings = sorted(same)
+        if len(spellings) > 1:
+            raise UserError(f"labels {_quoted(spellings)} differ in their spelling alone: are they one label?",
+                            f"task.label_field={label_field}",
+                            "Spell them alike in the data; if they differ, name all labels: task.labels=[...]")
+
+
+def _quoted(names: list[str]) -> str:
+    """The first names as messages list them."""
+    return ", ".join(f"'{n}'" for n in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def unseen(name: str, names: list[str], by_index: bool, where: str) -> UserError:
     """The label is none of those that the head has outputs for."""
-    known = ", ".join(f"'{n}'" for n in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     origin = "task.labels has" if by_index else "the training data have"
-    return UserError(f"label '{name}' is unknown: {origin} {known}", where,
+    return UserError(f"label '{name}' is unknown: {origin} {_quoted(names)}", where,
                      f"Mend the row, or name all labels: task.labels=[...]; {SKIP}")
 
 

@@ -53,6 +53,8 @@ class BadRows:
     def __init__(self, on_bad_row: str, cap: int):
         self.on_bad_row, self.cap = on_bad_row, cap
         self.count = 0
+        self.left_out = 0
+        """Good rows that give no example: empty ones, and those that a weight of 0 leaves out."""
         self.messages: list[str] = []
 
     def sift(self, batch: list[Row], encoded: Iterator[list[Example] | UserError]) -> tuple[list[Example], int]:
@@ -67,13 +69,14 @@ class BadRows:
                 result = result.examples if isinstance(result, PartlyBad) else []
             else:
                 accepted += 1
+                self.left_out += not result
             examples += result
         return examples, accepted
 
     def nothing_left(self, spec: str, documents: int) -> UserError:
         shown = "".join(f"\n  {message}" for message in self.messages)
         bad = f", {self.count} bad rows:{shown}" if self.count else ""
-        return UserError(f"no example is left to train on ({documents} empty records{bad})", spec)
+        return UserError(f"no example is left to train on ({documents} empty records or records of weight 0{bad})", spec)
 
     def _refuse(self, fault: UserError) -> None:
         if self.on_bad_row == "error":

@@ -10,12 +10,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Union
 
-from finetune.data.fields import MEND, full_text, shown
+from finetune.data.fields import MEND, full_text, parsed_cell, shown
 from finetune.data.rows import json_type
 from finetune.data.utf8 import SKIP
 from finetune.errors import UserError
@@ -86,23 +85,13 @@ def _flat(record: dict, where: str) -> Question:
     name = record.get("id")
     place = f"{where} id {name}" if name is not None else where
     context = full_text(_get(record, "context", place), "'context'", place)
-    answers = _parsed(_get(record, "answers", place))
+    answers = parsed_cell(_get(record, "answers", place))
     pairs = ([_annotation(answer, place) for answer in answers if not _is_none(answer)] if isinstance(answers, list)
              else _columns(answers, place))
     return _question(place, str(where if name is None else name), context, _get(record, "question", place), pairs)
 
 
-def _parsed(answers: Any) -> Any:
-    """JSON that stands in a string, as CSV files have it, else the value."""
-    if not isinstance(answers, str) or answers.lstrip()[:1] not in ("{", "["):
-        return answers
-    try:
-        return json.loads(answers)
-    except ValueError:
-        return answers
-
-
-def _columns(answers: Any, where: str) -> list[tuple[int, str]]:
+def _columns(answers: Any, where: str) -> list[dict[str, Any]]:
     """Annotations of the flat layout, where texts and starts are two lists."""
     if not isinstance(answers, dict):
         raise UserError(f"'answers' is {json_type(answers)}, not an object", where,

@@ -90,8 +90,8 @@ def _build(folder: Path, spec: str, source: Source, encoder: Encoder, rows: BadR
     except BaseException:
         writer.abandon()
         raise
-    stats = {"documents": documents, **writer.stats(), "bad_rows": rows.count, "bad_row_messages": rows.messages,
-             "seconds": round(time.monotonic() - started, 3)}
+    stats = {"documents": documents, "left_out": rows.left_out, **writer.stats(), "bad_rows": rows.count,
+             "bad_row_messages": rows.messages, "seconds": round(time.monotonic() - started, 3)}
     columns = {name: {"kind": c.kind, "dtype": c.dtype} for name, c in encoder.columns.items()}
     names = {name: list(table) for name, table in writer.names.items()}
     write_meta(folder, {"fingerprint": fingerprint, "spec": spec, "columns": columns, "names": names, "sizes": sizes,

@@ -26,7 +26,7 @@ from finetune.data.fields import MEND, shown
 from finetune.errors import UserError
 
 FOLDER = Path(__file__).parent / "templates"
-Message = dict[str, str]
+Message = dict[str, Any]
 """role (system, user or assistant) and content; of Alpaca rows also instruction and input, which content joins."""
 RENDER_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
 

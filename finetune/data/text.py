@@ -15,6 +15,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 from finetune.data.columns import Column, Example
+from finetune.data.fields import counts
 from finetune.data.records import MISSING, field_error, get_field
 from finetune.data.rows import json_type
 from finetune.data.tokenizer import backend, tokenizer_fingerprint
@@ -34,14 +35,15 @@ WORD_END = re.compile(r"[^\W_](?=[ \n])")
 class TextEncoder:
     """Documents -> columns `ids` (with a closing eos) and `subset`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text_field: str, subset_field: str | None):
-        self.text_field, self.subset_field = text_field, subset_field
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text_field: str, subset_field: str | None,
+                 weight_field: str | None = None):
+        self.text_field, self.subset_field, self.weight_field = text_field, subset_field, weight_field
         self.columns = {"ids": Column("token", ids_dtype(tokenizer)), "subset": Column("category", "int32")}
         self._texts = TextTokenizer(tokenizer)
         self._eos = cast(int, tokenizer.eos_token_id)
 
     def fingerprint(self) -> str:
-        parts = ["clm-1", self._texts.fingerprint, self.text_field, self.subset_field]
+        parts = ["clm-2", self._texts.fingerprint, self.text_field, self.subset_field, self.weight_field]
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
     def encode(self, batch: list[tuple[str, dict]]) -> list[list[Example] | UserError]:
@@ -60,6 +62,12 @@ class TextEncoder:
         return {"ids": ids, "subset": self._subset(record)}
 
     def _text(self, where: str, record: dict) -> str | UserError:
+        """The document; "" where its weight leaves it out."""
+        try:
+            if not counts(record, self.weight_field, (self.text_field, self.subset_field), where):
+                return ""
+        except UserError as error:
+            return error
         text = get_field(record, self.text_field)
         if text is MISSING:
             return field_error(record, self.text_field, where, "task.text_field")

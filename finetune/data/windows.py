@@ -21,7 +21,7 @@ import numpy as np
 
 from finetune.config import QaConfig
 from finetune.data.columns import Column, Example, PartlyBad
-from finetune.data.fields import digest
+from finetune.data.fields import counts, digest
 from finetune.data.squad import Question, questions
 from finetune.data.text import ids_dtype
 from finetune.data.tokenizer import backend, tokenizer_fingerprint
@@ -56,12 +56,17 @@ class QaEncoder:
         self._separator = self._tokens([SEPARATOR])[0].ids
 
     def fingerprint(self) -> str:
-        return digest("qa-3", self._fingerprint, self.cfg.max_length, self.cfg.stride)
+        return digest("qa-4", self._fingerprint, self.cfg.max_length, self.cfg.stride, self.cfg.weight_field)
 
     def encode(self, batch: list[tuple[str, dict]]) -> list[list[Example] | UserError]:
         return [self._row(where, record) for where, record in batch]
 
     def _row(self, where: str, record: dict) -> list[Example] | UserError:
+        try:
+            if not counts(record, self.cfg.weight_field, (), where):
+                return []
+        except UserError as error:
+            return error
         found = list(questions(record, where))
         asked = [q for q in found if isinstance(q, Question)]
         faults = [q for q in found if isinstance(q, UserError)]

@@ -25,7 +25,15 @@ from finetune.check_task import refuse_task
 from finetune.config import ClassifyConfig
 from finetune.data.collate import lm_batch
 from finetune.data.columns import Encoder, Store
-from finetune.data.labels import SEPARATOR, ClassifyEncoder, sort_names, unseen
+from finetune.data.labels import (
+    NO_ZEROS_AND_ONES,
+    SEPARATOR,
+    ClassifyEncoder,
+    label_key,
+    refuse_double_spellings,
+    sort_names,
+    unseen,
+)
 from finetune.data.packing import Rows, one_per_row
 from finetune.dist import World
 from finetune.errors import UserError
@@ -59,8 +67,13 @@ class ClassifyTask:
             self._agree(previous)
         elif self.names is None:
             assert train is not None
-            found = train.names("label")
-            names = {name for row in found for name in json.loads(row)} if self.multi else set(found)
+            rows = [json.loads(row) if self.multi else [row] for row in train.names("label")]
+            names = {name for row in rows for name in row}
+            if self.multi and names == {"0", "1"} and all(len(row) != 1 for row in rows):
+                where = train.blob("where", 0).decode()
+                raise UserError(f"field '{self.cfg.label_field}' holds a 0 and a 1 in every row: zeros and ones, not "
+                                "labels", where, NO_ZEROS_AND_ONES)
+            refuse_double_spellings(list(names), self.cfg.label_field)
             self._learn(sort_names(list(names)), by_index=False)
 
     def rows(self, store: Store) -> Rows:
@@ -131,7 +144,7 @@ class ClassifyTask:
         return [self.names[i] for i in np.flatnonzero(value)] if self.multi else self.names[int(value)]
 
     def _agree(self, previous: dict) -> None:
-        if self.cfg.labels and self.names != previous["labels"]:
+        if self.cfg.labels and [*map(label_key, self.names or [])] != [*map(label_key, previous["labels"])]:
             raise UserError(f"task.labels = {self.names}, but the model was trained with {previous['labels']}",
                             "task.labels", "Leave task.labels away: the model carries its names.")
         self._learn(previous["labels"], previous["labels_by_index"])

@@ -26,7 +26,7 @@ class ClmTask:
         self.cfg, self.tokenizer, self.packing = cfg, tokenizer, packing
 
     def encoder(self) -> Encoder:
-        return TextEncoder(self.tokenizer, self.cfg.text_field, self.cfg.subset_field)
+        return TextEncoder(self.tokenizer, self.cfg.text_field, self.cfg.subset_field, self.cfg.weight_field)
 
     def prepare(self, train: Store | None, previous: dict | None) -> None:
         """Nothing to learn from the data."""

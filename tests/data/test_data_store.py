@@ -46,6 +46,7 @@ def test_stats(spec, toy):
     assert stats.pop("seconds") >= 0
     assert stats == {
         "documents": 4,
+        "left_out": 1,
         "examples": 4,
         "tokens": 13,
         "lengths": {"2": 1, "4": 3},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from finetune.config import ClassifyConfig, InstructConfig, QaConfig
+from finetune.config import ClassifyConfig, ClmConfig, InstructConfig, QaConfig
 from finetune.data.store import build_store
 from finetune.errors import UserError
 from finetune.tasks import build_task
@@ -169,3 +171,25 @@ def test_bad_rows_stop_the_build_or_are_counted(tokenizer, tmp_path):
         build_store(str(path), "train", encoder)
     store = build_store(str(path), "train", encoder, on_bad_row="skip")
     assert len(store) == 1 and store.stats["bad_rows"] == 1
+
+
+ROWS = [(ClmConfig(), {"text": "Hi"}), (ClassifyConfig(labels=["a", "b"]), {"text": "Hi", "label": "a"}),
+        (QaConfig(), answered("Bob", 8)), (InstructConfig(), {"prompt": "Hi", "completion": "x"})]
+
+
+@pytest.mark.parametrize(("cfg", "row"), ROWS)
+def test_a_row_weight_is_zero_or_one_in_every_task(tokenizer, cfg, row):
+    """A fraction, or a weight in kilograms, is told; texts are no weights, and a field that is named is what it is."""
+    values = [0, "0", False, 1, 1.0, "1", None, "", "heavy", 0.5, "72.5"]
+    encode = build_task(cfg, tokenizer, True).encoder().encode
+    found = encode([(f"d:{i}", row | {"weight": value}) for i, value in enumerate(values)])
+    assert [len(examples) for examples in found[:9]] == [0, 0, 0, 1, 1, 1, 1, 1, 1]
+    assert all(isinstance(fault, UserError) and "task.weight_field=null" in fault.remedy for fault in found[9:])
+    encode = build_task(replace(cfg, weight_field=None), tokenizer, True).encoder().encode
+    assert all(len(examples) == 1 for examples in encode([("d:1", row | {"weight": value}) for value in values]))
+
+
+def test_a_target_called_weight_is_no_row_weight(tokenizer):
+    task = build_task(ClassifyConfig(problem="regression", label_field="weight"), tokenizer, True)
+    (examples,) = task.encoder().encode([("d:1", {"text": "Hi", "weight": 0.5})])
+    assert examples[0]["label"] == 0.5

@@ -89,6 +89,89 @@ def test_given_names_that_are_integers_are_names_and_truth_counts(make, tmp_path
     assert sort_names(["01", "1", "001"]) == sort_names(["1", "001", "01"]) == ["001", "01", "1"]
 
 
+@pytest.mark.parametrize(("names", "labels", "targets"), [
+    (["True", "False"], [True, False, "true", "FALSE"], [0, 1, 0, 1]),  # as Hydra hands over [true,false]
+    (["yes", "no"], [True, False, "Yes"], [0, 1, 0]),
+    (["yes", "no"], [0, 1], [0, 1]),
+    (["false", "true"], [0, 1, "1.0", True], [0, 1, 1, 1]),
+    (["1", "0"], [0, 1, True, "1", 1.0], [1, 0, 0, 0, 0]),
+    (["1.0", "2.0"], [1, "2", 2.0], [0, 1, 1]),
+    (["negative", "Positive"], ["POSITIVE", "negative", 0], [1, 0, 0]),
+    (["us", "US"], ["US", "us"], [1, 0]),
+])
+def test_a_name_wins_over_its_place_whatever_its_type_and_case(make, names, labels, targets):
+    made = make(cfg(labels=names), [{"text": "Hi", "label": label} for label in labels])
+    assert made.batch()["targets"].tolist() == targets and made.task.describe()["labels"] == names
+
+
+@pytest.mark.parametrize(("names", "label", "problem"), [
+    (["true", "false"], 1, "label 1 could be 'true' by its meaning and 'false' by its place"),
+    (["true", "false"], "0", "could be 'false' by its meaning and 'true'"),
+    (["us", "US"], "Us", "label 'Us' could be 'us', 'US'"),
+    (["negative", "positive"], True, "label true is a boolean, and none of task.labels = 'negative', 'positive'"),
+])
+def test_a_label_that_could_be_two_names_is_refused(tokenizer, names, label, problem):
+    encoder = build_task(cfg(labels=names), tokenizer, True).encoder()
+    (fault,) = encoder.encode([("d:1", {"text": "Hi", "label": label})])
+    with pytest.raises(UserError, match=problem):
+        raise fault
+
+
+def test_collected_names_that_differ_in_spelling_alone_are_refused(make):
+    for labels in (["Positive", "positive"], ["1", "1.0", "2"]):
+        with pytest.raises(UserError, match="differ in their spelling alone"):
+            make(cfg(), [{"text": "Hi", "label": label} for label in labels])
+    names = ["Positive", "positive"]
+    assert make(cfg(labels=names), [{"text": "Hi", "label": n} for n in names]).batch()["targets"].tolist() == [0, 1]
+
+
+def test_evaluation_data_may_spell_a_collected_name_otherwise(make):
+    made = make(cfg(), [{"text": "Hi", "label": label} for label in (True, False)],
+                [{"text": "Hi", "label": label} for label in ("True", "FALSE", "true", 0)])
+    assert made.task.names == ["false", "true"] and made.batch()["targets"].tolist() == [1, 0, 1, 0]
+
+
+def test_an_export_names_its_outputs_as_training_did(make, tokenizer):
+    from finetune.hf_layout import config_values, tokenizer_for
+
+    made = make(cfg(labels=["True", "False"]), [{"text": "Hi", "label": label} for label in (True, False)])
+    about = made.task.describe()
+    values = config_values(models("classify")[0].config, "classify", "base", "fp32", about,
+                           tokenizer_for(tokenizer, "classify", about))
+    for i, name in enumerate(("True", "False")):
+        assert values["id2label"][i] == name and values["label2id"][name] == i == made.batch()["targets"][i]
+
+
+@pytest.mark.parametrize("row", [[1.0, 0.0], [0.0, 1.0], [True, False], [1.0], [0, 1], [1, 0], [1, 0, 1]])
+def test_zeros_and_ones_are_no_labels(tokenizer, row):
+    encoder = build_task(cfg(problem="multi_label", labels=["x", "y"]), tokenizer, True).encoder()
+    (fault,) = encoder.encode([("d:1", {"text": "Hi", "label": row})])
+    with pytest.raises(UserError, match="List the labels that apply, not zeros and ones"):
+        raise fault
+
+
+def test_zeros_and_ones_in_every_row_are_no_labels_and_numbers_of_labels_are(make):
+    with pytest.raises(UserError, match=r"train.jsonl:1: .*a 0 and a 1 in every row.*\n  List the labels that apply"):
+        make(cfg(problem="multi_label"), [{"text": "Hi", "label": label} for label in ([0, 1], [1, 0])])
+    made = make(cfg(problem="multi_label"), [{"text": "Hi", "label": label} for label in ([0, 1], [1], [])])
+    assert made.batch()["targets"].tolist() == [[1, 1], [0, 1], [0, 0]]
+
+
+@pytest.mark.parametrize(("separator", "cells"), [
+    (None, ['["x", "y"]', "['z']", "[]"]), ("comma", ["x,y", " z ", ""]), ("pipe", ["y | x", "z", " "]),
+    ("space", ["x  y", "z ", ""]), (" and ", ["x and y", "z", ""]), ("comma", [["x", "y"], "['z']", []])])
+def test_cells_with_several_labels(make, separator, cells):
+    made = make(cfg(problem="multi_label", label_separator=separator), [{"text": "Hi", "label": cell} for cell in cells])
+    assert made.task.names == ["x", "y", "z"] and made.batch()["targets"].tolist() == [[1, 1, 0], [0, 0, 1], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(("cell", "word"), [("x,y", "comma"), ("x;y", "semicolon"), ("x|y", "pipe"), ("x", "comma")])
+def test_a_cell_that_is_no_array_names_the_key_that_splits_it(tokenizer, cell, word):
+    encoder = build_task(cfg(problem="multi_label"), tokenizer, True).encoder()
+    (fault,) = encoder.encode([("d:1", {"text": "Hi", "label": cell})])
+    assert isinstance(fault, UserError) and fault.remedy.endswith(f"task.label_separator={word}.")
+
+
 def test_several_labels(make):
     made = make(cfg(problem="multi_label"), TAGS)
     assert made.task.names == ["x", "y", "z"]

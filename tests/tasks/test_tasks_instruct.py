@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import pytest
 import torch
 import torch.nn.functional as F
 from task_setup import EOS, NEWLINE, assert_same_gradients, evaluate_on, models
@@ -11,6 +14,7 @@ from finetune.config import InstructConfig
 from finetune.data.dialogue import windows
 from finetune.data.packing import efficiency
 from finetune.data.store import build_store
+from finetune.errors import UserError
 from finetune.preview import preview
 from finetune.tasks import build_task
 
@@ -78,6 +82,67 @@ def test_the_usual_variants_of_a_layout_are_read_too(make):
     for i in range(len(VARIANTS)):
         assert made.example(i)["ids"] == ([] if i < 5 else [*NICE, NEWLINE, NEWLINE]) + bare, VARIANTS[i]
         assert sum(made.example(i)["scored"]) == 2
+
+
+def said(role: str, content: str, **marks) -> dict:
+    return {"role": role, "content": content, **marks}
+
+
+FIRST, SECOND = [*USER, *HI, *ASSISTANT], [NEWLINE, NEWLINE, *USER, *BYE, *ASSISTANT]
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}, {"loss": False},
+                                  {"loss_mask": 0}, {"masked": True}, {"weight": "0"}, {"train": False, "weight": 0}])
+def test_a_turn_that_is_marked_is_read_and_not_scored(make, mark):
+    """Ids are those of the same conversation without marks."""
+    rows = [{"messages": [said("user", "Hi"), said("assistant", "Hello", **mark), said("user", "Bye"),
+                          said("assistant", "Ciao", weight=1, train=None)]},
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"},
+                               {"from": "human", "value": "Bye"}, {"from": "gpt", "value": "Ciao", **mark}]}]
+    made = make(chat(), rows)
+    assert made.example(0) == {"ids": [*FIRST, *HELLO, EOS, *SECOND, *CIAO, EOS],
+                               "scored": [0] * (len(FIRST) + 2 + len(SECOND)) + [1, 1, 1], "cut": 0}
+    assert made.example(1) == {"ids": [*FIRST, *HELLO, EOS], "scored": [0] * len(FIRST) + [1, 1], "cut": 0}
+
+
+def test_marked_turns_are_cut_like_prompts(make):
+    """An answer that no row could hold is no fault where it is not scored."""
+    row = {"messages": [said("user", "Hi"), said("assistant", "a b c d e f", weight=0), said("user", "Hi"),
+                        said("assistant", "4")]}
+    made = make(plain(max_length=5), [row])
+    assert made.example(0) == {"ids": [277, EOS, 17250, FOUR, EOS], "scored": [0, 0, 0, 1, 1], "cut": 6}
+    assert len(made.store) == 1
+
+
+@pytest.mark.parametrize(("marks", "problem"), [
+    ({"weight": 0}, "no turn of the conversation is scored"), ({"weight": 0.5}, r"messages\[1\].weight is 0.5"),
+    ({"loss_scale": 2}, r"messages\[1\] has 'loss_scale', which looks like a mark"),
+    ({"mask": 1}, "'mask', which looks like a mark"), ({"train_detail": [{"begin_offset": 0}]}, "'train_detail', which"),
+    ({"weight": 1, "train": False}, "marked as scored and as not scored: weight, train")])
+def test_marks_that_cannot_be_followed_are_bad_rows(tokenizer, marks, problem):
+    row = {"messages": [said("user", "Hi"), said("assistant", "Hello", **marks)]}
+    (fault,) = build_task(chat(), tokenizer, True).encoder().encode([("d:1", row)])
+    with pytest.raises(UserError, match=problem):
+        raise fault
+    (fault,) = build_task(chat(), tokenizer, True).encoder().encode(
+        [("d:1", {"messages": [said("user", "Hi", weight=1), said("assistant", "Hello")]})])
+    with pytest.raises(UserError, match=r"messages\[0\] is the user's and marked as scored"):
+        raise fault
+
+
+def test_conversations_may_be_text_in_a_cell(make):
+    turns = [said("user", "Hi"), said("assistant", "Hello")]
+    rows = [{"messages": json.dumps(turns)}, {"messages": str(turns)}, {"conversations": json.dumps(turns)},
+            {"prompt": json.dumps(turns[:1]), "completion": json.dumps(turns[1:])}]
+    made = make(chat(), rows)
+    assert [made.example(i)["ids"] for i in range(4)] == [[*FIRST, *HELLO, EOS]] * 4
+
+
+@pytest.mark.parametrize("row", [PROMPT, MESSAGES, SHAREGPT, ALPACA])
+def test_a_row_may_be_left_out_by_its_own_mark(make, row):
+    marks = [{"weight": 0}, {"weight": "0.0"}, {"train": False}, {"loss": False}, {"weight": 1}, {"weight": None}, {"loss": 0.3}]
+    made = make(chat(), [row | mark for mark in marks])
+    assert len(made.store) == 3 and made.store.stats["left_out"] == 4
 
 
 def test_predictions_are_each_examples_loss(make):

@@ -56,6 +56,17 @@ def _path(made):
     return json.loads((made.store.path / "meta.json").read_text())["spec"]
 
 
+@pytest.mark.parametrize("answers", [
+    {"text": [""], "answer_start": [-1]}, [{"text": "", "answer_start": -1}], "{'text': [''], 'answer_start': [-1]}",
+    [{"text": None, "answer_start": -1}], {"text": [], "answer_start": []}])
+def test_an_empty_answer_at_minus_one_is_no_answer(make, answers):
+    article = {"paragraphs": [{"context": "Ada met Bob.", "qas": [
+        {"id": "q2", "question": "Why?", "answers": answers, "is_impossible": True}]}]}
+    rows = [BOB, NOBODY | {"answers": answers}] + ([article] if isinstance(answers, list) else [])
+    made = make(cfg(), rows)
+    assert all((made.example(i)["start"], made.example(i)["answers"]) == (8, 0) for i in range(1, len(rows)))
+
+
 def test_no_answer_is_the_trailing_token_which_sees_everything(make):
     made = make(cfg(), [NOBODY])
     assert (made.example(0)["start"], made.example(0)["end"]) == (8, 8)
