@@ -64,6 +64,7 @@ def _body(name: str, head: str, kind: str, base: str, dtype: str, facts: dict[st
                   "messages = [{'role': 'user', 'content': '...'}]",
                   "ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)",
                   "```"]
+        lines += ["", f"It gives {figures['chat_template']}."] if "chat_template" in figures else []
     if head != "lm":
         lines += ["", "The tokenizer writes the closing eos behind every text; the head reads there. Batches may be "
                   "padded."]

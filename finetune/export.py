@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from finetune.card import model_card
-from finetune.config import ExportConfig, ModelConfig
+from finetune.config import DataConfig, ExportConfig, InstructConfig, ModelConfig, TaskConfig
 from finetune.data.columns import Store
+from finetune.data.conversations import conversation
+from finetune.data.dialogue import chat_template_differs
+from finetune.data.records import open_source
+from finetune.data.template import TRIALS, Message, Template
 from finetune.dist import World
 from finetune.dist_environment import LAUNCHER_VARIABLES
 from finetune.engine import Engine
@@ -36,6 +41,8 @@ from finetune.shards import Shapes, ShardWriter, file_sha256, write_json
 REFERENCE_TOKENS = 64
 """Length of each text that trained and exported model are compared on."""
 REFERENCE_TEXTS = 4
+CHAT_ROWS = 64
+"""Rows of the training data that are looked through for conversations."""
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
@@ -57,6 +64,8 @@ class ExportInfo:
     """Lines of the model card: recipe, data, steps."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """The evaluation at the exported step."""
+    conversations: list[list[Message]] = field(default_factory=list)
+    """Some of the training data, on which the exported chat template is compared with training."""
 
 
 def reference_texts(store: Store) -> list[list[int]]:
@@ -64,6 +73,45 @@ def reference_texts(store: Store) -> list[list[int]]:
     ids, offsets = store.column("ids"), store.offsets
     chosen = list(range(0, len(store), max(1, len(store) // REFERENCE_TEXTS)))[:REFERENCE_TEXTS]
     return [ids[offsets[i] : min(offsets[i + 1], offsets[i] + REFERENCE_TOKENS)].tolist() for i in chosen]
+
+
+def real_conversations(task: TaskConfig, data: DataConfig) -> list[list[Message]]:
+    """The first conversations of the training data, for `ExportInfo`; none where the data cannot be read any more."""
+    found: list[list[Message]] = []
+    if not isinstance(task, InstructConfig) or not isinstance(data.train, str):
+        return found
+    try:
+        for row in islice(open_source(data.train, data.split, data.config).rows(), CHAT_ROWS):
+            try:
+                read = None if isinstance(row, UserError) else conversation(row[1], row[0], task)
+            except UserError:  # left out of training too
+                continue
+            found += [read[0]] if read else []
+    except UserError:
+        pass
+    return found[:REFERENCE_TEXTS]
+
+
+def compare_chat_template(folder: Path, info: ExportInfo) -> str:
+    """What the exported tokenizer makes of conversations, beside what training read, in words for people."""
+    from finetune.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(str(folder))
+    template = Template(info.task["template"], info.task["template_text"], tokenizer.eos_token, tokenizer.bos_token or "")
+    answered = [messages for messages in TRIALS if any(message["role"] == "assistant" for message in messages)]
+    count, differences = 0, []
+    for messages in [*info.conversations, *answered]:
+        if any(template.eos in message["content"] for message in messages):  # refused by training
+            continue
+        try:
+            difference = chat_template_differs(tokenizer, template, messages)
+        except UserError:  # a template without system messages, or for one turn
+            continue
+        count += 1
+        differences += [difference] if difference else []
+    if not differences:
+        return f"training's ids on {count} conversations"
+    return f"other ids than training's in {len(differences)} of {count} conversations: {differences[0]}"
 
 
 def reference_outputs(module: nn.Module, texts: list[list[int]], device: torch.device) -> dict[str, Tensor]:
@@ -196,6 +244,8 @@ def finish_export(stage: Path, target: Path, tokenizer, config, info: ExportInfo
         found: dict[str, Any] = {"kind": kind, "verified": False, **(figures or {})}
         if kind == "adapter":
             found |= check_adapter(stage)
+        if info.task.get("template_text"):
+            found["chat_template"] = compare_chat_template(stage, info)
         write_json(stage / "finetune.json", {"head": info.head, "dtype": info.dtype, "base": info.base,
                                              "kind": kind, "task": info.task, "settings": info.settings})
         if reference is not None:

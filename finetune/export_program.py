@@ -31,6 +31,7 @@ from finetune.export import (
     finish_export,
     fresh_process,
     fresh_stage,
+    real_conversations,
     refuse_overwrite,
     write_adapter,
     write_model,
@@ -185,7 +186,7 @@ def _source(cfg: Config, app: ExportAppConfig, folder: Path, checkpoint: Path) -
              "checkpoint": checkpoint.name}
     dtype = (app.dtype or cfg.model.dtype).value
     info = ExportInfo(cfg.name, head_of(cfg.task), _base_name(cfg, folder), dtype, about, plain_config(cfg)["task"],
-                      facts, metrics)
+                      facts, metrics, real_conversations(cfg.task, cfg.data))
     config = read_config(local_folder(cfg.model), cfg.model, about.get("num_labels"))
     return Source(cfg, folder, checkpoint, info, config)
 

@@ -12,7 +12,7 @@ from finetune.checkpoint_files import step_folder, verify
 from finetune.config import Config, FullConfig, Init
 from finetune.dist import World
 from finetune.engine import Engine
-from finetune.export import ExportInfo, export_run, reference_texts, write_random_base
+from finetune.export import ExportInfo, export_run, real_conversations, reference_texts, write_random_base
 from finetune.hub import push_or_explain
 from finetune.inputs import Inputs
 from finetune.plain import plain_config
@@ -69,7 +69,11 @@ def export_trained(cfg: Config, engine: Engine, inputs: Inputs, result: Result, 
         task = inputs.task
         world.on_main(lambda: write_random_base(cfg.model, task.head, cfg.seed, run_dir / "base", task.num_labels))
     info = ExportInfo(cfg.name, inputs.task.head, base_name(cfg), cfg.model.dtype.value, inputs.about(),
-                      plain_config(cfg)["task"], facts, result.eval)
-    export_run(engine, inputs.tokenizer, info, cfg.export, reference_texts(inputs.train), run_dir / "export", world)
+                      plain_config(cfg)["task"], facts, result.eval,
+                      real_conversations(cfg.task, cfg.data) if world.main else [])
+    texts = reference_texts(inputs.train)
+    figures = export_run(engine, inputs.tokenizer, info, cfg.export, texts, run_dir / "export", world)
+    if "other ids" in figures.get("chat_template", ""):
+        say(f"the export's apply_chat_template gives {figures['chat_template']}")
     if cfg.export.push_to_hub:
         world.on_main(lambda: say(push_or_explain(run_dir / "export", cfg.export)))

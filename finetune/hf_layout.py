@@ -7,7 +7,8 @@ trained, in batches padded on either side and alone:
     ids   t t t E P P      config.pad_token_id = P: the last id that is not P is E, the pooled one
 
 With pad = eos, as is usual for GPT-J, transformers would pool the last t. Question answering exports read "question,
-newline, context, eos" the same way. An instruction export carries its template as the tokenizer's chat_template.
+newline, context, eos" the same way. An instruction export carries its template as the tokenizer's chat_template, with eos
+behind every answer whether the template writes it or not: `apply_chat_template` gives the ids that training read.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from finetune.data.template import Template
 from finetune.gptj.model import ARCHITECTURES
 from finetune.shards import write_json
 
@@ -38,7 +40,9 @@ def tokenizer_for(tokenizer, head: str, task: dict[str, Any]):
         _close_with_eos(tokenizer, task.get("pair_separator") or task.get("separator") or "\n")
         tokenizer.model_max_length = task.get("max_length") or tokenizer.model_max_length
     if task.get("template_text"):
-        tokenizer.chat_template = task["template_text"]
+        template = Template(task.get("template") or "chat", task["template_text"], tokenizer.eos_token,
+                            tokenizer.bos_token or "")
+        tokenizer.chat_template = template.chat_template
     return tokenizer
 
 

@@ -24,7 +24,7 @@ from finetune.config import InstructConfig
 from finetune.data.columns import Column, Example
 from finetune.data.conversations import conversation
 from finetune.data.fields import digest, shown
-from finetune.data.template import Message, Template
+from finetune.data.template import RENDER_FAULTS, Message, Template
 from finetune.data.text import TextTokenizer, ids_dtype
 from finetune.data.utf8 import SKIP
 from finetune.errors import UserError
@@ -117,6 +117,26 @@ def windows(ends: list[int], max_length: int) -> list[tuple[int, int, int]]:
         found.append((max(0, ends[last] - max_length), start, ends[last]))
         first = last + 1
     return found
+
+
+def chat_template_differs(tokenizer: PreTrainedTokenizerBase, template: Template, messages: list[Message]) -> str | None:
+    """How `apply_chat_template` of an export's tokenizer departs from what training read; None where it does not.
+
+    Compares the whole conversation and what stands before each answer. Where the texts are equal, ids can differ at the
+    beginning of an answer alone: training begins a token there, a whole text may have one across it.
+    """
+    ends = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    for kept, asks in [*((messages[:i], True) for i in ends), (messages[: ends[-1] + 1], False)]:
+        trained = prompt_ids(template, tokenizer, kept)
+        try:
+            there = cast(list, tokenizer.apply_chat_template(kept, add_generation_prompt=asks, return_dict=False))
+        except RENDER_FAULTS as error:
+            return f"an error ({error})"
+        if there != trained:
+            at = next((n for n, (a, b) in enumerate(zip(trained, there, strict=False)) if a != b), 0)
+            ours, theirs = ([tokenizer.decode([i]) for i in ids[at: at + 3]] for ids in (trained, there))
+            return f"{theirs} where training read {ours}"
+    return None
 
 
 def prompt_ids(template: Template, tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message]) -> list[int]:

@@ -8,7 +8,8 @@ assistant writes is found by rendering the conversation up to each turn, so that
     rendered   User: 2+2?..Assistant: | 4 |            ..User: 3+3?..Assistant: | 6 |
     pieces     [prompt                , completion     , prompt                 , completion]
 
-Knows no tokenizer but its eos, and no data format.
+Training puts eos behind every completion. A template that does not write it there itself is exported inside another one
+that does (`Template.chat_template`). Knows no tokenizer but its eos, and no data format.
 """
 
 from __future__ import annotations
@@ -28,6 +29,29 @@ from finetune.errors import UserError
 FOLDER = Path(__file__).parent / "templates"
 Message = dict[str, Any]
 """role (system, user or assistant) and content; of Alpaca rows also instruction and input, which content joins."""
+_TURNS: list[Message] = [
+    {"role": "system", "content": "A system message."}, {"role": "user", "content": "A question."},
+    {"role": "assistant", "content": "An answer."}, {"role": "user", "content": "Both\n\nof them", "instruction": "Both",
+                                                     "input": "of them"},
+    {"role": "assistant", "content": "Another one."}]
+TRIALS = [_TURNS[a:b] for a in (1, 0) for b in (5, 4, 3, 2)]
+"""Conversations on which a template is tried out, with and without a system message, ending with either side."""
+WITH_EOS = """{%- macro conversation(messages, add_generation_prompt) +%}TEMPLATE{%+ endmacro -%}
+{%- set text = namespace(done=0) -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{%- set asked = conversation(messages[:loop.index0], true) -%}
+{%- set through = conversation(messages[:loop.index], false) -%}
+{%- set parts = through[asked|length:].split(eos_token, 1) -%}
+{{- asked[text.done:] + parts[0] + eos_token -}}
+{%- set text.done = through|length - (parts[1]|length if parts|length > 1 else 0) -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt or messages[-1]['role'] != 'assistant' -%}
+{{- conversation(messages, add_generation_prompt)[text.done:] -}}
+{%- endif -%}
+"""
+"""`Template.pieces` as a chat template, for templates that leave eos to the encoder or write more behind the last one."""
 RENDER_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
 
 
@@ -46,8 +70,9 @@ class Template:
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"template '{name}' is no valid Jinja: {error.message}", f"line {error.lineno}",
                             "Mend it, or try task.template=alpaca.") from None
-        self.pieces([{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}],
-                    "task.template")
+        self.pieces(TRIALS[2], "task.template")
+        self.chat_template = self._chat_template()
+        """What an export carries: rendered whole, it writes the pieces in turn, with eos behind every completion."""
 
     def pieces(self, messages: list[Message], where: str) -> list[str]:
         """Prompt and completion texts in turn; the last is a prompt when the assistant has the next word.
@@ -73,9 +98,35 @@ class Template:
             pieces.append(carried + self._behind(done, self._render(messages, True, where), where))
         return pieces
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool, where: str) -> str:
+    def _chat_template(self) -> str:
+        """The template itself where it writes what training reads, else the template inside `WITH_EOS`.
+
+        Raises:
+            UserError: neither does.
+        """
+        wanted: list[tuple[list[Message], str]] = []
+        for messages in TRIALS:
+            try:
+                pieces = self.pieces(messages, "task.template")
+            except UserError:  # no system messages, or one turn only
+                continue
+            wanted.append((messages, "".join(p + self.eos if n % 2 else p for n, p in enumerate(pieces))))
+        # Jinja drops one newline at the end of a template, but not of a macro.
+        for text in (self.text, WITH_EOS.replace("TEMPLATE", self.text.removesuffix("\n"), 1)):
+            try:
+                template = _environment().from_string(text)
+                if all(self._render(messages, messages[-1]["role"] != "assistant", "task.template", template) == whole
+                       for messages, whole in wanted):
+                    return text
+            except (UserError, jinja2.TemplateError):
+                continue
+        raise self._fault("cannot be exported: nothing that transformers renders from it is what training would read",
+                          "task.template")
+
+    def _render(self, messages: list[Message], add_generation_prompt: bool, where: str,
+                template: jinja2.Template | None = None) -> str:
         try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt,
+            return (template or self._template).render(messages=messages, add_generation_prompt=add_generation_prompt,
                                          eos_token=self.eos, bos_token=self._bos, tools=None, documents=None)
         except RENDER_FAULTS as error:
             raise self._fault(f"fails: {str(error) or type(error).__name__}", where) from None

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.data.dialogue import prompt_ids
+from finetune.config import InstructConfig
+from finetune.data.dialogue import chat_template_differs, prompt_ids
 from finetune.data.template import FOLDER, Template, load_template
+from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import UserError
+from finetune.hf_layout import tokenizer_for
+from finetune.tasks import build_task
 
 EOS = "<|endoftext|>"
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -91,6 +95,56 @@ def test_it_reads_as_transformers_reads_it(tokenizer):
     assert theirs == first + answer + EOS + second + last + EOS + "\n"
     asked = tokenizer.apply_chat_template(TWO[1:4], chat_template=CHATML, tokenize=False, add_generation_prompt=True)
     assert asked == first + answer + EOS + second
+
+
+THEIRS = {  # as users bring them: without eos, with one and a newline behind it, without system messages, with marks and macros
+    "chatml without eos": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}"
+                          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+    "a newline behind eos": "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content + eos_token }}\n{% endfor %}"
+                            "{% if add_generation_prompt %}<|assistant|>\n{% endif %}\n",
+    "no system messages": "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+                          "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}{% endif %}{% endfor %}",
+    "one turn": "{{ raise_exception('one') if messages | length > 2 else '' }}Q: {{ messages[0].content }}\nA:"
+                "{{ ' ' + messages[1].content if messages | length > 1 else '' }}",
+    "generation marks": CHATML,
+    "generation marks without eos": CHATML.replace("{{ eos_token }}", ""),
+    "macros and spaces": "\n  {% macro say(m) %}{{ m.content | trim }}{% endmacro %}\n{% set ns = namespace(n=0) %}\n"
+                         "{% for m in messages %}{% set ns.n = ns.n + 1 %}\n  {{ m.role }}: {{ say(m) }}\n{% endfor %}  "
+                         "{% if add_generation_prompt %}assistant:{% endif %}",
+}
+
+
+@pytest.mark.parametrize("system", [[], TWO[:1]])
+@pytest.mark.parametrize("name", ["alpaca", "chat", "plain", *THEIRS])
+def test_an_exports_chat_template_gives_trainings_ids(tmp_path, tokenizer, name, system):
+    """The tokenizer as saved and reopened by transformers, against the encoder's ids, before every answer and in all."""
+    spec = name
+    if name in THEIRS:
+        spec = str(tmp_path / "mine.jinja")
+        (tmp_path / "mine.jinja").write_text(THEIRS[name])
+    task = build_task(InstructConfig(template=spec, max_length=256), tokenizer, True)
+    tokenizer_for(tokenizer, "lm", task.describe()).save_pretrained(tmp_path / "export")
+    there = load_tokenizer(str(tmp_path / "export"))
+    messages = [*system, *(TWO[1:] if name != "one turn" else TWO[1:3])]
+    (examples,) = task.encoder().encode([("d:1", {"messages": messages})])
+    if system and name in ("no system messages", "one turn"):
+        assert isinstance(examples, UserError)
+        return
+    ids, scored = (list(map(int, examples[0][key])) for key in ("ids", "scored"))
+    assert there.apply_chat_template(messages, return_dict=False) == ids
+    starts = [at for at in range(1, len(ids)) if scored[at] and not scored[at - 1]]
+    asked = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    assert len(starts) == len(asked) > 0
+    for at, i in zip(starts, asked, strict=True):
+        assert there.apply_chat_template(messages[:i], add_generation_prompt=True, return_dict=False) == ids[:at]
+    assert chat_template_differs(there, task.template, messages) is None
+
+
+def test_a_token_across_the_beginning_of_an_answer_is_told(tokenizer):
+    template = load_template("plain", EOS)
+    there = tokenizer_for(tokenizer, "lm", {"template": "plain", "template_text": template.text})
+    told = chat_template_differs(there, template, [turn("user", "th"), turn("assistant", "e")])
+    assert told == "['the', '<|endoftext|>'] where training read ['th', 'e', '<|endoftext|>']"
 
 
 def test_tojson_is_transformers_own(tokenizer):
