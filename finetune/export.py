@@ -97,7 +97,8 @@ def compare_chat_template(folder: Path, info: ExportInfo) -> str:
     from finetune.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(folder))
-    template = Template(info.task["template"], info.task["template_text"], tokenizer.eos_token, tokenizer.bos_token or "")
+    eos, bos = str(tokenizer.eos_token), str(tokenizer.bos_token or "")
+    template = Template(info.task["template"], info.task["template_text"], eos, bos)
     answered = [messages for messages in TRIALS if any(message["role"] == "assistant" for message in messages)]
     count, differences = 0, []
     for messages in [*info.conversations, *answered]:

@@ -21,7 +21,12 @@ from finetune import dist, heap
 from finetune.answer import answer_question, classify_text
 from finetune.app import Composed
 from finetune.assets_path import resolve
-from finetune.data.records import read
+from finetune.data.conversations import question
+from finetune.data.dialogue import refuse_eos
+from finetune.data.fields import full_text
+from finetune.data.labels import labelled_texts
+from finetune.data.records import MISSING, get_field, read
+from finetune.data.squad import Question, questions, without_answers
 from finetune.data.tokenizer import load_tokenizer
 from finetune.data.utf8 import invalid_utf8, lines
 from finetune.display import silence_libraries
@@ -37,6 +42,16 @@ from finetune.tasks import build_task
 Row = dict[str, Any]
 TABLES = (".json", ".ndjson", ".csv", ".tsv", ".parquet")
 """Files of rows with named fields; of any other each line is a prompt."""
+
+
+@dataclass
+class Asked:
+    """A row of prompts."""
+
+    where: str
+    """Its place, for errors."""
+    record: dict[str, Any]
+    """Its fields; of a prompt without fields, `prompt` alone."""
 
 
 @dataclass
@@ -139,36 +154,33 @@ def _check(cfg: GenerateConfig) -> None:
         raise UserError("question and context go together", remedy="Pass question='...' context='...'.")
 
 
-def read_prompts(cfg: GenerateConfig) -> Iterator[Row]:
-    """What is asked, from `prompt=`, `question=` and `context=`, the file `prompts=`, or standard input.
-
-    Yields:
-        {"prompt": ..}, or the fields of a jsonl row, with `where` for errors.
+def read_prompts(cfg: GenerateConfig) -> Iterator[Asked]:
+    """Read what is asked from `prompt=`, `question=` and `context=`, the file `prompts=`, or standard input.
 
     Raises:
         UserError: nothing, or a row that cannot be read.
     """
     if cfg.prompt is not None:
-        yield {"prompt": cfg.prompt, "where": "prompt"}
+        yield Asked("prompt", {"prompt": cfg.prompt})
     elif cfg.question is not None:
-        yield {"question": cfg.question, "context": cfg.context, "where": "question"}
+        yield Asked("question", {"question": cfg.question, "context": cfg.context})
     elif cfg.prompts is None:
         text = sys.stdin.read().rstrip("\n")
         if not text:
             raise UserError("there is no prompt", "prompt", "Pass prompt='...' or prompts=FILE, or pipe text in.")
-        yield {"prompt": text, "where": "standard input"}
+        yield Asked("standard input", {"prompt": text})
     elif not Path(cfg.prompts).expanduser().is_file():
         raise UserError("there is no such file", str(cfg.prompts), "Check prompts=FILE.")
     elif any(ending in Path(cfg.prompts).name for ending in TABLES):
         for row in read(str(Path(cfg.prompts).expanduser()), "train"):
             if isinstance(row, UserError):
                 raise row
-            yield {**row[1], "where": row[0]}
+            yield Asked(*row)
     else:
         yield from _lines(Path(cfg.prompts).expanduser())
 
 
-def _lines(file: Path) -> Iterator[Row]:
+def _lines(file: Path) -> Iterator[Asked]:
     refuse_pointer(file)
     found = [line for line in lines(file) if line.data.strip()]
     if not found:
@@ -176,12 +188,12 @@ def _lines(file: Path) -> Iterator[Row]:
     for line in found:
         where = f"{file}:{line.number}"
         try:
-            yield {"prompt": line.data.decode("utf-8").rstrip("\r"), "where": where}
+            yield Asked(where, {"prompt": line.data.decode("utf-8").rstrip("\r")})
         except UnicodeDecodeError as error:
             raise invalid_utf8(file, where, error) from None
 
 
-def _check_questions(cfg: GenerateConfig, speaker: Speaker, asked: list[Row]) -> None:
+def _check_questions(cfg: GenerateConfig, speaker: Speaker, asked: list[Asked]) -> None:
     """Every row has what this head needs, and fits.
 
     Raises:
@@ -190,19 +202,58 @@ def _check_questions(cfg: GenerateConfig, speaker: Speaker, asked: list[Row]) ->
     head = speaker.trained.head
     if cfg.chat and not speaker.chats:
         raise UserError("this export was not trained on instructions: it has no template", "chat", "Leave chat out.")
+    windows = speaker.task.encoder() if head == "qa" else None
     for row in asked:
-        if head == "qa" and not all(isinstance(row.get(key), str) for key in ("question", "context")):
-            raise UserError("this export answers questions: 'question' and 'context' are needed, as strings", row["where"],
-                            "Pass question='...' context='...', or rows with these fields.")
-        if head == "lm":
+        if head == "classify":
+            _texts(row, speaker)
+        elif windows is not None:
+            _questions(row)
+            fault = windows.encode([(row.where, without_answers(row.record))])[0]
+            if isinstance(fault, UserError):
+                raise UserError(fault.problem, fault.where, "Shorten the question.")
+        else:
             room = speaker.positions - len(_ids(row, speaker, cfg))
             if room < cfg.max_new_tokens:
                 raise UserError(f"the prompt leaves room for {max(0, room)} of max_new_tokens = {cfg.max_new_tokens} "
-                                f"(the model has {speaker.positions} positions)", row["where"],
+                                f"(the model has {speaker.positions} positions)", row.where,
                                 "Shorten it, or lower max_new_tokens.")
 
 
-def _ids(row: Row, speaker: Speaker, cfg: GenerateConfig) -> list[int]:
+def _texts(row: Asked, speaker: Speaker) -> list[str]:
+    """The text that a classifier judges, or its two texts, from the fields that it was trained on.
+
+    A single text may be the row's `prompt` as well, where it has no such field.
+
+    Raises:
+        UserError: a text is absent, blank, or no text.
+    """
+    cfg = speaker.task.cfg
+    if not cfg.text_pair_field and get_field(row.record, cfg.text_field) is MISSING and "prompt" in row.record:
+        return [full_text(row.record["prompt"], "the prompt", row.where)]
+    try:
+        return labelled_texts(row.record, cfg, row.where)
+    except UserError as error:
+        fields = f"fields '{cfg.text_field}' and '{cfg.text_pair_field}'" if cfg.text_pair_field else f"field '{cfg.text_field}'"
+        raise UserError(error.problem, error.where, f"The model was trained on the {fields}: give it a file of rows with text "
+                        "there, prompts=FILE.jsonl.") from None
+
+
+def _questions(row: Asked) -> list[Question]:
+    """What the row asks, in either layout of training data, with or without answers.
+
+    Raises:
+        UserError: question or context is absent, blank, or no text.
+    """
+    found: list[Question] = []
+    for item in questions(without_answers(row.record), row.where):
+        if isinstance(item, UserError):
+            raise UserError(f"this export answers questions: {item.problem}", item.where,
+                            "Pass question='...' context='...', or rows with these fields, prompts=FILE.jsonl.")
+        found.append(item)
+    return found
+
+
+def _ids(row: Asked, speaker: Speaker, cfg: GenerateConfig) -> list[int]:
     """The row's text as ids, or its conversation, which is always written in the export's template.
 
     Raises:
@@ -212,27 +263,25 @@ def _ids(row: Row, speaker: Speaker, cfg: GenerateConfig) -> list[int]:
     return speaker.ids(prompt, cfg.chat or isinstance(prompt, list))
 
 
-def _prompt(row: Row, speaker: Speaker) -> Any:
-    if "messages" in row:
-        if not speaker.chats:
-            raise UserError("this export was not trained on conversations: it has no template", row["where"],
-                            'Write {"prompt": "..."} instead of messages.')
-        return _conversation(row)
+def _prompt(row: Asked, speaker: Speaker) -> Any:
+    """The row's prompt, or its conversation."""
+    where = row.where
+    if speaker.chats:
+        try:
+            prompt = question(row.record, where, speaker.task.cfg)
+            refuse_eos(prompt if isinstance(prompt, list) else [], speaker.tokenizer.eos_token, where)
+        except UserError as error:
+            field = speaker.task.cfg.prompt_field
+            raise UserError(error.problem, where, f'Write rows as in training, without the answer: {{"{field}": "..."}} or '
+                            '{"messages": [{"role": "user", "content": "..."}]}') from None
+        return prompt
+    if "messages" in row.record:
+        raise UserError("this export was not trained on conversations: it has no template", where,
+                        'Write {"prompt": "..."} instead of messages.')
     for name in ("prompt", getattr(speaker.task.cfg, "text_field", "text"), "text"):
-        if isinstance(row.get(name), str):
-            return row[name]
-    raise UserError("the row has no text field 'prompt'", row["where"], 'Write {"prompt": "..."} on each line.')
-
-
-def _conversation(row: Row) -> list[dict[str, str]]:
-    messages = row["messages"]
-    sound = isinstance(messages, list) and messages and all(
-        isinstance(m, dict) and m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str)
-        for m in messages)
-    if not sound or messages[-1]["role"] == "assistant":
-        raise UserError("'messages' must be a list of role (system, user, assistant) and content, the last one not the "
-                        "assistant's", row["where"], '{"messages": [{"role": "user", "content": "..."}]}')
-    return messages
+        if isinstance(get_field(row.record, name), str):
+            return get_field(row.record, name)
+    raise UserError("the row has no text field 'prompt'", where, 'Write {"prompt": "..."} on each line.')
 
 
 def _sampling(cfg: GenerateConfig) -> Sampling:
@@ -245,7 +294,7 @@ def stops(cfg: GenerateConfig) -> list[str]:
     return [str(stop) for stop in given if str(stop)]
 
 
-def _stream(cfg: GenerateConfig, speaker: Speaker, row: Row) -> None:
+def _stream(cfg: GenerateConfig, speaker: Speaker, row: Asked) -> None:
     def emit(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -255,17 +304,18 @@ def _stream(cfg: GenerateConfig, speaker: Speaker, row: Row) -> None:
     emit("\n")
 
 
-def _answers(cfg: GenerateConfig, speaker: Speaker, asked: list[Row]) -> Iterator[Row]:
+def _answers(cfg: GenerateConfig, speaker: Speaker, asked: list[Asked]) -> Iterator[Row]:
     head, module, device = speaker.trained.head, speaker.trained.module, speaker.device
     if head == "classify":
-        pair = getattr(speaker.task.cfg, "text_pair_field", None)
         for row in asked:
-            texts = [_prompt(row, speaker), *([str(row[pair])] if pair and pair in row else [])]
+            texts = _texts(row, speaker)
             yield {"prompt": texts[0], **classify_text(module, speaker.task, texts, device)}
     elif head == "qa":
         for row in asked:
-            answer = answer_question(module, speaker.task, str(row["question"]), str(row["context"]), device)
-            yield {"question": row["question"], **answer}
+            for item in _questions(row):
+                name = {"id": item.id} if "id" in row.record or "paragraphs" in row.record else {}
+                answer = answer_question(module, speaker.task, item.question, item.context, device)
+                yield {**name, "question": item.question, **answer}
     else:
         for start in range(0, len(asked), cfg.batch):
             rows = asked[start : start + cfg.batch]

@@ -76,7 +76,7 @@ class GenerateConfig:
     prompt: Optional[str] = None
     """One prompt; with neither prompt nor prompts it is read from standard input."""
     prompts: Optional[str] = None
-    """File with one prompt a line, or jsonl with a field `prompt` (`messages`; `question` and `context`)."""
+    """File with one prompt a line, or with rows (jsonl, json, csv, parquet) of the fields that the export was trained on."""
     question: Optional[str] = None
     """For a question answering export, with `context`."""
     context: Optional[str] = None

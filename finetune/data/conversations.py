@@ -59,6 +59,8 @@ def conversation(record: dict, where: str, cfg: InstructConfig) -> tuple[list[Me
     if _left_out(record, where, cfg):
         return None
     messages = READERS[layout](record, where, cfg)
+    if all(message["role"] != "assistant" for message in messages):
+        raise UserError("the conversation has no turn of the assistant: nothing can be scored", where, MEND)
     _check_order(messages, where)
     scored = [message.pop(SCORED, True) and message["role"] == "assistant" for message in messages]
     if not any(scored):
@@ -66,6 +68,41 @@ def conversation(record: dict, where: str, cfg: InstructConfig) -> tuple[list[Me
                         f"Mark one of them with \"weight\": 1; {SKIP}")
     last = max(i for i, kept in enumerate(scored) if kept)
     return messages[: last + 1], scored[: last + 1]
+
+
+def question(record: dict, where: str, cfg: InstructConfig) -> str | list[Message]:
+    """What a row asks, read as `conversation` reads it, answered or not.
+
+    Returns:
+        The prompt; or messages, the last of them the user's, where there is more to it: earlier turns, a system
+        message, an input.
+
+    Raises:
+        UserError: the row asks nothing, or breaks its layout's rules.
+    """
+    layout = layout_of(record, cfg) if cfg.format == "auto" else cfg.format
+    asks = {"messages": "messages", "sharegpt": "conversations", "alpaca": "instruction", "prompt": cfg.prompt_field}
+    if layout is None or get_field(record, asks[layout]) in (MISSING, None):
+        layout = next((name for name, field in asks.items() if get_field(record, field) not in (MISSING, None)), "prompt")
+    if layout == "alpaca":
+        messages = [*_system(record, where), _instruction(record, where)]
+    elif layout == "prompt":
+        field = cfg.prompt_field if get_field(record, cfg.prompt_field) is not MISSING else "prompt"
+        value = parsed_cell(get_field(record, field))
+        if _are_turns(value):
+            messages = _with_system(record, _list(value, field, where, "role"), where)
+        else:
+            text = text_field(record, field, where, "task.prompt_field")
+            messages = [*_system(record, where), {"role": "user", "content": text}]
+    else:
+        messages = READERS[layout](record, where, cfg)
+    for message in messages:
+        message.pop(SCORED, None)
+    _check_order(messages, where)
+    if messages[-1]["role"] != "user":
+        raise UserError("the conversation ends with the assistant: it asks nothing", where,
+                        "Leave out the assistant's last turn.")
+    return messages[0]["content"] if len(messages) == 1 and "input" not in messages[0] else messages
 
 
 def check_format(name: str) -> None:
@@ -94,16 +131,22 @@ def _unknown_layout(record: dict, where: str, cfg: InstructConfig) -> UserError:
 
 def _prompt(record: dict, where: str, cfg: InstructConfig) -> list[Message]:
     parts = [(field, parsed_cell(get_field(record, field))) for field in (cfg.prompt_field, cfg.completion_field)]
-    if all(isinstance(value, list) and value and isinstance(value[0], dict) for _, value in parts):
+    if all(_are_turns(value) for _, value in parts):
         turns = [message for field, value in parts for message in _list(value, field, where, "role")]
-        return turns if turns[0]["role"] == "system" else _system(record, where) + turns
+        return _with_system(record, turns, where)
     prompt = text_field(record, cfg.prompt_field, where, "task.prompt_field")
     return _system(record, where) + _pair(prompt, text_field(record, cfg.completion_field, where, "task.completion_field"))
 
 
 def _alpaca(record: dict, where: str, cfg: InstructConfig) -> list[Message]:
-    instruction = text_field(record, "instruction", where, "task.format=prompt task.prompt_field")
+    asked = _instruction(record, where)
     output = text_field(record, "output", where, "task.format=prompt task.completion_field")
+    return [*_system(record, where), asked, {"role": "assistant", "content": output}]
+
+
+def _instruction(record: dict, where: str) -> Message:
+    """The user's turn of an alpaca row."""
+    instruction = text_field(record, "instruction", where, "task.format=prompt task.prompt_field")
     if record.get("history"):
         raise UserError("field 'history' holds earlier turns, which the layout alpaca has no place for", where,
                         f"Write the conversation as messages; {SKIP}")
@@ -111,10 +154,17 @@ def _alpaca(record: dict, where: str, cfg: InstructConfig) -> list[Message]:
     if extra is not None and not isinstance(extra, str):
         raise UserError(f"field 'input' is {json_type(extra)}, not a string", where, MEND)
     if not extra or not extra.strip():
-        return _system(record, where) + _pair(instruction, output)
-    messages = _pair(f"{instruction}\n\n{extra}", output)
-    messages[0] |= {"instruction": instruction, "input": extra}
-    return _system(record, where) + messages
+        return {"role": "user", "content": instruction}
+    return {"role": "user", "content": f"{instruction}\n\n{extra}", "instruction": instruction, "input": extra}
+
+
+def _are_turns(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and any(key in value[0] for key in STYLES)
+
+
+def _with_system(record: dict, turns: list[Message], where: str) -> list[Message]:
+    """The turns behind the row's system message, unless they begin with one."""
+    return turns if turns[0]["role"] == "system" else _system(record, where) + turns
 
 
 def _system(record: dict, where: str) -> list[Message]:
@@ -229,13 +279,11 @@ def _joined(content: Any) -> Any:
 
 def _check_order(messages: list[Message], where: str) -> None:
     roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        raise UserError("the conversation has no turn of the assistant: nothing can be scored", where, MEND)
     if "system" in roles[1:]:
         at = roles.index("system", 1)
         raise UserError(f"turn {at + 1} is a system message; only the first may be", where, MEND)
     turns = roles[1:] if roles[0] == "system" else roles
-    if turns[0] == "assistant":
+    if turns[:1] == ["assistant"]:
         raise UserError("the conversation starts with the assistant: there is no prompt to answer", where, MEND)
     for i, (first, second) in enumerate(pairwise(turns)):
         if first == second:

@@ -78,7 +78,7 @@ class InstructEncoder:
             if read is None:
                 return None
             messages, scored = read
-            _refuse_eos(messages, self.template.eos, where)
+            refuse_eos(messages, self.template.eos, where)
             by_assistant = [kept for message, kept in zip(messages, scored, strict=True) if message["role"] == "assistant"]
             return self.template.pieces(messages, where), by_assistant
         except UserError as error:
@@ -154,7 +154,8 @@ def _window(ids: np.ndarray, scored: np.ndarray, begin: int, scored_from: int, e
     return {"ids": ids[begin:end], "scored": flags, "cut": lost}
 
 
-def _refuse_eos(messages: list[Message], eos: str, where: str) -> None:
+def refuse_eos(messages: list[Message], eos: str, where: str) -> None:
+    """Raise UserError where a text holds the token that ends turns."""
     for message in messages:
         if eos and eos in message["content"]:
             raise UserError(f"the {message['role']}'s text {shown(message['content'])} holds '{eos}', which ends turns",

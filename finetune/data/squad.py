@@ -49,6 +49,23 @@ def questions(record: dict, where: str) -> Iterator[Union[Question, UserError]]:
         yield error
 
 
+def without_answers(record: dict) -> dict:
+    """The row as a question alone, whatever answers it has or lacks: what a model is asked."""
+    if "paragraphs" not in record:
+        return record | {"answers": []} if "question" in record or "context" in record else record
+    if not isinstance(record["paragraphs"], list):
+        return record
+    paragraphs = []
+    for paragraph in record["paragraphs"]:
+        entries = paragraph.get("qas") if isinstance(paragraph, dict) else None
+        if isinstance(entries, list):
+            kept = [{k: entry[k] for k in ("id", "question") if k in entry} | {"answers": []} if isinstance(entry, dict)
+                    else entry for entry in entries]
+            paragraph = paragraph | {"qas": kept}
+        paragraphs.append(paragraph)
+    return record | {"paragraphs": paragraphs}
+
+
 def _article(record: dict, where: str) -> Iterator[Union[Question, UserError]]:
     for i, paragraph in enumerate(_list(record["paragraphs"], "'paragraphs'", where)):
         place = f"{where} paragraph {i}"

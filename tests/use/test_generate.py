@@ -15,8 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finetune.app import compose_config
+from finetune.config import ClassifyConfig, InstructConfig
 from finetune.errors import UserError
-from finetune.generate import Speaker, _conversation, load_speaker, run
+from finetune.generate import Asked, Speaker, _prompt, _questions, _texts, load_speaker, run
 from finetune.sample import GumbelNoise, Sampling, Streamer, finished_text
 from tests.conftest import ROOT
 
@@ -129,11 +130,80 @@ def test_a_bad_row_is_named(tmp_path, row, message):
     assert f"{file}:2" in str(caught.value) and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("messages", [[], "Hi", [{"content": "Hi"}], [{"role": "user"}],
-                                      [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]])
-def test_a_conversation_needs_roles_texts_and_the_user_last(messages):
-    with pytest.raises(UserError, match="'messages' must be"):
-        _conversation({"messages": messages, "where": "f:1"})
+def reader(cfg):
+    """A speaker that can read rows: the task of an export without its model."""
+    from finetune.data.tokenizer import load_tokenizer
+    from finetune.tasks import build_task
+
+    tokenizer = load_tokenizer(None)
+    return SimpleNamespace(task=build_task(cfg, tokenizer, True), tokenizer=tokenizer, chats=isinstance(cfg, InstructConfig))
+
+
+TURN, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+
+
+@pytest.mark.parametrize(("row", "asked"), [
+    ({"q": {"text": "Hi"}, "prompt": "no"}, "Hi"), ({"prompt": "Hi"}, "Hi"), ({"q": {"text": "Hi"}, "a": "Hello"}, "Hi"),
+    ({"messages": [TURN]}, "Hi"), ({"messages": json.dumps([TURN])}, "Hi"),
+    ({"messages": [TURN, REPLY, TURN]}, [TURN, REPLY, TURN]),
+    ({"messages": [TURN, REPLY | {"weight": 0}, TURN]}, [TURN, REPLY, TURN]),
+    ({"conversations": [{"from": "human", "value": "Hi"}]}, "Hi"),
+    ({"q": {"text": "Hi"}, "system": "Be nice."}, [{"role": "system", "content": "Be nice."}, TURN]),
+    ({"instruction": "Hi", "input": "", "output": "x"}, "Hi"),
+    ({"instruction": "Add.", "input": "2+2"}, [{"role": "user", "content": "Add.\n\n2+2", "instruction": "Add.", "input": "2+2"}]),
+])
+def test_an_instruction_is_read_as_in_training(row, asked):
+    assert _prompt(Asked("f:1", row), reader(InstructConfig(prompt_field="q.text", completion_field="a"))) == asked
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": []}, {"messages": "Hi"}, {"messages": [{"content": "Hi"}]}, {"messages": [{"role": "user"}]},
+    {"messages": [TURN, REPLY]}, {"messages": [TURN, TURN]}, {"prompt": None}, {"prompt": " "}, {"other": 1},
+    {"messages": [TURN, REPLY, {"role": "user", "content": "a<|endoftext|>"}]}, {"instruction": "Hi", "input": ["x"]}])
+def test_a_row_that_asks_nothing_is_refused_with_a_row_that_does(row):
+    with pytest.raises(UserError, match=r"f:1: .*\n  Write rows as in training, without the answer: \{\"prompt\": "):
+        _prompt(Asked("f:1", row), reader(InstructConfig()))
+
+
+PAIR = ClassifyConfig(text_field="doc.body", text_pair_field="doc.hyp")
+TEXTS = [{"doc": {"body": "the cat", "hyp": "a dog"}}, {"doc": {"body": "the cat"}}, {"doc": {"body": "the cat", "hyp": None}},
+         {"doc": {"body": "the cat", "hyp": " "}}, {"doc": {"body": 3, "hyp": "a dog"}}, {"prompt": "the cat"},
+         {"doc": {"body": "the cat", "hyp": "a dog"}, "prompt": "other", "text": "other"}]
+
+
+@pytest.mark.parametrize("row", TEXTS)
+@pytest.mark.parametrize("cfg", [PAIR, ClassifyConfig(text_field="doc.body")], ids=["pair", "single"])
+def test_a_classifier_reads_the_fields_that_it_was_trained_on(cfg, row):
+    """What the training's encoder refuses is refused, what it takes is judged whole."""
+    speaker = reader(cfg)
+    (trained,) = speaker.task.encoder().encode([("f:1", row | {"label": "x"})])
+    if "doc" not in row and cfg is not PAIR:
+        assert _texts(Asked("f:1", row), speaker) == ["the cat"]  # a prompt alone is a text
+    elif isinstance(trained, UserError):
+        with pytest.raises(UserError, match=r"f:1: field 'doc\.[a-z]+' is .*\n  The model was trained on the fields? 'doc.body'"):
+            _texts(Asked("f:1", row), speaker)
+    else:
+        wanted = speaker.tokenizer("\n".join(_texts(Asked("f:1", row), speaker)))["input_ids"]
+        assert list(trained[0]["ids"]) == [*wanted, speaker.tokenizer.eos_token_id]
+
+
+ENTRY = {"id": "q1", "question": "Who?"}
+ARTICLE = {"paragraphs": [{"context": "Ada met Bob.", "qas": [ENTRY, ENTRY | {"id": "q2", "answers": [{"text": "Zoe"}]}]}]}
+
+
+@pytest.mark.parametrize(("row", "ids"), [
+    ({"question": "Who?", "context": "Ada met Bob."}, ["f:1"]), (ENTRY | {"context": "Ada met Bob.", "answers": None}, ["q1"]),
+    (ARTICLE, ["q1", "q2"])])
+def test_questions_are_read_as_in_training_with_or_without_answers(row, ids):
+    found = _questions(Asked("f:1", row))
+    assert [q.id for q in found] == ids and all((q.question, q.context) == ("Who?", "Ada met Bob.") for q in found)
+
+
+@pytest.mark.parametrize("row", [{"question": "Who?"}, {"question": None, "context": "Ada"}, {"question": "Who?", "context": " "},
+                                 {"text": "Ada"}, {"paragraphs": [{"context": "Ada", "qas": [{"id": "q1"}]}]}])
+def test_a_question_without_its_context_is_refused(row):
+    with pytest.raises(UserError, match=r"f:1.*: this export answers questions: "):
+        _questions(Asked("f:1", row))
 
 
 @pytest.mark.parametrize(("words", "message"), [
