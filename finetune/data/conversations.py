@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable
 from difflib import get_close_matches
 from itertools import pairwise
-from typing import Any
+from typing import Any, Union
 
 from finetune.config import InstructConfig
 from finetune.data.fields import MEND, counts, full_text, parsed_cell, shown, text_field
@@ -38,12 +38,18 @@ TRAINED = ("weight", "train", "training", "trainable", "loss", "loss_mask")
 """Marks of a turn that say 1 or true where it is scored: OpenAI's, Axolotl's, ms-swift's and others'."""
 MASKED = ("masked",)
 """Marks that say 1 or true where a turn is not scored: torchtune's."""
+DETAILS = ("train_detail", "training_detail")
+"""Axolotl's marks of parts of a turn: [{"begin_offset", "end_offset", "train"}, ..], both ends included, in characters."""
 LIKE_A_MARK = re.compile(r"(^|_)(weights?|train|trained|training|trainable|loss|losses|mask|masked|masking)(_|$)")
 SCORED = "scored"
 """Key of a read message that carries its mark, until `conversation` takes it out."""
 
 
-def conversation(record: dict, where: str, cfg: InstructConfig) -> tuple[list[Message], list[bool]] | None:
+Scored = Union[bool, list[bool]]
+"""Whether a turn is scored; or which characters of its content are."""
+
+
+def conversation(record: dict, where: str, cfg: InstructConfig) -> tuple[list[Message], list[Scored]] | None:
     """The row's messages, the last of them a scored one of the assistant, and which are scored.
 
     Returns:
@@ -62,7 +68,8 @@ def conversation(record: dict, where: str, cfg: InstructConfig) -> tuple[list[Me
     if all(message["role"] != "assistant" for message in messages):
         raise UserError("the conversation has no turn of the assistant: nothing can be scored", where, MEND)
     _check_order(messages, where)
-    scored = [message.pop(SCORED, True) and message["role"] == "assistant" for message in messages]
+    marks = [message.pop(SCORED, True) for message in messages]
+    scored: list[Scored] = [mark if m["role"] == "assistant" else False for m, mark in zip(messages, marks, strict=True)]
     if not any(scored):
         raise UserError("no turn of the conversation is scored: all of the assistant's are marked as left out", where,
                         f"Mark one of them with \"weight\": 1; {SKIP}")
@@ -219,7 +226,10 @@ def _turn(turn: Any, name: str, where: str, style: str) -> Message:
     if not isinstance(role, str) or role not in roles:
         raise UserError(f"{name} has the unknown {style} {role!r}", where, _role_hint(str(role), roles))
     message: Message = {"role": roles[role], "content": full_text(_joined(turn[text_key]), f"{name}.{text_key}", where)}
-    mark = _mark(turn, name, where)
+    mark: Scored | None = _mark(turn, name, where)
+    detail = _detail(turn, message["content"], name, where)
+    if detail and mark is not False:
+        mark = detail if any(detail) else False
     if mark and message["role"] != "assistant":
         raise UserError(f"{name} is the {message['role']}'s and marked as scored; only the assistant's turns are", where,
                         f"Remove the mark; {SKIP}")
@@ -234,7 +244,7 @@ def _mark(turn: dict, name: str, where: str) -> bool | None:
     """
     marks: dict[str, bool] = {}
     for key, value in turn.items():
-        if value is None or not isinstance(key, str) or not LIKE_A_MARK.search(key.lower()):
+        if value is None or key in DETAILS or not LIKE_A_MARK.search(str(key).lower()):
             continue
         if key not in (*TRAINED, *MASKED):
             raise UserError(f"{name} has '{key}', which looks like a mark of what is scored and is not known", where,
@@ -247,6 +257,22 @@ def _mark(turn: dict, name: str, where: str) -> bool | None:
     if len(set(marks.values())) > 1:
         raise UserError(f"{name} is marked as scored and as not scored: {', '.join(marks)}", where, MEND)
     return next(iter(marks.values()), None)
+
+
+def _detail(turn: dict, content: str, name: str, where: str) -> list[bool] | None:
+    """Which characters of a turn are scored where it marks parts of itself: those that no part names are not."""
+    key = next((key for key in DETAILS if turn.get(key)), None)
+    if key is None:
+        return None
+    scored = [False] * len(content)
+    for part in turn[key] if isinstance(turn[key], list) else [None]:
+        begin, end, train = (part.get(k) for k in ("begin_offset", "end_offset", "train")) if isinstance(part, dict) else [None] * 3
+        answer = _yes_or_no(train)
+        if type(begin) is not int or type(end) is not int or not 0 <= begin <= end < len(content) or answer is None:
+            raise UserError(f"{name}.{key} has {shown(str(part))[1:-1]}; a part is {{\"begin_offset\", \"end_offset\", \"train\"}}, "
+                            f"characters 0 to {len(content) - 1}, both ends included", where, MEND)
+        scored[begin: end + 1] = [answer] * (end + 1 - begin)
+    return scored
 
 
 def _left_out(record: dict, where: str, cfg: InstructConfig) -> bool:

@@ -22,7 +22,7 @@ import numpy as np
 
 from finetune.config import InstructConfig
 from finetune.data.columns import Column, Example
-from finetune.data.conversations import conversation
+from finetune.data.conversations import Scored, conversation
 from finetune.data.fields import digest, shown
 from finetune.data.template import RENDER_FAULTS, Message, Template
 from finetune.data.text import TextTokenizer, ids_dtype
@@ -32,10 +32,10 @@ from finetune.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Turn = tuple[list[int], list[int]]
-"""Ids of a prompt, and of its completion with eos."""
-Pieces = tuple[list[str], list[bool]]
-"""Texts of prompts and completions in turn, and which of the completions are scored."""
+Turn = tuple[list[int], list[int], list[bool]]
+"""Ids of a prompt, and of its completion with eos, of which those are scored."""
+Pieces = tuple[list[str], list[Scored]]
+"""Texts of prompts and completions in turn, and which of the completions, or of their characters, are scored."""
 
 
 class InstructEncoder:
@@ -63,10 +63,10 @@ class InstructEncoder:
                 continue
             turns: list[Turn] = []
             prompt: list[int] = []
-            for scored in row[1]:
+            for text, scored in zip(row[0][1::2], row[1], strict=True):
                 prompt, completion = [*prompt, *next(ids)], [*next(ids), self._eos]
                 if scored:
-                    turns.append((prompt, completion))
+                    turns.append((prompt, completion, self._flags(text, scored, len(completion))))
                 prompt = [] if scored else [*prompt, *completion]
             results.append(self._examples(where, turns))
         return results
@@ -79,27 +79,48 @@ class InstructEncoder:
                 return None
             messages, scored = read
             refuse_eos(messages, self.template.eos, where)
-            by_assistant = [kept for message, kept in zip(messages, scored, strict=True) if message["role"] == "assistant"]
-            return self.template.pieces(messages, where), by_assistant
+            pieces = self.template.pieces(messages, where)
+            answers = [(m["content"], kept) for m, kept in zip(messages, scored, strict=True) if m["role"] == "assistant"]
+            marks = [_spread(kept, content, text) if isinstance(kept, list) else kept
+                     for (content, kept), text in zip(answers, pieces[1::2], strict=True)]
+            return pieces, marks
         except UserError as error:
             return error
+
+    def _flags(self, text: str, scored: Scored, size: int) -> list[bool]:
+        """Which ids of a completion, the closing eos included, are scored: those of whose characters all are."""
+        if not isinstance(scored, list):
+            return [True] * size
+        return [*(all(scored[first: max(behind, first + 1)]) for first, behind in self._texts.offsets(text)), scored[-1]]
 
     def _examples(self, where: str, turns: list[Turn]) -> list[Example] | UserError:
         if not turns[0][0]:
             return UserError("the prompt is empty: the completion's first token would have nothing before it", where,
                              "Text without prompts trains with task=clm.")
-        longest = max(len(completion) for _, completion in turns)
+        longest = max(len(completion) for _, completion, _ in turns)
         if longest >= self.cfg.max_length:
             return UserError(f"a completion has {longest} tokens with its eos; task.max_length = "
                              f"{self.cfg.max_length} leaves {self.cfg.max_length - 1}", where,
                              f"Shorten it, or raise task.max_length to {longest + 1} (2048 at most); {SKIP}")
-        ids = np.fromiter((i for turn in turns for part in turn for i in part), np.int64)
-        scored = np.concatenate([np.repeat([0, 1], [len(prompt), len(end)]) for prompt, end in turns])
-        ends = list(accumulate(len(prompt) + len(completion) for prompt, completion in turns))
+        ids = np.fromiter((i for prompt, completion, _ in turns for i in (*prompt, *completion)), np.int64)
+        scored = np.concatenate([[0] * len(prompt) + flags for prompt, _, flags in turns]).astype(np.int64)
+        ends = list(accumulate(len(prompt) + len(completion) for prompt, completion, _ in turns))
         cuts = windows(ends, self.cfg.max_length)
         before = [0, *(end for _, _, end in cuts)]
         found = [_window(ids, scored, *cut, max(0, cut[0] - end)) for cut, end in zip(cuts, before, strict=False)]
         return [example | {"where": where.encode("utf-8", "backslashreplace")} for example in found]
+
+
+def _spread(scored: list[bool], content: str, text: str) -> list[bool]:
+    """Marks of the characters of a content -> of the completion in which the template wrote it.
+
+    What the template adds, or eos, is scored as the content's first or last character is.
+    """
+    kept = content.strip()
+    first = len(content) - len(content.lstrip())
+    inner = scored[first: first + len(kept)]
+    at = text.find(kept)
+    return [inner[0]] * at + inner + [inner[-1]] * (len(text) - at - len(kept))
 
 
 def windows(ends: list[int], max_length: int) -> list[tuple[int, int, int]]:

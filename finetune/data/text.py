@@ -118,6 +118,10 @@ class TextTokenizer:
                 results[i] += ids
         return results
 
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """First character and the one behind the last of every token of one text."""
+        return self._backend.encode(text, add_special_tokens=False).offsets
+
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 

@@ -105,6 +105,18 @@ def test_a_turn_that_is_marked_is_read_and_not_scored(make, mark):
     assert made.example(1) == {"ids": [*FIRST, *HELLO, EOS], "scored": [0] * len(FIRST) + [1, 1], "cut": 0}
 
 
+@pytest.mark.parametrize(("parts", "scored"), [
+    ([(0, 4, False), (5, 10, True)], [0, 0, 0, 1, 1, 1, 1]),  # "a b c" is not scored, " d e f" is, and so is eos
+    ([(0, 2, True)], [1, 1, 0, 0, 0, 0, 0]), ([(2, 8, True)], [0, 0, 1, 1, 1, 0, 0]),  # " b" is not wholly in it
+    ([(0, 10, True)], [1] * 7), ([], [1] * 7)])
+def test_parts_of_a_turn_may_be_marked(make, parts, scored):
+    detail = [{"begin_offset": a, "end_offset": b, "train": train} for a, b, train in parts]
+    row = {"messages": [said("user", "Hi"), said("assistant", "a b c d e f", train_detail=detail)]}
+    assert make(plain(), [row]).example(0) == {"ids": [17250, 64, 275, 269, 288, 304, 277, EOS], "scored": [0, *scored], "cut": 0}
+    made = make(chat(), [row])  # the template puts a space in front
+    assert made.example(0)["scored"][-7:] == scored
+
+
 def test_marked_turns_are_cut_like_prompts(make):
     """An answer that no row could hold is no fault where it is not scored."""
     row = {"messages": [said("user", "Hi"), said("assistant", "a b c d e f", weight=0), said("user", "Hi"),
@@ -117,7 +129,8 @@ def test_marked_turns_are_cut_like_prompts(make):
 @pytest.mark.parametrize(("marks", "problem"), [
     ({"weight": 0}, "no turn of the conversation is scored"), ({"weight": 0.5}, r"messages\[1\].weight is 0.5"),
     ({"loss_scale": 2}, r"messages\[1\] has 'loss_scale', which looks like a mark"),
-    ({"mask": 1}, "'mask', which looks like a mark"), ({"train_detail": [{"begin_offset": 0}]}, "'train_detail', which"),
+    ({"mask": 1}, "'mask', which looks like a mark"), ({"train_detail": [{"begin_offset": 0}]}, "train_detail has {'begin"),
+    ({"train_detail": [{"begin_offset": 0, "end_offset": 5, "train": True}]}, "characters 0 to 4"),
     ({"weight": 1, "train": False}, "marked as scored and as not scored: weight, train")])
 def test_marks_that_cannot_be_followed_are_bad_rows(tokenizer, marks, problem):
     row = {"messages": [said("user", "Hi"), said("assistant", "Hello", **marks)]}
