@@ -1,7 +1,8 @@
 """Evaluation with EleutherAI's lm-eval, the field's own tool (https://github.com/EleutherAI/lm-evaluation-harness).
 
 The loaded model goes into lm-eval's own `hf` model as transformers' GPT-J, so tasks, prompts, metrics and arithmetic are
-what everybody measures with. Adapters of virtual tokens answer through the training forward. An optional extra: pip install -e '.[eval]'.
+what everybody measures with. Adapters of virtual tokens answer through the training forward.
+An optional extra: pip install -e '.[eval]'.
 """
 
 from __future__ import annotations
