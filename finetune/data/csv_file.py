@@ -9,8 +9,8 @@ it opens a cell that ends at the next quote, and all rows between become text of
     this row vanishes,pos     text of the cell, and a row of its own
     he liked it",pos          closes it
 
-So the lines of a record that spans several are compared with the rows of the file (`_Columns`): lines that look like
-rows are read as rows, and the line with the stray quote alone is bad.
+So the lines of a record that spans several are compared with the rows of the file (`csv_layout.Columns`): lines that
+look like rows are read as rows, and the line with the stray quote alone is bad.
 """
 
 from __future__ import annotations
@@ -23,21 +23,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
+from finetune.data import utf8
+from finetune.data.csv_layout import Columns, Layout, Line, Lines
 from finetune.data.decode import Count
 from finetune.data.rows import Row
-from finetune.data.utf8 import DEFAULTS, SKIP, FileOptions, Line, invalid_utf8, lines
+from finetune.data.utf8 import DEFAULTS, SKIP, FileOptions, invalid_utf8, lines
 from finetune.errors import UserError
 
 FIELD_BYTES = 32 << 20
 SAMPLE_BYTES = 1 << 20
 SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*')
 """First line that Excel writes to tell its separator."""
-MOST_VALUES = 1000
-"""Distinct values up to which a column is taken for one of labels."""
-SURE_ROWS = 20
-"""Rows after which a value that none of them has is taken for no label."""
 TEXT_REMEDY = "If quotes are part of the text: data.quotes=text"
 
 
@@ -51,13 +48,13 @@ def csv_rows(path: Path, count: Count | None = None, options: FileOptions = DEFA
     csv.field_size_limit(max(FIELD_BYTES, csv.field_size_limit()))
     sample = _sample(path, options)
     layout = _layout(path, sample, options)
-    source = _Lines(_decoded(path, lines(path, count, options.encoding)))
+    source = Lines(_decoded(path, lines(path, count, options.encoding)))
     if layout is None:
         return
     deque(islice(source, layout.first_line), maxlen=0)
     source.held.clear()
-    header = _header(path, source, layout)
-    columns = _Columns(header.width)
+    header = _header(source, layout)
+    columns = Columns(header.width)
     columns.learn(sample[layout.first_line + 1:], layout)
     for held, values in _records(source, layout, columns):
         if isinstance(values, UserError):
@@ -68,35 +65,6 @@ def csv_rows(path: Path, count: Count | None = None, options: FileOptions = DEFA
             yield _row(header, layout, held, values)
 
 
-class _Line(NamedTuple):
-    where: str
-    text: str
-    """With its newline."""
-    fault: UserError | None
-    """It is not valid UTF-8."""
-
-
-@dataclass
-class _Layout:
-    separator: str
-    quotes: str
-    """auto, enclose or text, as in `FileOptions`."""
-    padded: bool
-    """Blanks stand around names and cells, as in `text, label`."""
-    first_line: int
-    """Lines before the header."""
-
-    def parse(self, source: Iterator[str], padded: bool | None = None) -> Iterator[list[str]]:
-        return csv.reader(source, strict=True, delimiter=self.separator,
-                          quoting=csv.QUOTE_NONE if self.quotes == "text" else csv.QUOTE_MINIMAL,
-                          skipinitialspace=self.padded if padded is None else padded)
-
-    def split(self, line: _Line) -> list[str]:
-        """The cells of a line on which quotes mean nothing."""
-        cells = line.text.rstrip("\r\n").split(self.separator)
-        return [cell.strip() for cell in cells] if self.padded else cells
-
-
 @dataclass
 class _Header:
     names: list[str]
@@ -104,119 +72,7 @@ class _Header:
     """Columns in all: those behind the last name have none."""
 
 
-class _Lines:
-    """An iterator over lines that remembers those of the current record and takes lines back."""
-
-    def __init__(self, source: Iterator[_Line]):
-        self.held: list[_Line] = []
-        self._source, self._returned = source, deque[_Line]()
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        line = self._returned.popleft() if self._returned else next(self._source)
-        self.held.append(line)
-        return line.text
-
-    def give_back(self, rest: list[_Line]) -> None:
-        self._returned.extendleft(reversed(rest))
-
-
-class _Columns:
-    """The values that the columns of a file hold, to tell rows from lines of text inside one cell.
-
-    A column of few values, such as labels, decides: a line whose cells there are none of them is no row. Without such
-    a column every line must have exactly the row's number of cells, none of them empty or beginning with a blank.
-    """
-
-    def __init__(self, width: int):
-        self.width = width
-        # Of the sample: rows of one line; rows of several lines, each of which could be a row; other rows of several.
-        self.rows, self.exact, self.breaks = 0, 0, 0
-        self._values: list[set[str] | None] = [set() for _ in range(width)]
-
-    def add(self, cells: list[str]) -> None:
-        """Remember the cells of one row that is certain to be one."""
-        for j, (values, cell) in enumerate(zip(self._values, cells, strict=False)):
-            if values is not None:
-                values.add(cell[:200])
-                if len(values) > MOST_VALUES:
-                    self._values[j] = None
-
-    def learn(self, sample: list[_Line], layout: _Layout) -> None:
-        """Count the rows of one line; where there are hardly any, the lines without quotes that have a row's cells."""
-        source = _Lines(iter(sample))
-        reader = layout.parse(source)
-        while True:
-            source.held.clear()
-            try:
-                cells = next(reader, None)
-            except csv.Error:
-                continue
-            if cells is None:
-                break
-            if len(source.held) == 1 and len(cells) == self.width:
-                self.add(cells)
-                self.rows += 1
-            elif len(cells) == self.width:
-                exact = all(self._is_exact(layout.split(line)) for line in source.held)
-                self.exact, self.breaks = self.exact + exact, self.breaks + (not exact)
-        for line in sample if self.rows < 3 else ():
-            cells = layout.split(line)
-            if '"' not in line.text and len(cells) == self.width:
-                self.add(cells)
-                self.rows += 1
-
-    def swallows(self, held: list[_Line], layout: _Layout, values: list[str] | None) -> str:
-        """Return "yes" where the lines of one record are rows of their own, joined by a stray quote; "perhaps" or "no".
-
-        The first line of a record always has the true cells before the quoted one, and the last line those behind it:
-        both must look like rows as a whole. Of the lines between, half may be anything.
-
-        Args:
-            values: the record's cells, where its quotes are closed.
-        """
-        if self.width < 2 or len(held) < 2 or layout.quotes == "enclose":
-            return "no"
-        head, *others = map(layout.split, held)
-        exact = all(map(self._is_exact, [head, *others]))
-        exact = exact and self.breaks <= self.exact  # in a file full of cells with line breaks it says little
-        if exact and layout.separator == "\t":
-            return "yes"  # tabs do not stand in text
-        few = {j: seen | ({values[j]} if values and len(values) == self.width else set())
-               for j, seen in enumerate(self._values)
-               if seen is not None and seen - {""} and self.rows >= 3 and len(seen) <= self.rows // 2 + 1}
-        # The column of the stray quote itself may hold any text, unless it is one of labels.
-        column = len(next(csv.reader([held[0].text], delimiter=layout.separator))) - 1
-        if column in few and head[min(column, len(head) - 1)].strip('"') not in few[column]:
-            del few[column]
-        between = [cells for cells in others if cells != [""]]
-        ends = [head, between.pop()] if values and between else [head]
-        looks = [self._fits(cells, few) for cells in between]
-        most = 2 * sum(looks) >= len(looks)
-        if few and most and all(self._fits(cells, few) for cells in ends):
-            return "yes"
-        unsure = not few or self.rows < SURE_ROWS or (looks and most)
-        return "perhaps" if exact and unsure else "no"
-
-    def _is_exact(self, cells: list[str]) -> bool:
-        return len(cells) == self.width and all(cell and not cell[0].isspace() for cell in cells[1:])
-
-    def _fits(self, cells: list[str], few: dict[int, set[str]]) -> bool:
-        """Text with separators in it moves the cells behind it: they are counted from the right as well."""
-        if len(cells) < self.width:
-            return False
-        hits = 0
-        for j, seen in few.items():
-            found = {cell for value in (cells[j], cells[j - self.width]) for cell in (value, value.strip('"'))} & seen
-            if not found:
-                return False
-            hits += found != {""}
-        return hits > 0
-
-
-def _records(source: _Lines, layout: _Layout, columns: _Columns) -> Iterator[tuple[list[_Line], list[str] | UserError]]:
+def _records(source: Lines, layout: Layout, columns: Columns) -> Iterator[tuple[list[Line], list[str] | UserError]]:
     """Lines and cells of each record, or what is wrong with it; blank lines are none."""
     reader = layout.parse(source)
     while True:
@@ -231,33 +87,33 @@ def _records(source: _Lines, layout: _Layout, columns: _Columns) -> Iterator[tup
             return
         swallows = columns.swallows(held, layout, values)
         if swallows != "no":
-            fault = _swallowed(held, swallows == "yes")
+            fault = _swallowed(layout.where(held[0]), len(held) - 1, swallows == "yes")
             source.give_back(held[1:])
             yield held, fault
         elif error is not None and (again := _without_blanks(held, layout)) is not None:
             yield held, again
         elif error is not None:
-            yield held, _fault(held, error)
+            yield held, _fault(layout.where(held[0]), len(held) - 1, error)
         elif values:
             if len(held) == 1 and len(values) == columns.width:
                 columns.add(values)
             yield held, values
 
 
-def _swallowed(held: list[_Line], certain: bool) -> UserError:
+def _swallowed(where: str, below: int, certain: bool) -> UserError:
     """The fault of the line with the stray quote; raised where the lines behind it may be one cell all the same."""
-    below = "the row" if len(held) == 2 else f"the {len(held) - 1} rows"
+    rows = "the row" if below == 1 else f"the {below} rows"
     verb = "swallows" if certain else "seems to swallow"
     remedy = 'Double quotes that belong to the text, and quote the cell: "say ""a"""'
     keys = f"{TEXT_REMEDY}; if the cell is right as it is: data.quotes=enclose"
-    fault = UserError(f"a quote opens here and {verb} {below} behind it", held[0].where,
+    fault = UserError(f"a quote opens here and {verb} {rows} behind it", where,
                       f"{remedy}; {SKIP}\n  {keys}" if certain else f"{remedy}.\n  {keys}")
     if not certain:
         raise fault
     return fault
 
 
-def _without_blanks(held: list[_Line], layout: _Layout) -> list[str] | None:
+def _without_blanks(held: list[Line], layout: Layout) -> list[str] | None:
     """The cells of a line with blanks between a closing quote and the separator, which csv's reader refuses."""
     text = re.sub(rf'" +(?={re.escape(layout.separator)}|\r?\n)', '"', held[0].text)
     if len(held) > 1 or text == held[0].text:
@@ -268,9 +124,8 @@ def _without_blanks(held: list[_Line], layout: _Layout) -> list[str] | None:
         return None
 
 
-def _fault(held: list[_Line], error: csv.Error) -> UserError:
+def _fault(where: str, below: int, error: csv.Error) -> UserError:
     """The fault of a row; raised where more than the row itself was swallowed, which no policy may skip as one row."""
-    where, below = held[0].where, len(held) - 1
     if "unexpected end" in str(error) or "field limit" in str(error):
         raise UserError("a quoted field is opened here and never closed", where,
                         f'Close it, or double it: "". {TEXT_REMEDY}')
@@ -281,8 +136,8 @@ def _fault(held: list[_Line], error: csv.Error) -> UserError:
                      f'Double the quotes inside a quoted field: "say ""a"""; {SKIP}\n  {TEXT_REMEDY}')
 
 
-def _row(header: _Header, layout: _Layout, held: list[_Line], values: list[str]) -> Row:
-    where, named = held[0].where, len(header.names)
+def _row(header: _Header, layout: Layout, held: list[Line], values: list[str]) -> Row:
+    where, named = layout.where(held[0]), len(header.names)
     misread = any(value[:1].isspace() and value.lstrip()[:1] == '"' for value in values)
     if layout.quotes != "text" and (misread or len(values) != header.width):
         # A blank between separator and quote: the quote encloses all the same.
@@ -302,13 +157,13 @@ def _row(header: _Header, layout: _Layout, held: list[_Line], values: list[str])
     return where, dict(zip(header.names, values, strict=False))
 
 
-def _header(path: Path, source: _Lines, layout: _Layout) -> _Header:
+def _header(source: Lines, layout: Layout) -> _Header:
     """Names without blanks around them; unnamed columns before the last name are called column1, ..."""
     try:
         cells = next((cells for cells in layout.parse(source) if cells), [])
     except csv.Error as error:
-        raise UserError(f"the header is no CSV ({error})", source.held[0].where) from None
-    where = source.held[-1].where if source.held else f"{path}:1"
+        raise UserError(f"the header is no CSV ({error})", layout.where(source.held[0])) from None
+    where = layout.where(source.held[0])
     for line in source.held:
         if line.fault:
             raise line.fault
@@ -325,7 +180,7 @@ def _header(path: Path, source: _Lines, layout: _Layout) -> _Header:
     return _Header(names, width)
 
 
-def _layout(path: Path, sample: list[_Line], options: FileOptions) -> _Layout | None:
+def _layout(path: Path, sample: list[Line], options: FileOptions) -> Layout | None:
     """How the file is written; None for one without any line."""
     first_line = next((i for i, line in enumerate(sample) if line.text.strip()), None)
     if first_line is None:
@@ -336,7 +191,7 @@ def _layout(path: Path, sample: list[_Line], options: FileOptions) -> _Layout | 
         return None
     sample = sample[first_line:]
     separator = declared[1] if declared else _separator(path, [line.text.rstrip("\r\n") for line in sample])
-    layout = _Layout(separator, options.quotes, False, first_line)
+    layout = Layout(path, separator, options.quotes, False, first_line)
     names = layout.split(sample[0])
     layout.padded = any(name != name.strip() for name in names)
     # A .tsv either quotes as the others do, or, as the format's own definition says, not at all.
@@ -354,8 +209,8 @@ def _separator(path: Path, texts: list[str]) -> str:
     return max(present, key=lambda mark: sum(line.count(mark) == texts[0].count(mark) for line in texts[1:]))
 
 
-def _has_text_quotes(sample: list[_Line], layout: _Layout, width: int) -> bool:
-    columns, source = _Columns(width), _Lines(iter(sample))
+def _has_text_quotes(sample: list[Line], layout: Layout, width: int) -> bool:
+    columns, source = Columns(width), Lines(iter(sample))
     columns.learn(sample[1:], layout)
     try:
         return any(isinstance(values, UserError) for _, values in _records(source, layout, columns))
@@ -364,7 +219,7 @@ def _has_text_quotes(sample: list[_Line], layout: _Layout, width: int) -> bool:
         return source.held[-1] is not sample[-1]
 
 
-def _sample(path: Path, options: FileOptions) -> list[_Line]:
+def _sample(path: Path, options: FileOptions) -> list[Line]:
     """The first lines, without those that are cut off or cannot be read; their faults are told when they are read."""
     found, size = [], 0
     try:
@@ -379,14 +234,14 @@ def _sample(path: Path, options: FileOptions) -> list[_Line]:
     return found
 
 
-def _decoded(path: Path, source: Iterator[Line]) -> Iterator[_Line]:
+def _decoded(path: Path, source: Iterator[utf8.Line]) -> Iterator[Line]:
     for line in source:
-        where = f"{path}:{line.number}"
         try:
-            yield _Line(where, line.data.decode("utf-8") + "\n", None)
+            yield Line(line.number, line.data.decode("utf-8") + "\n", None)
         except UnicodeDecodeError as error:
             # The reader must go on to find the row's end; the row is refused by its caller.
-            yield _Line(where, line.data.decode("utf-8", errors="replace") + "\n", invalid_utf8(path, where, error))
+            fault = invalid_utf8(path, f"{path}:{line.number}", error)
+            yield Line(line.number, line.data.decode("utf-8", errors="replace") + "\n", fault)
 
 
 def _name(separator: str) -> str:

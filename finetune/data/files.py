@@ -98,11 +98,8 @@ def notes_on(files: Files, training: bool) -> list[str]:
     if files.left_out:
         kinds = " ".join(sorted({path.suffix or "no suffix" for path in files.left_out}))
         notes.append(f"left out, of unknown format ({kinds}): {_count(files.left_out)}, {_names(files.left_out)}")
-    by_content: dict[tuple, list[Path]] = {}
-    for path in files.paths:
-        by_content.setdefault(_content(path), []).append(path)
-    for same in by_content.values():
-        if len(same) > 1 and same[0].stat().st_size:
+    for same in _same_content(files.paths):
+        if same[0].stat().st_size:
             notes.append(f"read although their content is the same: {_count(same)}, {_names(same)}")
     by_stem: dict[str, set[str]] = {}
     for path in files.paths:
@@ -121,8 +118,9 @@ def notes_on(files: Files, training: bool) -> list[str]:
 
 def shared(train: Files, held_out: Files) -> list[str]:
     """A note where files of the evaluation are training files too, by path or by content."""
-    trained = {_content(path) for path in train.paths}
-    both = [path for path in held_out.paths if _content(path) in trained]
+    trained = set(train.paths)
+    same = {path for group in _same_content([*train.paths, *held_out.paths]) if trained & set(group) for path in group}
+    both = [path for path in held_out.paths if path in trained or path in same]
     if not both:
         return []
     return [f"trained on as well: {len(both)} of {_count(held_out.paths)}, {_names(both)}; "
@@ -258,10 +256,16 @@ def _refuse_packed_twice(paths: list[Path]) -> None:
         plain[name] = path
 
 
-def _content(path: Path) -> tuple:
-    """What two files share that are the same or hold the same."""
-    _, size, _, digest = identity(path)
-    return size, digest
+def _same_content(paths: list[Path]) -> list[list[Path]]:
+    """Groups of files with one content. Only files of one size are read."""
+    by_size: dict[int, list[Path]] = {}
+    for path in dict.fromkeys(paths):
+        by_size.setdefault(path.stat().st_size, []).append(path)
+    by_content: dict[tuple[int, str], list[Path]] = {}
+    for size, alike in by_size.items():
+        for path in alike if len(alike) > 1 else ():
+            by_content.setdefault((size, identity(path)[-1]), []).append(path)
+    return [group for group in by_content.values() if len(group) > 1]
 
 
 @lru_cache(maxsize=100_000)
