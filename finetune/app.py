@@ -1,9 +1,8 @@
 """Command line to typed config: every launch script goes through `main`.
 
-argv -> drop the launcher's --local_rank -> Hydra's compose -> dataclasses -> `run(config)` -> exit code.
-Hydra's own main is used only for what it prints (`--cfg`, `--info`, shell completion): its error handling exits
-with 1 where a wrong config must exit with 2, and its output directories differ between ranks.
-Does not know what the programs do.
+argv -> drop the launcher's --local_rank -> texts in quotes (`words`) -> Hydra's compose -> dataclasses -> `run(config)`
+-> exit code. Hydra's own main is used only for what it prints (`--info`, `--cfg hydra`): its error handling exits with 1
+where a wrong config must exit with 2, and its output directories differ between ranks. Does not know what the programs do.
 """
 
 from __future__ import annotations
@@ -33,9 +32,12 @@ from finetune import programs
 from finetune.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, UserError, problems_error
 from finetune.helptext import help_text
 from finetune.openmp import spin_briefly
-from finetune.redact import redact_text
-from finetune.suggest import SCHEMAS, all_keys, unknown_key, unknown_option, user_error
-from finetune.trained_task import trained_task
+from finetune.other_names import split_flags, without_hydra
+from finetune.plain import Literals, plain_values, to_yaml
+from finetune.programs import KINDS, all_keys
+from finetune.redact import redact, redact_text
+from finetune.suggest import unknown_key, unknown_option, user_error
+from finetune.words import hydra_words, refuse_file_list, report_words, trained_task
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF, RECIPES = ROOT / "conf", ROOT / "recipes"
@@ -46,6 +48,8 @@ ALIASES = {"evaluate": {"model": "export_dir"}, "generate": {"model": "export_di
                       "export.hub_base": "hub_base"}}
 """program -> key as users type it -> key in the schema: `model` alone would name the group of base models."""
 
+PRINTS = {"-h", "--help", "-c", "--cfg", "-i", "--info", "--version", "--hydra-help", "-sc", "--shell-completion"}
+"""Options that print something in place of running."""
 MOST_PROBLEMS = 8
 """Wrong words of one command line that are told."""
 DATA_SUFFIXES = (".jsonl", ".json", ".zst", ".gz", ".csv", ".tsv", ".parquet", ".txt")
@@ -76,15 +80,21 @@ def register(words: Iterable[str] = ()) -> None:
             for its own kind fall away: `recipe=classify_lora adapter=full` has no use for a rank.
     """
     typed = dict(word.split("=", 1) for word in words if "=" in word)
+    _register_schemas()
+    for path in sorted(RECIPES.glob("**/*.yaml")):
+        recipe = _fitting(deepcopy(_recipe(path)), typed)
+        ConfigStore.instance().store(group="recipe", name=path.stem, node=recipe, package="_global_")
+
+
+@cache
+def _register_schemas() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=schema.Config)
     for name, node in programs.SCHEMAS.items():
         store.store(name=f"{name}_schema", node=node)
-    for group, kinds in SCHEMAS.items():
+    for group, kinds in KINDS.items():
         for name, node in kinds.items():
             store.store(group=f"schema/{group}", name=name, node=node)
-    for path in sorted(RECIPES.glob("**/*.yaml")):
-        store.store(group="recipe", name=path.stem, node=_fitting(deepcopy(_recipe(path)), typed), package="_global_")
 
 
 @cache
@@ -96,10 +106,10 @@ def _fitting(recipe: Any, typed: dict[str, str]) -> Any:
     """The recipe without the keys that the typed kinds do not share with its own."""
     entries = recipe.get("defaults", [])
     own = {key.removeprefix("override /"): value for entry in entries for key, value in entry.items()}
-    for group in SCHEMAS:
+    for group in KINDS:
         kind, recipe_kind = _kind(group, typed.get(group)), _kind(group, own.get(group))
         if kind and recipe_kind and kind != recipe_kind and group in recipe:
-            shared = {f.name for f in fields(SCHEMAS[group][kind].__base__)}  # type: ignore[arg-type]
+            shared = {f.name for f in fields(KINDS[group][kind].__base__)}  # type: ignore[arg-type]
             recipe[group] = {key: value for key, value in recipe[group].items() if key in shared}
     return recipe
 
@@ -120,7 +130,7 @@ def compose_config(overrides: list[str], name: str = "train") -> Composed:
     Raises:
         UserError: an unknown group, option or key, or a value of the wrong type; the nearest name is suggested.
     """
-    overrides = _schema_words(overrides, name)
+    overrides = _schema_words(without_hydra(overrides, name), name)
     try:
         return _compose(overrides, name)
     except UserError as error:
@@ -131,14 +141,16 @@ def _compose(overrides: list[str], name: str) -> Composed:
     register(overrides)
     GlobalHydra.instance().clear()
     _refuse_additions(overrides, name)
+    literals = Literals()
+    words = hydra_words(overrides, name, literals)
+    words += trained_task(overrides) if name == "evaluate" else []
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            known = trained_task(overrides) if name == "evaluate" else []
-            node = compose(config_name=name, overrides=overrides + known, return_hydra_config=True)
+            node = compose(config_name=name, overrides=words, return_hydra_config=True)
         choices = OmegaConf.to_container(node.hydra.runtime.choices)
         with flag_override(node, ["struct", "readonly"], [False, False]):
             del node["hydra"]
-        typed = OmegaConf.to_object(node)
+        typed = literals.back(OmegaConf.to_object(node))
     except (HydraException, OmegaConfBaseException) as error:
         raise user_error(error, overrides, name, CONF) from None
     return Composed(typed, {k: v for k, v in choices.items() if "schema" not in k}, overrides)
@@ -172,17 +184,6 @@ def _schema_words(words: list[str], name: str) -> list[str]:
             for word in words]
 
 
-def report_words(words: list[str]) -> list[str]:
-    """`run=A run=B` and `runs=A*` -> `runs=['A','B']`: Hydra knows each key once, and lists in brackets."""
-    single = [word[4:] for word in words if word.startswith("run=")]
-    several = [word[5:] for word in words if word.startswith("runs=") and not word.startswith("runs=[")]
-    if len(single) < 2 and not several:
-        return words
-    rest = [word for word in words if word.split("=")[0] not in ("run", "runs") or word.startswith("runs=[")]
-    quoted = ("'" + path.strip("'\"").replace("'", "\\'") + "'" for path in [*single, *several])
-    return [*rest, f"runs=[{','.join(quoted)}]"]
-
-
 def compose_train(overrides: list[str]) -> schema.Config:
     """The training config, composed and settled."""
     return settle(compose_config(overrides, "train"))
@@ -194,6 +195,8 @@ def settle(composed: Composed) -> schema.Config:
     if cfg.name == "custom" and composed.choices.get("recipe"):
         cfg.name = str(composed.choices["recipe"])
     _settle_length(cfg.train, composed.overrides)
+    for key in ("train", "eval"):
+        refuse_file_list(f"data.{key}", getattr(cfg.data, key))
     if composed.choices.get("debug") and not _has_own_data(cfg, composed.overrides):
         train, held_out = SHIPPED_DATA[type(cfg.task)]
         cfg.data.train = train
@@ -249,15 +252,19 @@ def main(run: Program | str, name: str, argv: list[str] | None = None) -> int:
     argv = strip_launcher_arguments(sys.argv[1:] if argv is None else argv)
     if any(word in ("-h", "--help") for word in argv):
         return _print_help(name, [word for word in argv if not word.startswith("-") and "=" not in word])
-    if any(word.startswith(("--cfg", "-c", "--info", "--hydra-help", "-sc", "--shell-completion")) for word in argv):
-        return _hydra_prints(name, argv)
     try:
         spin_briefly()
-        words = [word for word in argv if word not in ("-m", "--multirun")]
+        words, flags = split_flags(argv)
         unknown = [word for word in words if word.startswith("-")]
         if unknown:
             raise unknown_option(unknown[0], name, CONF)
-        return _program(run)(compose_config(words, name)) or EXIT_DONE
+        if "--multirun" in flags:
+            raise UserError("a sweep is started by launch/train.py alone, and prints no config", "-m",
+                            "Leave -m out, and give every setting one value.")
+        if PRINTS & set(flags):
+            return _print(name, words, flags)
+        composed = compose_config(words, name)
+        return _program(run)(composed) or EXIT_DONE
     except UserError as error:
         report_error(error)
         return error.exit_code
@@ -295,12 +302,35 @@ def report_error(error: UserError) -> None:
     print(f"error: {redact_text(error.render())}", file=sys.stderr, flush=True)
 
 
-def _hydra_prints(name: str, argv: list[str]) -> int:
+def _print(name: str, words: list[str], flags: dict[str, str]) -> int:
+    """What `--cfg`, `--info` and their like ask for; on rank 0 alone.
+
+    Raises:
+        UserError: the settings do not compose.
+    """
     import hydra
 
-    register(argv)
+    import finetune
+
+    if os.environ.get("RANK", "0") != "0":
+        return EXIT_DONE
+    if "--version" in flags:
+        print(f"finetune-gptj {finetune.__version__}, hydra-core {hydra.__version__}")
+        return EXIT_DONE
+    composed = compose_config(words, name)
+    if flags.get("--cfg") == "job":
+        # Settled as a run would find it: the recipe's name, one of steps and epochs, a debug run's data.
+        values: Any = redact(plain_values(settle(composed) if name in ("train", "plan") else composed.config))
+        for part in filter(None, flags.get("--package", "").removeprefix("_global_").split(".")):
+            if not isinstance(values, dict) or part not in values:
+                raise UserError("there is no such section", f"--package {flags['--package']}", "See --cfg job.")
+            values = values[part]
+        print(to_yaml(values), end="")
+        return EXIT_DONE
+    register(words)
     GlobalHydra.instance().clear()
-    sys.argv = [sys.argv[0], *_schema_words(argv, name)]
+    asked = [f"{flag}={value}" if value else flag for flag, value in flags.items() if flag not in ("--config-dir", "--run")]
+    sys.argv = [sys.argv[0], *asked, *hydra_words(composed.overrides, name, Literals())]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(lambda cfg: None)()
     except SystemExit as error:

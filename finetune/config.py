@@ -15,6 +15,9 @@ from omegaconf import MISSING
 
 GPTJ_POSITIONS = 2048
 
+Text = str
+"""Type of settings that hold somebody's words, such as prompts: the command line gives them as they are typed."""
+
 
 class Dtype(Enum):
     bf16 = "bf16"
@@ -269,7 +272,7 @@ class TrainConfig:
     the task's own (loss; classify: accuracy, multi_label f1, regression mse; qa: f1)."""
     sample_every: int = 0
     """Optimizer steps between generated samples (task clm and instruct); 0: never."""
-    sample_prompts: list[str] = field(default_factory=lambda: ["The"])
+    sample_prompts: list[Text] = field(default_factory=lambda: ["The"])
     """Prompts of the samples."""
     sample_tokens: int = 40
     """Length of a sample in tokens."""

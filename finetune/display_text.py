@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import shlex
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import gib, who_stopped
+from finetune.words import command, setting
 
 EVAL_METRICS = ("loss", "perplexity", "accuracy", "f1", "micro_f1", "exact_match", "mse", "pearson")
 
@@ -83,9 +83,9 @@ def metrics_text(record: dict[str, Any]) -> str:
 
 def train_command(words: list[str], run_dir: Any = None, launcher: str = "deepspeed") -> str:
     """The command of a run, to paste: `words` as they were typed, in `run_dir` where it is to go on there."""
-    kept = [shlex.quote(str(word)) for word in words if run_dir is None or not str(word).startswith("run_dir=")]
-    place = [] if run_dir is None else [f"run_dir={shlex.quote(str(run_dir))}"]
-    return " ".join([f"{launcher} launch/train.py", *kept, *place])
+    kept = [word for word in words if run_dir is None or not str(word).lstrip("+").startswith("run_dir=")]
+    place = [] if run_dir is None else [setting("run_dir", run_dir)]
+    return f"{launcher} {command(['launch/train.py', *kept, *place])}"
 
 
 def sample_text(step: int, prompt: str, text: str) -> str:
@@ -150,4 +150,4 @@ def outcome_text(result: dict[str, Any], records: list[dict[str, Any]], run_dir:
 def generate_command(export: Path, task: str) -> str:
     """The command that asks an export, with the words that its task takes."""
     words = {"qa": "question=\"...\" context=\"...\"", "instruct": "chat=true prompt=\"...\""}.get(task, "prompt=\"...\"")
-    return f"python launch/generate.py model={shlex.quote(str(export))} {words}"
+    return f"{command(['python', 'launch/generate.py', setting('model', export)])} {words}"

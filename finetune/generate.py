@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -150,6 +151,10 @@ def _check(cfg: GenerateConfig) -> None:
                         remedy="Try temperature=0.9 top_p=0.95.")
     if cfg.batch < 1 or cfg.beams < 1:
         raise UserError("batch and beams must be at least 1", remedy="Try batch=8 beams=1.")
+    for stop in stops(cfg):
+        if escape := re.search(r"\\[nt]", stop):
+            print(f"note: stop = {stop} holds a backslash and the letter {escape[0][1]}, as typed; a newline is written "
+                  """stop='["\\n"]'""", file=sys.stderr)
     if (cfg.question is None) != (cfg.context is None):
         raise UserError("question and context go together", remedy="Pass question='...' context='...'.")
 
@@ -289,9 +294,8 @@ def _sampling(cfg: GenerateConfig) -> Sampling:
 
 
 def stops(cfg: GenerateConfig) -> list[str]:
-    """The stop strings, however they were typed."""
-    given = cfg.stop if isinstance(cfg.stop, list) else [] if cfg.stop is None else [cfg.stop]
-    return [str(stop) for stop in given if str(stop)]
+    """The texts that end a continuation; an empty one would end it at once."""
+    return [stop for stop in cfg.stop or [] if stop]
 
 
 def _stream(cfg: GenerateConfig, speaker: Speaker, row: Asked) -> None:

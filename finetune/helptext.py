@@ -223,7 +223,8 @@ def _program_keys(name: str) -> list[tuple[str, str, str]]:
 def _more(name: str) -> list[str]:
     if name not in ("train", "plan"):
         return ["All settings with their values: add --cfg job."]
-    return ["More: --help GROUP or --help KEY (--help adapter, --help optim.lr); --cfg job shows every value.",
+    return ["Texts are taken as typed, lists in brackets: 'run_dir=runs/a, b', task.labels='[C++,\"a, b\"]'.",
+            "More: --help GROUP or --help KEY (--help adapter, --help optim.lr); --cfg job shows every value.",
             "Tab completion: source launch/completion.bash"]
 
 

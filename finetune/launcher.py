@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import sys
 
-from finetune.app import Composed, main, settle
+from finetune.app import PRINTS, Composed, main, settle
 from finetune.display import silence_libraries
 from finetune.errors import EXIT_PREEMPTED, Preempted, UserError
 from finetune.signals import end_on_signals
+from finetune.words import command
 
 
 def train(argv: list[str]) -> int:
     """Exit code of `launch/train.py argv`; a run that failed ends the process here."""
-    if any(word in ("-m", "--multirun") for word in argv):
+    if any(word in ("-m", "--multirun") for word in argv) and not PRINTS & {word.split("=")[0] for word in argv}:
         from finetune.sweep import sweep
 
         return sweep(argv)
@@ -39,7 +40,7 @@ def _leave(code: int) -> None:
 def _train(composed: Composed) -> int:
     if composed.choices.get("sweep") != "grid":
         raise UserError("a sweep needs -m", f"sweep={composed.choices['sweep']}",
-                        f"python launch/train.py -m {' '.join(composed.overrides)}")
+                        command(["python", "launch/train.py", "-m", *composed.overrides]))
     cfg = settle(composed)
     # Before DeepSpeed is imported: it logs while that happens.
     silence_libraries(cfg.verbose, int(os.environ.get("RANK", "0")))

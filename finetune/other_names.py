@@ -1,9 +1,16 @@
 """What other programs call our keys, so that a habit of theirs gets an answer instead of "no such key". No torch.
 
-docs/coming_from.md shows the same table; a test holds both to the keys that exist.
+docs/coming_from.md shows the same tables; a test holds both to the keys that exist. Hydra's own options and settings
+(`--multirun`, `hydra.sweep.dir=...`) do here what they do there, or are answered too: these programs are started by
+DeepSpeed's launcher, on many ranks, where Hydra's own directories and launchers have no place.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
+
+from finetune.errors import UserError
+from finetune.words import command, setting
 
 TRAINER = {
     "model_name_or_path": "model.path", "model_revision": "model.revision", "tokenizer_name": "model.tokenizer",
@@ -46,7 +53,6 @@ OTHERS = TRAINER | AXOLOTL | LLAMA_FACTORY
 """Their name -> our key."""
 
 HINTS = {
-   
     "gradient_accumulation_steps": "accumulation is derived: global_batch = micro_batch x ranks x accumulation",
     "bf16": "write model.dtype=bf16", "fp16": "write model.dtype=fp16", "stage": "write task=clm or task=instruct",
     "report_to": "write tracker=[tensorboard,wandb]", "deepspeed": "write zero=stage2, or leave it to zero=auto",
@@ -54,3 +60,132 @@ HINTS = {
     "saves_per_epoch": "checkpoint.every counts steps", "finetuning_type": "write adapter=lora or adapter=full",
 }
 """What the key alone does not say."""
+
+ABSENT = {
+    name: answer for names, answer in [
+        (("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "quantization_config", "quantization_bit", "qlora"),
+         "Quantised base weights are not there. To save memory: adapter=lora, zero=stage3, zero.offload_params=cpu or "
+         "train.activation_checkpointing=true; launch/plan.py says what fits."),
+        (("max_train_samples", "max_eval_samples", "max_samples"),
+         "A part of the data cannot be chosen: write the rows into a file of their own, e.g. "
+         "head -n 1000 train.jsonl > part.jsonl, or train for fewer steps: train.steps=100."),
+        (("validation_split", "validation_split_percentage", "val_size", "val_set_size", "test_size"),
+         "Evaluation data are not split off: write the rows into a file of their own and give it as data.eval=FILE. "
+         "data.eval_split names the split of a hub id or `datasets` folder."),
+        (("special_tokens", "additional_special_tokens", "added_tokens", "new_special_tokens", "add_tokens"),
+         "Tokens cannot be added: the vocabulary stays the checkpoint's. model.tokenizer=DIR reads a tokenizer whose ids "
+         "fit into it."),
+        (("streaming", "dataset_streaming", "pretraining_dataset"),
+         "There is nothing to switch on: files of any size are tokenised once, in little memory, and read from "
+         "data.cache_dir."),
+    ] for name in names
+}
+"""Their settings that have no counterpart here -> what to do instead."""
+
+HYDRA_FLAGS = {
+    "--config-name": "Recipes take the place of primary configs: recipe=NAME; see --help for their names.",
+    "--config-path": "Add a folder of your own configs with --config-dir DIR.",
+    "--experimental-rerun": "Run the same command again: it continues from the newest checkpoint of its run_dir.",
+}
+"""Hydra's options that have no effect here -> what to do instead."""
+HYDRA_SHORT = {"-c": "--cfg", "-p": "--package", "-cd": "--config-dir", "-cn": "--config-name", "-cp": "--config-path",
+               "-i": "--info", "-m": "--multirun", "-r": "--run", "-sc": "--shell-completion"}
+HYDRA_VALUED = ("--cfg", "--package", "--config-dir", "--config-name", "--config-path", "--info", "--experimental-rerun")
+HYDRA_SIMPLE = ("--multirun", "--run", "--resolve", "--version", "--hydra-help", "--shell-completion")
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+
+HYDRA_SETTINGS = {
+    "hydra/launcher": "Jobs of a sweep are started by DeepSpeed's launcher: sweep.parallel=K runs K at once, and "
+                      "sweep.launcher='...' gives its options.",
+    "hydra.launcher": "Jobs of a sweep are started by DeepSpeed's launcher: sweep.parallel=K runs K at once, and "
+                      "sweep.launcher='...' gives its options.",
+    "hydra/sweeper": "Write sweep=grid, sweep=random or sweep=optuna.",
+    "hydra.sweeper": "Write sweep=grid, sweep=random or sweep=optuna; their settings are sweep.trials, sweep.metric, "
+                     "sweep.direction and sweep.space (--help sweep).",
+    "hydra.sweep.subdir": "A job's folder is its number below sweep.dir.",
+    "hydra.job.name": "A run is named by name=NAME, and lives where run_dir=DIR says.",
+    "hydra.job.chdir": "A run never changes its working directory; what it writes goes to run_dir=DIR.",
+    "hydra.job.env_set": "Set variables in the shell: NAME=VALUE deepspeed launch/train.py ...",
+    "hydra.job": "A run is named by name=NAME, and lives where run_dir=DIR says.",
+    "hydra.mode": "A sweep is started by -m.",
+    "hydra/job_logging": "A run prints what it does; verbose=true lets the libraries' own log lines through.",
+    "hydra.job_logging": "A run prints what it does; verbose=true lets the libraries' own log lines through.",
+    "hydra/hydra_logging": "verbose=true lets the libraries' own log lines through.",
+    "hydra.hydra_logging": "verbose=true lets the libraries' own log lines through.",
+    "hydra.output_subdir": "There is no .hydra folder: run_dir/config.yaml holds the config.",
+    "hydra/output": "There is no .hydra folder: run_dir/config.yaml holds the config.",
+    "hydra": "run_dir=DIR, sweep.dir=DIR and verbose=true are the settings that take their place; see --help.",
+}
+"""Hydra's own settings, by their first letters -> what to do instead; the longest that fits counts."""
+
+
+def split_flags(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """(settings and unknown options, Hydra's options by their long names).
+
+    Raises:
+        UserError: an option of Hydra's that has no effect here, or that lacks its value.
+    """
+    words, flags, rest = list[str](), dict[str, str](), list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, separator, value = word.partition("=")
+        name = HYDRA_SHORT.get(name, name)
+        if name in HYDRA_SIMPLE:
+            flags[name] = value
+        elif name not in HYDRA_VALUED:
+            words.append(word)
+        elif separator:
+            flags[name] = value
+        elif name == "--info":
+            flags[name] = rest.pop(0) if rest and rest[0] in INFO else "all"
+        elif rest:
+            flags[name] = rest.pop(0)
+        else:
+            raise UserError(f"{word} needs a value", remedy=f"Write {word} VALUE.")
+    for name, answer in HYDRA_FLAGS.items():
+        if name in flags:
+            raise UserError(f"{name} has no effect here", remedy=answer)
+    if "--config-dir" in flags:
+        folder = Path(flags["--config-dir"]).expanduser().absolute()
+        if not folder.is_dir():
+            raise UserError("there is no such directory", f"--config-dir {flags['--config-dir']}", "Check the path.")
+        words.append(f"hydra.searchpath=[{setting('', f'file://{folder}')[1:]}]")
+    return words, flags
+
+
+def without_hydra(words: list[str], name: str, multirun: bool = False) -> list[str]:
+    """The words with Hydra's own settings turned into this program's.
+
+    Args:
+        name: the program.
+        multirun: whether they start a sweep.
+
+    Raises:
+        UserError: one that has no effect here; says what to type instead.
+    """
+    return [own for word in words for own in _own(word, name, multirun)]
+
+
+def _own(word: str, name: str, multirun: bool) -> list[str]:
+    key, _, value = word.lstrip("+~").partition("=")
+    trains = name in ("train", "plan")
+    if not key.startswith(("hydra.", "hydra/")) or key == "hydra.searchpath":
+        return [word]
+    if key == "hydra.run.dir" and trains and not multirun:
+        return [f"run_dir={value}"]
+    if key == "hydra.sweep.dir" and trains and multirun:
+        return [f"sweep.dir={value}"]
+    if key == "hydra.verbose" and value.lower() in ("true", "false"):
+        return [f"verbose={value.lower()}"]
+    if key == "hydra.output_subdir" and value.lower() == "null":
+        return []
+    if key == "hydra.run.dir":
+        answer = f"The jobs of a sweep live below {command([f'sweep.dir={value}'])}." if multirun else (
+            "Results go where out=PATH says." if name in ("evaluate", "export", "generate", "report") else
+            "This program writes nothing there.")
+    elif key == "hydra.sweep.dir":
+        answer = (f"It is the folder of a sweep, which -m starts; one run lives in {command([f'run_dir={value}'])}." if trains
+                  else "Only launch/train.py -m starts a sweep.")
+    else:
+        answer = HYDRA_SETTINGS[max((known for known in HYDRA_SETTINGS if key.startswith(known)), key=len)]
+    raise UserError("this setting of Hydra's has no effect here", word, answer)

@@ -1,13 +1,15 @@
-"""The schemas of the smaller programs: evaluate, export, generate, serve, convert. Imports no torch."""
+"""The schemas of all programs, and a walk over their keys. Imports no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Optional
 
 from omegaconf import MISSING
 
-from finetune.config import Config, DataConfig, Dtype, TaskConfig
+from finetune import config as schema
+from finetune.config import Config, DataConfig, Dtype, TaskConfig, Text
 
 
 @dataclass
@@ -73,13 +75,13 @@ class ExportAppConfig:
 class GenerateConfig:
     export_dir: Optional[str] = None
     """Typed as model=DIR: An export (adapter, merged or full), or any GPT-J checkpoint directory."""
-    prompt: Optional[str] = None
+    prompt: Optional[Text] = None
     """One prompt; with neither prompt nor prompts it is read from standard input."""
     prompts: Optional[str] = None
     """File with one prompt a line, or with rows (jsonl, json, csv, parquet) of the fields that the export was trained on."""
-    question: Optional[str] = None
+    question: Optional[Text] = None
     """For a question answering export, with `context`."""
-    context: Optional[str] = None
+    context: Optional[Text] = None
     """Text that holds the answer to `question`."""
     out: Optional[str] = None
     """jsonl file for the answers; null: standard output."""
@@ -93,8 +95,8 @@ class GenerateConfig:
     """Sample from the k likeliest tokens; 0: all."""
     beams: int = 1
     """Beams of a beam search; 1: none."""
-    stop: Any = None
-    """String, or list of strings, that end the text and are cut off: stop=END, stop='["###", END]'."""
+    stop: Optional[list[Text]] = None
+    """Text, or list of texts, that end the continuation and are cut off: stop=END, stop='["###", "\\n"]'."""
     batch: int = 8
     """Prompts per forward."""
     dtype: Optional[Dtype] = None
@@ -182,3 +184,29 @@ class DoctorConfig:
 SCHEMAS = {"doctor": DoctorConfig,
            "evaluate": EvaluateConfig, "export": ExportAppConfig, "generate": GenerateConfig, "serve": ServeConfig,
            "convert": ConvertConfig, "report": ReportConfig, "train": Config, "plan": Config}
+
+KINDS = {
+    "task": {"clm": schema.ClmConfig, "instruct": schema.InstructConfig, "classify": schema.ClassifyConfig,
+             "qa": schema.QaConfig},
+    "adapter": {"full": schema.FullConfig, "lora": schema.LoraConfig, "ia3": schema.Ia3Config,
+                "prompt": schema.PromptConfig, "prefix": schema.PrefixConfig},
+}
+"""Groups whose options have keys of their own: group -> kind -> schema."""
+
+
+def all_keys(node: type, prefix: str = "") -> Iterable[str]:
+    """Dotted names of every key under a schema, of every kind of a group."""
+    for f in fields(node):
+        kinds = field_classes(f.name, f.type)
+        for kind in kinds:
+            yield from all_keys(kind, f"{prefix}{f.name}.")
+        if not kinds:
+            yield prefix + f.name
+
+
+def field_classes(name: str, annotation: Any) -> list[type]:
+    """The schemas of the section that a field holds; none for a plain key."""
+    if name in KINDS and "Config" in str(annotation):
+        return list(KINDS[name].values())
+    kind = getattr(schema, str(annotation), None) or globals().get(str(annotation))
+    return [kind] if kind is not None and is_dataclass(kind) else []

@@ -9,13 +9,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from finetune import memory_watch, metrics_log
 from finetune.config import Config
 from finetune.dist import World
 from finetune.errors import Preempted, UserError
-from finetune.plain import plain_config
+from finetune.plain import plain_config, to_yaml
 from finetune.redact import redact_text
 from finetune.trainer import Result
 
@@ -47,7 +45,7 @@ def save_config(cfg: Config, about: dict[str, Any], texts: list[list[int]], run_
     values = plain_config(cfg)
     for section, key in (("model", "path"), ("model", "tokenizer"), ("data", "train"), ("data", "eval")):
         values[section][key] = wherever(values[section][key])
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(values)), encoding="utf-8")
+    (run_dir / "config.yaml").write_text(to_yaml(values), encoding="utf-8")
 
 
 def wherever(path: str | None) -> str | None:

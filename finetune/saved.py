@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from finetune import adapter
-from finetune.app import SCHEMAS
 from finetune.assets_path import asset
 from finetune.checkpoint import find_resume, read_state, saved_masters
 from finetune.checkpoint_files import step_folder, verify
@@ -29,21 +27,16 @@ from finetune.durable import refuse_pointer
 from finetune.errors import UserError
 from finetune.gptj.load import DTYPES, MAPPED_BYTES, build_model, local_folder, weights_identity
 from finetune.peak import SLOW_BF16, emulates_bf16
+from finetune.plain import read_yaml, typed
+from finetune.programs import KINDS
 from finetune.prompts import flat
 
 ABOUT, REFERENCE = "finetune.json", "reference.json"
 
 
-def typed(kind: type, values: dict[str, Any]) -> Any:
-    """A dataclass of the schema from plain values; keys that the schema no longer has are left out."""
-    known = {f.name for f in fields(kind)}
-    node = OmegaConf.merge(OmegaConf.structured(kind), {k: v for k, v in values.items() if k in known})
-    return OmegaConf.to_object(node)
-
-
 def typed_task(values: dict[str, Any]) -> TaskConfig:
     """A task section as `plain_config` writes it, `kind` included."""
-    return typed(SCHEMAS["task"][values["kind"]], values)
+    return typed(KINDS["task"][values["kind"]], values)
 
 
 def load_config(run_dir: Path) -> Config:
@@ -56,12 +49,12 @@ def load_config(run_dir: Path) -> Config:
     if not file.is_file():
         raise UserError("there is no config.yaml: not a run directory", str(run_dir),
                         "Pass run=DIR as training printed it.")
-    values = OmegaConf.to_container(OmegaConf.load(file))
+    values = read_yaml(file)
     assert isinstance(values, dict)
     task, trained = values.pop("task"), values.pop("adapter")
     cfg = _sections(values)
     cfg.task = typed_task(task)
-    cfg.adapter = typed(SCHEMAS["adapter"][trained["kind"]], trained)
+    cfg.adapter = typed(KINDS["adapter"][trained["kind"]], trained)
     return cfg
 
 

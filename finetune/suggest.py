@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
@@ -17,24 +15,9 @@ from finetune import config as schema
 from finetune import programs
 from finetune.errors import UserError
 from finetune.helptext import field_docs
-from finetune.other_names import HINTS, OTHERS
-
-SCHEMAS = {
-    "task": {
-        "clm": schema.ClmConfig,
-        "instruct": schema.InstructConfig,
-        "classify": schema.ClassifyConfig,
-        "qa": schema.QaConfig,
-    },
-    "adapter": {
-        "full": schema.FullConfig,
-        "lora": schema.LoraConfig,
-        "ia3": schema.Ia3Config,
-        "prompt": schema.PromptConfig,
-        "prefix": schema.PrefixConfig,
-    },
-}
-"""Groups whose options have keys of their own: group -> kind -> schema."""
+from finetune.other_names import ABSENT, HINTS, OTHERS
+from finetune.programs import KINDS, all_keys, field_classes
+from finetune.words import command, hydra_quoted
 
 
 def user_error(error: Exception, overrides: list[str], name: str, conf: Path) -> UserError:
@@ -58,12 +41,15 @@ def user_error(error: Exception, overrides: list[str], name: str, conf: Path) ->
             return unknown_key(key, name, conf)
         if "=" not in word:
             return _no_value(word, name, conf)
+    if found := re.match(r"Ambiguous value for argument '([^=]*)=", text):
+        key, again = found[1], command([f"python launch/{name}.py", "-m", *overrides]).replace("'", "", 2)
+        sweep = f"\n  Each value in a run of its own: {again}" if name == "train" else ""
+        return UserError("several values, where one is needed", key, f"Give one value.{sweep}")
     for word in overrides:
         if not _parses(word):
             key, _, value = word.partition("=")
-            quoted = value.replace("'", "\\'")
             return UserError("this value cannot be read", word,
-                             f"Quote it twice, for the shell and for Hydra: \"{key}='{quoted}'\"")
+                             f"Quote it twice, for the shell and for Hydra: {command([f'{key}={hydra_quoted(value)}'])}")
     return UserError(text, remedy="See --help for the keys and groups.")
 
 
@@ -77,6 +63,8 @@ def unknown_option(word: str, name: str, conf: Path) -> UserError:
 
 def unknown_key(key: str, name: str, conf: Path, text: str = "") -> UserError:
     leaf = key.rpartition(".")[2]
+    if name in ("train", "plan") and leaf in ABSENT:
+        return UserError(text or "there is no such key", key, ABSENT[leaf])
     near = nearest_keys(key, name, conf)
     hint = f"  ({HINTS[leaf]})" if leaf in HINTS and near and near[0] == OTHERS.get(leaf) else ""
     remedy = f"Did you mean {' or '.join(near)}?{hint}" if near else "See --help for the keys."
@@ -92,16 +80,6 @@ def nearest_keys(key: str, name: str, conf: Path) -> list[str]:
     scored = [(max(_alike(key, known), 0.95 * _alike(leaf, known.rpartition(".")[2])), known) for known in keys]
     best = max(scored)[0]
     return [known for score, known in sorted(scored, key=lambda s: -s[0])[:3] if score > 0.7 and score > best - 0.1]
-
-
-def all_keys(node: type, prefix: str = "") -> Iterable[str]:
-    """Dotted names of every key under a schema, of every kind of a group."""
-    for f in fields(node):
-        kinds = _field_classes(f.name, f.type)
-        for kind in kinds:
-            yield from all_keys(kind, f"{prefix}{f.name}.")
-        if not kinds:
-            yield prefix + f.name
 
 
 def _unknown_option(error: MissingConfigException, conf: Path) -> UserError:
@@ -134,7 +112,7 @@ def _no_value(word: str, name: str, conf: Path) -> UserError:
 def _of_another_kind(key: str, conf: Path) -> str:
     """Which options of the group have this key, e.g. adapter=lora has adapter.rank; "" when none has."""
     group, _, leaf = key.partition(".")
-    kinds = [kind for kind, node in SCHEMAS.get(group, {}).items() if leaf in {f.name for f in fields(node)}]
+    kinds = [kind for kind, node in KINDS.get(group, {}).items() if leaf in {f.name for f in fields(node)}]
     options = [path.stem for path in sorted((conf / group).glob("*.yaml")) if kind_of(path) in kinds]
     # The plain kind before its variants: lora before dora.
     named = [f"{group}={option}" for option in sorted(options, key=lambda option: option not in kinds)]
@@ -152,20 +130,13 @@ def _doc_of(key: str) -> str:
     nodes: list[type] = [schema.Config]
     for part in section.split(".") if section else []:
         found = [f for node in nodes for f in fields(node) if f.name == part]
-        nodes = [kind for f in found for kind in _field_classes(f.name, f.type)]
+        nodes = [kind for f in found for kind in field_classes(f.name, f.type)]
     return next((docs[leaf] for node in nodes if leaf in (docs := field_docs(node))), "")
 
 
 def _groups(name: str, conf: Path) -> list[str]:
     """Config groups as words: recipe, adapter, ..."""
     return ["recipe", *sorted(p.name for p in conf.iterdir() if p.is_dir())] if name in ("train", "plan") else []
-
-
-def _field_classes(name: str, annotation: Any) -> list[type]:
-    if name in SCHEMAS and "Config" in str(annotation):
-        return list(SCHEMAS[name].values())
-    kind = getattr(schema, str(annotation), None) or getattr(programs, str(annotation), None)
-    return [kind] if kind is not None and is_dataclass(kind) else []
 
 
 def _parses(word: str) -> bool:

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "finetune"
 LAYERS = [
     ["errors", "config", "programs", "names", "schedule", "check", "check_task", "assets_path", "assets", "redact", "other_names",
      "helptext", "suggest", "app", "dist_environment", "plain", "ds_config", "grouping", "heap", "openmp", "faults", "run_lock",
-     "signals", "durable", "trained_task", "hush"],
+     "signals", "durable", "words", "hush"],
     ["shape"],
     ["plan"],
     ["data"],

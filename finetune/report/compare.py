@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from finetune.report.differences import between
 from finetune.report.files import RunFiles, read_json, read_run
 from finetune.report.tables import Table, Tile
 from finetune.report.template import render, write_page
+from finetune.words import command, setting
 
 COLORS = 6
 PAGE = "compare.html"
@@ -136,8 +136,9 @@ def commands(runs: list[RunFiles], names: list[str]) -> list[tuple[str, str]]:
     best = _best(runs)
     if best is None:
         return []
-    folder = shlex.quote(str(runs[best].run_dir))
-    return [("evaluate the best", f"deepspeed launch/evaluate.py run={folder}"), ("its page", f"{folder}/report.html")]
+    folder = runs[best].run_dir
+    return [("evaluate the best", command(["deepspeed", "launch/evaluate.py", setting("run", folder)])),
+            ("its page", command([folder / "report.html"]))]
 
 
 def color_of(i: int) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.metrics_log import METRICS, RESULT, SAMPLES, read
+from finetune.plain import read_yaml
 
 CONFIG, PLAN, DATA, ENVIRONMENT = "config.yaml", "plan.json", "data_stats.json", "environment.json"
 LATER = "eval.json"
@@ -73,11 +74,9 @@ def read_json(path: Path) -> Record:
 
 
 def _yaml(path: Path) -> Record:
-    from omegaconf import OmegaConf
-
     try:
-        value = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        value = read_yaml(path)
     except Exception:
         # A broken config must not cost the page: everything else on it still helps.
         return {}
-    return value if isinstance(value, dict) else {}  # type: ignore[return-value]
+    return value if isinstance(value, dict) else {}

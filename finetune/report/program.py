@@ -34,7 +34,8 @@ def run_folders(pattern: str) -> list[Path]:
     Raises:
         UserError: there is none.
     """
-    paths = [Path(path) for path in sorted(glob.glob(str(Path(pattern).expanduser())), key=_natural)]
+    whole = Path(pattern).expanduser()  # a folder may be called run[1]
+    paths = [whole] if whole.exists() else [Path(path) for path in sorted(glob.glob(str(whole)), key=_natural)]
     folders = [path.absolute() for path in paths if (path / METRICS).is_file() or (path / CONFIG).is_file()]
     if not folders:
         raise UserError("this is not a run directory: it holds neither config.yaml nor metrics.jsonl", pattern,

@@ -5,9 +5,9 @@ Colour is a job's place among the finished ones, blue best to orange worst. Writ
 
 from __future__ import annotations
 
+import glob
 import json
 import math
-import shlex
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,6 +18,7 @@ from finetune.display_text import clock, figure, number
 from finetune.report.charts import HEIGHT, WIDTH, Axis, is_number, linear_axis
 from finetune.report.tables import Tile
 from finetune.report.template import render, write_page
+from finetune.words import command, setting
 
 SUMMARY, PAGE = "sweep.json", "sweep.html"
 MANY, APART = 6, 0.12
@@ -199,12 +200,16 @@ def commands(summary: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     found = []
     if summary["best"] is not None:
         best = summary["jobs"][0]
-        launcher = " ".join(["deepspeed", *map(shlex.quote, summary.get("launcher") or [])])
-        words = " ".join(shlex.quote(word) for word in best["overrides"])
-        found = [("the best job alone", f"{launcher} launch/train.py {words}"),
-                 ("evaluate it", f"deepspeed launch/evaluate.py run={shlex.quote(best['run_dir'])}")]
-    return [*found, ("compare all jobs", f"python launch/report.py runs={shlex.quote(str(folder) + '/*')}"),
-            ("go on with this sweep", f"python launch/train.py -m sweep.dir={shlex.quote(str(folder))}")]
+        alone = ["deepspeed", *(summary.get("launcher") or []), "launch/train.py", *best["overrides"]]
+        found = [("the best job alone", command(alone)),
+                 ("evaluate it", command(["deepspeed", "launch/evaluate.py", setting("run", best["run_dir"])]))]
+    again = command(["python", "launch/train.py", "-m", setting("sweep.dir", folder)])
+    return [*found, ("compare all jobs", compare_command(folder)), ("go on with this sweep", again)]
+
+
+def compare_command(folder: Path) -> str:
+    """The command that puts all jobs of a sweep on one page."""
+    return command(["python", "launch/report.py", setting("runs", f"{glob.escape(str(folder))}/*")])
 
 
 def _log_axis(values: list[float]) -> Axis:

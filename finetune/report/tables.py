@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from finetune.errors import gib
 from finetune.report.charts import is_number
 from finetune.report.curves import chosen_option, predicted, ranks_per_node
 from finetune.report.files import RunFiles
+from finetune.words import command, setting
 
 PARTS = ("process", "weights", "gradients", "optimizer", "activations", "logits", "workspace")
 """Parts of a prediction, by the number of their colour."""
@@ -195,15 +195,15 @@ def environment_rows(run: RunFiles) -> Rows:
 
 def commands(run: RunFiles) -> Rows:
     """What one does next with this run, ready to paste."""
-    folder = shlex.quote(str(run.run_dir))
+    place = setting("run", run.run_dir)
     adapter = run.config.get("adapter") or {}
     kinds = ["full"] if adapter.get("kind", "full") == "full" else ["adapter"]
     # Prompts and prefixes are inputs, not weights: there is nothing to merge them into.
     kinds += ["merged"] * (adapter.get("kind") in ("lora", "ia3"))
     export = run.run_dir / str(run.result.get("export") or "export")
     found = [] if run.result.get("status") == "done" else [("continue", _again(run))]
-    found.append(("evaluate", f"deepspeed launch/evaluate.py run={folder}"))
-    found += [(f"export {kind}", f"python launch/export.py run={folder} kind={kind}") for kind in kinds]
+    found.append(("evaluate", command(["deepspeed", "launch/evaluate.py", place])))
+    found += [(f"export {kind}", command(["python", "launch/export.py", place, f"kind={kind}"])) for kind in kinds]
     return [*found, ("generate", generate_command(export, str((run.config.get("task") or {}).get("kind"))))]
 
 

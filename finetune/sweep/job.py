@@ -26,6 +26,7 @@ from finetune import metrics_log
 from finetune.dist_environment import LAUNCHER_VARIABLES
 from finetune.errors import EXIT_DONE, EXIT_PREEMPTED
 from finetune.sweep.pool import Place
+from finetune.words import setting
 
 WAITING, RUNNING, DONE, FAILED, PRUNED, STOPPED = "waiting", "running", "done", "failed", "pruned", "stopped"
 OUTPUT, RECORD = "output.log", "job.json"
@@ -60,7 +61,7 @@ class Job:
         environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
         if place.explicit:
             environment.pop("CUDA_VISIBLE_DEVICES", None)
-        command = [*place.command(), str(script), *self.words, *extra, f"run_dir={_hydra_text(self.run_dir)}"]
+        command = [*place.command(), str(script), *self.words, *extra, setting("run_dir", self.run_dir)]
         with open(self.run_dir / OUTPUT, "ab") as output:
             self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT,
                                             stdin=subprocess.DEVNULL, start_new_session=True,
@@ -170,15 +171,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _still_running(run_dir: Path) -> bool:
-    wanted = f"run_dir={_hydra_text(run_dir)}"
+    wanted = setting("run_dir", run_dir)
     return any(wanted in _cmdline(process) for process in psutil.process_iter())
-
-
-def _hydra_text(path: Path) -> str:
-    """A path as a Hydra value: quoted where the grammar would trip over it."""
-    text = str(path)
-    plain = all(c.isalnum() or c in "/_-.+%@:" for c in text)
-    return text if plain else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _prepare(cores: frozenset[int], parent: int) -> Callable[[], None]:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from finetune.app import ROOT, compose_config, compose_train, report_error, strip_launcher_arguments
+from finetune.app import CONF, ROOT, compose_config, compose_train, report_error, strip_launcher_arguments
 from finetune.config import Config
 from finetune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, UserError, problems_error
+from finetune.other_names import split_flags, without_hydra
 from finetune.redact import secret_problems
 from finetune.report.sweep_page import build_sweep_page
+from finetune.suggest import unknown_option
 from finetune.sweep.job import DONE, FAILED, PRUNED, Job, read_json, wait_for_earlier
 from finetune.sweep.pool import Pool, build_pool
 from finetune.sweep.search import Goal, Search, build_goal, build_search
 from finetune.sweep.space import Space, key_of, read_space, settings_words
 from finetune.sweep.table import SUMMARY, render, write_summary
 from finetune.sweep.view import View
+from finetune.words import command, setting
 
 SCRIPT = ROOT / "launch" / "train.py"
 POLL_SECONDS = 0.5
@@ -151,8 +153,8 @@ class _Sweep:
 
     def _exit_code(self) -> int:
         if self.stopping:
-            words = " ".join(shlex.quote(word) for word in self.words if key_of(word) != "sweep.dir")
-            again = f"python launch/train.py -m {words} sweep.dir={shlex.quote(str(self.folder))}"
+            words = [word for word in self.words if key_of(word) != "sweep.dir"]
+            again = command(["python", "launch/train.py", "-m", *words, setting("sweep.dir", self.folder)])
             print(f"stopped; to go on: {again}", flush=True)
             return EXIT_PREEMPTED
         ended = all(job.status in (DONE, PRUNED) for job in self.jobs)
@@ -174,7 +176,7 @@ class _Sweep:
     def _group(self, config: Config) -> list[str]:
         """One wandb group for all jobs of a sweep, unless the user named one."""
         wandb = config.tracker.wandb
-        return [f"tracker.wandb.group={self.folder.name}"] if wandb.enabled and not wandb.group else []
+        return [setting("tracker.wandb.group", self.folder.name)] if wandb.enabled and not wandb.group else []
 
     def _refuse_another(self, saved: dict[str, Any]) -> None:
         other = saved.get("strategy")
@@ -185,17 +187,19 @@ class _Sweep:
 
 def _words(argv: list[str]) -> list[str]:
     """k=v words; the launcher's own options (--num_gpus 2) become `sweep.` settings."""
-    words, argv = list[str](), [word for word in strip_launcher_arguments(argv) if word not in ("-m", "--multirun")]
+    words, own, argv = list[str](), list[str](), strip_launcher_arguments(argv)
     while argv:
         word = argv.pop(0)
         name, separator, value = word.lstrip("-").partition("=")
-        if not word.startswith("-"):
-            words.append(word)
-        elif name in LAUNCHER_OPTIONS and (separator or argv):
-            words.append(f"sweep.{name}={value if separator else argv.pop(0)}")
+        if word.startswith("-") and name in LAUNCHER_OPTIONS and (separator or argv):
+            own.append(f"sweep.{name}={value if separator else argv.pop(0)}")
         else:
-            raise UserError(f"unknown option {word}", remedy="Settings are written key=value; see --help.")
-    return words
+            words.append(word)
+    words, _ = split_flags(words)
+    unknown = [word for word in words if word.startswith("-")]
+    if unknown:
+        raise unknown_option(unknown[0], "train", CONF)
+    return without_hydra([*own, *words], "train", multirun=True)
 
 
 def _folder(own: list[str]) -> Path | None:

@@ -9,16 +9,15 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 from dataclasses import dataclass
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import IntervalSweep
 from hydra.errors import HydraException
 
 from finetune.errors import UserError
-
-PLAIN_KEYS = ("sweep.include", "sweep.exclude", "sweep.launcher", "sweep.dir", "sweep.hostfile")
-"""Settings whose values may hold commas and blanks of their own."""
+from finetune.words import split_values, text_settings
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Space:
 
 def settings_words(words: list[str]) -> tuple[list[str], list[str]]:
     """(words about the sweep itself, words of its jobs)."""
-    own = [_quoted(word) for word in words if key_of(word) == "sweep" or key_of(word).startswith("sweep.")]
+    own = [word for word in words if key_of(word) == "sweep" or key_of(word).startswith("sweep.")]
     jobs = [word for word in words if not (key_of(word) == "sweep" or key_of(word).startswith("sweep."))]
     return own, jobs
 
@@ -77,14 +76,14 @@ def read_space(words: list[str], space: dict[str, str]) -> Space:
     """
     typed = {key_of(word) for word in words}
     words = words + [f"{key}={value}" for key, value in space.items() if key not in typed]
-    try:
-        parsed = OverridesParser.create().parse_overrides(words)
-        found = [_parameter(override) for override in parsed]
-    except (HydraException, ValueError, TypeError) as error:
-        raise UserError(str(error).split("\nSee https")[0],
-                        remedy="Separate the values of a sweep by commas: optim.lr=1e-3,5e-3.") from None
-    fixed = [word for word, parameter in zip(words, found, strict=True) if parameter is None]
-    return Space(tuple(fixed), tuple(parameter for parameter in found if parameter is not None))
+    fixed, parameters = list[str](), list[Parameter]()
+    for word in words:
+        parameter = _texts(word) if key_of(word) in text_settings("train") else _parameter(word)
+        if parameter is None:
+            fixed.append(word)
+        else:
+            parameters.append(parameter)
+    return Space(tuple(fixed), tuple(parameters))
 
 
 def grid(space: Space) -> list[dict[str, str]]:
@@ -118,22 +117,30 @@ def _draw(parameter: Parameter, source: random.Random) -> str:
     return str(round(value)) if parameter.whole else f"{value:.4g}"
 
 
-def _parameter(override: Override) -> Parameter | None:
-    if not override.is_sweep_override():
+def _texts(word: str) -> Parameter | None:
+    """The values of a text setting, as they were typed: in prose a comma separates nothing."""
+    key, _, value = word.lstrip("+~").partition("=")
+    if text_settings("train")[key].prose:
         return None
-    key = override.get_key_element()
-    value = override.value()
-    if not isinstance(value, IntervalSweep):
-        return Choice(key, tuple(override.sweep_string_iterator()))
+    chosen = re.fullmatch(r"choice\((.*)\)", value.strip(), re.DOTALL)
+    values = split_values(chosen[1] if chosen else value)
+    return Choice(key, tuple(values)) if chosen or len(values) > 1 else None
+
+
+def _parameter(word: str) -> Parameter | None:
+    """What a word varies in Hydra's grammar; None when it has one value."""
+    try:
+        override = OverridesParser.create().parse_override(word)
+        if not override.is_sweep_override():
+            return None
+        key, value = override.get_key_element(), override.value()
+        if not isinstance(value, IntervalSweep):
+            return Choice(key, tuple(override.sweep_string_iterator()))
+    except (HydraException, ValueError, TypeError) as error:
+        raise UserError(str(error).split("\nSee https")[0],
+                        remedy="Separate the values of a sweep by commas: optim.lr=1e-3,5e-3.") from None
     low, high = value.start, value.end
     if low is None or high is None or not low < high or ("log" in value.tags and low <= 0):
         raise UserError(f"the range from {low} to {high} is empty, or not positive on a logarithmic scale", key,
                         f"Try {key}='tag(log,interval(1e-5,1e-3))'.")
     return Interval(key, float(low), float(high), "log" in value.tags, isinstance(low, int) and isinstance(high, int))
-
-
-def _quoted(word: str) -> str:
-    """Hydra reads bare commas as a sweep: quote the values that are not one."""
-    key, separator, value = word.partition("=")
-    plain = key in PLAIN_KEYS and separator and value and value != "null" and value[0] not in "'\""
-    return f"{key}='{value}'" if plain else word

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
 from finetune import metrics_log
 from finetune.display_text import clock, figure
+from finetune.report.sweep_page import compare_command
 from finetune.sweep.job import DONE, Job
 from finetune.sweep.search import Goal
+from finetune.words import command, setting
 
 SUMMARY = "sweep.json"
 
@@ -66,13 +67,11 @@ def brief(value: str) -> str:
 
 def commands(job: dict[str, Any], launcher: list[str]) -> list[tuple[str, str]]:
     """(what, command) to go on with a job."""
-    folder = shlex.quote(job["run_dir"])
-    words = " ".join(shlex.quote(word) for word in job["overrides"])
-    start = " ".join(["deepspeed", *map(shlex.quote, launcher), "launch/train.py"])
-    return [("train it alone", f"{start} {words}"),
-            ("look at it", f"{folder}/report.html"),
-            ("compare", f"python launch/report.py 'runs={Path(job['run_dir']).parent}/*'"),
-            ("evaluate", f"deepspeed launch/evaluate.py run={folder}")]
+    folder = Path(job["run_dir"])
+    return [("train it alone", command(["deepspeed", *launcher, "launch/train.py", *job["overrides"]])),
+            ("look at it", command([folder / "report.html"])),
+            ("compare", compare_command(folder.parent)),
+            ("evaluate", command(["deepspeed", "launch/evaluate.py", setting("run", folder)]))]
 
 
 def _advice(summary: dict[str, Any]) -> list[str]:

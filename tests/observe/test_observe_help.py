@@ -87,7 +87,13 @@ MISTYPED = {
     "model.dtype=bf17": "[bf16, fp16, fp32]",
     "optim.lr": "Write optim.lr=VALUE",
     "quickstart": "Write recipe=quickstart.",
-    "run_dir=a=b": "\"run_dir='a=b'\"",
+    "optim.lr=(1": "\"optim.lr='(1'\"",
+    "optim.lr=1e-3,5e-3": "python launch/train.py -m recipe=quickstart optim.lr=1e-3,5e-3",
+    "data.validation_split=0.1": "data.eval=FILE",
+    "special_tokens=[a]": "the vocabulary stays the checkpoint's",
+    "data.streaming=true": "There is nothing to switch on",
+    "load_in_4bit=true": "zero.offload_params=cpu",
+    "max_train_samples=10": "head -n 1000",
 }
 
 
@@ -118,6 +124,8 @@ def test_every_script_has_usage():
     ("deepspeed --num_gpus 2 launch/train.py recipe=quick", "recipe=quickstart"),
     ("python launch/train.py recipe=quickstart optim.we", "optim.weight_decay="),
     ("python launch/plan.py machine=h2", "machine=h200_141"),
+    ("python launch/train.py model.dtype=", "model.dtype=bf16 model.dtype=fp16 model.dtype=fp32"),
+    ("python launch/train.py data.train=pyproj", "data.train=pyproject.toml"),
 ])
 def test_tab_completion(line, expected):
     script = ('source launch/completion.bash; COMP_LINE="$1"; COMP_POINT=${#1}; read -ra COMP_WORDS <<< "$1"; '
@@ -126,3 +134,14 @@ def test_tab_completion(line, expected):
     done = subprocess.run(["bash", "-c", script, "bash", line], cwd=ROOT, env={"PATH": path}, text=True,
                           capture_output=True, check=False)
     assert done.stdout.strip() == expected, done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(programs.SCHEMAS))
+def test_completion_knows_every_key(name):
+    """Read from the schema's source, it must say what the schema says."""
+    done = subprocess.run(["bash", "-c", f"source launch/completion.bash; _finetune_words . {name}"], cwd=ROOT, text=True,
+                          capture_output=True, check=True)
+    shown = {word.split("=")[0] for word in done.stdout.split()}
+    groups = set(GROUPS) if name in ("train", "plan") else {"task"} if name == "evaluate" else set()
+    keys = {"model" if key == "export_dir" else key for key in all_keys(programs.SCHEMAS[name])}
+    assert shown == keys | groups

@@ -100,9 +100,8 @@ def test_text_of_the_run_is_escaped(tmp_path: Path):
 
 def test_commands_can_be_pasted(tmp_path: Path):
     done = page_of(make_run(tmp_path / "a run")).text
-    folder = f"'{tmp_path}/a run'"
-    assert f"deepspeed launch/evaluate.py run={folder}" in done
-    assert f"python launch/generate.py model='{tmp_path}/a run/export'" in done
+    assert f"deepspeed launch/evaluate.py \"run='{tmp_path}/a run'\"" in done
+    assert f"python launch/generate.py \"model='{tmp_path}/a run/export'\"" in done
     assert "continue" not in done
     stopped = page_of(make_run(tmp_path / "b", status="preempted")).text
     assert f"deepspeed launch/train.py recipe=quickstart optim.lr=0.005 run_dir={tmp_path}/b" in stopped
