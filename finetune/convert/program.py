@@ -30,6 +30,7 @@ from finetune.gptj.model import ARCHITECTURES
 from finetune.hf_layout import config_values
 from finetune.programs import ConvertConfig
 from finetune.shards import ShardWriter, write_json
+from finetune.words import command, setting
 
 KEPT = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
         "added_tokens.json", "chat_template.jinja", "generation_config.json", "README.md", "finetune.json")
@@ -95,6 +96,12 @@ def _check(cfg: ConvertConfig) -> None:
     folder, target = Path(resolve(cfg.source)).expanduser(), Path(cfg.target).expanduser()
     if not folder.is_dir():
         raise UserError(f"there is no directory {folder}", "source", "Check the path.")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        run = folder.absolute().parent
+        merge = command(["python", "launch/export.py", setting("run", run), "kind=merged"]) if (
+            run / "config.yaml").is_file() else "python launch/export.py run=RUN kind=merged"
+        raise UserError("this is an adapter: it has no weights of the model in it", str(folder),
+                        f"Merge it first, and convert what that writes: {merge}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError("the target exists and is not empty", str(target), "Choose another with target=DIR.")
 

@@ -168,6 +168,16 @@ def test_wrong_use_is_explained(tiny, states, tmp_path):
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".tmp-*"))
 
 
+def test_an_adapter_is_told_which_command_merges_it(tiny, tmp_path):
+    run_dir = tmp_path / "lr=1 (a)"
+    (run_dir / "export").mkdir(parents=True)
+    (run_dir / "export/adapter_config.json").write_text("{}")
+    (run_dir / "config.yaml").touch()
+    with pytest.raises(UserError, match="this is an adapter") as caught:
+        convert(run_dir / "export", tmp_path / "target")
+    assert f"python launch/export.py \"run='{run_dir}'\" kind=merged" in caught.value.remedy
+
+
 def test_fp16_never_makes_infinities(tiny, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
