@@ -11,7 +11,9 @@ Random state is not stored: dropout and data order are functions of the seed and
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import time
 from dataclasses import asdict, dataclass, fields
@@ -44,6 +46,7 @@ from finetune.dist import World
 from finetune.durable import fsync
 from finetune.errors import RunFailed, UserError, gib
 from finetune.train_state import TrainState
+from finetune.words import command
 
 __all__ = ["Checkpoints", "TrainState", "find_resume", "read_state", "saved_masters"]
 
@@ -286,14 +289,38 @@ class Checkpoints:
                 os.replace(path, self.folder / f"set-aside-{time.strftime('%Y%m%d-%H%M%S')}-{path.name}")
 
     def _check_identity(self, saved: dict, folder: Path) -> None:
-        before = saved["identity"]
-        changed = [f"{key}: was {before[key]}, is {now}" for key, now in self.identity.items()
-                   if key in before and before[key] != now and key not in self.may_change]
+        before, now = _leaves(saved["identity"]), _leaves(self.identity)
+        changed = [key for key, value in now.items() if key in before and before[key] != value
+                   and key not in self.may_change and key.split(".")[0] not in self.may_change]
         if changed:
-            names = ",".join(line.split(":")[0] for line in changed)
-            raise UserError("this run is not the one that was saved: " + "; ".join(changed), str(folder),
-                            f"Undo the change, allow it with 'resume_changed=[{names}]', or start anew with "
-                            "resume=never or another run_dir.")
+            told = "\n".join(f"  {key}: was {before[key]}, is {now[key]}" for key in changed)
+            allow = command([f"resume_changed=[{','.join(changed)}]"])
+            raise UserError(f"this run is not the one that was saved:\n{told}", str(folder),
+                            f"Undo the change, allow it with {allow}, or start anew with resume=never or another run_dir.")
+
+
+def _leaves(identity: dict[str, Any]) -> dict[str, Any]:
+    """The identity with a dotted key for each setting of a section, so that only what differs is told."""
+    leaves = dict[str, Any]()
+    for key, value in identity.items():
+        section = _section(value)
+        if section is None:
+            leaves[key] = value
+        else:
+            leaves |= {f"{key}.{name}": item for name, item in section.items()}
+    return leaves
+
+
+def _section(value: Any) -> dict[str, Any] | None:
+    """The settings of a section; older checkpoints keep it as text: `OptimConfig(lr=0.01, schedule='cosine')`."""
+    if isinstance(value, dict):
+        return value
+    if not isinstance(value, str) or not re.fullmatch(r"\w+Config\(.*\)", value, re.DOTALL):
+        return None
+    call = ast.parse(value, mode="eval").body
+    assert isinstance(call, ast.Call)
+    return {str(word.arg): ast.literal_eval(word.value) for word in call.keywords} | {
+        "kind": value.partition("Config(")[0].lower()}
 
 
 def _fresh(stage: Path) -> None:

@@ -14,6 +14,15 @@ def warmup_steps(optim: OptimConfig, total_steps: int) -> int:
     return math.ceil(optim.warmup * total_steps) if optim.warmup < 1 else int(optim.warmup)
 
 
+def warmup_note(optim: OptimConfig, total_steps: int) -> str | None:
+    """A line for the person who starts a run that ends before its warmup does."""
+    warmup = warmup_steps(optim, total_steps)
+    if warmup <= total_steps:
+        return None
+    return (f"optim.warmup = {warmup} steps is longer than the run, which has {total_steps}: the learning rate rises to "
+            f"{total_steps / warmup:.0%} of optim.lr and no further. A share of all steps: optim.warmup=0.1")
+
+
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step `step`, counted from 1.
 

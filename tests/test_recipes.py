@@ -12,7 +12,7 @@ from finetune.app import RECIPES, _has_own_data, compose_train
 from finetune.check import check
 from finetune.errors import UserError
 from finetune.helptext import first_comment
-from finetune.schedule import learning_rate
+from finetune.schedule import learning_rate, warmup_note
 from tests.distributed.ranks import metrics, run_cases
 
 ALL = sorted(p.stem for p in RECIPES.glob("*.yaml"))
@@ -135,6 +135,12 @@ def test_schedules(schedule, last):
     assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
     assert rates[10] == 1.0 and rates[10:] == sorted(rates[10:], reverse=True)
     assert last <= rates[-1] <= last + 1 / 90  # the floor would be reached one step later: no step trains nothing
+
+
+def test_a_warmup_longer_than_the_run_is_told():
+    optim = compose_train(["recipe=quickstart", "optim.warmup=10"]).optim
+    assert "10 steps is longer than the run, which has 4" in str(warmup_note(optim, 4)) and "40%" in str(warmup_note(optim, 4))
+    assert warmup_note(optim, 10) is None and learning_rate(optim, 10, 10) == optim.lr
 
 
 def test_a_single_step_trains():

@@ -104,6 +104,23 @@ def test_what_changed_is_named(tmp_path):
     allowed._check_identity(saved, tmp_path)
 
 
+def test_of_a_section_only_the_changed_settings_are_named(tmp_path):
+    """Also against older checkpoints, which keep sections as text."""
+    now = {"optim": {"lr": 0.001, "schedule": "cosine", "betas": [0.9, 0.95]}, "adapter": {"rank": 4, "kind": "lora"}}
+    older = {"optim": "OptimConfig(lr=0.01, schedule='cosine', betas=[0.9, 0.999])", "adapter": "LoraConfig(rank=4)"}
+    newer = {"optim": now["optim"] | {"lr": 0.01, "betas": [0.9, 0.999]}, "adapter": now["adapter"]}
+    for before in (older, newer):
+        with pytest.raises(UserError) as caught:
+            Checkpoints(tmp_path, 2, WORLD, now, [])._check_identity({"identity": before}, tmp_path)
+        assert caught.value.problem.splitlines()[1:] == ["  optim.lr: was 0.01, is 0.001",
+                                                         "  optim.betas: was [0.9, 0.999], is [0.9, 0.95]"]
+        assert "'resume_changed=[optim.lr,optim.betas]'" in caught.value.remedy
+        for allowed in (["optim"], ["optim.lr", "optim.betas"]):
+            Checkpoints(tmp_path, 2, WORLD, now, allowed)._check_identity({"identity": before}, tmp_path)
+    with pytest.raises(UserError, match=r"adapter\.kind: was full, is lora"):
+        Checkpoints(tmp_path, 2, WORLD, now, [])._check_identity({"identity": {"adapter": "FullConfig()"}}, tmp_path)
+
+
 def test_a_save_in_the_background_fails_aloud(tmp_path):
     checkpoints = opened(tmp_path, background=True)
     write(checkpoints, 1)
