@@ -29,7 +29,7 @@ TRAINER = {
     "deepspeed": "zero", "run_name": "run_dir",
     "attn_implementation": "model.attention", "lora_r": "adapter.rank", "lora_alpha": "adapter.alpha",
     "lora_dropout": "adapter.dropout", "target_modules": "adapter.targets", "use_dora": "adapter.dora",
-    "use_rslora": "adapter.rslora",
+    "use_rslora": "adapter.rslora", "metric_for_best_model": "train.metric",
 }
 AXOLOTL = {
     "base_model": "model.path", "datasets": "data.train", "test_datasets": "data.eval",
@@ -78,6 +78,7 @@ ABSENT = {
         (("streaming", "dataset_streaming", "pretraining_dataset"),
          "There is nothing to switch on: files of any size are tokenised once, in little memory, and read from "
          "data.cache_dir."),
+        (("greater_is_better",), "A metric's better end is known: name it alone, train.metric=accuracy."),
     ] for name in names
 }
 """Their settings that have no counterpart here -> what to do instead."""

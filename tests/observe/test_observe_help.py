@@ -94,6 +94,7 @@ MISTYPED = {
     "data.streaming=true": "There is nothing to switch on",
     "load_in_4bit=true": "zero.offload_params=cpu",
     "max_train_samples=10": "head -n 1000",
+    "metric_for_best_model=accuracy": "Did you mean train.metric?",
 }
 
 
