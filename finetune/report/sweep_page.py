@@ -125,7 +125,7 @@ def scale_of(key: str, values: list[Any]) -> Scale | None:
     if len(different) > MANY or close:
         return Scale(key, found, _log_axis(different) if log else linear_axis(different[0], different[-1]), log)
     axis = Axis(places[0] - 0.08 * room, places[-1] + 0.08 * room)
-    axis.ticks = [(100 * axis.at(place), setting(value)) for place, value in zip(places, different, strict=True)]
+    axis.ticks = [(100 * axis.at(place), swept_value(value)) for place, value in zip(places, different, strict=True)]
     return Scale(key, found, axis, log)
 
 
@@ -134,7 +134,7 @@ def metric_scale(name: str, values: list[float]) -> Scale | None:
     return Scale(name, list(values), linear_axis(min(values), max(values))) if values else None
 
 
-def setting(value: float) -> str:
+def swept_value(value: float) -> str:
     """`3e-05`, `0.25`, `64`."""
     return f"{value:,.0f}" if abs(value) >= 1000 and value == int(value) else f"{value:.4g}"
 
@@ -215,10 +215,10 @@ def compare_command(folder: Path) -> str:
 def _log_axis(values: list[float]) -> Axis:
     low, high = math.floor(math.log10(values[0]) + 1e-9), math.ceil(math.log10(values[-1]) - 1e-9)
     axis = Axis(low, max(high, low + 1))
-    axis.ticks = [(100 * axis.at(power), setting(10.0 ** power)) for power in range(low, max(high, low + 1) + 1)]
+    axis.ticks = [(100 * axis.at(power), swept_value(10.0 ** power)) for power in range(low, max(high, low + 1) + 1)]
     return axis
 
 
 def _brief(text: str) -> str:
     value = value_of(text)
-    return setting(value) if is_number(value) and len(str(text)) > 8 else str(text)
+    return swept_value(value) if is_number(value) and len(str(text)) > 8 else str(text)
