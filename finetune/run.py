@@ -20,6 +20,7 @@ from finetune import adapter, dist, ds_config, faults, heap, memory_watch, metri
 from finetune.at_hand import absent
 from finetune.callbacks import CallbackList, RunInfo
 from finetune.check import check
+from finetune.check_task import best_metric
 from finetune.checkpoint import Checkpoints, TrainState, find_resume
 from finetune.config import Config, Dtype, Offload
 from finetune.data.batches import StepBatches
@@ -28,7 +29,7 @@ from finetune.data.order import Order
 from finetune.display import Display, silence_libraries
 from finetune.dist import World
 from finetune.ds_config import Sharding
-from finetune.engine import Engine, connect_deepspeed, partitioned_build, place_partitioned
+from finetune.engine import Engine, compiles_first, connect_deepspeed, partitioned_build, place_partitioned
 from finetune.environment import environment
 from finetune.errors import EXIT_DONE, EXIT_PREEMPTED, Preempted, RunFailed
 from finetune.evaluate import Interrupted, evaluate
@@ -111,6 +112,9 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
     say = callbacks.message
     resume_from = world.on_main(lambda: find_resume(cfg.resume, run_dir, say))
 
+    if compiles_first(world):
+        say("the first run on this machine compiles an op of DeepSpeed before it trains: one to two minutes on idle cores, "
+            "more where others use them; let it finish")
     memory.planned = world.on_main(lambda: plan_run(cfg, world, run_dir, None))  # before data are tokenised for hours
     inputs = prepare_inputs(cfg, world, display, say)
     memory.planned = planned = world.on_main(lambda: plan_run(cfg, world, run_dir, inputs.task.num_labels))
@@ -136,6 +140,9 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
             probe(engine, inputs.task, inputs.collate, inputs.rows, int(cfg.train.micro_batch), planned.accumulation)
     checkpoints = _checkpoints(cfg, inputs, sharding, world, run_dir)
     state = checkpoints.restore(engine.ds, resume_from) if resume_from else TrainState()
+    better = best_metric(cfg.task, cfg.train.metric)
+    if state.rank_by(better[0]):
+        say(f"the best evaluation is now that of the best {better[0]}: looked for anew from step {state.step} on")
     checkpoints.require_room(engine.ds, several=cfg.checkpoint.every > 0)
     held = world.gather(engine.optimizer_bytes()["total"])
     if world.main:
@@ -150,7 +157,7 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
         learning_rate=lambda step: schedule.learning_rate(cfg.optim, step, length.steps), beat=hang.beat,
         flops=step_flops(cfg, inputs.task.num_labels), peak_flops=peak_flops(world.device, cfg.model.dtype.value))
     trainer = Trainer(engine, inputs.task, _batches(cfg, inputs, world, state, length), hooks, checkpoints, callbacks, stop,
-                      world, train=cfg.train, checkpoint=cfg.checkpoint, seed=cfg.seed, total_steps=length.steps)
+                      world, train=cfg.train, checkpoint=cfg.checkpoint, better=better, seed=cfg.seed, total_steps=length.steps)
 
     callbacks.start(_run_info(cfg, memory.words, run_dir, state, length, parameters, world, planned, inputs))
     if world.device.type == "cpu":
@@ -169,7 +176,8 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
     final = final_result(result, world, engine.optimizer_bytes()["total"], {
         "start_host_bytes": memory.start_host, "zero_stage": sharding.stage, "export": "export" if exported else None,
         "export_step": chosen.step if exported else None,
-        "best": state.best, "best_step": state.best_step or None, "skipped_steps": state.skipped,
+        "best": state.best, "best_metric": better[0], "best_step": state.best_step or None, "skipped_steps": state.skipped,
+        "stopped_by": (stop.reason or "another rank") if result.status == "preempted" else None,
         "wall_seconds": time.perf_counter() - started,
         "bad_rows": inputs.train.stats["bad_rows"],
         "bad_eval_rows": inputs.eval.stats["bad_rows"] if inputs.eval else 0, "data_notes": inputs.notes})

@@ -39,7 +39,7 @@ def test_files_of_prompts_are_read_as_data_are(tmp_path):
     """Compressed ones and .ndjson too; another encoding and a git-lfs pointer are refused."""
     def prompts(name: str, data: bytes) -> list[str]:
         (tmp_path / name).write_bytes(data)
-        return [row.row["prompt"] for row in read_prompts(GenerateConfig(prompts=str(tmp_path / name)))]
+        return [row.record["prompt"] for row in read_prompts(GenerateConfig(prompts=str(tmp_path / name)))]
 
     assert prompts("a.txt", b"\xef\xbb\xbfone\r\n\ntwo") == ["one", "two"]
     assert prompts("a.ndjson", b'{"prompt": "one"}\n') == ["one"]
