@@ -1,6 +1,6 @@
 """What a classification or question answering model says about one text, encoded as in training.
 
-    text             -> ids, eos -> the head at the eos         -> label and probabilities, labels, or a number
+    text             -> ids, eos -> the head at the last        -> label and probabilities, labels, or a number
     question, context -> windows -> the head at every context token -> the best span, or that there is no answer
 """
 
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.data.labels import SEPARATOR, cut_text, shares
 from finetune.errors import UserError
 from finetune.tasks.classify import ClassifyTask, decide
 from finetune.tasks.qa import NOTHING, QaTask, best_spans
@@ -19,14 +18,9 @@ from finetune.tasks.qa import NOTHING, QaTask, best_spans
 
 def classify_text(model: nn.Module, task: ClassifyTask, texts: list[str], device: torch.device) -> dict[str, Any]:
     """Label (or labels, or number) of one text or a pair, with each label's probability."""
-    cfg, tokenizer = task.cfg, task.tokenizer
-    parts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    glue = tokenizer(SEPARATOR, add_special_tokens=False)["input_ids"] if len(parts) == 2 else []
-    room = cfg.max_length - 1 - len(glue)
-    kept = [cut_text(ids, n, cfg.truncation) for ids, n in zip(parts, shares(parts, room), strict=True)]
-    ids = [*kept[0], *(i for part in kept[1:] for i in (*glue, *part)), tokenizer.eos_token_id]
+    ids = task.text_ids(texts)
     outputs = _head_outputs(model, ids, device)[-1:]
-    verdict = task.read_target(decide(outputs, cfg.problem)[0][0].cpu().numpy())
+    verdict = task.read_target(decide(outputs, task.cfg.problem)[0][0].cpu().numpy())
     if task.regression:
         return {"value": verdict}
     probabilities = outputs[0].sigmoid() if task.multi else outputs[0].softmax(-1)

@@ -16,7 +16,8 @@ REPO = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 def model_card(name: str, head: str, kind: str, base: str, dtype: str, facts: dict[str, Any], metrics: dict[str, Any],
-               figures: dict[str, Any], hashes: dict[str, str], chat: bool, origin: str = "") -> str:
+               figures: dict[str, Any], hashes: dict[str, str], chat: bool, origin: str = "",
+               revision: str | None = None) -> str:
     """The card's text.
 
     Args:
@@ -28,13 +29,14 @@ def model_card(name: str, head: str, kind: str, base: str, dtype: str, facts: di
         figures: of export.json.
         hashes: weight file -> SHA-256.
         chat: whether the tokenizer has a chat template.
+        revision: of a base that is a hub id.
     """
     metadata = ModelCardData(
         license="apache-2.0", library_name="peft" if kind == "adapter" else "transformers",
         pipeline_tag=PIPELINES[head], tags=["gptj", "deepspeed"], model_name=name,
         base_model=next((x for x in (base, origin) if REPO.match(x)), None),
         eval_results=_results(metrics, facts, head) or None)
-    body = "\n".join(_body(name, head, kind, base, dtype, facts, metrics, figures, hashes, chat))
+    body = "\n".join(_body(name, head, kind, base, dtype, facts, metrics, figures, hashes, chat, revision))
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n"))
 
 
@@ -46,7 +48,7 @@ def _results(metrics: dict[str, Any], facts: dict[str, Any], head: str) -> list[
 
 
 def _body(name: str, head: str, kind: str, base: str, dtype: str, facts: dict[str, Any], metrics: dict[str, Any],
-          figures: dict[str, Any], hashes: dict[str, str], chat: bool) -> list[str]:
+          figures: dict[str, Any], hashes: dict[str, str], chat: bool, revision: str | None) -> list[str]:
     what = {"adapter": "An adapter for", "merged": "An adapter merged into", "full": "All weights, trained from"}[kind]
     lines = [f"# {name}", "", f"{what} `{base}`, in {dtype}. GPT-J is licensed under Apache-2.0; the training data "
              "have licences of their own.", "", "## Training", ""]
@@ -58,7 +60,7 @@ def _body(name: str, head: str, kind: str, base: str, dtype: str, facts: dict[st
                   for key, value in numbers.items()]
     lines += ["", "## Files", "", "| file | SHA-256 |", "|---|---|"]
     lines += [f"| {file} | `{digest}` |" for file, digest in hashes.items()]
-    lines += ["", *_proof(figures), "", "## Loading", "", "```python", *_loading(head, kind, base, dtype), "```"]
+    lines += ["", *_proof(figures), "", "## Loading", "", "```python", *_loading(head, kind, base, dtype, revision), "```"]
     if chat:
         lines += ["", "The tokenizer carries the template that training used:", "", "```python",
                   "messages = [{'role': 'user', 'content': '...'}]",
@@ -66,8 +68,9 @@ def _body(name: str, head: str, kind: str, base: str, dtype: str, facts: dict[st
                   "```"]
         lines += ["", f"It gives {figures['chat_template']}."] if "chat_template" in figures else []
     if head != "lm":
-        lines += ["", "The tokenizer writes the closing eos behind every text; the head reads there. Batches may be "
-                  "padded."]
+        batches = ("Batches may be padded, with the tokenizer's own padding token." if figures.get("pads", True) else
+                   "Give it one text at a time: no token could be found to pad batches with, or the adapter is a prompt.")
+        lines += ["", f"The tokenizer writes the closing eos behind every text; the head reads there. {batches}"]
     return lines
 
 
@@ -82,7 +85,7 @@ def _proof(figures: dict[str, Any]) -> list[str]:
             f"the arg-max the same at {100 * figures['argmax_agreement']:.2f}%."]
 
 
-def _loading(head: str, kind: str, base: str, dtype: str) -> list[str]:
+def _loading(head: str, kind: str, base: str, dtype: str, revision: str | None) -> list[str]:
     auto = AUTO[head]
     torch_dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype]
     if kind != "adapter":
@@ -91,7 +94,7 @@ def _loading(head: str, kind: str, base: str, dtype: str) -> list[str]:
                 "tokenizer = AutoTokenizer.from_pretrained('THIS_FOLDER')"]
     config = [] if head == "lm" else ["config = AutoConfig.from_pretrained('THIS_FOLDER')"]
     names = "AutoTokenizer" if head == "lm" else "AutoConfig, AutoTokenizer"
-    more = "" if head == "lm" else ", config=config"
+    more = ("" if head == "lm" else ", config=config") + (f", revision={revision!r}" if revision else "")
     return ["from peft import PeftModel", f"from transformers import {names}, {auto}", "", *config,
             f"model = {auto}.from_pretrained({base!r}, dtype='{torch_dtype}'{more})",
             "model = PeftModel.from_pretrained(model, 'THIS_FOLDER')",

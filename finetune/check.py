@@ -34,23 +34,50 @@ def check(cfg: Config, world_size: int, cuda: bool, absent: Callable[[Config, bo
     Args:
         world_size: ranks of this run.
         cuda: whether it trains on GPUs.
-        absent: (config, whether all else is well) -> what the config names and is not there.
+        absent: (config, whether all else is well) -> what the config names and is not there, and what the model that is
+            there has no positions for; None: nothing is looked up, and the model has GPT-J's own positions.
     """
     # Alone: other problems may repeat the value.
     problems = list(secret_problems(asdict(cfg)))
     if problems:
         raise problems_error("the configuration", problems)
     problems = list(_problems(cfg, world_size, cuda))
-    problems += absent(cfg, not problems) if absent else []
+    problems += absent(cfg, not problems) if absent else length_problems(cfg, GPTJ_POSITIONS)
     if problems:
         raise problems_error("the configuration", problems)
 
 
-def planning_problems(cfg: Config, world_size: int, cuda: bool) -> None:
-    """As `check`, without the demand for data: a plan needs none."""
+def planning_problems(cfg: Config, world_size: int, cuda: bool, positions: int) -> None:
+    """As `check`, without the demand for data: a plan needs none.
+
+    Args:
+        positions: n_positions of the model.
+    """
     problems = [p for p in _problems(cfg, world_size, cuda) if p.where != "data.train"]
+    problems += length_problems(cfg, positions)
     if problems:
         raise problems_error("the configuration", problems)
+
+
+def length_problems(cfg: Config, positions: int) -> Iterator[UserError]:
+    """Sequences, and virtual tokens before them, for which the model has no positions."""
+    return room_problems(cfg.task.max_length, getattr(cfg.adapter, "virtual_tokens", 0), positions)
+
+
+def room_problems(max_length: int, virtual_tokens: int, positions: int) -> Iterator[UserError]:
+    """`length_problems` of plain numbers.
+
+    Args:
+        max_length: task.max_length.
+        virtual_tokens: those of a prompt or prefix adapter, else 0.
+        positions: n_positions of the model.
+    """
+    if max_length > positions:
+        yield UserError(f"task.max_length = {max_length} exceeds the model's {positions} positions (n_positions in its "
+                        "config.json)", remedy=f"Try task.max_length={positions - virtual_tokens}.")
+    elif virtual_tokens > positions - max_length:
+        yield UserError(f"adapter.virtual_tokens = {virtual_tokens} and task.max_length = {max_length} exceed the model's "
+                        f"{positions} positions", remedy=f"Try task.max_length={positions - virtual_tokens}.")
 
 
 def _problems(cfg: Config, world_size: int, cuda: bool) -> Iterator[UserError]:
@@ -78,9 +105,6 @@ def _data(cfg: Config) -> Iterator[UserError]:
 
 
 def _length(cfg: Config) -> Iterator[UserError]:
-    if cfg.task.max_length > GPTJ_POSITIONS:
-        yield UserError(f"task.max_length = {cfg.task.max_length} exceeds GPT-J's {GPTJ_POSITIONS} positions",
-                        remedy=f"Try task.max_length={GPTJ_POSITIONS}.")
     if cfg.task.max_length < 8:
         yield UserError(f"task.max_length = {cfg.task.max_length} is too short to train on", remedy="Try 128 or more.")
     if cfg.train.steps is None and cfg.train.epochs is None:
@@ -154,13 +178,8 @@ def _adapter(cfg: Config) -> Iterator[UserError]:
             target_modules(adapter.targets)
         except UserError as error:
             yield error
-    if isinstance(adapter, (PromptConfig, PrefixConfig)):
-        count, room = adapter.virtual_tokens, GPTJ_POSITIONS - cfg.task.max_length
-        if count < 1:
-            yield UserError("adapter.virtual_tokens must be at least 1", remedy="Try adapter.virtual_tokens=20.")
-        elif count > room >= 0:
-            yield UserError(f"adapter.virtual_tokens = {count} and task.max_length = {cfg.task.max_length} exceed "
-                            f"GPT-J's {GPTJ_POSITIONS} positions", remedy=f"Try task.max_length={GPTJ_POSITIONS - count}.")
+    if isinstance(adapter, (PromptConfig, PrefixConfig)) and adapter.virtual_tokens < 1:
+        yield UserError("adapter.virtual_tokens must be at least 1", remedy="Try adapter.virtual_tokens=20.")
 
 
 def _zero(cfg: Config, world_size: int) -> Iterator[UserError]:

@@ -16,13 +16,15 @@ import os
 import re
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 from finetune import faults, partitions
 from finetune.checkpoint_files import (
+    EVALUATED,
     FORMAT,
     STATE,
     Entry,
@@ -52,6 +54,8 @@ __all__ = ["Checkpoints", "TrainState", "find_resume", "read_state", "saved_mast
 
 FEWEST_KEPT = 2
 KINDS = ("master", *partitions.MOMENTS)
+MARKS = ("best", "best_step", "without_gain", "owes_evaluation", "callbacks")
+"""What an evaluation changes in the state."""
 UNTOUCHED = "Earlier checkpoints are untouched. Free some space and run the same command again."
 
 
@@ -90,6 +94,8 @@ class Checkpoints:
         self._thread: Thread | None = None
         self._error: BaseException | None = None
         self._finished: list[tuple[int, str]] = []
+        self._marks: dict[int, dict[str, Any]] = {}
+        self._marking = Lock()
         # Two threads must not use one group at a time.
         self._writers = world.split() if background else world
 
@@ -118,6 +124,12 @@ class Checkpoints:
         save.pieces = pieces.copied()
         self._thread = Thread(target=self._write_behind, args=(save,), name="checkpoint", daemon=True)
         self._thread.start()
+
+    def mark_evaluated(self, state: TrainState) -> None:
+        """Add what the evaluation of this step changed to the checkpoint of the step, which was saved before it."""
+        if self.world.main:
+            self._marks = {state.step: {name: getattr(state, name) for name in MARKS}}
+            self._write_marks(state.step)
 
     def wait(self) -> None:
         """Until nothing is being written; raises what went wrong in the background."""
@@ -188,11 +200,22 @@ class Checkpoints:
             os.replace(stage, final)
             faults.point("save.renamed")
             fsync(self.folder)
+            self._write_marks(save.step)
         except OSError as error:
             shutil.rmtree(stage, ignore_errors=True)
             raise self._failed(save, error) from None
         self._sound.add(save.step)
         self._retain(save.step, save.about["state"]["best_step"])
+
+    def _write_marks(self, step: int) -> None:
+        """Called when there are marks and when there is a folder: with a save in the background either may be first.
+
+        Marks that a full disk refuses leave the evaluation owed.
+        """
+        marks, folder = self._marks.get(step), step_folder(self.folder, step)
+        if marks and folder.is_dir():
+            with self._marking, suppress(OSError):
+                write_json(folder / EVALUATED, marks)
 
     def _failed(self, save: _Save, error: OSError) -> RunFailed:
         free = free_bytes(self.folder)

@@ -3,6 +3,7 @@
     checkpoints/step-00000010/
       manifest.json                     every file with size and hash
       state.json                        step, tokens, best metric, what the run was
+      evaluated.json                    what the evaluation of this step, done after the save, changed in the state
       optim-00000-of-00002.safetensors  fp32 master, exp_avg, exp_avg_sq of the ranges rank 0 owned
 
 Nothing is pickled, so nothing that is read can run.
@@ -28,7 +29,7 @@ from torch import Tensor
 from finetune import faults
 from finetune.errors import UserError
 
-MANIFEST, STATE = "manifest.json", "state.json"
+MANIFEST, STATE, EVALUATED = "manifest.json", "state.json", "evaluated.json"
 STEP_DIR = re.compile(r"^step-(\d{8})$")
 FORMAT = 1
 HASH_CHUNK = 1 << 24
@@ -204,7 +205,13 @@ def newest_valid(folder: Path, warn) -> Path | None:
 
 
 def read_state(folder: Path) -> dict:
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+    """state.json of a checkpoint, with the marks of an evaluation that was done after it was saved."""
+    saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    try:
+        marks = json.loads((folder / EVALUATED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none: the evaluation is still owed, or there was none
+        return saved
+    return {**saved, "state": saved["state"] | marks}
 
 
 def find_resume(resume: str, run_dir: Path, warn) -> Path | None:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from finetune import dist, heap, metrics_log
 from finetune.app import Composed
 from finetune.assets_path import resolve
+from finetune.check import room_problems
 from finetune.config import DataConfig
 from finetune.data.columns import open_store
 from finetune.data.records import data_notes, file_options
 from finetune.data.store import build_store
-from finetune.data.tokenizer import load_tokenizer
+from finetune.data.tokenizer import load_tokenizer, token_limit
 from finetune.display import silence_libraries, summary_table
 from finetune.display_text import figure
 from finetune.dist import World
 from finetune.errors import EXIT_DONE, UserError
 from finetune.evaluate import evaluate_with
-from finetune.gptj.load import tokenizer_of
+from finetune.gptj.load import local_folder, tokenizer_of
 from finetune.lm_eval_suite import check_suite, run_suite
 from finetune.programs import EvaluateConfig
 from finetune.redact import redact_text
@@ -29,14 +31,21 @@ from finetune.saved import (
     Trained,
     about_of_run,
     checkpoint_of,
+    foreign_note,
     load_config,
     load_export,
     load_run,
+    model_folder,
     read_about,
     readable,
     typed_task,
+    virtual_tokens_of,
 )
+from finetune.shape import load_shape
 from finetune.tasks import build_task, head_of
+
+TOO_LARGE = ("Leave such rows out, or give the model the rows: model.resize_token_embeddings(len(tokenizer)) in transformers, "
+             "and train them.")
 
 
 def run(composed: Composed) -> int:
@@ -64,21 +73,32 @@ def run(composed: Composed) -> int:
 
 def _run(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> int:
     silence_libraries(cfg.verbose, world.rank)
-    folder, trained, settings, data = _subject(cfg, typed_keys, world)
-    if world.device.type == "cpu":
-        heap.keep_freed_memory()
+    subject = _subject(cfg, typed_keys, world)
+    folder, settings, data = subject.folder, subject.settings, subject.data
     if cfg.suite == "lm_eval":
-        _lm_eval(cfg, folder, trained, world)
+        _lm_eval(cfg, folder, subject.load(), world)
         return EXIT_DONE
-    task = build_task(settings, load_tokenizer(_tokenizer(cfg, folder)), cfg.packing)
-    task.prepare(None, trained.task)
+
+    # All that can be wrong with the words and the data is told before the weights are loaded.
+    shape = load_shape(str(subject.model))
+    for problem in room_problems(settings.max_length, subject.virtual_tokens, shape.n_positions):
+        raise problem
+    tokenizer = load_tokenizer(_tokenizer(cfg, folder))
+    task = build_task(settings, tokenizer, cfg.packing)
+    task.prepare(None, subject.about)
     if not data.eval:
         raise UserError("no evaluation data is given", "data.eval", "Pass data.eval=FILE.")
     spec = data.eval
+    limit = token_limit(tokenizer, shape.vocab_size, TOO_LARGE)
     path = world.on_main(lambda: build_store(
         resolve(spec), data.eval_split, task.encoder(), on_bad_row=data.on_bad_row.value, max_bad_rows=data.max_bad_rows,
-        config=data.config, options=file_options(data), cache_dir=Path(data.cache_dir).expanduser() if data.cache_dir else None).path)
+        config=data.config, options=file_options(data), limit=limit,
+        cache_dir=Path(data.cache_dir).expanduser() if data.cache_dir else None).path)
     store = open_store(path)
+
+    trained = subject.load()
+    if world.device.type == "cpu":
+        heap.keep_freed_memory()
     metrics, predictions = evaluate_with(trained.module, task, store, world, cfg.batch)
     if store.stats["bad_rows"]:
         metrics |= {"bad_rows": store.stats["bad_rows"], "bad_row_messages": store.stats["bad_row_messages"]}
@@ -120,35 +140,63 @@ def _before(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _subject(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> tuple[Path, Trained, Any, DataConfig]:
-    """What is evaluated: its folder, the model, the task's settings and the data."""
+@dataclass
+class Subject:
+    """What is evaluated, before its weights are loaded."""
+
+    folder: Path
+    about: dict[str, Any]
+    """As `Task.describe`."""
+    settings: Any
+    """The task's section."""
+    data: DataConfig
+    model: Path
+    """Folder with the config.json of the model, of an adapter that of its base."""
+    virtual_tokens: int
+    """Positions that a prompt or prefix adapter takes."""
+    load: Callable[[], Trained]
+
+
+def _subject(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> Subject:
+    """The run or export that was named, with what was typed besides."""
     if cfg.run:
         folder, checkpoint = checkpoint_of(Path(cfg.run).expanduser().absolute())
         config = load_config(folder)
         settings, data = config.task, config.data
-        about = about_of_run(folder)
+        about, head = about_of_run(folder), head_of(settings)
+        if cfg.base:
+            raise UserError("a run knows its base model", "base", "Leave base out.")
         if cfg.dtype:
             config.model.dtype = cfg.dtype
-        module = load_run(config, checkpoint, head_of(settings), about.get("num_labels"), world.device)
-        if not cfg.dtype:
-            module = readable(module, config.model.dtype, world.device)
-        trained = Trained(module, head_of(settings), config.model.dtype.value, config.model.path, about, {})
         if "data" in typed_keys:
             data = cfg.data
         else:
             _override(data, cfg.data, typed_keys)
-        return folder, trained, _override_task(settings, cfg.task, typed_keys), data
+
+        def load() -> Trained:
+            module = load_run(config, checkpoint, head, about.get("num_labels"), world.device)
+            if not cfg.dtype:
+                module = readable(module, config.model.dtype, world.device)
+            return Trained(module, head, config.model.dtype.value, config.model.path, about, {})
+
+        return Subject(folder, about, _override_task(settings, cfg.task, typed_keys), data, local_folder(config.model),
+                       getattr(config.adapter, "virtual_tokens", 0), load)
     assert cfg.export_dir
     folder = Path(resolve(cfg.export_dir)).expanduser().absolute()
-    about = read_about(folder) if folder.is_dir() else {}
-    settings = typed_task(about["settings"]) if about.get("settings") else cfg.task
+    if not folder.is_dir():
+        raise UserError(f"there is no directory {folder}", "model", "Pass model=RUN_DIR/export.")
+    about = read_about(folder, cfg.base)
+    settings = typed_task(about["settings"])
     if type(settings) is not type(cfg.task):  # another task was typed: what it shares with the trained one is kept
         settings = replace(cfg.task, max_length=settings.max_length)
-    if about and head_of(settings) != about["head"]:
+    if head_of(settings) != about["head"]:
         raise UserError(f"this export has the head '{about['head']}', the task needs '{head_of(settings)}'", "task",
                         "Leave task out: an export knows its own.")
-    trained = load_export(folder, cfg.dtype, world.device)
-    return folder, trained, _override_task(settings, cfg.task, typed_keys), cfg.data
+    if note := foreign_note(about):
+        print(note)
+    model, virtual_tokens = model_folder(folder, about), virtual_tokens_of(folder)
+    return Subject(folder, about["task"], _override_task(settings, cfg.task, typed_keys), cfg.data, model, virtual_tokens,
+                   lambda: load_export(folder, cfg.dtype, world.device, cfg.base))
 
 
 def _override(data: DataConfig, given: DataConfig, typed_keys: set[str]) -> None:

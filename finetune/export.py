@@ -34,7 +34,7 @@ from finetune.dist import World
 from finetune.dist_environment import LAUNCHER_VARIABLES
 from finetune.engine import Engine
 from finetune.errors import RunFailed, UserError
-from finetune.gptj.load import DTYPES, draw, local_folder, meta_model, read_config
+from finetune.gptj.load import DTYPES, base_record, draw, local_folder, meta_model, read_config, tokenizer_of
 from finetune.hf_layout import write_small_files
 from finetune.shards import Shapes, ShardWriter, file_sha256, write_json
 
@@ -43,6 +43,8 @@ REFERENCE_TOKENS = 64
 REFERENCE_TEXTS = 4
 CHAT_ROWS = 64
 """Rows of the training data that are looked through for conversations."""
+SHORT_TOKENS = 24
+"""Length of the longest text of a padded batch; the others have a half, a third, ... of it."""
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
@@ -66,6 +68,10 @@ class ExportInfo:
     """The evaluation at the exported step."""
     conversations: list[list[Message]] = field(default_factory=list)
     """Some of the training data, on which the exported chat template is compared with training."""
+    revision: str | None = None
+    """Branch, tag or commit of a base that is a hub id."""
+    base_folder: Path | None = None
+    """Where the base lies on this machine: an adapter's export says by which weights it can be recognised."""
 
 
 def reference_texts(store: Store) -> list[list[int]]:
@@ -115,17 +121,28 @@ def compare_chat_template(folder: Path, info: ExportInfo) -> str:
     return f"other ids than training's in {len(differences)} of {count} conversations: {differences[0]}"
 
 
-def reference_outputs(module: nn.Module, texts: list[list[int]], device: torch.device) -> dict[str, Tensor]:
-    """Trained model's outputs on each text alone, {"ids.0": (T,), "outputs.0": (T, V)}. Collective at stage 3."""
+def short_texts(texts: list[list[int]], head: str, eos: int) -> list[list[int]]:
+    """Beginnings of the reference texts, of unequal lengths, as a padded batch holds them: closed with the eos that the
+    heads of classification and question answering read."""
+    lengths = [max(1, SHORT_TOKENS // (i + 1)) for i in range(len(texts))]
+    cut = [[token for token in ids if token != eos][:length] for ids, length in zip(texts, lengths, strict=True)]
+    return [[*ids, eos] if head != "lm" or not ids else ids for ids in cut]
+
+
+def reference_outputs(module: nn.Module, texts: list[list[int]], head: str, eos: int, device: torch.device
+                      ) -> dict[str, Tensor]:
+    """Trained model's outputs on each text alone, {"ids.0": (T,), "outputs.0": (T, V)}, and on the `short_texts` as
+    "short_ids.0" and "short_outputs.0". Collective at stage 3."""
     was_training = module.training
     module.eval()
     found: dict[str, Tensor] = {}
     with torch.no_grad():
-        for i, ids in enumerate(texts):
-            batch = torch.tensor([ids], device=device)
-            out = module(input_ids=batch)
-            found[f"ids.{i}"] = batch[0].cpu()
-            found[f"outputs.{i}"] = out[0].float().cpu().contiguous()
+        for prefix, rows in (("", texts), ("short_", short_texts(texts, head, eos))):
+            for i, ids in enumerate(rows):
+                batch = torch.tensor([ids], device=device)
+                out = module(input_ids=batch)
+                found[f"{prefix}ids.{i}"] = batch[0].cpu()
+                found[f"{prefix}outputs.{i}"] = out[0].float().cpu().contiguous()
     module.train(was_training)
     return found
 
@@ -137,7 +154,7 @@ def export_run(engine: Engine, tokenizer, info: ExportInfo, cfg: ExportConfig, t
     Raises:
         RunFailed: the export is empty or not equal to the trained model; nothing is left at `target`.
     """
-    reference = reference_outputs(engine.module, texts, world.device) if cfg.verify else None
+    reference = reference_outputs(engine.module, texts, info.head, tokenizer.eos_token_id, world.device) if cfg.verify else None
     adapter = hasattr(engine.module, "peft_config")
     stage = world.on_main(lambda: fresh_stage(target))
     tensors = engine.full_parameters(trained_only=adapter)
@@ -222,7 +239,7 @@ def write_random_base(cfg: ModelConfig, head: str, seed: int, folder: Path, num_
         raise RunFailed(f"the base model could not be written: {error}", str(folder))
     from finetune.data.tokenizer import load_tokenizer
 
-    write_small_files(folder, config, head, "", cfg.dtype.value, {}, load_tokenizer(None), with_config=True)
+    write_small_files(folder, config, head, "", cfg.dtype.value, {}, load_tokenizer(tokenizer_of(cfg)), with_config=True)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(folder, target)
 
@@ -240,22 +257,29 @@ def finish_export(stage: Path, target: Path, tokenizer, config, info: ExportInfo
         RunFailed: the export is empty, does not load, or is not equal; `target` is as it was before.
     """
     try:
-        write_small_files(stage, config, info.head, info.base, info.dtype, info.task, tokenizer,
-                          with_config=kind != "adapter" or info.head != "lm")
-        found: dict[str, Any] = {"kind": kind, "verified": False, **(figures or {})}
+        prompted = kind == "adapter" and info.head == "classify" and _peft_type(stage) == "PROMPT_TUNING"
+        # peft hands a prompted text on as embeddings, in which transformers cannot tell padding: it pools the last place.
+        pads = write_small_files(stage, config, info.head, info.base, info.dtype, info.task, tokenizer,
+                                 with_config=kind != "adapter" or info.head != "lm", pads=not prompted)
+        found: dict[str, Any] = {"kind": kind, "verified": False, "pads": pads, **(figures or {})}
+        about = {"head": info.head, "dtype": info.dtype, "base": info.base, "kind": kind, "task": info.task,
+                 "settings": info.settings}
         if kind == "adapter":
             found |= check_adapter(stage)
+            assert info.base_folder
+            about |= {"revision": info.revision, "base_weights": base_record(info.base_folder, info.head)}
+            file = stage / "adapter_config.json"
+            write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"revision": info.revision})
         if info.task.get("template_text"):
             found["chat_template"] = compare_chat_template(stage, info)
-        write_json(stage / "finetune.json", {"head": info.head, "dtype": info.dtype, "base": info.base,
-                                             "kind": kind, "task": info.task, "settings": info.settings})
+        write_json(stage / "finetune.json", about)
         if reference is not None:
             found |= verify_export(stage, reference)
         found["files"] = {file.name: file_sha256(file) for file in sorted(stage.glob("*.safetensors"))}
         write_json(stage / "export.json", found)
         chat = bool(info.task.get("template_text"))
         card = model_card(info.name, info.head, kind, info.base, info.dtype, info.facts, info.metrics, found,
-                          found["files"], chat, getattr(config, "_name_or_path", None) or "")
+                          found["files"], chat, getattr(config, "_name_or_path", None) or "", info.revision)
         (stage / "README.md").write_text(card, encoding="utf-8")
         _replace(stage, target)
         return found
@@ -263,6 +287,10 @@ def finish_export(stage: Path, target: Path, tokenizer, config, info: ExportInfo
         raise RunFailed(f"the export could not be written: {error}", str(target)) from None
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _peft_type(folder: Path) -> str:
+    return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
 
 
 def _replace(stage: Path, target: Path) -> None:

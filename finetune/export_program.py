@@ -185,8 +185,9 @@ def _source(cfg: Config, app: ExportAppConfig, folder: Path, checkpoint: Path) -
              "evaluation data": cfg.data.eval, "steps": step, "tokens": state["tokens"], "seed": cfg.seed,
              "checkpoint": checkpoint.name}
     dtype = (app.dtype or cfg.model.dtype).value
+    base = folder / "base" if cfg.model.init is Init.random else local_folder(cfg.model, download=False)
     info = ExportInfo(cfg.name, head_of(cfg.task), _base_name(cfg, folder), dtype, about, plain_config(cfg)["task"],
-                      facts, metrics, real_conversations(cfg.task, cfg.data))
+                      facts, metrics, real_conversations(cfg.task, cfg.data), cfg.model.revision, base)
     config = read_config(local_folder(cfg.model), cfg.model, about.get("num_labels"))
     return Source(cfg, folder, checkpoint, info, config)
 

@@ -13,6 +13,7 @@ from finetune.config import Config, FullConfig, Init
 from finetune.dist import World
 from finetune.engine import Engine
 from finetune.export import ExportInfo, export_run, real_conversations, reference_texts, write_random_base
+from finetune.gptj.load import local_folder
 from finetune.hub import push_or_explain
 from finetune.inputs import Inputs
 from finetune.plain import plain_config
@@ -48,7 +49,7 @@ def take_best(engine: Engine, checkpoints: Checkpoints, result: Result, best_ste
 
 def _unusable(folder: Path, step: int) -> str | None:
     if step == 0:
-        return "no evaluation was better than the one before training"
+        return "no evaluation after the start was better, or all gave NaN"
     if not folder.is_dir():
         return f"the best evaluation was that of step {step}, and this run directory has no checkpoint of it"
     damage = verify(folder)
@@ -68,9 +69,12 @@ def export_trained(cfg: Config, engine: Engine, inputs: Inputs, result: Result, 
         # An adapter is worth nothing without the very weights it was trained on, and nobody else has these.
         task = inputs.task
         world.on_main(lambda: write_random_base(cfg.model, task.head, cfg.seed, run_dir / "base", task.num_labels))
+        base = run_dir / "base"
+    else:
+        base = local_folder(cfg.model, download=False)
     info = ExportInfo(cfg.name, inputs.task.head, base_name(cfg), cfg.model.dtype.value, inputs.about(),
                       plain_config(cfg)["task"], facts, result.eval,
-                      real_conversations(cfg.task, cfg.data) if world.main else [])
+                      real_conversations(cfg.task, cfg.data) if world.main else [], cfg.model.revision, base)
     texts = reference_texts(inputs.train)
     figures = export_run(engine, inputs.tokenizer, info, cfg.export, texts, run_dir / "export", world)
     if "other ids" in figures.get("chat_template", ""):

@@ -11,8 +11,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,7 +28,7 @@ from finetune.data.fields import full_text
 from finetune.data.labels import labelled_texts
 from finetune.data.records import MISSING, get_field, read
 from finetune.data.squad import Question, questions, without_answers
-from finetune.data.tokenizer import load_tokenizer
+from finetune.data.tokenizer import TokenLimit, load_tokenizer, token_limit
 from finetune.data.utf8 import invalid_utf8, lines
 from finetune.display import silence_libraries
 from finetune.ds_inference import accelerated, refuse_engine
@@ -37,12 +37,15 @@ from finetune.errors import EXIT_DONE, UserError
 from finetune.gptj.library import takes_virtual_tokens, to_library_model
 from finetune.programs import GenerateConfig
 from finetune.sample import Sampling, Streamer, continue_flat, continue_ids, finished_text
-from finetune.saved import Trained, load_export, read_about, typed_task
+from finetune.saved import Trained, foreign_note, load_export, model_folder, read_about, typed_task
+from finetune.shape import load_shape
 from finetune.tasks import build_task
 
 Row = dict[str, Any]
 TABLES = (".json", ".ndjson", ".csv", ".tsv", ".parquet")
 """Files of rows with named fields; of any other each line is a prompt."""
+TOO_LARGE = ("Write the text without it, or give the model the rows: model.resize_token_embeddings(len(tokenizer)) in "
+             "transformers, and train them.")
 
 
 @dataclass
@@ -63,6 +66,8 @@ class Speaker:
     tokenizer: Any
     task: Any
     device: torch.device
+    limit: TokenLimit | None = None
+    """Set where the tokenizer has ids that the model has no row for."""
 
     @property
     def chats(self) -> bool:
@@ -77,18 +82,31 @@ class Speaker:
         return int(module.config.n_positions) - taken
 
     def ids(self, prompt: Any, chat: bool) -> list[int]:
-        """Ids of a prompt; with `chat` of a prompt or a conversation inside the export's template."""
+        """Ids of a prompt; with `chat` of a prompt or a conversation inside the export's template.
+
+        Raises:
+            UserError: the model has no row for one of them.
+        """
         if chat:
-            return self.task.prompt_ids(prompt)
-        return self.tokenizer(prompt, add_special_tokens=False)["input_ids"] or [self.tokenizer.eos_token_id]
+            ids = self.task.prompt_ids(prompt)
+        else:
+            ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"] or [self.tokenizer.eos_token_id]
+        if self.limit:
+            self.limit.check(ids, "the prompt")
+        return ids
 
     def continue_ids(self, prompts: list[list[int]], how: Sampling, streamer=None) -> list[list[int]]:
         go_on = continue_flat if takes_virtual_tokens(self.trained.module) else continue_ids
         return go_on(self.trained.module, self.tokenizer, prompts, how, self.device, streamer)
 
 
-def load_speaker(export_dir: str, dtype, engine: str = "torch") -> Speaker:
+def load_speaker(export_dir: str, dtype, engine: str = "torch", base: str | None = None,
+                 first: Callable[[Speaker, str], None] = lambda speaker, head: None) -> Speaker:
     """Open an export (adapter, merged or full) or any GPT-J checkpoint for use.
+
+    Args:
+        base: an adapter's base model, where the adapter does not name it or it lies elsewhere here.
+        first: called with a speaker without its model, and the head, before the weights are loaded; what it raises ends it.
 
     Raises:
         UserError: there is no such folder, or `engine` cannot run here.
@@ -103,20 +121,25 @@ def load_speaker(export_dir: str, dtype, engine: str = "torch") -> Speaker:
     folder = Path(resolve(export_dir)).expanduser().absolute()
     if not folder.is_dir():
         raise UserError(f"there is no directory {folder}", "model", "Pass model=RUN_DIR/export.")
-    about = read_about(folder)
+    about = read_about(folder, base)
+    if note := foreign_note(about):
+        print(note, file=sys.stderr)
     if engine == "deepspeed":
         refuse_engine(folder, about)
     tokenizer = load_tokenizer(str(folder))
     task = build_task(typed_task(about["settings"]), tokenizer, packing=True)
     task.prepare(None, about["task"])
-    trained = load_export(folder, dtype, device)
+    limit = token_limit(tokenizer, load_shape(str(model_folder(folder, about))).vocab_size, TOO_LARGE)
+    unloaded = Speaker(None, tokenizer, task, device, limit)  # type: ignore[arg-type]
+    first(unloaded, about["head"])
+    trained = load_export(folder, dtype, device, base)
     if device.type == "cpu":
         heap.keep_freed_memory()
     if engine == "deepspeed":
         trained.module = accelerated(trained.module, folder, about, device)
     elif trained.head == "lm" and not takes_virtual_tokens(trained.module):
         trained.module = to_library_model(trained.module)
-    return Speaker(trained, tokenizer, task, device)
+    return replace(unloaded, trained=trained)
 
 
 def run(composed: Composed) -> int:
@@ -126,7 +149,8 @@ def run(composed: Composed) -> int:
     _check(cfg)
     asked = list(read_prompts(cfg))
     assert cfg.export_dir
-    speaker = load_speaker(cfg.export_dir, cfg.dtype, cfg.engine)
+    speaker = load_speaker(cfg.export_dir, cfg.dtype, cfg.engine, cfg.base,
+                           lambda unloaded, head: _check_ids(unloaded, head, asked, cfg))
     _check_questions(cfg, speaker, asked)
     if speaker.trained.head == "lm" and len(asked) == 1 and cfg.beams == 1 and not cfg.out and not cfg.prompts:
         _stream(cfg, speaker, asked[0])
@@ -196,6 +220,27 @@ def _lines(file: Path) -> Iterator[Asked]:
             yield Asked(where, {"prompt": line.data.decode("utf-8").rstrip("\r")})
         except UnicodeDecodeError as error:
             raise invalid_utf8(file, where, error) from None
+
+
+def _check_ids(speaker: Speaker, head: str, asked: list[Asked], cfg: GenerateConfig) -> None:
+    """The model has a row for every token that is asked; `speaker` need not be loaded.
+
+    Raises:
+        UserError: names the first row with a token that it does not have.
+    """
+    if speaker.limit is None:
+        return
+    for row in asked:
+        if head == "lm":
+            try:
+                _ids(row, speaker, cfg)
+            except UserError as error:
+                raise UserError(error.problem, row.where, error.remedy) from None
+            continue
+        texts = _texts(row, speaker) if head == "classify" else [
+            text for item in _questions(row) for text in (item.question, item.context)]
+        for text in texts:
+            speaker.limit.check(speaker.tokenizer(text, add_special_tokens=False)["input_ids"], row.where)
 
 
 def _check_questions(cfg: GenerateConfig, speaker: Speaker, asked: list[Asked]) -> None:

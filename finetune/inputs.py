@@ -13,13 +13,19 @@ from finetune.data.columns import Store, open_store
 from finetune.data.packing import Rows, efficiency
 from finetune.data.records import data_notes, file_options
 from finetune.data.store import build_store
-from finetune.data.tokenizer import load_tokenizer
+from finetune.data.tokenizer import TokenLimit, load_tokenizer, token_limit
 from finetune.display import Display
 from finetune.dist import World
-from finetune.gptj.load import tokenizer_of
+from finetune.gptj.load import local_folder, tokenizer_of
 from finetune.preview import preview
+from finetune.shape import load_shape
 from finetune.tasks import build_task
 from finetune.tasks.base import Batch, Task
+
+TOO_LARGE = ("Take the model's own tokenizer (leave model.tokenizer out), or GPT-J's, which reads such marks as text: "
+             "model.tokenizer=asset:tokenizer; or give the model the rows: model.resize_token_embeddings(len(tokenizer)) in "
+             "transformers, saved as another model.path.")
+"""What to do about a tokenizer that has more entries than the embedding has rows."""
 
 
 @dataclass
@@ -59,10 +65,15 @@ def prepare_inputs(cfg: Config, world: World, display: Display | None, say) -> I
     """
     tokenizer = load_tokenizer(tokenizer_of(cfg.model))
     task = build_task(cfg.task, tokenizer, cfg.train.packing)
-    train = _store(cfg, task, cfg.data.train, cfg.data.split, world, display)
+    limit = token_limit(tokenizer, load_shape(str(local_folder(cfg.model))).vocab_size, TOO_LARGE)
+    if limit and task.head == "lm" and cfg.train.sample_every:
+        encode = getattr(task, "prompt_ids", lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+        for prompt in cfg.train.sample_prompts:
+            limit.check(encode(prompt), "train.sample_prompts")
+    train = _store(cfg, task, cfg.data.train, cfg.data.split, world, display, limit)
     assert train is not None
     task.prepare(train, None)
-    held_out = _store(cfg, task, cfg.data.eval, cfg.data.eval_split, world, display)
+    held_out = _store(cfg, task, cfg.data.eval, cfg.data.eval_split, world, display, limit)
     rows = task.rows(train)
     if cfg.data.preview:
         say(preview(task, train, rows, tokenizer, cfg.data.preview))
@@ -82,7 +93,8 @@ def _left_out(store: Store) -> list[str]:
     return [f"{rows:,} of {store.stats['documents']:,} rows are empty or left out by their own mark"] if rows else []
 
 
-def _store(cfg: Config, task: Task, spec: str | None, split: str, world: World, display: Display | None) -> Store | None:
+def _store(cfg: Config, task: Task, spec: str | None, split: str, world: World, display: Display | None,
+           limit: TokenLimit | None) -> Store | None:
     """Encoded data from the cache; built by rank 0 while the others wait."""
     if not spec:
         return None
@@ -97,7 +109,7 @@ def _store(cfg: Config, task: Task, spec: str | None, split: str, world: World, 
             store = build_store(resolve(spec), split, task.encoder(), on_bad_row=data.on_bad_row.value,
                                 cache_dir=Path(data.cache_dir).expanduser() if data.cache_dir else None,
                                 max_bad_rows=data.max_bad_rows, config=data.config, options=file_options(data),
-                                progress=progress if phase else None)
+                                progress=progress if phase else None, limit=limit)
         return store.path
 
     return open_store(world.on_main(build))

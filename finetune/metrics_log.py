@@ -78,17 +78,21 @@ def training_seconds(run_dir: Path) -> float:
                if line.get("tokens_per_second"))
 
 
-def truncate(path: Path | str, last_step: int) -> int:
+def truncate(path: Path | str, last_step: int, evaluates: bool = False) -> int:
     """Drop torn lines and records beyond `last_step`; returns how many lines went.
 
     Called before a resumed run writes, so that each step is there once. Atomic: a kill leaves the old file
     or the new one.
+
+    Args:
+        evaluates: whether the run begins with the evaluation of `last_step`: a record of it goes too.
     """
     path = Path(path)
     if not path.exists():
         return 0
     n_lines = sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))
-    kept = [record for record in read(path) if (record.get("step") or 0) <= last_step]
+    kept = [record for record in read(path) if (record.get("step") or 0) <= last_step
+            and not (evaluates and record.get("kind") == "eval" and record.get("step") == last_step)]
     _replace(path, "".join(dumps(record) + "\n" for record in kept))
     return n_lines - len(kept)
 

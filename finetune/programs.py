@@ -18,6 +18,8 @@ class EvaluateConfig:
     """Run directory whose newest checkpoint (or export) is evaluated."""
     export_dir: Optional[str] = None
     """Typed as model=DIR: An export, or any GPT-J checkpoint directory."""
+    base: Optional[str] = None
+    """An adapter's base model, directory or hub id, where the adapter does not name it or it lies elsewhere here."""
     task: TaskConfig = MISSING
     data: DataConfig = field(default_factory=DataConfig)
     batch: int = 8
@@ -75,6 +77,8 @@ class ExportAppConfig:
 class GenerateConfig:
     export_dir: Optional[str] = None
     """Typed as model=DIR: An export (adapter, merged or full), or any GPT-J checkpoint directory."""
+    base: Optional[str] = None
+    """An adapter's base model, directory or hub id, where the adapter does not name it or it lies elsewhere here."""
     prompt: Optional[Text] = None
     """One prompt; with neither prompt nor prompts it is read from standard input."""
     prompts: Optional[str] = None
@@ -125,6 +129,8 @@ class ReportConfig:
 class ServeConfig:
     export_dir: Optional[str] = None
     """Typed as model=DIR: an export (adapter, merged or full), or any GPT-J checkpoint directory."""
+    base: Optional[str] = None
+    """An adapter's base model, directory or hub id, where the adapter does not name it or it lies elsewhere here."""
     host: str = "127.0.0.1"
     """Address to listen on; any but this machine's own needs a token in the environment variable SERVE_TOKEN."""
     port: int = 8000

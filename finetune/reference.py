@@ -18,7 +18,9 @@ def main(checkpoint: Path, kind: str, dtype: str, texts: Path, out: Path) -> Non
     import torch
     from safetensors.torch import save_file
 
+    from finetune.data.tokenizer import load_tokenizer
     from finetune.export import reference_outputs
+    from finetune.gptj.load import tokenizer_of
     from finetune.saved import about_of_run, load_config, load_run, readable
     from finetune.tasks import head_of
 
@@ -30,7 +32,8 @@ def main(checkpoint: Path, kind: str, dtype: str, texts: Path, out: Path) -> Non
     module = load_run(cfg, checkpoint, head_of(cfg.task), about_of_run(run_dir).get("num_labels"), device,
                       Dtype(dtype))
     module = readable(module, Dtype(dtype), device)
-    save_file(reference_outputs(module, json.loads(texts.read_text(encoding="utf-8")), device), out)
+    head, eos = head_of(cfg.task), load_tokenizer(tokenizer_of(cfg.model)).eos_token_id
+    save_file(reference_outputs(module, json.loads(texts.read_text(encoding="utf-8")), head, eos, device), out)
     print(json.dumps({"parameters": sum(p.numel() for p in module.parameters())}))
 
 

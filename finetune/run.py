@@ -277,7 +277,7 @@ def _cut_off(run_dir: Path, error: RunFailed, world: World, ends: LastWords, mem
 def _watch(callbacks: CallbackList, cfg: Config, run_dir: Path, state: TrainState, after: int) -> None:
     """Add the listeners, after dropping what metrics.jsonl holds beyond step `after`, the checkpoint's."""
     for name in (metrics_log.METRICS, metrics_log.SAMPLES):
-        metrics_log.truncate(run_dir / name, after)
+        metrics_log.truncate(run_dir / name, after, state.owes_evaluation)
     callbacks.callbacks[:0] = [MetricsLog(run_dir)]
     callbacks.callbacks += build_trackers(cfg.tracker)
     callbacks.restore(state.callbacks)

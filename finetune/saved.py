@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -20,16 +21,27 @@ from finetune import adapter
 from finetune.assets_path import asset
 from finetune.checkpoint import find_resume, read_state, saved_masters
 from finetune.checkpoint_files import step_folder, verify
-from finetune.config import Config, Dtype, FullConfig, Init, ModelConfig, TaskConfig
+from finetune.config import GPTJ_POSITIONS, Config, Dtype, FullConfig, Init, ModelConfig, TaskConfig
+from finetune.data.labels import LAST_TOKEN
 from finetune.data.records import read
 from finetune.data.tokenizer import load_tokenizer
 from finetune.durable import refuse_pointer
 from finetune.errors import UserError
-from finetune.gptj.load import DTYPES, MAPPED_BYTES, build_model, local_folder, weights_identity
+from finetune.gptj.load import (
+    DTYPES,
+    MAPPED_BYTES,
+    Weights,
+    build_model,
+    local_folder,
+    open_shard,
+    same_base,
+    weights_identity,
+)
 from finetune.peak import SLOW_BF16, emulates_bf16
 from finetune.plain import read_yaml, typed
 from finetune.programs import KINDS
 from finetune.prompts import flat
+from finetune.words import HEADS, adapter_head
 
 ABOUT, REFERENCE = "finetune.json", "reference.json"
 
@@ -183,24 +195,137 @@ def load_run(cfg: Config, checkpoint: Path, head: str, num_labels: int | None, d
     return module.to(device).eval()
 
 
-def read_about(folder: Path) -> dict[str, Any]:
-    """finetune.json of an export; for any other GPT-J checkpoint what its config.json tells."""
+def read_about(folder: Path, base: str | None = None) -> dict[str, Any]:
+    """finetune.json of an export; of any other checkpoint or adapter of a GPT-J what its own files tell.
+
+    Args:
+        base: an adapter's base model, where the adapter does not name it or names a place that is not here.
+
+    Returns:
+        Also for an adapter `base` is a folder on this machine, with the weights that the adapter was trained on.
+
+    Raises:
+        UserError: neither an export nor a GPT-J; an adapter whose base is unknown, missing or changed.
+    """
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if base and not is_adapter:
+        raise UserError("base names an adapter's base model, and this is no adapter", str(folder), "Leave base out.")
     for name in (ABOUT, "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "config.json"):
         refuse_pointer(folder / name)
     if (folder / ABOUT).is_file():
-        return json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    if (folder / "adapter_config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-        return {"head": "lm", "dtype": "bf16", "base": base, "kind": "adapter", "task": {}, "settings": {"kind": "clm"}}
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        if is_adapter:
+            named = _json(folder / "adapter_config.json").get("base_model_name_or_path")
+            moved = Path(about["base"]).is_absolute() and not Path(about["base"]).is_dir()  # trained elsewhere
+            name = base or (named if moved else None) or about["base"]
+            about["base"] = str(base_folder(name, about.get("revision"), folder))
+            check_same_base(Path(about["base"]), about["head"], about.get("base_weights"))
+        return about
+    if is_adapter:
+        return _foreign_adapter(folder, base)
     if (folder / "config.json").is_file():
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = (values.get("architectures") or ["GPTJForCausalLM"])[0]
-        head = {"GPTJForSequenceClassification": "classify", "GPTJForQuestionAnswering": "qa"}.get(kind, "lm")
-        dtype = {"float32": "fp32", "float16": "fp16"}.get(values.get("dtype") or values.get("torch_dtype"), "bf16")
-        task, settings = _foreign_labels(values) if head == "classify" else ({}, {})
-        return {"head": head, "dtype": dtype, "base": str(folder), "kind": "full", "task": task,
-                "settings": {"kind": "clm" if head == "lm" else head, **settings}}
+        values = _json(folder / "config.json")
+        head = HEADS.get((values.get("architectures") or [""])[0], "lm")
+        return {"base": str(folder), "kind": "full", **_foreign(values, head)}
     raise UserError("neither an export nor a GPT-J checkpoint", str(folder), "Pass model=RUN_DIR/export.")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file.name} is missing", str(file.parent), "A checkpoint directory needs it.") from None
+    except ValueError as error:
+        raise UserError(f"not JSON: {error}", str(file), "Download the file again.") from None
+
+
+def base_folder(name: str | None, revision: str | None, adapter: Path) -> Path:
+    """The folder with the base model of the adapter in the folder `adapter`.
+
+    Args:
+        name: path or hub id, as the adapter or the user names it.
+
+    Raises:
+        UserError: no name, or nothing there.
+    """
+    file = str(adapter / "adapter_config.json")
+    if not name:
+        raise UserError("the adapter does not name its base model (base_model_name_or_path is null)", file,
+                        "Say which it is: base=DIR, or base=EleutherAI/gpt-j-6b.")
+    try:
+        return local_folder(ModelConfig(path=name, revision=revision, init=Init.pretrained))
+    except UserError as error:
+        raise UserError(f"the adapter's base model, {name}, is not at hand: {error.problem}", file,
+                        "Say where it lies: base=DIR, with its config.json and weights.") from None
+
+
+def check_same_base(folder: Path, head: str, record: dict[str, str] | None) -> None:
+    """An adapter means nothing on other weights than it was trained on.
+
+    Args:
+        folder: of the base model.
+        record: `base_record` of the training; None: an adapter from elsewhere, or of an earlier version.
+
+    Raises:
+        UserError: the weights in `folder` are others.
+    """
+    if record and not same_base(folder, head, record):
+        raise UserError("these are not the weights that this adapter was trained on", str(folder),
+                        "Put the base back as it was when the run began, or say where it lies: base=DIR.")
+
+
+def _foreign_adapter(folder: Path, base: str | None) -> dict[str, Any]:
+    """As finetune.json, for an adapter that plain peft wrote."""
+    file = folder / "adapter_config.json"
+    values = _json(file)
+    head = adapter_head(values, str(file))
+    home = base_folder(base or values.get("base_model_name_or_path"), values.get("revision"), folder)
+    model = _json(home / "config.json")
+    # A head that was saved with the adapter is described beside it, if anywhere.
+    own = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    model |= {key: own[key] for key in ("id2label", "problem_type", "pad_token_id") if own.get(key) is not None}
+    if head != "lm":
+        outputs = _head_outputs(folder, home, head)
+        if head == "classify" and len(model.get("id2label") or {}) != outputs:
+            model["id2label"] = {str(i): f"LABEL_{i}" for i in range(outputs)}
+    return {"base": str(home), "kind": "adapter", **_foreign(model, head)}
+
+
+def _head_outputs(folder: Path, home: Path, head: str) -> int:
+    """Outputs of the head that an adapter holds, or else its base.
+
+    Raises:
+        UserError: neither has one, so that its answers would be random.
+    """
+    name = {"classify": "score", "qa": "qa_outputs"}[head]
+    stored = re.compile(rf"(^|\.){name}\.(modules_to_save\.(default\.)?)?weight$")
+    file = next((f for f in (folder / "adapter_model.safetensors", folder / "adapter_model.bin") if f.is_file()), None)
+    tensors = open_shard(file) if file else {}
+    for key in tensors.keys():  # noqa: SIM118 - not always a dict
+        if stored.search(key):
+            return (tensors[key] if isinstance(tensors, dict) else tensors.get_tensor(key)).shape[0]
+    weights = Weights(home)
+    if f"{name}.weight" in weights.files:
+        return weights.shape(f"{name}.weight")[0]
+    raise UserError(f"the adapter was trained with the head '{name}', and neither its file nor its base holds that head",
+                    str(folder), f"Save it with the adapter: modules_to_save=[{name}] in its LoraConfig.")
+
+
+def _foreign(values: dict[str, Any], head: str) -> dict[str, Any]:
+    """Head, precision, task and settings of a model that was not trained here.
+
+    Args:
+        values: of its config.json.
+    """
+    dtype = {"float32": "fp32", "float16": "fp16"}.get(values.get("dtype") or values.get("torch_dtype"), "bf16")
+    settings = {"kind": "clm" if head == "lm" else head,
+                "max_length": min(GPTJ_POSITIONS, values.get("n_positions") or GPTJ_POSITIONS)}
+    about = {"head": head, "dtype": dtype, "task": {}, "settings": settings}
+    if head == "classify":
+        about["task"], problem = _foreign_labels(values)
+        about["task"] |= {"pooling": LAST_TOKEN, "pad_token_id": values.get("pad_token_id")}
+        settings |= problem
+    return about
 
 
 def _foreign_labels(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -214,20 +339,37 @@ def _foreign_labels(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
     return task, {"problem": problem}
 
 
-def load_export(folder: Path, dtype: Dtype | None, device: torch.device) -> Trained:
+def foreign_note(about: dict[str, Any]) -> str | None:
+    """What people must know of a model that was not trained here; None where nothing has to be guessed."""
+    if about["head"] != "qa" or about["task"]:
+        return None
+    return ("note: this question answerer was not trained here, and its files do not tell how it reads: it gets question, "
+            "newline, context, eos, with 'no answer' at the eos, as in this project's training")
+
+
+def model_folder(folder: Path, about: dict[str, Any]) -> Path:
+    """Where the config.json of an export's model lies: of an adapter, its base's (`read_about` has found it)."""
+    return Path(about["base"]) if (folder / "adapter_config.json").is_file() else folder
+
+
+def virtual_tokens_of(folder: Path) -> int:
+    """Positions that an export's prompt or prefix takes; 0 for any other."""
+    file = folder / "adapter_config.json"
+    return int(_json(file).get("num_virtual_tokens") or 0) if file.is_file() else 0
+
+
+def load_export(folder: Path, dtype: Dtype | None, device: torch.device, base: str | None = None) -> Trained:
     """Open an adapter on its base, or a whole model, in evaluation mode on the training GPT-J.
 
     Args:
         dtype: precision of weights and arithmetic; null: the export's own, but fp32 arithmetic on a CPU that emulates bf16.
+        base: as for `read_about`.
     """
     if not folder.is_dir():
         raise UserError(f"there is no directory {folder}", "model", "Pass model=RUN_DIR/export.")
-    about = read_about(folder)
+    about = read_about(folder, base)
     precision = dtype or Dtype(about["dtype"])
     is_adapter = (folder / "adapter_config.json").is_file()
-    if is_adapter and Path(about["base"]).is_absolute() and not Path(about["base"]).is_dir():  # trained elsewhere
-        named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-        about["base"] = named or about["base"]
     config = ModelConfig(path=about["base"] if is_adapter else str(folder), dtype=precision, init=Init.pretrained)
     module: Any = build_model(config, about["head"], device=device, seed=0, num_labels=about["task"].get("num_labels"))
     if is_adapter:

@@ -31,7 +31,7 @@ class TrainState:
     without_gain: int = 0
     """Evaluations since the best one."""
     owes_evaluation: bool = False
-    """The evaluation of this step was interrupted by a stop."""
+    """The evaluation of this step was not finished when this was saved."""
     callbacks: dict[str, Any] = field(default_factory=dict)
     """What trackers keep, by class name."""
 

@@ -83,10 +83,12 @@ class Trainer:
 
     def fit(self, state: TrainState) -> Result:
         """Train from `state` to the last step, or until a stop is asked for."""
-        if self.hooks.evaluate and (state.owes_evaluation or (self.train.eval_at_start and state.step == 0)):
-            self.run_evaluation(state)
+        self.saved_step = self.checkpoints.newest()
+        state.owes_evaluation &= self.hooks.evaluate is not None
+        if state.owes_evaluation or (self.hooks.evaluate and self.train.eval_at_start and state.step == 0):
+            self._evaluate_saved(state)
         self.engine.train()
-        self.saved_step, self.good = self.checkpoints.newest(), _copy(state)
+        self.good = _copy(state)
         if self._out_of_patience(state):
             return self._finish(state, "done")
         status, clock, tokens, flops = "done", time.perf_counter(), 0, np.zeros(2)
@@ -224,18 +226,28 @@ class Trainer:
         """Evaluation, samples and checkpoint that are due; the seconds they took, which are not training."""
         began = time.perf_counter()
         last = state.step == self.total_steps
-        due_eval = self.hooks.evaluate and (_every(state.step, self.train.eval_every) or last)
+        due_eval = bool(self.hooks.evaluate) and (_every(state.step, self.train.eval_every) or last)
         due_sample = self.hooks.sample and _every(state.step, self.train.sample_every)
+        # Saved before the evaluation, whose failure must not take these steps with it. The checkpoint owes the
+        # evaluation until that is marked as done.
+        if save_now or last or _every(state.step, self.checkpoint.every):
+            state.owes_evaluation = due_eval
+            self.save(state)
         if due_eval:
-            self.run_evaluation(state)
-        is_best = self.checkpoint.best and state.best_step == state.step
-        due_save = save_now or is_best or _every(state.step, self.checkpoint.every)
+            self._evaluate_saved(state)
+        if self.checkpoint.best and state.best_step == state.step:
+            self.save(state)
         if due_sample:
             self.hooks.sample(state.step)  # type: ignore[misc]
             self.engine.train()
-        if due_save:
-            self.save(state)
         return time.perf_counter() - began
+
+    def _evaluate_saved(self, state: TrainState) -> None:
+        """Evaluate; where a checkpoint of this step is there already, its state learns the outcome."""
+        self.run_evaluation(state)
+        if self.saved_step == state.step and not state.owes_evaluation:
+            state.callbacks = self.world.broadcast(self.callbacks.state())
+            self.checkpoints.mark_evaluated(state)
 
     def run_evaluation(self, state: TrainState) -> None:
         """Evaluate, remember the best, tell the callbacks. Interrupted by a stop, it is done when the run goes on."""
@@ -248,8 +260,7 @@ class Trainer:
         self.last_eval = metrics
         name, direction = self.better
         value = metrics[name] if metrics[name] is not None else math.nan  # a correlation of constants is not defined
-        better = state.best is None or (value < state.best if direction == "min" else value > state.best)
-        if better:
+        if better(value, state.best, direction):
             state.best, state.best_step, state.without_gain = value, state.step, 0
         else:
             state.without_gain += 1
@@ -290,6 +301,19 @@ class Trainer:
             self.callbacks.message(f"stopped by {who_stopped(self.stop.reason or 'another rank')} after step {state.step}; {saved}")
         rate = self.trained_tokens / self.trained_seconds if self.trained_seconds else 0.0
         return Result(status, state.step, self.last_loss, self.last_eval, state.tokens, state.seconds, rate)
+
+
+def better(value: float, best: float | None, direction: str) -> bool:
+    """Whether an evaluation beats the best so far; one that is not a number never does, and any number beats it.
+
+    Args:
+        direction: "min" or "max".
+    """
+    if math.isnan(value):
+        return False
+    if best is None or math.isnan(best):
+        return True
+    return value < best if direction == "min" else value > best
 
 
 def _copy(state: TrainState) -> TrainState:

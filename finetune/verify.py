@@ -2,8 +2,9 @@
 
     python -m finetune.verify EXPORT_DIR REFERENCE.safetensors
 
-The reference holds ids.N (T,) and outputs.N (T, V) of the trained model. Prints one JSON object. Nothing of this
-project's GPT-J is used here: Hugging Face's eager implementation is the judge.
+The reference holds ids.N (T,) and outputs.N (T, V) of the trained model, each text alone. Texts called short_ids.N, of
+unequal lengths, are also read as one batch that the export's own tokenizer pads, on the right and on the left. Prints
+one JSON object. Nothing of this project's GPT-J is used here: Hugging Face's eager implementation is the judge.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ def open_export(folder: Path):
     if (folder / "adapter_config.json").exists():
         from peft import PeftModel
 
-        extra = {"num_labels": about["task"]["num_labels"]} if about["task"].get("num_labels") else {}
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-        model = auto.from_pretrained(base, dtype=dtype, attn_implementation="eager", **extra)
+        values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        # A head needs the export's config: number of labels, and the padding token.
+        extra = {"config": transformers.AutoConfig.from_pretrained(str(folder))} if (folder / "config.json").exists() else {}
+        model = auto.from_pretrained(values["base_model_name_or_path"], revision=values.get("revision") or "main",
+                                     dtype=dtype, attn_implementation="eager", **extra)
         model = PeftModel.from_pretrained(model, str(folder)).to(dtype)
     else:
         model, told = auto.from_pretrained(str(folder), dtype=dtype, attn_implementation="eager",
@@ -45,6 +48,13 @@ def open_export(folder: Path):
         if wrong:
             raise ValueError(f"the files do not hold the model: {wrong}")
     return model.eval(), about["head"]
+
+
+SIDES = {"PROMPT_TUNING": (), "PREFIX_TUNING": ("right",)}
+"""Sides that batches may be padded on where an adapter has virtual tokens: padding must not come between those and the
+text, and a classifier cannot pool behind a prompt at all (see `finetune.export`). All other exports: both."""
+PADDED_MEAN = 3
+"""A padded batch has a few numbers where the texts have thousands: its mean difference may be as many times larger."""
 
 
 def outputs(model, head: str, ids):
@@ -93,6 +103,7 @@ def compare(folder: Path, reference: Path) -> dict:
     for i in range(sum(name.startswith("ids.") for name in saved)):
         wanted.append(saved[f"outputs.{i}"])
         found.append(outputs(model, head, saved[f"ids.{i}"]))
+    padded = padded_difference(folder, model, head, saved)
     a, b = torch.cat(wanted), torch.cat(found)
     difference = (a - b).abs()
     mean_limit, max_limit, agreement_limit = TOLERANCE[dtype]
@@ -100,13 +111,62 @@ def compare(folder: Path, reference: Path) -> dict:
     spread = a.std().clamp(min=1e-12)
     relative, largest = float(difference.mean() / spread), float(difference.max() / spread)
     finite = bool(torch.isfinite(b).all())
+    fits = all(mean / float(spread) <= PADDED_MEAN * mean_limit and most / float(spread) <= max_limit
+               for mean, most in padded.values())
     return {
-        "equal": finite and relative <= mean_limit and largest <= max_limit and (agreement >= agreement_limit or relative < 1e-5),
+        "equal": finite and relative <= mean_limit and largest <= max_limit and fits
+                 and (agreement >= agreement_limit or relative < 1e-5),
         "max_difference": float(difference.max()), "mean_difference": float(difference.mean()),
         "relative_difference": relative, "argmax_agreement": agreement, "positions": a.shape[0], "dtype": dtype,
         "arithmetic": str(next(model.parameters()).dtype).removeprefix("torch."),
         "tensors": sum(1 for _ in model.parameters()), "parameters": sum(p.numel() for p in model.parameters()),
+        "padded_max_difference": {side: most for side, (_, most) in padded.items()},
     }
+
+
+def padded_difference(folder: Path, model, head: str, saved: dict) -> dict[str, tuple[float, float]]:
+    """Mean and largest difference of the short texts in a padded batch from each alone, by the side that is padded.
+
+    A classifier is compared in what it returns, which transformers pools by itself; the other heads at every token.
+
+    Raises:
+        ValueError: the export's tokenizer does not write the eos that training wrote.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    count = sum(name.startswith("short_ids.") for name in saved)
+    rows, alone = ([saved[f"short_{kind}.{i}"] for i in range(count)] for kind in ("ids", "outputs"))
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    if head != "lm":
+        _check_eos(tokenizer, [ids.tolist() for ids in rows])
+    file = folder / "adapter_config.json"
+    kind = json.loads(file.read_text(encoding="utf-8"))["peft_type"] if file.exists() else ""
+    found = {}
+    sides = SIDES.get(kind, ("right", "left"))
+    if tokenizer.pad_token_id is None or count < 2 or (kind == "PREFIX_TUNING" and head != "lm"):
+        sides = ()  # for a prefix before another head see `_with_prefix`
+    for side in sides:
+        tokenizer.padding_side = side
+        batch = tokenizer.pad({"input_ids": [ids.tolist() for ids in rows]}, return_tensors="pt")
+        result = model(**batch)
+        if head == "classify":
+            differences = [result.logits[i].float() - alone[i][-1] for i in range(count)]
+        else:
+            values = result.logits if head == "lm" else torch.stack([result.start_logits, result.end_logits], -1)
+            real = batch["attention_mask"].bool()
+            differences = [(values[i][real[i]].float() - alone[i]).flatten() for i in range(count)]
+        difference = torch.cat(differences).abs().nan_to_num(torch.inf)
+        found[side] = (float(difference.mean()), float(difference.max()))
+    return found
+
+
+def _check_eos(tokenizer, rows: list[list[int]]) -> None:
+    for ids in rows:
+        text = tokenizer.decode(ids[:-1])
+        # Ids that a text was cut off from need not be those of the text they spell.
+        if tokenizer(text, add_special_tokens=False)["input_ids"] == ids[:-1] and tokenizer(text)["input_ids"] != ids:
+            raise ValueError(f"the tokenizer gives {tokenizer(text)['input_ids'][-3:]} at the end, training gave {ids[-3:]}")
 
 
 def _agreement(wanted: list, found: list, head: str) -> float:

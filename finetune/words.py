@@ -45,6 +45,8 @@ QUOTED = re.compile(r"\s*(?:'((?:\\.|[^'\\])*)'|\"((?:\\.|[^\"\\])*)\")\s*(?=,|\
 """A quoted item of a list, up to the comma behind it."""
 REFERENCE = re.compile(r"\$\{([\w.]+)(:|\})")
 HEADS = {"GPTJForSequenceClassification": "classify", "GPTJForQuestionAnswering": "qa"}
+ADAPTER_HEADS = {"CAUSAL_LM": "lm", "SEQ_CLS": "classify", "QUESTION_ANS": "qa", None: "lm"}
+SAVED_HEADS = {"score": "classify", "qa_outputs": "qa"}
 
 
 @dataclass(frozen=True)
@@ -269,6 +271,26 @@ def report_words(words: list[str]) -> list[str]:
     return [*rest, f"runs=[{','.join(hydra_quoted(path) for path in [*single, *several])}]"]
 
 
+def adapter_head(values: dict[str, Any], where: str) -> str:
+    """lm, classify or qa: which head of GPT-J an adapter of plain peft was trained with.
+
+    Args:
+        values: of its adapter_config.json.
+
+    Raises:
+        UserError: a task that GPT-J has no head for.
+    """
+    for module, head in SAVED_HEADS.items():
+        if module in (values.get("modules_to_save") or ()):
+            return head
+    task = values.get("task_type")
+    if task not in ADAPTER_HEADS:
+        raise UserError(f"the adapter's task_type is {task}", where,
+                        "Adapters of language models (CAUSAL_LM), classifiers (SEQ_CLS) and question answerers "
+                        "(QUESTION_ANS) can be used here.")
+    return ADAPTER_HEADS[task]
+
+
 def trained_task(words: list[str]) -> list[str]:
     """`["task=qa"]` for words of evaluate that name a run or an export with that task, and no task; [] otherwise."""
     run, export = (typed_text(words, key, "evaluate") for key in ("run", "export_dir"))
@@ -291,5 +313,8 @@ def _task_of_run(folder: Path) -> str:
 def _task_of_export(folder: Path) -> str:
     if (folder / "finetune.json").is_file():
         return json.loads((folder / "finetune.json").read_text(encoding="utf-8"))["settings"]["kind"]
+    if (folder / "adapter_config.json").is_file():
+        head = adapter_head(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")), str(folder))
+        return "clm" if head == "lm" else head
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return HEADS.get((values.get("architectures") or [""])[0], "clm")

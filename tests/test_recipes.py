@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from finetune.app import RECIPES, _has_own_data, compose_train
-from finetune.check import check
+from finetune.at_hand import absent
+from finetune.check import check, planning_problems
 from finetune.errors import UserError
 from finetune.helptext import first_comment
 from finetune.schedule import learning_rate, warmup_note
@@ -76,6 +77,26 @@ def test_all_problems_at_once():
     assert text.startswith("4 problems in the configuration:")
     assert "train.global_batch = 50 is not a multiple of train.micro_batch x ranks = 4 x 8 = 32" in text
     assert "Try train.global_batch=64" in text and "Try task.max_length=2048." in text
+
+
+@pytest.mark.parametrize(("words", "problem"), [
+    (["task.max_length=256"], "task.max_length = 256 exceeds the model's 128 positions (n_positions in its config.json)"),
+    (["task.max_length=3000"], "task.max_length = 3000 exceeds the model's 128 positions"),
+    (["adapter=prefix", "adapter.virtual_tokens=20", "task.max_length=120"],
+     "adapter.virtual_tokens = 20 and task.max_length = 120 exceed the model's 128 positions")])
+def test_sequences_fit_the_model_and_not_only_gptj(tmp_path, words, problem):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gptj", "n_embd": 32, "n_layer": 1, "n_head": 2,
+                                                      "vocab_size": 50400, "n_positions": 128}))
+    cfg = compose_train(["recipe=quickstart", f"model.path={tmp_path}", "model.init=random", *words])
+    for refuse in (lambda: check(cfg, 1, False, absent), lambda: planning_problems(cfg, 1, False, 128)):
+        with pytest.raises(UserError) as caught:
+            refuse()
+        text = str(caught.value)
+        assert text.startswith("1 problem") and problem in text
+        assert f"Try task.max_length={108 if 'adapter=prefix' in words else 128}." in text
+    check(compose_train(["recipe=quickstart", f"model.path={tmp_path}", "task.max_length=128"]), 1, False, absent)
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace("128", "4096"))
+    check(cfg, 1, False, absent)  # longer than GPT-J's own 2048
 
 
 @pytest.mark.parametrize("words", [

@@ -96,7 +96,8 @@ def _check(cfg: ConvertConfig) -> None:
     folder, target = Path(resolve(cfg.source)).expanduser(), Path(cfg.target).expanduser()
     if not folder.is_dir():
         raise UserError(f"there is no directory {folder}", "source", "Check the path.")
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if (folder / "adapter_config.json").is_file() and not any(
+            (folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         run = folder.absolute().parent
         merge = command(["python", "launch/export.py", setting("run", run), "kind=merged"]) if (
             run / "config.yaml").is_file() else "python launch/export.py run=RUN kind=merged"

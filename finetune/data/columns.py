@@ -74,6 +74,7 @@ class Store:
         self.columns = {name: Column(**column) for name, column in meta["columns"].items()}
         self.stats: dict[str, Any] = meta["stats"]
         self.fingerprint: str = meta["fingerprint"]
+        self.spec: str = meta["spec"]
         self.offsets = open_array(self.path / "offsets.bin", "int64")
         self._names: dict[str, list[str]] = meta["names"]
         self.column = lru_cache(None)(self._column)
@@ -91,6 +92,12 @@ class Store:
     def blob(self, name: str, example: int) -> bytes:
         offsets = open_array(self.path / f"{name}.offsets.bin", "int64")
         return self.column(name)[offsets[example]: offsets[example + 1]].tobytes()
+
+    def place(self, example: int) -> str:
+        """Where an example came from, as exactly as the store knows: file:line, or its number."""
+        if "where" in self.columns:
+            return self.blob("where", example).decode("utf-8", "replace")
+        return f"{self.spec}, example {example + 1} of {len(self)}"
 
 
 def open_store(path: Path) -> Store:

@@ -38,6 +38,9 @@ Label = Union[str, float]
 SEPARATOR = "\n"
 """Between the texts of a pair."""
 
+LAST_TOKEN = "the last token that is not padding"
+"""How plain transformers pools, as a checkpoint that was not trained here says in its description."""
+
 FLOAT32_MAX = 3.4028234663852886e38
 """Regression targets are fp32."""
 SEPARATORS = {"comma": ",", "semicolon": ";", "pipe": "|", "space": " ", "tab": "\t"}
@@ -52,10 +55,11 @@ class ClassifyEncoder:
     Args:
         names: label names in the order of the head's outputs, or None while they are not known.
         by_index: integer labels count in `names`.
+        plain: texts are read as plain transformers reads them (`PlainText`), not as drawn above; None: as drawn.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, cfg: ClassifyConfig, names: list[str] | None,
-                 by_index: bool):
+                 by_index: bool, plain: PlainText | None = None):
         self.cfg, self.labels = cfg, LabelReader(cfg, names, by_index)
         label = Column("scalar", "float64") if cfg.problem == "regression" else Column("category", "int32")
         self.columns = {"ids": Column("token", ids_dtype(tokenizer)), "label": label, "where": Column("blob", "uint8"),
@@ -63,24 +67,34 @@ class ClassifyEncoder:
         self._texts = TextTokenizer(tokenizer)
         self._eos = cast(int, tokenizer.eos_token_id)
         self._separator = self._texts([SEPARATOR])[0]
+        self._plain = plain
 
     def fingerprint(self) -> str:
         cfg = self.cfg
         return digest("classify-3", self._texts.fingerprint, self.labels.names, self.labels.by_index, cfg.text_field,
                       cfg.text_pair_field, cfg.label_field, cfg.label_separator, cfg.weight_field, cfg.problem,
-                      cfg.truncation, cfg.max_length)
+                      cfg.truncation, cfg.max_length, *([self._plain.pad] if self._plain else []))
 
     def encode(self, batch: list[tuple[str, dict]]) -> list[list[Example] | UserError]:
         rows = [self._row(where, record) for where, record in batch]
-        ids = iter(self._texts([text for row in rows if isinstance(row, tuple) for text in row[0]]))
+        good = [row[0] for row in rows if isinstance(row, tuple)]
+        encoded = iter(self.text_ids(good))
         results: list[list[Example] | UserError] = []
         for (where, _), row in zip(batch, rows, strict=True):
             if not isinstance(row, tuple):
                 results.append([] if row is None else row)
-            else:
-                kept, cut = self._join([next(ids) for _ in row[0]])
-                results.append([{"ids": kept, "label": row[1], "where": where.encode("utf-8", "backslashreplace"), "cut": cut}])
+                continue
+            ids, cut = next(encoded)
+            example = {"ids": ids, "label": row[1], "where": where.encode("utf-8", "backslashreplace"), "cut": cut}
+            results.append([example] if ids else UserError("the text is empty: there is no token to judge", where, MEND))
         return results
+
+    def text_ids(self, texts: list[list[str]]) -> list[tuple[list[int], int]]:
+        """For each single text or pair: ids of which the last is the pooled one, and how many tokens were cut."""
+        if self._plain:
+            return [self._plain.ids(parts, self.cfg.max_length) for parts in texts]
+        ids = iter(self._texts([part for parts in texts for part in parts]))
+        return [self._join([next(ids) for _ in parts]) for parts in texts]
 
     def _row(self, where: str, record: dict) -> tuple[list[str], Label] | UserError | None:
         """Texts and label; what is wrong with the row; or None where its weight leaves it out."""
@@ -112,6 +126,32 @@ def labelled_texts(record: dict, cfg: ClassifyConfig, where: str) -> list[str]:
     if cfg.text_pair_field:
         texts.append(text_field(record, cfg.text_pair_field, where, "task.text_pair_field"))
     return texts
+
+
+class PlainText:
+    """Texts as the classifiers of plain transformers read them: the tokenizer's own special tokens, and no more.
+
+    What is pooled is the last token that is not `pad`, wherever the tokenizer puts that (GenericForSequenceClassification
+    in transformers/modeling_layers.py). It cannot see what stands behind it, so that is left out:
+
+        t t t t P P  ->  t t t t          pad = P
+
+    Args:
+        pad: pad_token_id of the model's config.json; None: the last token is pooled, whatever it is.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, pad: int | None):
+        self.tokenizer, self.pad = tokenizer, pad
+
+    def ids(self, texts: list[str], max_length: int) -> tuple[list[int], int]:
+        """Ids of one text or of a pair, and how many tokens were cut."""
+        whole = self.tokenizer(*texts)["input_ids"]
+        ids = whole if len(whole) <= max_length else self.tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]
+        cut = len(whole) - len(ids)
+        if self.pad is not None and ids:
+            last = max((place for place, token in enumerate(ids) if token != self.pad), default=0)
+            ids = ids[: last + 1]
+        return list(ids), cut
 
 
 def shares(parts: list[list[int]], room: int) -> list[int]:

@@ -17,6 +17,7 @@ from typing import Any
 from finetune.data.columns import Encoder, Example, PartlyBad
 from finetune.data.records import Source
 from finetune.data.rows import Row
+from finetune.data.tokenizer import TokenLimit
 from finetune.data.write import ColumnWriter, WriterThread
 from finetune.errors import UserError
 
@@ -30,14 +31,21 @@ Progress = Callable[[int, int, int], None]
 """progress(done_bytes, total_bytes, tokens)"""
 
 
-def run(source: Source, encoder: Encoder, rows: BadRows, writer: ColumnWriter, meter: Meter) -> int:
-    """Pump all batches through the encoder; returns the number of good documents."""
+def run(source: Source, encoder: Encoder, rows: BadRows, writer: ColumnWriter, meter: Meter,
+        limit: TokenLimit | None = None) -> int:
+    """Pump all batches through the encoder; returns the number of good documents.
+
+    Raises:
+        UserError: a bad row that ends the build, or a token beyond `limit`, whatever is done with bad rows.
+    """
     documents = 0
     thread = WriterThread(writer)
     try:
         with _reading(source, meter) as batches:
             for batch in batches:
                 good = encoder.encode([row for row in batch if isinstance(row, tuple)])
+                if limit:
+                    _check_ids(limit, batch, iter(good))
                 examples, accepted = rows.sift(batch, iter(good))
                 documents += accepted
                 thread.append(examples)
@@ -45,6 +53,14 @@ def run(source: Source, encoder: Encoder, rows: BadRows, writer: ColumnWriter, m
     finally:
         thread.finish()
     return documents
+
+
+def _check_ids(limit: TokenLimit, batch: list[Row], encoded: Iterator[list[Example] | UserError]) -> None:
+    for row in batch:
+        result = row if isinstance(row, UserError) else next(encoded)
+        if not isinstance(row, UserError) and not isinstance(result, UserError):
+            for example in result:
+                limit.check(example["ids"], row[0])
 
 
 class BadRows:

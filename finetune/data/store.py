@@ -19,9 +19,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from finetune.data.columns import FORMAT, Column, Encoder, Example, Store, open_store, store_fault
 from finetune.data.pipeline import BadRows, Meter, Progress, check_bad_rows, run
 from finetune.data.records import Source, open_source
+from finetune.data.tokenizer import TokenLimit
 from finetune.data.utf8 import DEFAULTS, FileOptions
 from finetune.data.write import ColumnWriter, write_meta
 from finetune.durable import fsync
@@ -30,12 +33,17 @@ from finetune.errors import UserError
 __all__ = ["Column", "Encoder", "Example", "Store", "build_store", "default_cache_dir", "open_store"]
 
 log = logging.getLogger(__name__)
+CHECKED_IDS = 1 << 24
+"""Ids of a finished store that are compared with an embedding at once."""
 
 
 def build_store(spec: str, split: str, encoder: Encoder, *, cache_dir: Path | None = None, on_bad_row: str = "error",
                 max_bad_rows: int = 100, config: str | None = None, options: FileOptions = DEFAULTS,
-                progress: Progress | None = None) -> Store:
+                progress: Progress | None = None, limit: TokenLimit | None = None) -> Store:
     """The store of these data under this encoder, from the cache or built now.
+
+    Args:
+        limit: ids that the model has no row for are refused, at the row that holds the first of them.
 
     Raises:
         UserError: a bad row with on_bad_row=error, more than `max_bad_rows` of them with skip, a faulty file, no
@@ -46,20 +54,28 @@ def build_store(spec: str, split: str, encoder: Encoder, *, cache_dir: Path | No
     fingerprint = _fingerprint(source, encoder, on_bad_row)
     folder = (Path(cache_dir) if cache_dir else default_cache_dir()) / fingerprint[:16]
     if store_fault(folder) is None:
-        return _reuse(folder, max_bad_rows)
+        return _reuse(folder, max_bad_rows, limit)
     with _disk_faults(folder), _lock(folder):
         if store_fault(folder) is None:  # another process built it while this one waited
-            return _reuse(folder, max_bad_rows)
+            return _reuse(folder, max_bad_rows, limit)
         _remove_leftovers(folder)
         rows = BadRows(on_bad_row, max_bad_rows)
         with _temporary(folder) as temporary:
-            _build(temporary, spec, source, encoder, rows, fingerprint, progress)
+            _build(temporary, spec, source, encoder, rows, fingerprint, progress, limit)
     return Store(folder)
 
 
-def _reuse(folder: Path, max_bad_rows: int) -> Store:
-    """The finished store; it may have been built under a higher cap than today's."""
+def _reuse(folder: Path, max_bad_rows: int, limit: TokenLimit | None) -> Store:
+    """The finished store; it may have been built under a higher cap than today's, and for a larger embedding."""
     store = Store(folder)
+    if limit:
+        ids = store.column("ids")
+        for start in range(0, len(ids), CHECKED_IDS):
+            chunk = ids[start : start + CHECKED_IDS]
+            at = int(chunk.argmax())
+            if chunk[at] >= limit.rows:
+                example = int(np.searchsorted(store.offsets, start + at, side="right")) - 1
+                limit.check([chunk[at]], store.place(example))
     check_bad_rows(store.stats["bad_rows"], store.stats["bad_row_messages"], max_bad_rows)
     return store
 
@@ -78,12 +94,12 @@ def _fingerprint(source: Source, encoder: Encoder, on_bad_row: str) -> str:
 
 
 def _build(folder: Path, spec: str, source: Source, encoder: Encoder, rows: BadRows, fingerprint: str,
-           progress: Progress | None) -> None:
+           progress: Progress | None, limit: TokenLimit | None) -> None:
     started = time.monotonic()
     writer = ColumnWriter(folder, encoder.columns)
     meter = Meter(source.total_bytes, writer, progress)
     try:
-        documents = run(source, encoder, rows, writer, meter)
+        documents = run(source, encoder, rows, writer, meter, limit)
         if writer.examples == 0:
             raise rows.nothing_left(spec, documents)
         sizes = writer.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -68,6 +69,33 @@ def build_gptj_tokenizer() -> PreTrainedTokenizerBase:
 def backend(tokenizer: PreTrainedTokenizerBase) -> Any:
     """The `tokenizers.Tokenizer` inside."""
     return cast(Any, tokenizer).backend_tokenizer
+
+
+class TokenLimit:
+    """The rows of a model's embedding, where its tokenizer has ids beyond them: texts that hold such a token are refused.
+
+    Args:
+        rows: vocab_size of the model.
+        remedy: what the user can do instead.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: int, remedy: str):
+        self.tokenizer, self.rows, self.remedy = tokenizer, rows, remedy
+
+    def check(self, ids: Iterable[int], where: str) -> None:
+        """
+        Raises:
+            UserError: one of the ids has no row.
+        """
+        beyond = next((int(token) for token in ids if token >= self.rows), None)
+        if beyond is not None:
+            raise UserError(f"the tokenizer's {self.tokenizer.convert_ids_to_tokens(beyond)!r} has id {beyond}, and the "
+                            f"model's embedding has {self.rows} rows, 0 to {self.rows - 1}", where, self.remedy)
+
+
+def token_limit(tokenizer: PreTrainedTokenizerBase, rows: int, remedy: str) -> TokenLimit | None:
+    """The check that texts need before the model reads them; None where every id of the tokenizer has a row."""
+    return TokenLimit(tokenizer, rows, remedy) if max(tokenizer.get_vocab().values()) >= rows else None
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

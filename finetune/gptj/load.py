@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -39,6 +40,9 @@ MAPPED_BYTES = 1 << 26
 """Bytes read from mapped files after which they are mapped anew."""
 PIECES, PIECE_BYTES = 128, 1 << 16
 """Read of a file, evenly spread, to recognise it: 8 MiB of one whose whole would take minutes."""
+SAMPLED_ROWS = 16
+"""Rows of a tensor that recognise it."""
+ZIP_MAGIC = b"PK\x03\x04"
 Place = Callable[[nn.Parameter, Tensor | None], None]
 
 
@@ -54,23 +58,29 @@ class Weights:
         self.files: dict[str, Path] = {}
         self._open: dict[Path, object] = {}
         self._touched = 0
-        for name, file in _name_to_file(folder).items():
+        self._stored: dict[str, str] = {}
+        self._whole: set[Path] = set()
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for name, file in _name_to_file(folder, self._handle).items():
             if not LEGACY.search(name):
                 self.files[_full_name(name)] = file
-        self._stored = {_full_name(n): n for n in self._names()}
-
-    def _names(self) -> Iterator[str]:
         for file in sorted(set(self.files.values())):
-            yield from self._handle(file).keys()  # type: ignore[attr-defined]
+            handle = self._handle(file)
+            self._stored |= {_full_name(name): name for name in handle.keys()}  # noqa: SIM118 - not always a dict
+            if _in_memory(file):
+                self._whole.add(file)
+                self._shapes |= {_full_name(name): tuple(tensor.shape) for name, tensor in handle.items()}
 
     def _handle(self, file: Path):
         if file not in self._open:
-            self._open[file] = _open_shard(file)
+            if _in_memory(file):  # it is read whole: one such file at a time
+                self._open.clear()
+            self._open[file] = open_shard(file)
         return self._open[file]
 
     def __getitem__(self, name: str) -> Tensor:
         if self._touched > MAPPED_BYTES:  # pages that were read stay resident for as long as a file is mapped
-            self._open.clear()
+            self._open = {file: handle for file, handle in self._open.items() if file in self._whole}
             self._touched = 0
         handle = self._handle(self.files[name])
         stored = self._stored[name]
@@ -78,7 +88,17 @@ class Weights:
         self._touched += tensor.numel() * tensor.element_size()
         return tensor
 
+    def sample(self, name: str) -> Tensor:
+        """At most `SAMPLED_ROWS` rows of a tensor, evenly spread, both ends included."""
+        size = self.shape(name)[0]
+        places = sorted({(size - 1) * i // (SAMPLED_ROWS - 1) for i in range(SAMPLED_ROWS)})
+        handle, stored = self._handle(self.files[name]), self._stored[name]
+        source = handle[stored] if isinstance(handle, dict) else handle.get_slice(stored)  # type: ignore[union-attr]
+        return torch.cat([source[place : place + 1] for place in places])
+
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._shapes:
+            return self._shapes[name]
         handle, stored = self._handle(self.files[name]), self._stored[name]
         if isinstance(handle, dict):
             return tuple(handle[stored].shape)
@@ -90,14 +110,14 @@ def _full_name(name: str) -> str:
     return f"transformer.{name}" if re.match(r"(h\.\d+|wte|ln_f)\.", name) else name
 
 
-def _name_to_file(folder: Path) -> dict[str, Path]:
+def _name_to_file(folder: Path, handle: Callable[[Path], Any]) -> dict[str, Path]:
     for index in INDEXES:
         if (folder / index).is_file():
             return _read_index(folder, folder / index)
     for single in SINGLES:
         if (folder / single).is_file():
             file = folder / single
-            return {name: file for name in _open_shard(file).keys()}  # noqa: SIM118 - not a dict
+            return {name: file for name in handle(file).keys()}  # noqa: SIM118 - not always a dict
     raise UserError("there are no weights here: neither model.safetensors nor pytorch_model.bin, sharded or not",
                     str(folder), "Point model.path at a GPT-J checkpoint, or start fresh with model.init=random.")
 
@@ -142,19 +162,28 @@ def refuse_pointers(folder: Path, weights: bool) -> None:
             return
 
 
-def _open_shard(file: Path):
-    """A handle with keys(): safetensors by mmap, .bin as a dict of mmapped tensors."""
+def open_shard(file: Path):
+    """A handle with keys(): safetensors by mmap, .bin as a dict of mmapped tensors, or of tensors in memory where
+    torch before 1.6 wrote it (`torch.save(..., _use_new_zipfile_serialization=False)`)."""
     refuse_pointer(file)
     try:
         if file.suffix == ".safetensors":
             return safe_open(str(file), framework="pt")
-        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        return torch.load(file, map_location="cpu", mmap=not _in_memory(file), weights_only=True)
     except (SafetensorError, RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
         raise UserError(f"cannot be read, truncated or corrupt: {str(error).splitlines()[0]}", str(file),
                         "Download or copy the file again and compare its size and hash.") from None
     except Exception as error:  # pickle.UnpicklingError: weights_only refused what the file would run
         raise UserError(f"refused: {str(error).splitlines()[0]}", str(file),
                         "Convert the checkpoint to safetensors with a tool you trust.") from None
+
+
+def _in_memory(file: Path) -> bool:
+    """Whether a file cannot be mapped: a .bin that is no zip archive, as torch wrote it before 1.6."""
+    if file.suffix != ".bin":
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(ZIP_MAGIC)) != ZIP_MAGIC
 
 
 def local_folder(cfg: ModelConfig, download: bool = True) -> Path:
@@ -207,6 +236,25 @@ def weights_identity(folder: Path) -> str:
                 f.seek(start)
                 digest.update(f.read(PIECE_BYTES))
     return digest.hexdigest()
+
+
+def base_record(folder: Path, head: str) -> dict[str, str]:
+    """What recognises the weights that an adapter was trained on, for `same_base`: by their files, and by their values.
+
+    The values are rows of every tensor that the adapter's head uses, rounded to bf16: other files of the same model
+    (safetensors for .bin, other shards, a copy in bf16) give the same.
+    """
+    source, digest = Weights(folder), hashlib.blake2b(digest_size=8)
+    used = ("transformer.", "lm_head.") if head == "lm" else ("transformer.",)
+    for name in sorted(name for name in source.files if name.startswith(used)):
+        values = source.sample(name).to(torch.bfloat16).contiguous().view(torch.int16)
+        digest.update(repr((name, source.shape(name))).encode() + values.numpy().tobytes())
+    return {"files": weights_identity(folder), "values": digest.hexdigest()}
+
+
+def same_base(folder: Path, head: str, record: dict[str, str]) -> bool:
+    """Whether the weights in `folder` are those of the record; their values are read only where the files are others."""
+    return weights_identity(folder) == record["files"] or base_record(folder, head)["values"] == record["values"]
 
 
 def read_config(folder: Path, cfg: ModelConfig, num_labels: int | None = None) -> GPTJConfig:

@@ -23,9 +23,9 @@ def run(composed: Composed) -> int:
         raise UserError(f"plan.format = {cfg.plan.format} is neither table nor json", remedy="Try plan.format=json.")
     machine = measure_machine(cfg.machine, nvme_path=cfg.zero.nvme_path)
     ranks = max(1, machine.gpus)
-    planning_problems(cfg, ranks, machine.gpus > 0)
     labels = len(getattr(cfg.task, "labels", None) or []) or 2
     shape = load_shape(cfg.model.path, HEADS.get(type(cfg.task).__name__, "lm"), labels)
+    planning_problems(cfg, ranks, machine.gpus > 0, shape.n_positions)
     found = plan(cfg, machine, shape, ranks)
     if cfg.plan.picture:
         from finetune.plan.picture import draw

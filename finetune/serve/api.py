@@ -140,11 +140,14 @@ def _prompt_ids(body: Json, speaker: Speaker) -> list[list[int]]:
         prompt = [prompt]
     if not isinstance(prompt, list) or not prompt:
         raise Refused(400, "'prompt' must be a string, an array of strings, or token ids", "prompt")
-    size = len(speaker.tokenizer)
+    size = min(len(speaker.tokenizer), speaker.limit.rows) if speaker.limit else len(speaker.tokenizer)
     found = []
     for item in prompt:
         if isinstance(item, str):
-            found.append(speaker.ids(item, chat=False))
+            try:
+                found.append(speaker.ids(item, chat=False))
+            except UserError as error:
+                raise Refused(400, error.problem, "prompt") from None
         elif isinstance(item, list) and item and all(_is_id(i) and 0 <= i < size for i in item):
             found.append(item)
         else:

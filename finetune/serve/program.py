@@ -24,7 +24,7 @@ def run(composed: Composed) -> int:
     token = os.environ.get(TOKEN_VARIABLE) or None
     _check(cfg, token)
     assert cfg.export_dir
-    speaker = load_speaker(cfg.export_dir, cfg.dtype, cfg.engine)
+    speaker = load_speaker(cfg.export_dir, cfg.dtype, cfg.engine, cfg.base)
     if speaker.trained.head != "lm":
         raise UserError(f"this export has the head '{speaker.trained.head}': it writes no text", "model",
                         "Use launch/generate.py: it answers with labels and spans.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,17 +27,23 @@ class Goal:
     maximize: bool
 
     def value(self, job: Job) -> float | None:
-        """The job's figure at its end; None without one."""
+        """The job's figure at its end; None without one, or where it is not finite."""
         result = job.result()
-        found = (result.get("eval") or {}).get(self.metric)
-        if found is None and self.metric == "loss":
+        evaluated = result.get("eval") or {}
+        found = evaluated.get(self.metric)
+        if self.metric == "loss" and "loss" not in evaluated:  # one that is null was not a number
             found = result.get("loss")
-        return float(found) if isinstance(found, (int, float)) else None
+        return float(found) if isinstance(found, (int, float)) and math.isfinite(found) else None
+
+    def compares(self, job: Job) -> bool:
+        """Whether a job is done and has a figure: no other can be the best."""
+        return job.status == DONE and self.value(job) is not None
 
     def reports(self, records: list[dict]) -> list[tuple[int, float]]:
         """(step, value) of the evaluations among `records`."""
         return [(int(r["step"]), float(r[self.metric])) for r in records
-                if r.get("kind") == "eval" and isinstance(r.get(self.metric), (int, float)) and r.get("step")]
+                if r.get("kind") == "eval" and isinstance(r.get(self.metric), (int, float))
+                and math.isfinite(r[self.metric]) and r.get("step")]
 
     def rank(self, job: Job) -> tuple[bool, float]:
         """Sorts finished jobs first, best first."""

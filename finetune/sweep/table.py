@@ -19,7 +19,7 @@ def write_summary(jobs: list[Job], goal: Goal, folder: Path, about: dict[str, An
     """SWEEP/sweep.json: every job once, best first."""
     ranked = sorted(jobs, key=goal.rank)
     summary = {**about, "metric": metric_name(ranked, goal), "direction": "maximize" if goal.maximize else "minimize",
-               "best": ranked[0].number if ranked and ranked[0].status == DONE else None,
+               "best": ranked[0].number if ranked and goal.compares(ranked[0]) else None,
                "jobs": [_row(job, goal) for job in ranked]}
     metrics_log.write_json(folder / SUMMARY, summary)
     return summary
@@ -29,7 +29,7 @@ def metric_name(jobs: list[Job], goal: Goal) -> str:
     """As the table heads it."""
     if goal.metric != "loss":
         return goal.metric.replace("_", " ")
-    evaluated = any((job.result().get("eval") or {}).get("loss") is not None for job in jobs)
+    evaluated = any("loss" in (job.result().get("eval") or {}) for job in jobs)
     return "eval loss" if evaluated else "loss"
 
 
@@ -76,7 +76,8 @@ def commands(job: dict[str, Any], launcher: list[str]) -> list[tuple[str, str]]:
 
 def _advice(summary: dict[str, Any]) -> list[str]:
     if summary["best"] is None:
-        return ["no job is done"]
+        done = any(job["status"] == DONE for job in summary["jobs"])
+        return [f"no finished job has a finite {summary['metric']}" if done else "no job is done"]
     best = summary["jobs"][0]
     what = " ".join(f"{key}={brief(value)}" for key, value in best["chosen"].items())
     lines = [f"best: job {best['job']}  {summary['metric']} {figure(best['value'])}  {what}"]

@@ -57,7 +57,7 @@ class View:
             table.add_row(str(job.number), str(last.get("step", "-")), figure(last.get("loss")),
                           number(last.get("tokens_per_second"), ",.0f"), describe(job), style="cyan")
         done = [job for job in jobs if job.status == DONE]
-        best = min(done, key=self.goal.rank, default=None)
+        best = min(filter(self.goal.compares, done), key=self.goal.rank, default=None)
         told = f"{len(done)} of {total} jobs done"
         if best is not None:
             told += f", best so far [{best.number}] {figure(self.goal.value(best))}"

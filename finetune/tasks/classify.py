@@ -13,7 +13,7 @@ Label names are learnt from the training data (or an export), sorted. Metrics ar
 from __future__ import annotations
 
 import json
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,13 @@ from torch import Tensor
 from finetune.check_task import refuse_task
 from finetune.config import ClassifyConfig
 from finetune.data.collate import lm_batch
-from finetune.data.columns import Encoder, Store
+from finetune.data.columns import Store
 from finetune.data.labels import (
+    LAST_TOKEN,
     NO_ZEROS_AND_ONES,
     SEPARATOR,
     ClassifyEncoder,
+    PlainText,
     label_key,
     refuse_double_spellings,
     sort_names,
@@ -53,14 +55,35 @@ class ClassifyTask:
         self.num_labels: int | None = 1 if self.regression else None
         self.names: list[str] | None = None
         self.by_index = False
+        self.plain: PlainText | None = None
         self._targets = lru_cache(4)(self._target_table)
         if cfg.labels:
             self._learn([str(name).lower() if isinstance(name, bool) else str(name) for name in cfg.labels], by_index=True)
 
-    def encoder(self) -> Encoder:
-        return ClassifyEncoder(self.tokenizer, self.cfg, self.names, self.by_index)
+    def encoder(self) -> ClassifyEncoder:
+        return ClassifyEncoder(self.tokenizer, self.cfg, self.names, self.by_index, self.plain)
+
+    def text_ids(self, texts: list[str]) -> list[int]:
+        """Ids of one text or a pair as `encoder` makes them: the last one is pooled.
+
+        Raises:
+            UserError: there is none.
+        """
+        ids = self._encoder.text_ids([texts])[0][0]
+        if not ids:
+            raise UserError("the text is empty: there is no token to judge", "text", "Give a text.")
+        return ids
+
+    @cached_property
+    def _encoder(self) -> ClassifyEncoder:
+        return self.encoder()
 
     def prepare(self, train: Store | None, previous: dict | None) -> None:
+        if previous and previous.get("pooling") == LAST_TOKEN:
+            self.plain = PlainText(self.tokenizer, previous.get("pad_token_id"))
+            if self.cfg.truncation != "head":
+                raise UserError(f"task.truncation = {self.cfg.truncation}, and this classifier was not trained here: its "
+                                "texts are cut by its own tokenizer", "task.truncation", "Leave it out.")
         if self.regression:
             return
         if previous:
@@ -126,7 +149,8 @@ class ClassifyTask:
         cfg = self.cfg
         return {"problem": cfg.problem, "labels": self.names, "labels_by_index": self.by_index,
                 "max_length": cfg.max_length, "truncation": cfg.truncation, "pair_separator": SEPARATOR,
-                "pooling": "a closing eos, by position"}
+                **({"pooling": LAST_TOKEN, "pad_token_id": self.plain.pad} if self.plain else
+                   {"pooling": "a closing eos, by position"})}
 
     def notes(self, store: Store) -> list[str]:
         """What encoding did to the data, for people."""
@@ -144,10 +168,11 @@ class ClassifyTask:
         return [self.names[i] for i in np.flatnonzero(value)] if self.multi else self.names[int(value)]
 
     def _agree(self, previous: dict) -> None:
-        if self.cfg.labels and [*map(label_key, self.names or [])] != [*map(label_key, previous["labels"])]:
+        unnamed = previous["labels"] == [f"LABEL_{i}" for i in range(len(self.names or []))]  # as transformers calls them
+        if self.cfg.labels and not unnamed and [*map(label_key, self.names or [])] != [*map(label_key, previous["labels"])]:
             raise UserError(f"task.labels = {self.names}, but the model was trained with {previous['labels']}",
                             "task.labels", "Leave task.labels away: the model carries its names.")
-        self._learn(previous["labels"], previous["labels_by_index"])
+        self._learn(self.names if self.names and unnamed else previous["labels"], previous["labels_by_index"])
 
     def _learn(self, names: list[str], by_index: bool) -> None:
         _check_names(names, self.cfg)

@@ -12,7 +12,7 @@ from finetune.assets_path import asset, resolve
 from finetune.data import text as text_module
 from finetune.data.store import build_store
 from finetune.data.text import TextEncoder, TextTokenizer, _pieces
-from finetune.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from finetune.data.tokenizer import build_gptj_tokenizer, load_tokenizer, token_limit, tokenizer_fingerprint
 from finetune.errors import UserError
 
 SAMPLES = [
@@ -83,6 +83,42 @@ def test_fingerprint_follows_the_ids_and_nothing_else(tokenizer):
     assert tokenizer_fingerprint(other) == before
     other.add_tokens(["<new>"])
     assert tokenizer_fingerprint(other) != before
+
+
+@pytest.fixture
+def marked():
+    """GPT-J's tokenizer with two more tokens, which GPT-J's embedding has no rows for."""
+    tokenizer = build_gptj_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return tokenizer
+
+
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_a_token_without_a_row_is_named_with_its_line(marked, tmp_path, on_bad_row):
+    """Neither counted as a bad row nor found again only by the model: the tokenizer is the wrong one."""
+    encoder, limit = TextEncoder(marked, "text", None), token_limit(marked, 50400, "Try another.")
+    spec = str(write_jsonl(tmp_path / "x.jsonl", [{"text": "hello"}, {"text": "<|im_end|> hello"}]))
+    words = r"x.jsonl:2: .*'<\|im_end\|>' has id 50401, and the model's embedding has 50400 rows(.|\n)*Try another."
+    with pytest.raises(UserError, match=words):
+        build_store(spec, "train", encoder, on_bad_row=on_bad_row, limit=limit)
+    build_store(spec, "train", encoder, on_bad_row=on_bad_row)  # as for a larger embedding
+    with pytest.raises(UserError, match=r"x.jsonl, example 2 of 2: .*has id 50401"):
+        build_store(spec, "train", encoder, on_bad_row=on_bad_row, limit=limit)
+
+
+def test_a_large_tokenizer_is_fine_where_its_tokens_do_not_occur(marked, tmp_path):
+    encoder, limit = TextEncoder(marked, "text", None), token_limit(marked, 50400, "")
+    spec = str(write_jsonl(tmp_path / "x.jsonl", [{"text": "hello"}, {"text": "im_end"}]))
+    assert len(build_store(spec, "train", encoder, limit=limit)) == len(build_store(spec, "train", encoder, limit=limit)) == 2
+
+
+def test_most_tokenizers_need_no_check(tokenizer, marked):
+    assert token_limit(tokenizer, 50400, "") is None and token_limit(marked, 50402, "") is None
+    limit = token_limit(marked, 50401, "")
+    assert limit is not None
+    limit.check([0, 50400], "")
+    with pytest.raises(UserError, match="50401"):
+        limit.check([50401], "")
 
 
 def test_documents_end_with_eos_and_know_their_subset(tokenizer, tmp_path):

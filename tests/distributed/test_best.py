@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from finetune.checkpoint_files import saved_masters, step_folder
 from finetune.saved import checkpoint_of
+from finetune.trainer import better
 from tests.distributed.ranks import metrics, run_cases
 
 STEPS = 6
@@ -29,6 +31,19 @@ def runs(pocket_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.Te
     run_cases(2, [[*common, *words, f"optim.lr={lr}", f"run_dir={root / name}"]
                   for (name, words), lr in zip(CASES.items(), (2.0, 60.0), strict=True)])
     return root
+
+
+@pytest.mark.parametrize(("direction", "values", "best"), [
+    ("min", [math.nan, 2.0, 1.0, math.nan, 1.5], 2), ("max", [math.nan, 0.2, 0.9, math.nan, 0.5], 2),
+    ("min", [math.nan, math.inf, 3.0], 2), ("max", [0.5, math.nan], 0)])
+def test_what_is_not_a_number_is_never_the_best(direction, values, best):
+    so_far, chosen = None, None
+    for place, value in enumerate(values):
+        if better(value, so_far, direction):
+            so_far, chosen = value, place
+    assert chosen == best
+    assert not better(math.nan, None, direction)
+    assert better(1.0, math.nan, direction)  # as checkpoints of earlier versions hold it
 
 
 @pytest.mark.slow

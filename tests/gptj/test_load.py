@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import GPTJForCausalLM
 
 from finetune.at_hand import absent
-from finetune.config import Config, Dtype, Init, ModelConfig
+from finetune.config import ClmConfig, Config, Dtype, FullConfig, Init, ModelConfig
 from finetune.data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from finetune.errors import UserError
-from finetune.gptj.load import build_model, weights_identity
+from finetune.gptj.load import Weights, build_model, weights_identity
 
 CPU = torch.device("cpu")
 
@@ -64,6 +64,31 @@ def test_sharded_pickles_in_fp16(copy):
     found = build(copy).state_dict()
     assert found.keys() == state.keys() - {"transformer.h.0.attn.bias"}
     assert all(torch.equal(tensor, state[name].float()) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_pickles_as_torch_wrote_them_before_1_6(copy, small_gptj, shards):
+    """They cannot be mapped. Of several files one is held at a time, also where the reading goes back and forth."""
+    state = load_file(copy / "model.safetensors")
+    names = sorted(state)
+    parts = {f"pytorch_model-{i}.bin": names[i::shards] for i in range(shards)}
+    if shards == 1:
+        parts = {"pytorch_model.bin": names}
+    for file, held in parts.items():
+        torch.save({name: state[name] for name in held}, copy / file, _use_new_zipfile_serialization=False)
+    if shards > 1:
+        weight_map = {name: file for file, held in parts.items() for name in held}
+        (copy / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (copy / "model.safetensors").unlink()
+    assert same(copy, small_gptj)
+    weights = Weights(copy)
+    assert weights.shape("transformer.wte.weight") == tuple(state["transformer.wte.weight"].shape)
+    assert len(weights._open) == 1
+    assert all(torch.equal(weights[name], state[name]) for name in names) and len(weights._open) == 1
+
+    file = copy / next(reversed(parts))
+    file.write_bytes(file.read_bytes()[:-100])
+    assert f"{file.name}: cannot be read, truncated or corrupt" in refusal(copy)
 
 
 def test_sharded_and_bare_body_names(copy, small_gptj):
@@ -184,7 +209,7 @@ def test_a_git_lfs_pointer_is_named_before_anything_is_read(copy, name):
         (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"transformer.wte.weight": name}}))
     (copy / name).write_bytes(POINTER)
     (copy / ".git").mkdir()
-    cfg = Config(model=ModelConfig(path=str(copy), dtype=Dtype.fp32))
+    cfg = Config(task=ClmConfig(), adapter=FullConfig(), model=ModelConfig(path=str(copy), dtype=Dtype.fp32))
     (problem,) = absent(cfg, download=False)
     assert str(problem) == (f"{copy / name}: this is a git-lfs pointer, not the file itself; its 22.55 GiB are still on the "
                             f"server\n  git lfs install && git -C {copy} lfs pull")
@@ -198,5 +223,5 @@ def test_pointers_that_nothing_reads_do_not_matter(copy, small_gptj):
     (copy / "flax_model.msgpack").write_bytes(POINTER)
     assert same(copy, small_gptj)
     (copy / "model.safetensors").write_bytes(POINTER)
-    cfg = Config(model=ModelConfig(path=str(copy), dtype=Dtype.fp32, init=Init.random))
+    cfg = Config(task=ClmConfig(), adapter=FullConfig(), model=ModelConfig(path=str(copy), dtype=Dtype.fp32, init=Init.random))
     assert not list(absent(cfg, download=False))

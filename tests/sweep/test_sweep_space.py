@@ -16,6 +16,7 @@ from finetune.sweep.pool import build_pool
 from finetune.sweep.program import _words
 from finetune.sweep.search import Goal, Listed, build_goal, build_search
 from finetune.sweep.space import Choice, Interval, draw, grid, read_space, settings_words
+from finetune.sweep.table import render, write_summary
 
 CLM = Config(task=ClmConfig(), data=DataConfig(eval="e.jsonl"))
 
@@ -191,3 +192,15 @@ def test_failed_jobs_do_not_win(tmp_path):
         job.run_dir.mkdir()
         (job.run_dir / "result.json").write_text(json.dumps({"loss": loss}))
     assert [job.number for job in sorted(jobs, key=goal.rank)] == [1, 0]
+
+
+def test_a_job_without_a_finite_figure_is_never_the_best(tmp_path):
+    goal = build_goal(SweepConfig(), CLM)
+    jobs = [Job(n, tmp_path / str(n), [], {}, status=DONE) for n in range(2)]
+    for job, loss in zip(jobs, ("null", "5.0"), strict=True):  # as result.json writes NaN
+        job.run_dir.mkdir()
+        (job.run_dir / "result.json").write_text(f'{{"loss": 1.0, "eval": {{"loss": {loss}}}}}')
+    assert [job.number for job in sorted(jobs, key=goal.rank)] == [1, 0]
+    assert write_summary(jobs, goal, tmp_path, {})["best"] == 1
+    alone = write_summary(jobs[:1], goal, tmp_path, {})
+    assert alone["best"] is None and render(alone).endswith("no finished job has a finite eval loss")
