@@ -137,7 +137,7 @@ def test_an_export_names_its_outputs_as_training_did(make, tokenizer):
     made = make(cfg(labels=["True", "False"]), [{"text": "Hi", "label": label} for label in (True, False)])
     about = made.task.describe()
     values = config_values(models("classify")[0].config, "classify", "base", "fp32", about,
-                           tokenizer_for(tokenizer, "classify", about))
+                           tokenizer_for(tokenizer, "classify", about, 50400))
     for i, name in enumerate(("True", "False")):
         assert values["id2label"][i] == name and values["label2id"][name] == i == made.batch()["targets"][i]
 

@@ -123,7 +123,7 @@ def test_an_exports_chat_template_gives_trainings_ids(tmp_path, tokenizer, name,
         spec = str(tmp_path / "mine.jinja")
         (tmp_path / "mine.jinja").write_text(THEIRS[name])
     task = build_task(InstructConfig(template=spec, max_length=256), tokenizer, True)
-    tokenizer_for(tokenizer, "lm", task.describe()).save_pretrained(tmp_path / "export")
+    tokenizer_for(tokenizer, "lm", task.describe(), 50400).save_pretrained(tmp_path / "export")
     there = load_tokenizer(str(tmp_path / "export"))
     messages = [*system, *(TWO[1:] if name != "one turn" else TWO[1:3])]
     (examples,) = task.encoder().encode([("d:1", {"messages": messages})])
@@ -142,7 +142,7 @@ def test_an_exports_chat_template_gives_trainings_ids(tmp_path, tokenizer, name,
 
 def test_a_token_across_the_beginning_of_an_answer_is_told(tokenizer):
     template = load_template("plain", EOS)
-    there = tokenizer_for(tokenizer, "lm", {"template": "plain", "template_text": template.text})
+    there = tokenizer_for(tokenizer, "lm", {"template": "plain", "template_text": template.text}, 50400)
     told = chat_template_differs(there, template, [turn("user", "th"), turn("assistant", "e")])
     assert told == "['the', '<|endoftext|>'] where training read ['th', 'e', '<|endoftext|>']"
 
