@@ -66,14 +66,16 @@ class Hooks:
 
 
 class Trainer:
+    better: tuple[str, str] | None = None
+    """The metric that decides which evaluation is best, and "min" or "max"; null: the task's own."""
+
     def __init__(self, engine: Engine, task: Task, batches: StepBatches, hooks: Hooks, checkpoints: Checkpoints,
                  callbacks: Callback, stop: StopRequest, world: World, *, train: TrainConfig,
-                 checkpoint: CheckpointConfig, better: tuple[str, str], seed: int, total_steps: int):
+                 checkpoint: CheckpointConfig, better: tuple[str, str] | None, seed: int, total_steps: int):
         self.engine, self.task, self.batches, self.hooks = engine, task, batches, hooks
         self.checkpoints, self.callbacks, self.stop, self.world = checkpoints, callbacks, stop, world
         self.train, self.checkpoint, self.seed, self.total_steps = train, checkpoint, seed, total_steps
         self.better = better
-        """The metric that decides which evaluation is best, and "min" or "max"."""
         self.heap = heap.Watch() if world.device.type == "cpu" else None
         self.saved_step = -1
         self.good = TrainState()
@@ -258,7 +260,7 @@ class Trainer:
         if metrics is None:
             return
         self.last_eval = metrics
-        name, direction = self.better
+        name, direction = self.better or self.task.better
         value = metrics[name] if metrics[name] is not None else math.nan  # a correlation of constants is not defined
         if better(value, state.best, direction):
             state.best, state.best_step, state.without_gain = value, state.step, 0
@@ -269,7 +271,7 @@ class Trainer:
     def _out_of_patience(self, state: TrainState) -> bool:
         patience = self.train.early_stopping
         if patience and state.without_gain >= patience:
-            self.callbacks.message(f"stopped early: no better {self.better[0]} since step {state.best_step}")
+            self.callbacks.message(f"stopped early: no better {(self.better or self.task.better)[0]} since step {state.best_step}")
             return True
         return False
 
