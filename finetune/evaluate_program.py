@@ -30,6 +30,7 @@ from finetune.report import build_report
 from finetune.saved import (
     Trained,
     about_of_run,
+    check_base,
     checkpoint_of,
     foreign_note,
     load_config,
@@ -162,6 +163,7 @@ def _subject(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> Subject
     if cfg.run:
         folder, checkpoint = checkpoint_of(Path(cfg.run).expanduser().absolute())
         config = load_config(folder)
+        check_base(config, checkpoint)  # before data are tokenised for a model that is another
         settings, data = config.task, config.data
         about, head = about_of_run(folder), head_of(settings)
         if cfg.base:

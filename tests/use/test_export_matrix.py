@@ -60,7 +60,7 @@ def trained(run: Path, head: str, ids: torch.Tensor) -> torch.Tensor:
     module = load_run(load_config(folder), checkpoint, head, labels, torch.device("cpu"))
     with torch.no_grad():
         out = module(input_ids=ids)
-    return out.logits.float() if head == "lm" else out[:, -1] if head == "classify" else out
+    return out[:, -1] if head == "classify" else out.float()
 
 
 @pytest.fixture(scope="module")
