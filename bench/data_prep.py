@@ -24,10 +24,10 @@ from pathlib import Path
 
 from workload import machine
 
+from finetune.data.cache import build_store
+from finetune.data.encode_clm import TextEncoder
 from finetune.data.packing import stream_blocks
-from finetune.data.records import read
-from finetune.data.store import build_store
-from finetune.data.text import TextEncoder
+from finetune.data.sources import read
 from finetune.data.tokenizer import load_tokenizer
 
 BLOCK = 2048

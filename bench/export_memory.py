@@ -20,11 +20,11 @@ import torch
 from omegaconf import OmegaConf
 from workload import ROOT, peak_bytes
 
-from finetune.app import compose_train
-from finetune.checkpoint_files import FORMAT, entry_of, write_manifest
+from finetune.checkpointing.format import FORMAT, entry_of, write_manifest
+from finetune.compose import compose_train
+from finetune.config import plain_config
+from finetune.export.safetensors_writer import ShardWriter
 from finetune.gptj.load import meta_model, read_config
-from finetune.plain import plain_config
-from finetune.shards import ShardWriter
 
 RANKS = 2
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -101,9 +101,9 @@ def run_folder(root: Path, name: str, layers: int, width: int, words: list[str])
 
 
 def lora_shapes(cfg, config) -> dict[str, tuple[int, ...]]:
-    from finetune import adapter
+    from finetune.gptj import adapters
 
-    shell = adapter.attach(meta_model(config, "lm"), cfg.adapter, "lm", "", 0)
+    shell = adapters.attach(meta_model(config, "lm"), cfg.adapter, "lm", "", 0)
     return {n: tuple(p.shape) for n, p in shell.named_parameters() if p.requires_grad}
 
 

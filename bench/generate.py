@@ -91,9 +91,9 @@ def open_way(way: str, folder: Path, dtype: str) -> Callable[[list[list[int]], i
 
     from finetune.config import Dtype
     from finetune.data.tokenizer import load_tokenizer
-    from finetune.generate import load_speaker
-    from finetune.sample import Sampling, continue_flat, continue_ids
-    from finetune.saved import load_export
+    from finetune.export.reopen import load_export
+    from finetune.inference.sample import Sampling, continue_flat, continue_ids
+    from finetune.inference.speaker import load_speaker
 
     device, tokenizer = torch.device("cpu"), load_tokenizer(None)
     if way in ("merged", "adapter"):
@@ -150,7 +150,7 @@ def memory(way: str, folder: Path, dtype: str, new: int) -> dict[str, int]:
     import psutil
     import transformers  # noqa: F401
 
-    import finetune.generate  # noqa: F401
+    import finetune.cli.generate  # noqa: F401
 
     prompts, before = cut(8), psutil.Process().memory_info().rss
     open_way(way, folder, dtype)(prompts, new)

@@ -40,10 +40,10 @@ def checkpoint(folder: Path, name: str) -> Path:
     """Random bf16 weights of the model `name` in Hugging Face's layout, drawn on the GPU where there is one."""
     import torch
 
-    from finetune.assets_path import asset
+    from finetune.assets.paths import asset
     from finetune.data.tokenizer import load_tokenizer
-    from finetune.shape import load_shape
-    from finetune.shards import ShardWriter
+    from finetune.export.safetensors_writer import ShardWriter
+    from finetune.planning.shape import load_shape
 
     folder.mkdir()
     shutil.copy(asset(name) / "config.json", folder)
@@ -198,9 +198,9 @@ def generate(model: Path, batches: list[int], new: int, prompt: int) -> list[dic
 
     from finetune.config import Dtype
     from finetune.data.tokenizer import load_tokenizer
+    from finetune.export.reopen import load_export
     from finetune.gptj.library import to_library_model
-    from finetune.sample import Sampling, continue_ids
-    from finetune.saved import load_export
+    from finetune.inference.sample import Sampling, continue_ids
 
     device, tokenizer = torch.device("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(None)
     models = {"ours": to_library_model(load_export(model, Dtype.bf16, device).module),

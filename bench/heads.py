@@ -31,7 +31,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from finetune.data.records import read  # noqa: E402
+from finetune.data.sources import read  # noqa: E402
 from finetune.tasks.squad_metrics import score, summarise  # noqa: E402
 
 DATA = ROOT / "finetune/assets/data"

@@ -30,8 +30,8 @@ LAYOUTS = ("bf16 safetensors", "fp32 .bin")
 def make(folder: Path, layers: int, layout: str) -> Path:
     """A checkpoint of random weights; never more than one tensor more than the file needs is in memory."""
     from finetune.config import ModelConfig
+    from finetune.export.safetensors_writer import ShardWriter
     from finetune.gptj.load import meta_model, read_config
-    from finetune.shards import ShardWriter
 
     folder.mkdir(parents=True)
     values = {"model_type": "gptj", "n_embd": WIDTH, "n_layer": layers, "n_head": WIDTH // 64, "rotary_dim": 32,
@@ -56,16 +56,18 @@ def make(folder: Path, layers: int, layout: str) -> Path:
 
 def load(model: str, stage: int) -> None:
     """What one rank does; prints its figures."""
-    from finetune import dist, ds_config, memory_watch
-    from finetune.app import compose_train
-    from finetune.engine import connect_deepspeed
+    from finetune import dist
+    from finetune.compose import compose_train
+    from finetune.planning import machine as memory_watch
     from finetune.run import _module
+    from finetune.sharding import deepspeed_config
+    from finetune.sharding.engine import connect_deepspeed
 
     cfg = compose_train(["recipe=clm_pile", "data.train=x.jsonl", f"model.path={model}", "model.dtype=bf16",
                          "train.micro_batch=1", f"zero=stage{stage}"])
     world = dist.connect(threads=1)
     connect_deepspeed(world)
-    config = ds_config.build(cfg, ds_config.Sharding(stage), world.size, False)
+    config = deepspeed_config.build(cfg, deepspeed_config.Sharding(stage), world.size, False)
     before = memory_watch.peak_host_bytes()
     module = _module(cfg, SimpleNamespace(head="lm", num_labels=None), config, world, None)  # type: ignore[arg-type]
     kept = sum(getattr(p, "ds_tensor", p).numel() * p.element_size() for p in module.parameters())

@@ -110,12 +110,12 @@ def _rate(tokens: list[int], seconds: list[float]) -> float:
 
 def rows_of(case: Case, data: Path, model: Path, file: Path) -> Path:
     """The ids and labels that our run trains on, for the peers: full blocks, or one row per example."""
-    from finetune.app import compose_train
+    from finetune.compose import compose_train
+    from finetune.data.batches import Order
+    from finetune.data.cache import build_store
     from finetune.data.columns import open_store
-    from finetune.data.order import Order
-    from finetune.data.store import build_store
     from finetune.data.tokenizer import load_tokenizer
-    from finetune.tasks import build_task
+    from finetune.tasks.build import build_task
 
     recipe = "instruct_lora" if case.ragged else "clm_pile"
     cfg = compose_train([f"recipe={recipe}", f"task.max_length={case.length}"])

@@ -5,7 +5,7 @@
 Every case is one run of launch/train.py on random weights (two optimizer steps on the shipped Pile sample) in fresh
 processes. On a CPU the plan's host bytes per rank stand against the largest rank's peak resident memory; on a GPU
 its GPU bytes, less the CUDA context that no allocator sees, against the peak that torch reserved.
-The constants of finetune/plan/estimate.py for the CPU were fitted to such runs; the GPU's were not.
+The constants of finetune/planning/estimate.py for the CPU were fitted to such runs; the GPU's were not.
 """
 
 from __future__ import annotations
@@ -92,9 +92,10 @@ def measure(name: str, model: str, ranks: int, overrides: list[str]) -> dict:
 
 def replanned(row: dict, model: str, ranks: int, overrides: Words) -> dict:
     """The row with the prediction of the planner as it is now."""
-    from finetune.app import compose_train
-    from finetune.plan import measure_machine, plan
-    from finetune.shape import load_shape
+    from finetune.compose import compose_train
+    from finetune.planning.choose import plan
+    from finetune.planning.machine import measure_machine
+    from finetune.planning.shape import load_shape
 
     with tempfile.TemporaryDirectory() as folder:
         cfg = compose_train(settings(model, Path(folder), Path(folder), overrides))
@@ -134,7 +135,7 @@ def model_folder(model: str, folder: Path) -> str:
 
 def compare(plan: dict, result: dict) -> dict[str, int]:
     """Predicted and measured bytes of one rank."""
-    from finetune.plan.estimate import CUDA_CONTEXT_BYTES
+    from finetune.planning.estimate import CUDA_CONTEXT_BYTES
 
     choice = plan["chosen"]
     chosen = next(option for option in plan["options"] if all(option[key] == choice[key] for key in choice))

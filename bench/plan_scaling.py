@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WALK = ROOT / "tests" / "plan"
+WALK = ROOT / "tests" / "planning"
 sys.path[:0] = [str(ROOT), str(WALK)]
 
 STAGES = (0, 1, 2, 3)
@@ -46,7 +46,8 @@ def measure(ranks: int) -> list[dict]:
     """One group of processes: all stages, one after the other."""
     from plan_engine_walk import ADAPTERS
 
-    from finetune.plan import Option, model_states
+    from finetune.planning.job import Option
+    from finetune.planning.states import model_states
     from plan_cases import config, job  # isort: skip
 
     cases = [{"stage": stage, "dtype": "bf16", "accumulation": 1, "adapter": "full"} for stage in STAGES]

@@ -37,11 +37,14 @@ def profile(args: argparse.Namespace, model: Path) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
-    from finetune import adapter, dist, ds_config, memory_watch
-    from finetune.app import compose_train
-    from finetune.ds_config import Sharding
-    from finetune.engine import Engine, connect_deepspeed
+    from finetune import dist
+    from finetune.compose import compose_train
+    from finetune.gptj import adapters
     from finetune.gptj.load import build_model
+    from finetune.planning import machine
+    from finetune.sharding import deepspeed_config
+    from finetune.sharding.deepspeed_config import Sharding
+    from finetune.sharding.engine import Engine, connect_deepspeed
 
     words = ["recipe=clm_pile", f"model.path={model}", "model.dtype=bf16", f"task.max_length={args.length}",
              f"train.micro_batch={args.micro}", f"train.global_batch={args.micro}",
@@ -49,8 +52,8 @@ def profile(args: argparse.Namespace, model: Path) -> None:
     cfg = compose_train([*words, *args.words])
     world = dist.connect()
     connect_deepspeed(world)
-    module = adapter.attach(build_model(cfg.model, "lm", device=world.device, seed=0), cfg.adapter, "lm", str(model), 0)
-    engine = Engine(module, ds_config.build(cfg, Sharding(args.stage), 1, world.device.type == "cuda"), cfg.optim, world)
+    module = adapters.attach(build_model(cfg.model, "lm", device=world.device, seed=0), cfg.adapter, "lm", str(model), 0)
+    engine = Engine(module, deepspeed_config.build(cfg, Sharding(args.stage), 1, world.device.type == "cuda"), cfg.optim, world)
     engine.train()
     tokens = args.length * args.micro
     ids = torch.randint(0, 50000, (1, tokens), device=world.device)
@@ -82,7 +85,7 @@ def profile(args: argparse.Namespace, model: Path) -> None:
     print(f"{tokens / seconds:.0f} tok/s, {seconds:.3f} s a step: "
           + ", ".join(f"{name} {value / args.steps:.3f} s" for name, value in parts.items()))
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
-    print(f"peak resident memory {memory_watch.peak_host_bytes() / 2**20:.0f} MiB")
+    print(f"peak resident memory {machine.peak_host_bytes() / 2**20:.0f} MiB")
     with torch_profile(activities=activities, record_shapes=args.shapes) as prof:
         for _ in range(args.steps):
             step()

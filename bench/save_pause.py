@@ -24,9 +24,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from finetune.checkpoint_files import Pieces, file_hash, write_tensors  # noqa: E402
-from finetune.durable import fsync  # noqa: E402
-from finetune.memory_watch import host_bytes  # noqa: E402
+from finetune.checkpointing.format import Pieces, file_hash, write_tensors  # noqa: E402
+from finetune.files import fsync  # noqa: E402
+from finetune.planning.machine import host_bytes  # noqa: E402
 
 COPIES: list[Pieces] = []
 

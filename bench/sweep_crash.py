@@ -19,8 +19,8 @@ import time
 from itertools import islice
 from pathlib import Path
 
-from finetune.assets_path import asset
-from finetune.data.records import read
+from finetune.assets.paths import asset
+from finetune.data.sources import read
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 6

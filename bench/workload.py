@@ -53,8 +53,8 @@ def make_model(folder: Path, size: Size) -> Path:
 
 def words() -> list[str]:
     """Running text that ships with the project."""
-    from finetune.assets_path import asset
-    from finetune.data.records import read
+    from finetune.assets.paths import asset
+    from finetune.data.sources import read
 
     texts = [row[1]["text"] for row in read(str(asset("data") / "pile_sample/train.jsonl.zst"), "train")]
     return " ".join(texts).split()

@@ -9,8 +9,8 @@ import csv
 import sys
 from pathlib import Path
 
-from finetune.assets_path import asset
-from finetune.data.records import read
+from finetune.assets.paths import asset
+from finetune.data.sources import read
 
 
 def main(files: list[str]) -> None:

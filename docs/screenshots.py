@@ -20,8 +20,9 @@ from pathlib import Path
 import pyte
 from PIL import Image
 
-from finetune.report import build_report
-from finetune.report.sweep_page import build_sweep_page
+from finetune.compose import recipe_config
+from finetune.reporting.page.build import build_report
+from finetune.sweep.page import build_sweep_page
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS, LINES = 118, 32
@@ -41,7 +42,7 @@ def main(folder: Path) -> None:
         screen.write_text(shown, encoding="utf-8")
     if not (sweep / "sweep.json").exists():
         subprocess.run([sys.executable, *SWEEP, f"sweep.dir={sweep}"], cwd=ROOT, check=True)
-    build_report(run, picture=False)
+    build_report(run, picture=False, recipe_of=recipe_config)
     build_sweep_page(sweep)
     docs = ROOT / "docs"
     shoot(run / "report.html", docs / "report.png", 1180, 1500)

@@ -2,16 +2,23 @@
 
 Flow: argv -> Hydra -> these classes -> `check` -> the rest of the program. yaml only fills values; nothing
 downstream ever sees a DictConfig. `check` only validates and returns all problems at once; it derives nothing.
-Does not compose (see `app.py`) and imports no torch.
+Does not compose (see `compose.py`) and imports no torch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any, Optional, Union
 
-from omegaconf import MISSING
+import yaml
+from omegaconf import MISSING, OmegaConf
+
+from finetune.errors import UserError
 
 GPTJ_POSITIONS = 2048
 
@@ -436,3 +443,168 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+
+
+METRICS = {
+    "clm": {"loss": "min", "perplexity": "min"},
+    "instruct": {"loss": "min", "perplexity": "min"},
+    "single_label": {"accuracy": "max", "f1": "max", "loss": "min"},
+    "multi_label": {"f1": "max", "micro_f1": "max", "accuracy": "max", "loss": "min"},
+    "regression": {"mse": "min", "pearson": "max", "loss": "min"},
+    "qa": {"f1": "max", "exact_match": "max", "loss": "min"},
+}
+"""Task, or problem of a classification -> metrics that rank its evaluations, and the better end of each. The first
+one counts where train.metric is null."""
+DIRECTIONS = {name: better for metrics in METRICS.values() for name, better in metrics.items()}
+"""Metric -> "min" or "max"."""
+
+
+HEADS = {"GPTJForSequenceClassification": "classify", "GPTJForQuestionAnswering": "qa"}
+ADAPTER_HEADS = {"CAUSAL_LM": "lm", "SEQ_CLS": "classify", "QUESTION_ANS": "qa", None: "lm"}
+SAVED_HEADS = {"score": "classify", "qa_outputs": "qa"}
+
+
+def adapter_head(values: dict[str, Any], where: str) -> str:
+    """lm, classify or qa: which head of GPT-J an adapter of plain peft was trained with.
+
+    Args:
+        values: of its adapter_config.json.
+
+    Raises:
+        UserError: a task that GPT-J has no head for.
+    """
+    for module, head in SAVED_HEADS.items():
+        if module in (values.get("modules_to_save") or ()):
+            return head
+    task = values.get("task_type")
+    if task not in ADAPTER_HEADS:
+        raise UserError(f"the adapter's task_type is {task}", where,
+                        "Adapters of language models (CAUSAL_LM), classifiers (SEQ_CLS) and question answerers "
+                        "(QUESTION_ANS) can be used here.")
+    return ADAPTER_HEADS[task]
+
+
+# A config as plain values, for config.yaml, exports and trackers, and back again: every text as it is.
+#
+# OmegaConf reads `${...}` in a text as a reference and `???` as a missing value. A prompt or a label may hold either.
+class Literals:
+    """Texts that OmegaConf would read as something else, kept aside while it composes."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+
+    def aside(self, value: Any) -> Any:
+        """`value` with a stand-in for every such text; dicts and lists are copied."""
+        if isinstance(value, dict):
+            return {key: self.aside(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.aside(item) for item in value]
+        if not isinstance(value, str) or ("${" not in value and value != "???"):
+            return value
+        self._texts.append(value)
+        return f"\ufdd0{len(self._texts) - 1}\ufdd0"
+
+    def back(self, value: Any) -> Any:
+        """The composed value with its texts again; dataclasses are filled in place."""
+        if is_dataclass(value) and not isinstance(value, type):
+            for field in fields(value):
+                setattr(value, field.name, self.back(getattr(value, field.name)))
+            return value
+        if isinstance(value, dict):
+            return {self.back(key): self.back(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.back(item) for item in value]
+        if isinstance(value, str) and "\ufdd0" in value:
+            return re.sub("\ufdd0(\\d+)\ufdd0", lambda found: self._texts[int(found[1])], value)
+        return value
+
+
+def plain_config(cfg: Config) -> dict[str, Any]:
+    """Return the config as it is; task and adapter name their kinds, so that it can be read back.
+
+    `check` has refused secrets in it: nothing here is hidden or shortened.
+    """
+    values = plain_values(cfg)
+    values["task"]["kind"] = type(cfg.task).__name__.removesuffix("Config").lower()
+    values["adapter"]["kind"] = type(cfg.adapter).__name__.removesuffix("Config").lower()
+    return values
+
+
+def plain_values(cfg: Any) -> dict[str, Any]:
+    """Any of the schema's dataclasses as dicts, lists, numbers and texts."""
+    return _without_enums(asdict(cfg))
+
+
+def typed(kind: type, values: dict[str, Any]) -> Any:
+    """A dataclass of the schema from plain values; keys that the schema no longer has are left out."""
+    known, literals = {f.name for f in fields(kind)}, Literals()
+    kept = literals.aside({key: value for key, value in values.items() if key in known})
+    return literals.back(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), kept)))
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    """Plain values as yaml that OmegaConf and `read_yaml` read alike."""
+    return yaml.dump(values, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
+
+
+def read_yaml(file: Path) -> Any:
+    """The values of a yaml file, `${...}` in texts left as it stands.
+
+    Raises:
+        yaml.YAMLError: it is none.
+    """
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes also texts that only OmegaConf, not yaml itself, takes for a number: 1e-3."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    try:
+        float(text)
+    except ValueError:
+        return dumper.represent_str(text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'")
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def _without_enums(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_enums(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_enums(item) for item in value]
+    return value.value if isinstance(value, Enum) else value
+
+
+KINDS = {
+    "task": {"clm": ClmConfig, "instruct": InstructConfig, "classify": ClassifyConfig,
+             "qa": QaConfig},
+    "adapter": {"full": FullConfig, "lora": LoraConfig, "ia3": Ia3Config,
+                "prompt": PromptConfig, "prefix": PrefixConfig},
+}
+"""Groups whose options have keys of their own: group -> kind -> schema."""
+
+
+def all_keys(node: type, prefix: str = "") -> Iterable[str]:
+    """Dotted names of every key under a schema, of every kind of a group."""
+    for f in fields(node):
+        kinds = field_classes(node, f)
+        for kind in kinds:
+            yield from all_keys(kind, f"{prefix}{f.name}.")
+        if not kinds:
+            yield prefix + f.name
+
+
+def field_classes(node: type, key: Field) -> list[type]:
+    """The schemas of the section that a field holds; none for a plain key."""
+    if key.name in KINDS and "Config" in str(key.type):
+        return list(KINDS[key.name].values())
+    # Annotations are text: look them up where the schema was written.
+    kind = getattr(sys.modules[node.__module__], str(key.type), None)
+    return [kind] if isinstance(kind, type) and is_dataclass(kind) else []
+
+
+SCHEDULES = ("linear", "cosine", "constant")

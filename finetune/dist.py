@@ -16,9 +16,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as torch_dist
 
-from finetune import heap
-from finetune.dist_environment import free_port
+from finetune import process
 from finetune.errors import UserError
+from finetune.process import free_port
 
 T = TypeVar("T")
 CONTROL_TIMEOUT = timedelta(days=7)
@@ -142,7 +142,7 @@ def disconnect() -> None:
 
 def use_cores(threads: int, local_size: int) -> None:
     """Compute on `threads` CPU threads, or on this process's share of the cores that the job may use."""
-    heap.one_arena()
+    process.one_arena()
     mine = os.sched_getaffinity(0)
     torch.set_num_threads(threads or max(1, len(mine) // (1 if _bound(mine) else local_size)))
 

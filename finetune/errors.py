@@ -1,6 +1,11 @@
-"""The one exception a user should see, and the exit codes of every command."""
+"""The one exception that a user should see, exit codes, and settings and commands written to be pasted."""
 
 from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable
+from typing import Any
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -66,3 +71,30 @@ def gib(n_bytes: float) -> str:
         if abs(n_bytes) >= size:
             return f"{n_bytes / size:.2f} {unit}" if unit == "GiB" else f"{n_bytes / size:.1f} {unit}"
     return f"{int(n_bytes)} B"
+
+
+PLAIN_VALUE = re.compile(r"[A-Za-z0-9_/.:@%+-]+")
+"""Values that neither Hydra nor a shell reads as anything else."""
+
+
+def hydra_quoted(text: str) -> str:
+    """A text in the quotes that Hydra takes away again."""
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text) + "'"
+
+
+def setting(key: str, value: Any) -> str:
+    """The word that gives a name or path to `key`, whatever characters it holds: `run='runs/a, b'`."""
+    text = re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + "\\${", str(value))
+    plain = PLAIN_VALUE.fullmatch(text) and text.lower() != "null"
+    return f"{key}={text if plain else hydra_quoted(text)}"
+
+
+def command(words: Iterable[Any]) -> str:
+    """Words in one line that a shell reads as they are."""
+    return " ".join(_shell_quoted(str(word)) for word in words)
+
+
+def _shell_quoted(word: str) -> str:
+    if "'" in word and not re.search(r'["$`\\!]', word):
+        return f'"{word}"'
+    return shlex.quote(word)

@@ -16,46 +16,50 @@ from typing import Any
 
 import torch
 
-from finetune import adapter, dist, ds_config, faults, heap, memory_watch, metrics_log, nvme, schedule, signals
-from finetune.at_hand import absent
-from finetune.callbacks import CallbackList, RunInfo
-from finetune.check import check
-from finetune.check_task import best_metric
-from finetune.checkpoint import Checkpoints, TrainState, find_resume
-from finetune.config import Config, Dtype, Offload
-from finetune.data.batches import StepBatches
+from finetune import dist, process
+from finetune.check import best_metric, check
+from finetune.checkpointing import faults
+from finetune.checkpointing.checkpoints import Checkpoints
+from finetune.checkpointing.format import find_resume
+from finetune.checkpointing.train_state import TrainState
+from finetune.compose import recipe_config
+from finetune.config import Config, Dtype, Offload, plain_config
+from finetune.data.batches import Order, StepBatches
 from finetune.data.columns import Store
-from finetune.data.order import Order
-from finetune.display import Display, silence_libraries
 from finetune.dist import World
-from finetune.ds_config import Sharding
-from finetune.engine import Engine, compiles_first, connect_deepspeed, partitioned_build, place_partitioned
-from finetune.environment import environment
 from finetune.errors import EXIT_DONE, EXIT_PREEMPTED, Preempted, RunFailed
-from finetune.evaluate import Interrupted, evaluate
-from finetune.export import reference_texts
-from finetune.export_trained import base_name, export_trained, take_best
-from finetune.fit import plan_run, sharding_of, step_flops
+from finetune.export.end_of_run import base_name, export_trained, take_best
+from finetune.export.write import reference_texts
+from finetune.gptj import adapters
 from finetune.gptj.load import build_model, local_folder, weights_identity
-from finetune.inputs import Inputs, prepare_inputs
-from finetune.last_words import LastWords
-from finetune.length import Length, run_length
-from finetune.metrics_log import MetricsLog
-from finetune.overflow import HostWatch, Overflow
-from finetune.peak import SLOW_BF16, emulates_bf16, peak_flops
-from finetune.plain import plain_config
-from finetune.plan import Plan
-from finetune.probe import probe
-from finetune.report import Report, build_report
-from finetune.run_files import failed_result, final_result, make_run_dir, save_config, with_logged
-from finetune.run_lock import RunLock
-from finetune.sample import sample_texts
-from finetune.signals import StopRequest
-from finetune.summary import print_summary
+from finetune.inference.sample import sample_texts
+from finetune.planning import machine
+from finetune.planning.choose import Plan
+from finetune.reporting import metrics_log
+from finetune.reporting.callbacks import CallbackList, RunInfo
+from finetune.reporting.environment import environment
+from finetune.reporting.metrics_log import MetricsLog
+from finetune.reporting.page.build import Report, build_report
+from finetune.reporting.terminal import Display, silence_libraries
+from finetune.reporting.trackers import build_trackers
+from finetune.sharding import deepspeed_config, nvme
+from finetune.sharding.deepspeed_config import Sharding
+from finetune.sharding.engine import Engine, compiles_first, connect_deepspeed, partitioned_build, place_partitioned
 from finetune.tasks.base import Task
-from finetune.trackers import build_trackers
-from finetune.trainer import Hooks, Result, Trainer
-from finetune.trouble import HangWatch
+from finetune.training import schedule, stop_signals
+from finetune.training.evaluate import Interrupted, evaluate
+from finetune.training.hang_watch import HangWatch
+from finetune.training.inputs import Inputs, absent, prepare_inputs
+from finetune.training.mfu import SLOW_BF16, emulates_bf16, peak_flops, step_flops
+from finetune.training.out_of_memory import HostWatch, Overflow
+from finetune.training.rank_failures import LastWords
+from finetune.training.rehearsal import probe
+from finetune.training.run_dir import RunLock, failed_result, final_result, make_run_dir, save_config, with_logged
+from finetune.training.schedule import Length, run_length
+from finetune.training.sharding_plan import plan_run, sharding_of
+from finetune.training.stop_signals import StopRequest
+from finetune.training.summary import print_summary
+from finetune.training.trainer import Hooks, Result, Trainer
 
 
 def run(cfg: Config, words: list[str]) -> int:
@@ -74,15 +78,15 @@ def run_in(world: World, cfg: Config, words: list[str] | None = None) -> Result:
     """One run among the ranks of `world`. A failure leaves result.json and the page behind, then is raised."""
     silence_libraries(cfg.verbose, world.rank)
     world.on_main(lambda: check(cfg, world.size, world.device.type == "cuda", absent))
-    signals.hold()
+    stop_signals.hold()
     run_dir = make_run_dir(cfg, world)
-    watchers = CallbackList([Display(), Report(run_dir)] if world.main else [])
+    watchers = CallbackList([Display(), Report(run_dir, recipe_config)] if world.main else [])
     lock = RunLock(run_dir)
     world.on_main(lambda: _take(run_dir, lock, watchers))
     stop, ends = StopRequest(run_dir, watch_files=world.main), LastWords(run_dir, world)
     memory = Overflow(cfg, words or [], world)
     try:
-        signals.deliver()
+        stop_signals.deliver()
         with HostWatch(lambda free: _cut_off(run_dir, memory.low(free), world, ends, memory)):
             result = _run(cfg, world, run_dir, watchers, memory, stop, ends)
     except BaseException as error:
@@ -161,8 +165,8 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
 
     callbacks.start(_run_info(cfg, memory.words, run_dir, state, length, parameters, world, planned, inputs))
     if world.device.type == "cpu":
-        heap.release()  # what the probe left free is not what the run holds
-    memory.start_host = int(world.maximum(memory_watch.host_bytes()))
+        process.release()  # what the probe left free is not what the run holds
+    memory.start_host = int(world.maximum(machine.host_bytes()))
     with memory.during("training"), stop.flagged(), hang:
         result = with_logged(trainer.fit(state), run_dir)
 
@@ -204,13 +208,13 @@ def _engine(cfg: Config, task: Task, sharding: Sharding, world: World, display: 
     connect_deepspeed(world, phase)
     if sharding.on_nvme and sharding.nvme_folder:
         nvme.prepare(sharding.nvme_folder, world, phase)
-    config = ds_config.build(cfg, sharding, world.size, world.device.type == "cuda")
+    config = deepspeed_config.build(cfg, sharding, world.size, world.device.type == "cuda")
     with memory.during("loading the model"):
         module = _module(cfg, task, config, world, display)
-        parameters = adapter.count(module)
+        parameters = adapters.count(module)
         engine = Engine(module, config, cfg.optim, world)
     if world.device.type == "cpu":
-        heap.keep_freed_memory()
+        process.keep_freed_memory()
     return engine, parameters
 
 
@@ -223,7 +227,7 @@ def _module(cfg: Config, task: Task, config: dict, world: World, display: Displa
             cfg.model, task.head, device=world.device, seed=cfg.seed, num_labels=task.num_labels, partition=partition,
             place=partial(place_partitioned, world) if sharded else None, reads=world.main or not sharded)
     model.transformer.checkpointing = cfg.train.activation_checkpointing  # type: ignore[union-attr]
-    return adapter.attach(model, cfg.adapter, task.head, base_name(cfg), cfg.seed)
+    return adapters.attach(model, cfg.adapter, task.head, base_name(cfg), cfg.seed)
 
 
 def _run_info(cfg: Config, words: list[str], run_dir: Path, state: TrainState, length: Length, parameters: dict[str, int],
@@ -271,7 +275,7 @@ def _cut_off(run_dir: Path, error: RunFailed, world: World, ends: LastWords, mem
         metrics_log.write_result(run_dir, failed_result(run_dir, error, world, memory.start_host, memory.stage))
         print(f"error: {error.render()}", file=sys.stderr, flush=True)
         with suppress(Exception):  # the page is worth a try, and nothing after it
-            build_report(run_dir, picture=False)
+            build_report(run_dir, picture=False, recipe_of=recipe_config)
 
 
 def _watch(callbacks: CallbackList, cfg: Config, run_dir: Path, state: TrainState, after: int) -> None:

@@ -8,7 +8,7 @@ import ast, pathlib, sys
 
 root, program = pathlib.Path(sys.argv[1]), sys.argv[2]
 classes, bases, programs, kinds = {}, {}, {}, {"task": [], "adapter": []}
-for name in ("config", "programs"):
+for name in ("config", "cli/schemas"):
     for node in ast.parse((root / "finetune" / f"{name}.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef):
             fields = [(item.target.id, ast.unparse(item.annotation)) for item in node.body if isinstance(item, ast.AnnAssign)]

@@ -8,9 +8,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if __name__ == "__main__":
     words = ["json=true" if word == "--json" else word for word in sys.argv[1:]]
     try:
-        from finetune.app import main
+        from finetune.cli.app import main
     except ImportError:  # then this is what it must say
-        from finetune.doctor import main as examine
+        from finetune.cli.doctor import main as examine
 
         sys.exit(examine(json_only="json=true" in words))
-    sys.exit(main("finetune.doctor.program", "doctor", words))
+    sys.exit(main("finetune.cli.doctor", "doctor", words))

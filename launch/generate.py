@@ -6,6 +6,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if __name__ == "__main__":
-    from finetune.app import main
+    from finetune.cli.app import main
 
-    sys.exit(main("finetune.generate", "generate"))
+    sys.exit(main("finetune.cli.generate", "generate"))

@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if __name__ == "__main__":
-    from finetune.app import main
-    from finetune.plan.program import run
+    from finetune.cli.app import main
+    from finetune.cli.plan import run
 
     sys.exit(main(run, "plan"))

@@ -6,6 +6,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if __name__ == "__main__":
-    from finetune.launcher import train
+    from finetune.cli.train import train
 
     sys.exit(train(sys.argv[1:]))

@@ -29,7 +29,7 @@ SMALL = {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8, "n_positions"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--export-matrix", choices=("part", "full"), default="part",
-                     help="full: every head, adapter, stage and number of ranks in tests/use/test_export_matrix.py")
+                     help="full: every head, adapter, stage and number of ranks in tests/export/test_export_matrix.py")
     parser.addoption("--loss-grid", choices=("part", "full"), default="part",
                      help="full: every stage, accumulation, layout, adapter and number of ranks in test_same_loss.py")
 
@@ -81,14 +81,14 @@ def half_gptj(small_gptj: Path, pocket_gptj: Path) -> Path:
     """For runs in bf16: GPT-J's own vocabulary, except on a CPU that emulates bf16, two hundred times slower."""
     import torch
 
-    from finetune.peak import emulates_bf16
+    from finetune.training.mfu import emulates_bf16
 
     return pocket_gptj if emulates_bf16(torch.device("cpu")) else small_gptj
 
 
 def _shipped_text() -> str:
-    from finetune.assets_path import asset
-    from finetune.data.records import read
+    from finetune.assets.paths import asset
+    from finetune.data.sources import read
 
     rows = list(read(str(asset("data") / "pile_sample/eval.jsonl.zst"), "train"))[:12]
     return " ".join(item[1]["text"] for item in rows)

@@ -11,16 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from finetune import programs
-from finetune.app import RECIPES, compose_config
-from finetune.helptext import GROUPS
-from finetune.other_names import OTHERS
-from finetune.suggest import all_keys
+from finetune.cli import schemas
+from finetune.cli.app import compose_config
+from finetune.cli.help import GROUPS
+from finetune.cli.mistakes import OTHERS
+from finetune.compose import RECIPES
+from finetune.config import all_keys
 from finetune.sweep.space import grid, read_space, settings_words
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]
-KEYS = set(all_keys(programs.SCHEMAS["train"])) | set(GROUPS)
+KEYS = set(all_keys(schemas.SCHEMAS["train"])) | set(GROUPS)
 
 
 def commands() -> list[tuple[str, str]]:

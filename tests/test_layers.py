@@ -1,4 +1,4 @@
-"""Imports only point down, parts stay small, and light programs stay light: read from the source, not run."""
+"""Imports go along the arrows of one table, lazy ones too; no cycle; light programs stay light. Read from the source, not run."""
 
 from __future__ import annotations
 
@@ -7,82 +7,117 @@ import importlib
 import importlib.util
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "finetune"
 
-LAYERS = [
-    ["errors", "config", "programs", "names", "schedule", "check", "check_task", "assets_path", "assets", "redact", "other_names",
-     "helptext", "suggest", "app", "dist_environment", "plain", "ds_config", "grouping", "heap", "openmp", "faults", "run_lock",
-     "signals", "durable", "words", "hush"],
-    ["shape"],
-    ["plan"],
-    ["data"],
-    ["dist", "last_words", "trouble", "memory_watch", "peak", "callbacks", "metrics_log", "display", "display_text",
-     "environment", "doctor"],
-    ["gptj", "adapter", "prompts", "merge", "sample", "shards", "overflow", "length"],
-    ["hf_layout", "card", "hub"],
-    ["tasks", "preview", "trackers", "report"],
-    ["nvme", "partitions", "engine", "checkpoint_files", "train_state", "checkpoint", "saved"],
-    ["at_hand", "inputs", "fit", "probe", "lm_eval_suite", "evaluate", "trainer", "summary", "run_files"],
-    ["export", "verify", "verify_tensors", "reference"],
-    ["export_trained"],
-    ["answer", "ds_inference"],
-    ["run", "evaluate_program", "export_program", "generate", "sweep", "launcher"],
-    ["serve", "convert"],
-]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-LAZY_UPWARD = {("app", "plan")}
+ARROWS = {
+    # ground: no torch
+    "errors": "",
+    "config": "errors",
+    "process": "",
+    "files": "errors",
+    "assets": "errors",
+    "data": "assets config errors files",
+    "planning": "config errors files",
+    "compose": "config errors",
+    "reporting": "config errors",
+    "reporting.page": "config errors reporting",
+    "check": "config data errors planning reporting",
+    # torch
+    "dist": "errors process",
+    "gptj": "assets config data errors files planning",
+    "tasks": "check config data dist errors",
+    # deepspeed
+    "sharding": "config dist errors gptj planning",
+    "checkpointing": "dist errors files sharding",
+    "training": "assets check checkpointing config data dist errors gptj planning process reporting sharding tasks",
+    # what people do with a run
+    "export": "assets checkpointing config data dist errors files gptj process reporting sharding tasks training",
+    "inference": "assets data dist errors export gptj planning process tasks",
+    "sweep": "check compose config errors planning process reporting reporting.page",
+    # top
+    "run": "check checkpointing compose config data dist errors export gptj inference planning process reporting reporting.page "
+           "sharding tasks training",
+    "cli": "assets check checkpointing compose config data dist errors export files gptj inference planning process reporting "
+           "reporting.page run sharding sweep tasks training",
+}
+"""Folder, or module at the top -> what it may import, besides itself. A row names only rows above it."""
+
+NO_TORCH = ("finetune.data.batches", "finetune.data.encode_clm", "finetune.data.collate", "finetune.planning.choose",
+            "finetune.planning.show", "finetune.compose", "finetune.check", "finetune.reporting.terminal",
+            "finetune.reporting.page.build", "finetune.sweep.sweep", "finetune.cli.plan", "finetune.cli.train")
 
 
-def top(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path) -> set[str]:
-    """Parts of the package that a file imports when it is itself imported."""
-    found = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "finetune":
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-    return found
+@cache
+def modules() -> dict[str, Path]:
+    return {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def test_benchmarks_import_what_there_is():
-    """They run seldom, and each is a command that someone else must be able to run again."""
-    missing = []
-    for path in sorted((ROOT / "bench").glob("*.py")):
+def folder_of(module: str) -> str:
+    """`finetune.data.cache` -> data; `finetune.run` -> run."""
+    path = modules()[module]
+    inside = path.parent.relative_to(PACKAGE).parts
+    return ".".join(inside) or path.stem
+
+
+@cache
+def imports() -> list[tuple[str, str, str]]:
+    """(importing module, imported module, file:line), wherever in a file the import stands."""
+    found = []
+    for module, path in modules().items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("finetune", "tests"):
-                module = importlib.import_module(node.module)
-                missing += [f"{path.name}: {node.module}.{alias.name}" for alias in node.names
-                            if not hasattr(module, alias.name) and not importlib.util.find_spec(f"{node.module}.{alias.name}")]
-    assert not missing
+            where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{where}: write imports of the package from its root"
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                found += [(module, name if name in modules() else str(node.module), where) for name in names]
+            elif isinstance(node, ast.Import):
+                found += [(module, alias.name, where) for alias in node.names]
+    return [edge for edge in found if edge[1] in modules()]
 
 
-def files() -> list[Path]:
-    return [p for p in sorted(PACKAGE.rglob("*.py")) if p != PACKAGE / "__init__.py"]
+def imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [str(node.module)] if isinstance(node, ast.ImportFrom) else []
 
 
-def test_every_part_has_a_layer():
-    assert {top(p) for p in files()} == set(LEVEL)
+def test_every_folder_has_a_row():
+    assert {folder_of(module) for module in modules() if module != "finetune"} - {"__init__"} == set(ARROWS)
 
 
-def test_imports_point_down():
-    upward = []
-    for path in files():
-        here = top(path)
-        upward += [f"{path.relative_to(ROOT)} imports {name}" for name in imports(path)
-                   if LEVEL[name] > LEVEL[here] and path.name != "program.py"]
-    assert not upward, upward
+def test_rows_only_name_rows_above_them():
+    rows = list(ARROWS)
+    assert not [(row, name) for i, row in enumerate(rows) for name in ARROWS[row].split() if name not in rows[:i]]
 
 
-def test_no_cycles():
+def test_imports_follow_the_arrows():
+    wrong = [f"{where}: {folder_of(source)} may not import {target}" for source, target, where in imports()
+             if source != "finetune" and target != "finetune" and folder_of(source) != folder_of(target)
+             and folder_of(target) not in ARROWS[folder_of(source)].split()]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_arrows_are_used():
+    """A row that allows more than there is would let a wrong import in unseen."""
+    used = {(folder_of(source), folder_of(target)) for source, target, _ in imports() if source != "finetune"}
+    assert not [(row, name) for row, names in ARROWS.items() for name in names.split() if (row, name) not in used]
+
+
+def test_no_module_imports_itself_in_a_circle():
     graph: dict[str, set[str]] = {}
-    for path in files():
-        graph.setdefault(top(path), set()).update(imports(path) - {top(path)})
+    for source, target, _ in imports():
+        graph.setdefault(source, set()).add(target)
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
@@ -96,17 +131,36 @@ def test_no_cycles():
         visit(name, ())
 
 
-def test_data_needs_no_torch():
-    code = "import sys, finetune.data.batches, finetune.data.text, finetune.data.collate; assert 'torch' not in sys.modules"
+def test_every_folder_says_what_it_is_for():
+    """A sentence, and nothing that an import of one of its modules would have to pay for."""
+    for folder in {path.parent for path in modules().values()} - {PACKAGE}:
+        body = ast.parse((folder / "__init__.py").read_text(encoding="utf-8")).body
+        assert len(body) == 1 and isinstance(body[0], ast.Expr) and ast.get_docstring(ast.Module(body, [])), folder
+
+
+def test_few_modules_stand_at_the_top():
+    assert len([path for path in PACKAGE.glob("*.py") if path.name != "__init__.py"]) <= 8
+
+
+def test_deepspeed_stays_where_it_is():
+    users = {module for module, path in modules().items() for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+             if "deepspeed" in {name.split(".")[0] for name in imported(node)}}
+    assert {module for module in users if folder_of(module) != "sharding"} <= {"finetune.inference.deepspeed_inference"}
+
+
+def test_light_modules_need_no_torch():
+    code = f"import sys, {', '.join(NO_TORCH)}; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_deepspeed_stays_in_its_layer():
-    users = [top(p) for p in files() if "import deepspeed" in p.read_text(encoding="utf-8")]
-    assert set(users) <= {"engine", "ds_inference"}
-
-
-def test_files_stay_readable():
-    lengths = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in files()}
-    # The schema is a list: it may be as long as there are keys.
-    assert not {name: n for name, n in lengths.items() if n > 400 and name != "finetune/config.py"}
+@pytest.mark.parametrize("folder", ["bench", "docs", "launch", "tools"])
+def test_scripts_import_what_there_is(folder: str):
+    """They run seldom, and each is a command that someone else must be able to run again."""
+    missing = []
+    for path in sorted((ROOT / folder).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("finetune", "tests", "tools"):
+                module = importlib.import_module(node.module)
+                missing += [f"{path.name}: {node.module}.{alias.name}" for alias in node.names
+                            if not hasattr(module, alias.name) and not importlib.util.find_spec(f"{node.module}.{alias.name}")]
+    assert not missing

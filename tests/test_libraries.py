@@ -24,7 +24,7 @@ from transformers import (
     GPTJForSequenceClassification,
 )
 
-from finetune.assets_path import asset
+from finetune.assets.paths import asset
 
 ROOT = Path(__file__).resolve().parents[1]
 TOUCHED = ("torch", "deepspeed", "transformers", "peft", "datasets", "hydra-core", "omegaconf")
@@ -117,7 +117,7 @@ def test_deepspeed_would_swap_in_its_own_cpu_adam():
 
 def test_a_cpu_that_emulates_bf16_is_recognised():
     """oneDNN held down to AVX2, as on an older processor: asked in a process of its own."""
-    code = "import torch; from finetune.peak import emulates_bf16; print(emulates_bf16(torch.device('cpu')))"
+    code = "import torch; from finetune.training.mfu import emulates_bf16; print(emulates_bf16(torch.device('cpu')))"
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
                           env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(ROOT)})
     assert told.stdout.split() == ["True"]

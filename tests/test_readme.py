@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.app import compose_config
+from finetune.cli.app import compose_config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from finetune.app import RECIPES, _has_own_data, compose_train
-from finetune.at_hand import absent
 from finetune.check import check, planning_problems
+from finetune.cli.app import compose_config
+from finetune.cli.help import first_comment
+from finetune.compose import RECIPES, _has_own_data, compose_train
 from finetune.errors import UserError
-from finetune.helptext import first_comment
-from finetune.schedule import learning_rate, warmup_note
+from finetune.training.inputs import absent
+from finetune.training.schedule import learning_rate, warmup_note
 from tests.distributed.ranks import metrics, run_cases
 
 ALL = sorted(p.stem for p in RECIPES.glob("*.yaml"))
@@ -47,7 +48,7 @@ def test_header_states_purpose_command_and_hardware(name):
 @pytest.fixture(scope="module")
 def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tiny")
-    # Verified exports of language models are in tests/launch and tests/use.
+    # Verified exports of language models are in tests/launch and tests/export.
     run_cases(1, [[f"recipe={name}", "debug=tiny", "train.steps=2", f"run_dir={root / name}", "train.threads=1",
                    f"export.verify={str(name in ('classify_lora', 'qa_lora')).lower()}"] for name in ALL])
     return root
@@ -113,7 +114,7 @@ def test_numbers_that_would_fail_later_are_refused_now(words):
 
 def test_adapter_key_of_another_kind_is_refused():
     with pytest.raises(UserError, match="Key 'rank' not in 'FullConfig'"):
-        compose_train(["recipe=quickstart", "adapter=full", "adapter.rank=4"])
+        compose_config(["recipe=quickstart", "adapter=full", "adapter.rank=4"])
 
 
 @pytest.mark.parametrize(("name", "adapter"), [("qa_lora", "lora"), ("qa_lora", "rslora"), ("qa_lora", "dora"),

@@ -1,1 +1,1 @@
-"""What ships with the project: GPT-J's tokenizer and configuration, a tiny model, and small data sets."""
+"""Files that ship with the project (tokenizer, configuration, a tiny model, small data sets), and their paths."""

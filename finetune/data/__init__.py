@@ -1,1 +1,4 @@
-"""From files to batches, without torch: records -> encoder -> store -> rows -> order -> collate -> batches."""
+"""Data: from files to packed batches through a cache of tokens, without torch.
+
+sources -> formats (records) -> encode_* (examples) -> cache -> packing (rows) -> batches (order) -> collate
+"""

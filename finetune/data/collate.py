@@ -10,8 +10,7 @@ from typing import Any, Union
 
 import numpy as np
 
-from finetune.data.columns import Store
-from finetune.data.constants import IGNORE
+from finetune.data.columns import IGNORE, Store
 from finetune.data.packing import Rows
 
 Batch = dict[str, Any]

@@ -1,7 +1,7 @@
 """The layout of a store on disk: one binary file per column and a meta.json.
 
-Flow: `store` builds a folder, `Store` opens it as memory maps. Encoders declare their columns with `Column`.
-Writes nothing (`write`).
+Flow: `cache` builds a folder with `ColumnWriter`, `Store` opens it as memory maps. Encoders declare their columns with
+`Column`.
 
 A store with two examples of 4 and 2 tokens, a category and a blob:
 
@@ -14,10 +14,16 @@ A store with two examples of 4 and 2 tokens, a category and a blob:
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, Union
+from queue import Queue
+from threading import Thread
+from typing import Any, BinaryIO, Protocol, Union
 
 import numpy as np
 
@@ -130,3 +136,138 @@ def open_array(path: Path, dtype: str) -> np.ndarray:
         return np.empty(0, dtype)  # an empty file cannot be mapped
     return np.memmap(path, dtype, mode="r")
 
+
+# Writes examples to the column files of a store, in a thread of its own.
+#
+# Flow: lists of examples -> one concatenated array per column -> appended to the column's file; meta.json comes
+# last. Counts the statistics on the way. Does not decide where the folder is (see `cache`).
+QUEUED_BATCHES = 2
+
+
+class ColumnWriter:
+    """Appends examples to one folder; `close` returns the sizes of its files."""
+
+    def __init__(self, folder: Path, columns: dict[str, Column]):
+        assert columns["ids"].kind == "token" and all(c.kind in KINDS for c in columns.values())
+        self.folder, self.columns = folder, columns
+        self.names: dict[str, dict[str, int]] = {n: {} for n, c in columns.items() if c.kind == "category"}
+        self.tokens, self.examples = 0, 0
+        self.histogram = np.zeros(64, np.int64)
+        self.tokens_by_name: dict[str, Counter] = {name: Counter() for name in self.names}
+        self._blob_ends = dict.fromkeys((n for n, c in columns.items() if c.kind == "blob"), 0)
+        self._open = ExitStack()
+        self._files: dict[str, BinaryIO] = {}
+        for name in ["offsets", *columns, *(f"{blob}.offsets" for blob in self._blob_ends)]:
+            file = (folder / f"{name}.bin").open("wb", buffering=1 << 20)
+            self._files[name] = self._open.enter_context(file)
+        for name in ["offsets", *(f"{blob}.offsets" for blob in self._blob_ends)]:
+            self._put(name, np.zeros(1, np.int64))
+
+    def append(self, examples: list[Example]) -> None:
+        if not examples:
+            return
+        lengths = np.fromiter((len(example["ids"]) for example in examples), np.int64, len(examples))
+        assert lengths.min() > 0, "an encoder gave an example without tokens"
+        self._put("offsets", self.tokens + np.cumsum(lengths))
+        for name, column in self.columns.items():
+            values = [example[name] for example in examples]
+            getattr(self, f"_append_{column.kind}")(name, column, values, lengths)
+        self.tokens += int(lengths.sum())
+        self.examples += len(examples)
+        self.histogram += np.bincount(np.frexp(lengths - 0.5)[1].clip(0, 63), minlength=64)
+
+    def stats(self) -> dict[str, Any]:
+        """`lengths` counts examples of at most 1, 2, 4, 8, ... tokens (and more than the bin before)."""
+        lengths = {str(2**k): int(n) for k, n in enumerate(self.histogram) if n}
+        by_name = {column: dict(counter.most_common()) for column, counter in self.tokens_by_name.items()}
+        return {"examples": self.examples, "tokens": self.tokens, "lengths": lengths, "tokens_by_name": by_name}
+
+    def close(self) -> dict[str, int]:
+        with self._open:
+            for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
+        return {f"{name}.bin": (self.folder / f"{name}.bin").stat().st_size for name in self._files}
+
+    def abandon(self) -> None:
+        """Close after a failure: what cannot be flushed to a full disk is of no interest."""
+        for file in self._files.values():
+            with suppress(OSError):
+                file.close()
+
+    def _append_token(self, name: str, column: Column, values: list, lengths: np.ndarray) -> None:
+        array = _concatenate(values, column.dtype, int(lengths.sum()))
+        assert len(array) == lengths.sum(), f"column {name} has not one value per token"
+        self._put(name, array)
+
+    def _append_scalar(self, name: str, column: Column, values: list, lengths: np.ndarray) -> None:
+        self._put(name, np.array(values, column.dtype))
+
+    def _append_category(self, name: str, column: Column, values: list, lengths: np.ndarray) -> None:
+        table, counter = self.names[name], self.tokens_by_name[name]
+        for value, length in zip(values, lengths.tolist(), strict=True):
+            table.setdefault(value, len(table))
+            counter[value] += length
+        self._put(name, np.array([table[value] for value in values], column.dtype))
+
+    def _append_blob(self, name: str, column: Column, values: list, lengths: np.ndarray) -> None:
+        ends = self._blob_ends[name] + np.cumsum([len(value) for value in values], dtype=np.int64)
+        self._blob_ends[name] = int(ends[-1])
+        self._put(f"{name}.offsets", ends)
+        self._files[name].write(b"".join(values))
+
+    def _put(self, name: str, array: np.ndarray) -> None:
+        self._files[name].write(array.data)
+
+
+class WriterThread:
+    """Runs a ColumnWriter beside the encoder: turning lists of ids into arrays would cost it a third of its time."""
+
+    def __init__(self, writer: ColumnWriter):
+        self.writer = writer
+        self._fault: BaseException | None = None
+        self._queue: Queue[list[Example] | None] = Queue(QUEUED_BATCHES)
+        self._thread = Thread(target=self._run, name="store-writer", daemon=True)
+        self._thread.start()
+
+    def append(self, examples: list[Example]) -> None:
+        self._raise()
+        self._queue.put(examples)
+
+    def finish(self) -> None:
+        """Wait until everything is written; raises what the thread met, e.g. a full disk."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+        self._raise()
+
+    def _run(self) -> None:
+        while (examples := self._queue.get()) is not None:
+            if self._fault is None:  # after a fault go on reading: append must not block on a full queue
+                try:
+                    self.writer.append(examples)
+                except BaseException as error:
+                    self._fault = error
+
+    def _raise(self) -> None:
+        if self._fault is not None:
+            raise self._fault
+
+
+def write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    with open(folder / META, "w", encoding="utf-8") as file:
+        json.dump(meta, file, ensure_ascii=False, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _concatenate(values: list, dtype: str, total: int) -> np.ndarray:
+    if isinstance(values[0], np.ndarray):
+        return np.concatenate(values).astype(dtype, copy=False)
+    # Half the time of np.array(list); an id that does not fit raises OverflowError.
+    return np.fromiter(chain.from_iterable(values), dtype, total)
+
+
+# The one number that data and loss share.
+IGNORE = -100
+"""Label of a token that is not scored."""

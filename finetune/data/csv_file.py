@@ -25,9 +25,9 @@ from itertools import islice
 from pathlib import Path
 
 from finetune.data import utf8
+from finetune.data.compressed_files import Count
 from finetune.data.csv_layout import Columns, Layout, Line, Lines
-from finetune.data.decode import Count
-from finetune.data.rows import Row
+from finetune.data.formats import Row
 from finetune.data.utf8 import DEFAULTS, SKIP, FileOptions, invalid_utf8, lines
 from finetune.errors import UserError
 

@@ -1,6 +1,6 @@
 """What the encoders of all tasks share: a text field that must be there, lists in table cells, row weights, fingerprints.
 
-Does not know any format; `records` finds fields, `rows` names JSON's types.
+Does not know any format; `sources` finds fields, `formats` names JSON's types.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from finetune.data.records import MISSING, field_error, get_field
-from finetune.data.rows import json_type
+from finetune.data.formats import json_type
+from finetune.data.sources import MISSING, field_error, get_field
 from finetune.data.utf8 import SKIP
 from finetune.errors import UserError
 

@@ -17,11 +17,11 @@ from difflib import SequenceMatcher
 from functools import lru_cache
 from pathlib import Path
 
-from finetune.assets_path import resolve
-from finetune.data import hub
-from finetune.data.decode import head_of
-from finetune.durable import refuse_pointer
+from finetune.assets.paths import resolve
+from finetune.data import hub_datasets
+from finetune.data.compressed_files import head_of
 from finetune.errors import UserError
+from finetune.files import refuse_pointer
 
 TEXT_FORMATS = (".jsonl", ".ndjson", ".jsonlines", ".json", ".csv", ".tsv", ".txt")
 COMPRESSIONS = ("", ".gz", ".zst")
@@ -202,7 +202,7 @@ def _entries(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
-        if hub.is_saved_dataset(Path(root)):
+        if hub_datasets.is_saved_dataset(Path(root)):
             raise UserError("a `datasets` folder lies in this directory", root, f"Name it itself: data.train={root}")
         yield from (path for name in files if not name.startswith(".") and (path := Path(root) / name).is_file())
 

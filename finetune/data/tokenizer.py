@@ -13,9 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from finetune.assets_path import asset, resolve
-from finetune.durable import refuse_pointer
+from finetune.assets.paths import asset, resolve
 from finetune.errors import UserError
+from finetune.files import refuse_pointer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,6 +1,6 @@
 """The text of data files as UTF-8 pieces and lines, and what to do about files in another encoding.
 
-Flow: chunks (`decode`) -> UTF-8 without a byte order mark -> lines. Whether a line is valid UTF-8 is for its reader to
+Flow: chunks (`compressed_files`) -> UTF-8 without a byte order mark -> lines. Whether a line is valid UTF-8 is for its reader to
 find; the error that it raises then is made here, where the encoding of the whole file can be guessed. Parses nothing.
 """
 
@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from finetune.data.decode import (
+from finetune.data.compressed_files import (
     GZIP,
     HEAD_BYTES,
     ZSTD,

@@ -1,1 +1,1 @@
-"""The fast GPT-J: attention, loss without logits, streaming loader. Weights and module names are Hugging Face's."""
+"""The GPT-J network, with Hugging Face's weights and module names: attention, loss without logits, loader, adapters."""

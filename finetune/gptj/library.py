@@ -18,7 +18,7 @@ def takes_virtual_tokens(module: nn.Module) -> bool:
     """Tell prompt and prefix adapters, whose trained rows stand in front of the text.
 
     peft 0.21 injects them under the argument name that transformers 5.24 gave up: its `generate` then leaves them out
-    without a word. Such a model generates through the training forward (`finetune.sample`).
+    without a word. Such a model generates through the training forward (`finetune.inference.sample`).
     """
     config = getattr(module, "active_peft_config", None)
     return config is not None and config.is_prompt_learning

@@ -23,11 +23,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GPTJConfig
 
-from finetune.assets_path import resolve
+from finetune.assets.paths import resolve
 from finetune.config import Init, ModelConfig
 from finetune.data.tokenizer import TOKENIZER_FILES
-from finetune.durable import refuse_pointer
 from finetune.errors import UserError
+from finetune.files import refuse_pointer
 from finetune.gptj.model import HEADS, copy_config
 
 LEGACY = re.compile(r"(\.attn\.(bias|masked_bias|embed_positions)|\.rotary_emb\.inv_freq)$")

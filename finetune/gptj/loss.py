@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune.data.constants import IGNORE
+from finetune.data.columns import IGNORE
 
 LOSS_CHUNK = 512
 """Rows (tokens) whose logits exist at once, unless all of them take less than a sum of the head's gradient would."""

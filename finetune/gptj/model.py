@@ -20,7 +20,7 @@ from transformers.models.gptj.modeling_gptj import GPTJPreTrainedModel as HFPreT
 from finetune.gptj.attention import Packed, pack, packed_attention, pick_attention, rope_tables, rotate
 from finetune.gptj.loss import LMHead
 from finetune.gptj.recompute import made_again, run_block
-from finetune.gptj.virtual import Virtual, prefixed_attention
+from finetune.gptj.virtual_tokens import Virtual, prefixed_attention
 
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 

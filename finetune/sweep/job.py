@@ -22,11 +22,10 @@ from typing import Any
 
 import psutil
 
-from finetune import metrics_log
-from finetune.dist_environment import LAUNCHER_VARIABLES
-from finetune.errors import EXIT_DONE, EXIT_PREEMPTED
+from finetune.errors import EXIT_DONE, EXIT_PREEMPTED, setting
+from finetune.process import LAUNCHER_VARIABLES
+from finetune.reporting import metrics_log
 from finetune.sweep.pool import Place
-from finetune.words import setting
 
 WAITING, RUNNING, DONE, FAILED, PRUNED, STOPPED = "waiting", "running", "done", "failed", "pruned", "stopped"
 OUTPUT, RECORD = "output.log", "job.json"

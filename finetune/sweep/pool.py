@@ -17,9 +17,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from finetune.config import SweepConfig
-from finetune.dist_environment import free_port
 from finetune.errors import UserError
-from finetune.plan.machine import gpu_free_bytes
+from finetune.planning.machine import gpu_free_bytes
+from finetune.process import free_port
 
 Slot = tuple[str, int]
 """Host and GPU on it."""

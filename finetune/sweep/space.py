@@ -16,8 +16,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep
 from hydra.errors import HydraException
 
+from finetune.compose import split_values, text_settings
+from finetune.config import Config
 from finetune.errors import UserError
-from finetune.words import split_values, text_settings
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def read_space(words: list[str], space: dict[str, str]) -> Space:
     words = words + [f"{key}={value}" for key, value in space.items() if key not in typed]
     fixed, parameters = list[str](), list[Parameter]()
     for word in words:
-        parameter = _texts(word) if key_of(word) in text_settings("train") else _parameter(word)
+        parameter = _texts(word) if key_of(word) in text_settings(Config) else _parameter(word)
         if parameter is None:
             fixed.append(word)
         else:
@@ -120,7 +121,7 @@ def _draw(parameter: Parameter, source: random.Random) -> str:
 def _texts(word: str) -> Parameter | None:
     """The values of a text setting, as they were typed: in prose a comma separates nothing."""
     key, _, value = word.lstrip("+~").partition("=")
-    if text_settings("train")[key].prose:
+    if text_settings(Config)[key].prose:
         return None
     chosen = re.fullmatch(r"choice\((.*)\)", value.strip(), re.DOTALL)
     values = split_values(chosen[1] if chosen else value)

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.data.columns import Encoder, Store
-from finetune.data.constants import IGNORE
+from finetune.data.columns import IGNORE, Encoder, Store
 from finetune.data.packing import Rows
 from finetune.dist import World
 
@@ -105,3 +105,31 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def scored(labels) -> int:
     """Labels that are not IGNORE, in a numpy array."""
     return int((labels != IGNORE).sum())
+
+
+# What the ranks of an evaluation found, brought together so that their number does not show.
+#
+# Each rank appends arrays with one entry per example; `together` joins those of all ranks and sorts them by example.
+# Metrics are computed on the result, in one order, so one rank and many give the same bits. Holds a few numbers per
+# example, never logits per token.
+class Gathered:
+    """Columns of one evaluation; every part has the column `example`, -1 for none."""
+
+    def __init__(self) -> None:
+        self._parts: list[dict[str, np.ndarray]] = []
+
+    def add(self, **columns: np.ndarray) -> None:
+        self._parts.append(columns)
+
+    def together(self, world: World) -> dict[str, np.ndarray]:
+        """All ranks' columns, (examples, ...), by example. Collective."""
+        parts = [part for rank in world.gather(_join(self._parts)) for part in rank]
+        columns = _join(parts)[0]
+        order = np.argsort(columns["example"], kind="stable")
+        order = order[columns["example"][order] >= 0]
+        return {name: values[order] for name, values in columns.items()}
+
+
+def _join(parts: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """The parts as one, or none where there are none: a rank may have had no batch at all."""
+    return [{name: np.concatenate([part[name] for part in parts]) for name in parts[0]}] if parts else []

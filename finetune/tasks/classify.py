@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.check_task import refuse_task
+from finetune.check import refuse_task
 from finetune.config import ClassifyConfig
 from finetune.data.collate import lm_batch
 from finetune.data.columns import Store
-from finetune.data.labels import (
+from finetune.data.encode_classify import (
     LAST_TOKEN,
     NO_ZEROS_AND_ONES,
     SEPARATOR,
@@ -39,9 +39,8 @@ from finetune.data.labels import (
 from finetune.data.packing import Rows, one_per_row
 from finetune.dist import World
 from finetune.errors import UserError
-from finetune.tasks.base import Batch, Model, flat_inputs
+from finetune.tasks.base import Batch, Gathered, Model, flat_inputs
 from finetune.tasks.classify_metrics import multi_label_metrics, regression_metrics, single_label_metrics
-from finetune.tasks.gather import Gathered
 from finetune.tasks.instruct import cut_note
 
 

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from finetune.config import ClmConfig
 from finetune.data.collate import lm_batch
-from finetune.data.columns import Encoder, Store
-from finetune.data.constants import IGNORE
+from finetune.data.columns import IGNORE, Encoder, Store
+from finetune.data.encode_clm import TextEncoder
 from finetune.data.packing import Rows, document_chunks, stream_blocks
-from finetune.data.text import TextEncoder
 from finetune.dist import World
 from finetune.tasks.base import Batch, Model, flat_inputs, scored
 

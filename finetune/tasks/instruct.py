@@ -14,14 +14,13 @@ from torch import Tensor
 from finetune.config import InstructConfig
 from finetune.data.collate import lm_batch
 from finetune.data.columns import Encoder, Store
-from finetune.data.conversations import check_format
-from finetune.data.dialogue import InstructEncoder, prompt_ids
+from finetune.data.encode_instruct import InstructEncoder, prompt_ids
+from finetune.data.instruct_rows import check_format
+from finetune.data.instruct_template import Message, Template, load_template
 from finetune.data.packing import Rows, best_fit, one_per_row
-from finetune.data.template import Message, Template, load_template
 from finetune.dist import World
-from finetune.tasks.base import Batch, Model, flat_inputs, scored
+from finetune.tasks.base import Batch, Gathered, Model, flat_inputs, scored
 from finetune.tasks.clm import LmMeter
-from finetune.tasks.gather import Gathered
 
 
 class InstructTask:

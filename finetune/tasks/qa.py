@@ -21,15 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from finetune.check_task import refuse_task
+from finetune.check import refuse_task
 from finetune.config import QaConfig
 from finetune.data.collate import lm_batch
 from finetune.data.columns import Encoder, Store
+from finetune.data.encode_qa import SEPARATOR, QaEncoder
 from finetune.data.packing import Rows, one_per_row
-from finetune.data.windows import SEPARATOR, QaEncoder
 from finetune.dist import World
-from finetune.tasks.base import Batch, Model, flat_inputs
-from finetune.tasks.gather import Gathered
+from finetune.tasks.base import Batch, Gathered, Model, flat_inputs
 from finetune.tasks.squad_metrics import best_threshold, score, score_v1, summarise
 
 NOTHING = -1e30

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from finetune.assets import build
-from finetune.data import fetch
 from finetune.errors import UserError
+from tools import build, fetch
 
 YEARS = range(1900, 1990)
 

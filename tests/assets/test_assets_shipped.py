@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from finetune.assets import build
-from finetune.data import fetch
+from tools import build, fetch
 
 ASSETS = fetch.ASSETS
 SETS = sorted(build.SETS)
@@ -67,7 +66,7 @@ def test_card_names_hashes_licences_and_the_command(folder: str) -> None:
     for path in GENERATED:
         if path.startswith(f"{folder}/"):
             assert f"| {Path(path).name} | {(ASSETS / path).stat().st_size:,} | `{fetch.PINNED[path]}` |" in card
-    assert "python -m finetune.data.fetch assets" in card
+    assert "python -m tools.fetch assets" in card
     assert all(licence in card for licence in LICENCES[folder])
 
 
@@ -167,5 +166,5 @@ def test_the_tiny_model_is_the_one_its_card_describes():
     card, file = (folder / "README.md").read_text(encoding="utf-8"), folder / "model.safetensors"
     assert file.stat().st_size <= 16_000_000
     assert hashlib.sha256(file.read_bytes()).hexdigest() in card
-    for said in ("recipe=pretrain_tiny", "python -m finetune.data.fetch sotu", "4.661", "CC0"):
+    for said in ("recipe=pretrain_tiny", "python -m tools.fetch sotu", "4.661", "CC0"):
         assert said in card

@@ -16,9 +16,9 @@ import zstandard
 from toy_encoder import ToyEncoder
 
 from finetune.data import utf8
-from finetune.data.records import read
-from finetune.data.store import build_store
-from finetune.data.text import TextEncoder
+from finetune.data.cache import build_store
+from finetune.data.encode_clm import TextEncoder
+from finetune.data.sources import read
 from finetune.errors import UserError
 
 GOOD = b'{"text": "good"}\n'

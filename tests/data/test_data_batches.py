@@ -7,8 +7,7 @@ import time
 
 import pytest
 
-from finetune.data.batches import StepBatches, eval_batches
-from finetune.data.order import Order
+from finetune.data.batches import Order, StepBatches, eval_batches
 
 
 def batches(collate=lambda rows: {"rows": rows}, n=10, **changes):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from toy_encoder import EOS, ToyEncoder, write_jsonl
 
-from finetune.data.collate import IGNORE, lm_batch
+from finetune.data.cache import build_store
+from finetune.data.collate import lm_batch
+from finetune.data.columns import IGNORE
 from finetune.data.packing import best_fit, document_chunks, one_per_row, stream_blocks
-from finetune.data.store import build_store
 
 
 def store_of(tmp_path, texts, columns=("ids", "scored", "weight", "subset", "answer")):

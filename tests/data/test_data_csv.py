@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from finetune.data.records import read
+from finetune.data.sources import read
 from finetune.data.utf8 import FileOptions
 from finetune.errors import UserError
 

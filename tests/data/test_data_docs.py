@@ -10,7 +10,7 @@ import numpy as np
 
 from finetune import config
 from finetune.data.packing import best_fit, document_chunks, stream_blocks
-from finetune.data.records import READERS, field_error
+from finetune.data.sources import READERS, field_error
 
 DOC = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 SECTIONS = {

@@ -13,8 +13,8 @@ import pytest
 import zstandard
 
 from finetune.config import DataConfig
-from finetune.data.records import data_notes, read
-from finetune.data.store import build_store
+from finetune.data.cache import build_store
+from finetune.data.sources import data_notes, read
 from finetune.data.utf8 import FileOptions
 from finetune.errors import UserError
 

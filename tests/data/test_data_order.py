@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.data.order import Order, permutation, row_at, step_positions
+from finetune.data.batches import Order, permutation, row_at, step_positions
 
 
 def test_permutation_is_the_same_on_every_machine():

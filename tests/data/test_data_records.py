@@ -11,8 +11,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from finetune.data import decode, json_file, rows
-from finetune.data.records import MISSING, field_error, get_field, read
+from finetune.data import compressed_files, formats, large_json
+from finetune.data.sources import MISSING, field_error, get_field, read
 from finetune.errors import UserError
 
 TEXTS = ["first", "with \u2028 a line separator", 'quotes " and, commas', "two\nlines", "Ünïcödé 😀 中文", "last"]
@@ -77,14 +77,14 @@ def test_parquet(tmp_path):
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize("name", [n for n in FORMATS if "pretty" in n or "data" in n or "zst" in n or "members" in n])
 def test_chunk_borders_do_not_matter(tmp_path, monkeypatch, name, size):
-    monkeypatch.setattr(decode, "READ_BYTES", size)
+    monkeypatch.setattr(compressed_files, "READ_BYTES", size)
     assert [record for _, record in read(plain(tmp_path, name, FORMATS[name]()), "train")] == RECORDS
 
 
 def test_a_number_on_a_chunk_border_is_not_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(decode, "READ_BYTES", 1)
+    monkeypatch.setattr(compressed_files, "READ_BYTES", 1)
     path = plain(tmp_path, "n.json", b'{"size": 12345, "data": [{"a": 678.5e3}, {"a": 9}]}')
-    monkeypatch.setattr(json_file, "_is_jsonl", lambda *_: False)
+    monkeypatch.setattr(large_json, "_is_jsonl", lambda *_: False)
     assert [record for _, record in read(path, "train")] == [{"a": 678.5e3}, {"a": 9}]
 
 
@@ -102,8 +102,8 @@ def test_places(tmp_path):
 
 
 def test_long_text_files_become_documents_that_end_at_newlines(tmp_path, monkeypatch):
-    monkeypatch.setattr(decode, "READ_BYTES", 64)
-    monkeypatch.setattr(rows, "DOCUMENT_BYTES", 500)
+    monkeypatch.setattr(compressed_files, "READ_BYTES", 64)
+    monkeypatch.setattr(formats, "DOCUMENT_BYTES", 500)
     text = "".join(f"line {i} is ünïcödé\n" for i in range(200))
     path = plain(tmp_path, "a.txt.gz", gzip.compress(text.encode()))
     found = list(read(path, "train"))
@@ -114,8 +114,8 @@ def test_long_text_files_become_documents_that_end_at_newlines(tmp_path, monkeyp
 
 
 def test_text_without_newlines_is_cut_between_characters(tmp_path, monkeypatch):
-    monkeypatch.setattr(decode, "READ_BYTES", 7)
-    monkeypatch.setattr(rows, "DOCUMENT_BYTES", 20)
+    monkeypatch.setattr(compressed_files, "READ_BYTES", 7)
+    monkeypatch.setattr(formats, "DOCUMENT_BYTES", 20)
     path = plain(tmp_path, "a.txt", ("ü" * 50).encode())
     found = [record["text"] for _, record in read(path, "train")]
     assert "".join(found) == "ü" * 50 and len(found) > 2
@@ -196,7 +196,7 @@ def test_a_highly_repetitive_archive_does_not_fill_the_memory(tmp_path, suffix):
     line = b'{"text": "' + b"hello " * 1000 + b'"}\n'
     pack = gzip.compress if suffix == "gz" else zstandard.compress
     path = plain(tmp_path, f"a.jsonl.{suffix}", pack(line * 10_000))  # 60 MB of text in less than 200 kB
-    assert max(map(len, decode.chunks(tmp_path / f"a.jsonl.{suffix}"))) < 16 << 20
+    assert max(map(len, compressed_files.chunks(tmp_path / f"a.jsonl.{suffix}"))) < 16 << 20
     assert sum(1 for _ in read(path, "train")) == 10_000
 
 

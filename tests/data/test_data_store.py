@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from toy_encoder import EOS, ToyEncoder, write_jsonl
 
-from finetune.data import pipeline
-from finetune.data.store import build_store, default_cache_dir, open_store
+from finetune.data import cache_builder
+from finetune.data.cache import build_store, default_cache_dir
+from finetune.data.columns import open_store
 from finetune.errors import UserError
 
 RECORDS = [{"text": "aBc/dE"}, {"text": ""}, {"text": "xyz"}, {"text": "d"}]
@@ -63,7 +64,7 @@ def test_lengths_histogram_has_power_of_two_bins(tmp_path, toy):
 
 
 def test_batches_are_cut_by_size_and_keep_the_order(tmp_path, toy, monkeypatch):
-    monkeypatch.setattr(pipeline, "BATCH_BYTES", 50)
+    monkeypatch.setattr(cache_builder, "BATCH_BYTES", 50)
     texts = [chr(97 + i % 26) * (1 + i % 7) for i in range(500)]
     store = build_store(str(write_jsonl(tmp_path / "d.jsonl", [{"text": t} for t in texts])), "train", toy)
     assert toy.batches > 20
@@ -158,7 +159,7 @@ import sys, time, resource
 sys.path[:0] = [{tests!r}, {root!r}]
 from pathlib import Path
 from toy_encoder import ToyEncoder
-from finetune.data.store import build_store
+from finetune.data.cache import build_store
 from finetune.errors import UserError
 
 class Slow(ToyEncoder):

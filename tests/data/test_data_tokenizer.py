@@ -8,10 +8,10 @@ import pytest
 from toy_encoder import write_jsonl
 from transformers import AutoTokenizer
 
-from finetune.assets_path import asset, resolve
-from finetune.data import text as text_module
-from finetune.data.store import build_store
-from finetune.data.text import TextEncoder, TextTokenizer, _pieces
+from finetune.assets.paths import asset, resolve
+from finetune.data import encode_clm as text_module
+from finetune.data.cache import build_store
+from finetune.data.encode_clm import TextEncoder, TextTokenizer, _pieces
 from finetune.data.tokenizer import build_gptj_tokenizer, load_tokenizer, token_limit, tokenizer_fingerprint
 from finetune.errors import UserError
 

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from finetune import adapter
-from finetune.app import compose_train
-from finetune.data.order import permutation
-from finetune.data.store import build_store
+from finetune.compose import compose_train
+from finetune.data.batches import permutation
+from finetune.data.cache import build_store
 from finetune.data.tokenizer import load_tokenizer
+from finetune.gptj import adapters
 from finetune.gptj.load import build_model
 from finetune.gptj.model import ARCHITECTURES
-from finetune.tasks import build_task
+from finetune.tasks.build import build_task
 from tests.peft_reference import run_peft
 
 LAYERS = {"lm": "lm_head", "classify": "score", "qa": "qa_outputs"}
@@ -65,7 +65,7 @@ def _model(cfg, task):
     if type(cfg.adapter).__name__ == "FullConfig":
         return theirs
     torch.manual_seed(cfg.seed)
-    return peft.get_peft_model(theirs, adapter.peft_config(cfg.adapter, task.head), autocast_adapter_dtype=False)
+    return peft.get_peft_model(theirs, adapters.peft_config(cfg.adapter, task.head), autocast_adapter_dtype=False)
 
 
 def _loss(model, task, store, i: int) -> tuple[torch.Tensor, float]:

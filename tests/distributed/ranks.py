@@ -49,7 +49,7 @@ def losses(run_dir: Path | str) -> list[float]:
 
 def main(cases: list[list[str]]) -> None:
     from finetune import dist
-    from finetune.app import compose_train
+    from finetune.compose import compose_train
     from finetune.run import run_in
 
     world = dist.connect(threads=1)

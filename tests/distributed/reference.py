@@ -38,7 +38,7 @@ def train(checkpoint: Path, data: Path, tokenizer, *, steps: int, global_batch: 
           lr: float, weight_decay: float, clip: float, seed: int, dtype: torch.dtype = torch.float32,
           wrap=None) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of each step, and the first step's clipped gradients by name."""
-    from finetune.data.order import permutation
+    from finetune.data.batches import permutation
 
     texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
     documents = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.checkpoint_files import saved_masters, step_folder
-from finetune.saved import checkpoint_of
-from finetune.trainer import better
+from finetune.checkpointing.format import saved_masters, step_folder
+from finetune.export.reopen import checkpoint_of
+from finetune.training.trainer import better
 from tests.distributed.ranks import metrics, run_cases
 
 STEPS = 6

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from finetune.data.tokenizer import load_tokenizer
-from finetune.names import MODULES
+from finetune.planning.shape import MODULES
 from tests.conftest import ROOT
 from tests.distributed import reference
 from tests.distributed.ranks import losses, metrics, run_cases

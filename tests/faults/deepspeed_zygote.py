@@ -46,8 +46,8 @@ def run_rank(job: dict, rank: int, port: int, log: Path) -> None:
         "MASTER_PORT": str(port),
         "CROSS_RANK": "0",
     }
-    from finetune import faults
-    from finetune.launcher import train
+    from finetune.checkpointing import faults
+    from finetune.cli.train import train
 
     faults.arm(job.get("fault", ""))
     if job.get("nan"):
@@ -65,7 +65,7 @@ def run_rank(job: dict, rank: int, port: int, log: Path) -> None:
 
 def poison(order: dict) -> None:
     """Losses that are not a number: of `rank` in `steps` (from 1), before their gradient."""
-    from finetune.trainer import Trainer
+    from finetune.training.trainer import Trainer
 
     original = Trainer._micro_step
 
@@ -83,7 +83,7 @@ def poison(order: dict) -> None:
 
 def fill_at(point: str, rank: int, file: str) -> None:
     """Some other program fills the disk while `rank` passes `point` of a save."""
-    from finetune import faults
+    from finetune.checkpointing import faults
 
     original = faults.point
 
@@ -159,7 +159,7 @@ def free_port() -> int:
 
 
 def steps_done(run_dir: Path) -> int:
-    from finetune import metrics_log
+    from finetune.reporting import metrics_log
 
     return max((r["step"] for r in metrics_log.read(run_dir / "metrics.jsonl") if r["kind"] == "train"), default=0)
 
@@ -253,8 +253,8 @@ def kill_rest(pids: Path, parent: int) -> None:
 
 def snapshot(run_dir: Path) -> dict:
     """What the run left behind."""
-    from finetune import metrics_log
-    from finetune.checkpoint_files import step_folders, step_of, verify
+    from finetune.checkpointing.format import step_folders, step_of, verify
+    from finetune.reporting import metrics_log
 
     folder = run_dir / "checkpoints"
     found = {step_of(path): verify(path) for path in step_folders(folder)}
@@ -279,12 +279,12 @@ def main(jobs_file: Path, results_file: Path) -> None:
     import peft  # noqa: F401
     import transformers.models.gptj.modeling_gptj  # noqa: F401
 
-    import finetune.inputs
     import finetune.run
+    import finetune.training.inputs
     from finetune.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(None)
-    finetune.inputs.load_tokenizer = lambda name: tokenizer  # it takes a second, and no test here is about it
+    finetune.training.inputs.load_tokenizer = lambda name: tokenizer  # it takes a second, and no test here is about it
 
     results = []
     for number, job in enumerate(json.loads(jobs_file.read_text())):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.checkpoint_files import FORMAT, Pieces, find_resume, verify, write_manifest, write_tensors
+from finetune.checkpointing.format import FORMAT, Pieces, find_resume, verify, write_manifest, write_tensors
 from finetune.errors import UserError
 
 FILES = ["manifest.json", "state.json", "optim-00000-of-00002.safetensors", "optim-00001-of-00002.safetensors"]
@@ -30,7 +30,7 @@ def make_checkpoint(folder: Path, step: int) -> None:
         ]
         files[FILES[2 + rank]] = write_tensors(folder / FILES[2 + rank], Pieces.of(pieces))
     (folder / "state.json").write_text(json.dumps({"format": FORMAT, "state": {"step": step}, "identity": {}}))
-    from finetune.checkpoint_files import entry_of
+    from finetune.checkpointing.format import entry_of
 
     files["state.json"] = entry_of(folder / "state.json")
     write_manifest(folder, step, files)
@@ -204,6 +204,6 @@ def test_the_written_file_is_plain_safetensors(tmp_path):
     entry = write_tensors(tmp_path / "x.safetensors", Pieces.of(list(wanted.items())))
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
-    from finetune.checkpoint_files import entry_of
+    from finetune.checkpointing.format import entry_of
 
     assert entry == entry_of(tmp_path / "x.safetensors")

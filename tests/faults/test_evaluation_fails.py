@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune import metrics_log
-from finetune.checkpoint_files import read_state, step_folder
+from finetune.checkpointing.format import read_state, step_folder
+from finetune.reporting import metrics_log
 from tests.faults.jobs import words
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune import metrics_log
-from finetune.checkpoint_files import newest_valid, step_of
+from finetune.checkpointing.format import newest_valid, step_of
+from finetune.reporting import metrics_log
 from tests.faults.jobs import ROOT, words
 
 BIN = Path(sys.executable).parent

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import faults
-from finetune.checkpoint import Checkpoints, _Save
-from finetune.checkpoint_files import Pieces, find_resume, newest_valid, read_state, step_folders, step_of
+from finetune.checkpointing import faults
+from finetune.checkpointing.checkpoints import Checkpoints, _Save
+from finetune.checkpointing.format import Pieces, find_resume, newest_valid, read_state, step_folders, step_of
+from finetune.checkpointing.train_state import TrainState
 from finetune.dist import World
 from finetune.errors import RunFailed, UserError
-from finetune.train_state import TrainState
 
 WORLD = World(0, 1, 0, 1, torch.device("cpu"))
 IDENTITY = {"data": "abc", "seed": 0}

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.app import compose_config, compose_train, report_error
-from finetune.at_hand import absent
 from finetune.check import check
+from finetune.cli.app import compose_config, report_error
+from finetune.compose import compose_train
 from finetune.errors import UserError
+from finetune.training.inputs import absent
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "hf_" + "a1B2c3D4" * 4
@@ -70,7 +71,7 @@ def test_weights_do_not_run(tmp_path, target, small_gptj, sharded):
     then="refused, it does not run",
 )
 def test_adapters_do_not_run(tmp_path, target, small_gptj):
-    from finetune.saved import load_export
+    from finetune.export.reopen import load_export
 
     folder = tmp_path / "export"
     folder.mkdir()
@@ -185,18 +186,18 @@ def test_secret_values_are_refused_before_a_file_is_written(word, key, tmp_path,
     then="refused, with its key and without its value; `***` in messages and trackers",
 )
 def test_a_sweep_refuses_secrets_in_its_words(tmp_path, monkeypatch, capsys):
-    from finetune.sweep import sweep
+    from finetune.cli.train import run_sweep
 
     monkeypatch.chdir(tmp_path)
-    assert sweep(["recipe=quickstart", "optim.lr=1e-3,1e-2", f"train.sample_prompts=['{SECRET}']"]) == 2
+    assert run_sweep(["recipe=quickstart", "optim.lr=1e-3,1e-2", f"train.sample_prompts=['{SECRET}']"]) == 2
     said = capsys.readouterr().err
     assert "train.sample_prompts" in said and SECRET not in said and not list(tmp_path.iterdir())
 
 
 def test_names_that_look_like_secrets_are_kept_as_they_are(tmp_path):
     """A file named by its hash must be found again from config.yaml: `***` would be a pattern for other files."""
-    from finetune.run_files import save_config
-    from finetune.saved import load_config
+    from finetune.export.reopen import load_config
+    from finetune.training.run_dir import save_config
 
     names = {
         "train": tmp_path / f"train-{HEX}.jsonl",
@@ -235,7 +236,7 @@ def test_messages_are_redacted(capsys):
 
 def test_a_failure_is_noted_without_secrets(tmp_path):
     from finetune.dist import World
-    from finetune.run_files import failed_result
+    from finetune.training.run_dir import failed_result
 
     error = UserError(f"cannot read {URL} with {SECRET}")
     failed = json.dumps(failed_result(tmp_path, error, World(0, 1, 0, 1, torch.device("cpu")), 0, None))

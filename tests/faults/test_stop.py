@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune import metrics_log
+from finetune.reporting import metrics_log
 from tests.faults.jobs import words
 
 COMPARED = 30

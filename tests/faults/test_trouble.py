@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.trouble import spike
+from finetune.training.hang_watch import spike
 from tests.faults.jobs import STEPS, words
 
 STAGES = ("stage0", "stage2", "stage3")
@@ -175,11 +175,11 @@ def test_the_first_losses_are_never_spikes():
 
 
 def test_a_second_run_in_the_same_directory_is_refused(tmp_path, monkeypatch):
-    from finetune import run_lock
     from finetune.errors import RunFailed
+    from finetune.training import run_dir
 
-    monkeypatch.setattr(run_lock, "PATIENCE_SECONDS", 0.3)
-    first, second = run_lock.RunLock(tmp_path), run_lock.RunLock(tmp_path)
+    monkeypatch.setattr(run_dir, "PATIENCE_SECONDS", 0.3)
+    first, second = run_dir.RunLock(tmp_path), run_dir.RunLock(tmp_path)
     first.take()
     said: list[str] = []
     with pytest.raises(RunFailed, match=r"another run is at work here: process \d+"):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPTJConfig, GPTJForCausalLM
 
-from finetune.data.constants import IGNORE
+from finetune.data.columns import IGNORE
 from finetune.gptj.attention import pick_attention
 from finetune.gptj.model import CausalLM
 from tests.conftest import ROOT

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPTJForCausalLM
 
-from finetune.at_hand import absent
 from finetune.config import ClmConfig, Config, Dtype, FullConfig, Init, ModelConfig
 from finetune.data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from finetune.errors import UserError
 from finetune.gptj.load import Weights, build_model, weights_identity
+from finetune.training.inputs import absent
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finetune.data.constants import IGNORE
+from finetune.data.columns import IGNORE
 from finetune.gptj.loss import LOSS_CHUNK, LMHead, chunked_cross_entropy, token_losses
 
 ROWS, WIDTH, VOCAB = 2 * LOSS_CHUNK + 37, 16, 300

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from transformers import GPTJConfig, GPTJForCausalLM
 
-from finetune.data.constants import IGNORE
+from finetune.data.columns import IGNORE
 from finetune.gptj.library import to_library_model
 from finetune.gptj.model import HEADS, CausalLM
 from finetune.gptj.recompute import KINDS
-from finetune.sample import Sampling, continue_flat, continue_ids
+from finetune.inference.sample import Sampling, continue_flat, continue_ids
 
 LENGTHS = (7, 1, 12, 12, 30)
 VOCAB = 500

@@ -17,7 +17,7 @@ import openai
 import pytest
 import zstandard
 
-from finetune.assets_path import asset
+from finetune.assets.paths import asset
 from tests.distributed.ranks import free_port, losses
 from tests.test_readme import LAUNCHES
 
@@ -96,8 +96,8 @@ def test_merged_in_bf16_the_model_chooses_the_same_words(quick_run):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from finetune.data.records import read
-    from finetune.peak import emulates_bf16
+    from finetune.data.sources import read
+    from finetune.training.mfu import emulates_bf16
 
     folders = {}
     for dtype in ("fp32", "bf16"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from finetune.cli.train import run_sweep
 from finetune.sweep import pool
-from finetune.sweep.program import sweep
 
 
 def one_process(self) -> list[str]:
@@ -16,4 +16,4 @@ def one_process(self) -> list[str]:
 
 if __name__ == "__main__":
     pool.Place.command = one_process
-    sys.exit(sweep(sys.argv[1:], Path(__file__).with_name("job_script.py")))
+    sys.exit(run_sweep(sys.argv[1:], Path(__file__).with_name("job_script.py")))

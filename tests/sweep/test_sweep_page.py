@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from finetune.report.sweep_page import build_sweep_page, lines, metric_scale, scale_of, scatter, tone_of
 from finetune.sweep.job import DONE, FAILED, Job
+from finetune.sweep.page import build_sweep_page, lines, metric_scale, scale_of, scatter, tone_of
 from finetune.sweep.search import Goal
-from finetune.sweep.table import brief, render, shortest
-from finetune.sweep.view import View
+from finetune.sweep.show import View, brief, render, shortest
 
 
 def job(n: int, status: str, value: float | None, lr: str, rank: str = "<4>") -> dict:

@@ -134,9 +134,8 @@ def test_a_hopeless_job_is_stopped_early(tmp_path):
     """Two good jobs end at once; the third is far worse and would take a minute."""
     from finetune.config import SweepConfig
     from finetune.sweep.job import DONE, PRUNED
-    from finetune.sweep.search import Goal
+    from finetune.sweep.search import Goal, Study
     from finetune.sweep.space import read_space
-    from finetune.sweep.study import Study
 
     def reports(loss: float) -> list[dict]:
         return [{"kind": "eval", "step": step, "loss": loss} for step in (1, 2)]

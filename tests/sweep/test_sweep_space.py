@@ -8,15 +8,15 @@ import math
 
 import pytest
 
+from finetune.cli.train import sweep_words
 from finetune.config import ClassifyConfig, ClmConfig, Config, DataConfig, SweepConfig, TrainConfig
 from finetune.errors import UserError
 from finetune.sweep import pool as pools
 from finetune.sweep.job import DONE, FAILED, Job
 from finetune.sweep.pool import build_pool
-from finetune.sweep.program import _words
 from finetune.sweep.search import Goal, Listed, build_goal, build_search
+from finetune.sweep.show import render, write_summary
 from finetune.sweep.space import Choice, Interval, draw, grid, read_space, settings_words
-from finetune.sweep.table import render, write_summary
 
 CLM = Config(task=ClmConfig(), data=DataConfig(eval="e.jsonl"))
 
@@ -69,10 +69,10 @@ def test_settings_stay_out_of_the_jobs_and_keep_their_commas():
 
 
 def test_launcher_options_among_the_words():
-    assert _words(["-m", "--num_gpus", "2", "--hostfile=h", "a=1", "--local_rank=0"]) == [
+    assert sweep_words(["-m", "--num_gpus", "2", "--hostfile=h", "a=1", "--local_rank=0"]) == [
         "sweep.num_gpus=2", "sweep.hostfile=h", "a=1"]
     with pytest.raises(UserError, match="--gpus"):
-        _words(["-m", "--gpus", "2"])
+        sweep_words(["-m", "--gpus", "2"])
 
 
 def test_jobs_are_found_again_by_their_words(tmp_path):

@@ -8,10 +8,10 @@ from functools import lru_cache
 import pytest
 from task_setup import Made
 
-from finetune.data import dialogue, labels, windows
-from finetune.data.store import build_store
+from finetune.data import encode_classify, encode_instruct, encode_qa
+from finetune.data.cache import build_store
 from finetune.data.tokenizer import load_tokenizer
-from finetune.tasks import build_task
+from finetune.tasks.build import build_task
 
 
 @pytest.fixture(scope="session")
@@ -23,8 +23,8 @@ def tokenizer():
 def tokenizers_once():
     """Copying and hashing 50400 entries takes a second; the tests' encoders share one copy."""
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((dialogue, "TextTokenizer"), (labels, "TextTokenizer"), (windows, "_OffsetTokenizer"),
-                             (windows, "tokenizer_fingerprint")):
+        for module, name in ((encode_instruct, "TextTokenizer"), (encode_classify, "TextTokenizer"), (encode_qa, "_OffsetTokenizer"),
+                             (encode_qa, "tokenizer_fingerprint")):
             patch.setattr(module, name, lru_cache(None)(getattr(module, name)))
         yield
 

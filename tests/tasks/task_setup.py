@@ -12,9 +12,9 @@ from transformers import GPTJConfig
 
 from finetune.data.columns import Store
 from finetune.data.packing import Rows
-from finetune.evaluate import evaluate
 from finetune.gptj.model import ARCHITECTURES, HEADS, copy_config
 from finetune.tasks.base import to_device
+from finetune.training.evaluate import evaluate
 
 CPU = torch.device("cpu")
 EOS = 50256

@@ -7,15 +7,15 @@ import json
 import pytest
 import torch
 
-from finetune.app import compose_train
 from finetune.check import check
+from finetune.cli.generate import read_prompts
+from finetune.cli.schemas import GenerateConfig
+from finetune.compose import compose_train
 from finetune.config import DataConfig
-from finetune.data.records import data_notes
+from finetune.data.sources import data_notes
 from finetune.dist import World
 from finetune.errors import UserError
-from finetune.generate import read_prompts
-from finetune.inputs import prepare_inputs
-from finetune.programs import GenerateConfig
+from finetune.training.inputs import prepare_inputs
 
 
 def test_bad_rows_left_out_files_and_shared_files_are_told(tmp_path):

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from task_setup import CPU, models
 
-from finetune import adapter
 from finetune.config import (
     ClassifyConfig,
     Dtype,
@@ -22,10 +21,11 @@ from finetune.config import (
     QaConfig,
 )
 from finetune.data.tokenizer import load_tokenizer
-from finetune.export import write_adapter
-from finetune.gptj.virtual import insert, remove
-from finetune.sample import Sampling, continue_flat
-from finetune.saved import load_export
+from finetune.export.reopen import load_export
+from finetune.export.write import write_adapter
+from finetune.gptj import adapters
+from finetune.gptj.virtual_tokens import insert, remove
+from finetune.inference.sample import Sampling, continue_flat
 from finetune.tasks.base import to_device
 from tests.peft_reference import run_peft
 
@@ -52,9 +52,9 @@ DATA = {
 def pair(head: str, name: str):
     """Our model and plain peft on Hugging Face's, with equal weights, no adapter weight at its neutral start."""
     ours, theirs = models(head)
-    ours = adapter.attach(ours, ADAPTERS[name], head, "base", seed=0)
+    ours = adapters.attach(ours, ADAPTERS[name], head, "base", seed=0)
     torch.manual_seed(0)
-    theirs = peft.get_peft_model(theirs, adapter.peft_config(ADAPTERS[name], head), autocast_adapter_dtype=False)
+    theirs = peft.get_peft_model(theirs, adapters.peft_config(ADAPTERS[name], head), autocast_adapter_dtype=False)
     torch.manual_seed(1)
     for parameter in ours.parameters():
         if parameter.requires_grad:

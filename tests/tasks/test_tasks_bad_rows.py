@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from finetune.config import ClassifyConfig, ClmConfig, InstructConfig, QaConfig
-from finetune.data.store import build_store
+from finetune.data.cache import build_store
 from finetune.errors import UserError
-from finetune.tasks import build_task
+from finetune.tasks.build import build_task
 
 MESSAGE, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from task_setup import CPU, EOS, NEWLINE, assert_same_gradients, evaluate_on, models
 
 from finetune.config import ClassifyConfig
-from finetune.data.labels import cut_text, shares, sort_names
+from finetune.data.encode_classify import cut_text, shares, sort_names
 from finetune.errors import UserError
-from finetune.preview import preview
-from finetune.tasks import build_task
 from finetune.tasks.base import to_device
+from finetune.tasks.build import build_task
 from finetune.tasks.classify_metrics import multi_label_metrics, regression_metrics, single_label_metrics
+from finetune.tasks.preview import preview
 
 A_TO_F = [64, 275, 269, 288, 304, 277]  # "a b c d e f"
 SUM = [17, 10, 17, 30]  # "2+2?"
@@ -132,7 +132,7 @@ def test_evaluation_data_may_spell_a_collected_name_otherwise(make):
 
 
 def test_an_export_names_its_outputs_as_training_did(make, tokenizer):
-    from finetune.hf_layout import config_values, tokenizer_for
+    from finetune.export.hf_files import config_values, tokenizer_for
 
     made = make(cfg(labels=["True", "False"]), [{"text": "Hi", "label": label} for label in (True, False)])
     about = made.task.describe()

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from task_setup import EOS, NEWLINE, assert_same_gradients, evaluate_on, models
 
-from finetune.assets_path import resolve
+from finetune.assets.paths import resolve
 from finetune.config import InstructConfig
-from finetune.data.dialogue import windows
+from finetune.data.cache import build_store
+from finetune.data.encode_instruct import windows
 from finetune.data.packing import efficiency
-from finetune.data.store import build_store
 from finetune.errors import UserError
-from finetune.preview import preview
-from finetune.tasks import build_task
+from finetune.tasks.build import build_task
+from finetune.tasks.preview import preview
 
 SUM = [17, 10, 17, 30]  # "2+2?"
 FOUR = 19

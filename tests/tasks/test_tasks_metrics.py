@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from finetune.app import compose_train
-from finetune.check import check
-from finetune.check_task import METRICS, best_metric
-from finetune.config import ClassifyConfig, InstructConfig, QaConfig
+from finetune.check import best_metric, check
+from finetune.compose import compose_train
+from finetune.config import METRICS, ClassifyConfig, InstructConfig, QaConfig
 from finetune.errors import UserError
 from finetune.tasks.classify_metrics import multi_label_metrics, regression_metrics, single_label_metrics
 from finetune.tasks.clm import lm_metrics

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from task_setup import EOS, NEWLINE, assert_same_gradients, evaluate_on, models
 
 from finetune.config import QaConfig
-from finetune.data.store import build_store
-from finetune.data.windows import token_span, window_starts
+from finetune.data.cache import build_store
+from finetune.data.encode_qa import token_span, window_starts
 from finetune.errors import UserError
-from finetune.preview import preview
-from finetune.tasks import build_task
+from finetune.tasks.build import build_task
+from finetune.tasks.preview import preview
 from finetune.tasks.qa import NOTHING, best_spans
 from finetune.tasks.squad_metrics import best_threshold, normalise, score, score_v1, summarise
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from finetune.config import InstructConfig
-from finetune.data.dialogue import chat_template_differs, prompt_ids
-from finetune.data.template import FOLDER, Template, load_template
+from finetune.data.encode_instruct import chat_template_differs, prompt_ids
+from finetune.data.instruct_template import FOLDER, Template, load_template
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import UserError
-from finetune.hf_layout import tokenizer_for
-from finetune.tasks import build_task
+from finetune.export.hf_files import tokenizer_for
+from finetune.tasks.build import build_task
 
 EOS = "<|endoftext|>"
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."

@@ -1,0 +1,413 @@
+"""The doctor's checks: what is installed (Python, torch against driver and compiler, DeepSpeed's ops, versions), and the machine.
+
+Imports torch (it has to ask it), never deepspeed: importing that is what may hang or fail.
+"""
+
+from __future__ import annotations
+
+import ast
+import ctypes.util
+import importlib.metadata
+import importlib.util
+import os
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from finetune.errors import gib
+from finetune.sharding.ops import built_ops, extension_folders, find_stale_locks
+
+DISTRIBUTION = "finetune-gptj"
+OPS = {"deepspeed_shm_comm": "needed on CPU", "async_io": "only for nvme offload"}
+GET_COMPILER = "apt-get install g++; pip install ninja"
+
+
+def python_version() -> Check:
+    from packaging.specifiers import SpecifierSet
+
+    found = ".".join(map(str, sys.version_info[:3]))
+    wanted = (_metadata() or {}).get("Requires-Python", "")
+    if not SpecifierSet(wanted).contains(found):
+        return red("python", f"{found}, {wanted} is needed", "Make a virtual environment with Python 3.11.")
+    return green("python", f"{found} at {sys.executable}")
+
+
+def torch_and_cuda() -> Check:
+    torch = _torch()
+    if torch is None:
+        return red("torch", "cannot be imported", "pip install -e .")
+    driver = _driver_version()
+    build = f"torch {torch.__version__}, built for " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU")
+    if torch.cuda.is_available():
+        return _gpus(torch, build, driver)
+    if driver and not torch.version.cuda:
+        return yellow("torch", f"{build}, but there is an NVIDIA driver {driver}: training would run on the CPU",
+                      "pip install torch --index-url https://download.pytorch.org/whl/cu130")
+    if driver:
+        return red("torch", f"{build} and driver {driver} do not work together",
+                   f"Update the driver, or install a torch built for an older CUDA than {torch.version.cuda}.")
+    from finetune.training.mfu import SLOW_BF16, emulates_bf16
+
+    if emulates_bf16(torch.device("cpu")):
+        return yellow("torch", f"{build}; no GPU here, and {SLOW_BF16}", "Train with model.dtype=fp32.")
+    return green("torch", f"{build}; no GPU here, training runs on the CPU")
+
+
+def cuda_compiler() -> Check:
+    """DeepSpeed refuses to compile its CUDA ops with another major version than torch's."""
+    torch = _torch()
+    if torch is None or not torch.version.cuda or not torch.cuda.is_available():
+        return green("cuda compiler", "not needed without a GPU")
+    found = re.search(r"release (\d+\.\d+)", _output(["nvcc", "--version"]))
+    if found is None:
+        return yellow("cuda compiler", "nvcc is missing: ops that DeepSpeed compiles for CUDA cannot be built",
+                      f"Install the CUDA toolkit {torch.version.cuda} if a run asks for one.")
+    same = found[1].split(".")[0] == torch.version.cuda.split(".")[0]
+    text = f"nvcc {found[1]}, torch CUDA {torch.version.cuda}"
+    if same:
+        return green("cuda compiler", text)
+    return yellow("cuda compiler", f"{text}: DeepSpeed will not compile its ops",
+                  f"Install the CUDA toolkit {torch.version.cuda}.")
+
+
+def compilers() -> Check:
+    compiler, ninja = _compiler(), _ninja()
+    missing = [name for name, path in (("a C++ compiler", compiler), ("ninja", ninja)) if not path]
+    if missing:
+        level = yellow if "deepspeed_shm_comm" in built_ops() else red
+        return level("compiler", f"{' and '.join(missing)} missing: DeepSpeed compiles ops at first use", GET_COMPILER)
+    return green("compiler", f"{_output([compiler, '--version']).partition(chr(10))[0]}; ninja at {ninja}")
+
+
+def deepspeed_ops() -> list[Check]:
+    spec = importlib.util.find_spec("deepspeed")
+    if spec is None or spec.origin is None:
+        return [red("deepspeed", "is not installed", "pip install -e .")]
+    prebuilt = _prebuilt(Path(spec.origin).parent)
+    version = importlib.metadata.version("deepspeed")
+    return [green("deepspeed", version), *(_op(name, why, prebuilt) for name, why in OPS.items())]
+
+
+def build_locks() -> Check:
+    folders = ", ".join(map(str, extension_folders())) or "no folder yet"
+    stale = find_stale_locks()
+    if not stale:
+        return green("build locks", f"none is stale ({folders})")
+    names = " ".join(map(str, stale))
+    needed = [lock for lock in stale if lock.parent.name in OPS]
+    if needed:
+        return red("build locks", f"a killed compile left {names}: a run that needs this op would wait for ever", f"rm {names}")
+    return yellow("build locks", f"a killed compile left {names}; runs of this project do not use these ops", f"rm {names}")
+
+
+def backends() -> Check:
+    torch = _torch()
+    if torch is None or not torch.distributed.is_available():
+        return red("communication", "torch.distributed is missing", "pip install -e .")
+    gloo, nccl = torch.distributed.is_gloo_available(), torch.distributed.is_nccl_available()
+    text = f"gloo {'yes' if gloo else 'no'}, NCCL {'yes' if nccl else 'no'}"
+    if not gloo or (torch.cuda.is_available() and not nccl):
+        return red("communication", text, "Install an official torch build: pip install -e .")
+    return green("communication", f"{text}{_nccl_version(torch) if nccl else ''}")
+
+
+def tested_versions() -> Check:
+    """Installed packages against the ranges this project was tested with."""
+    from packaging.requirements import Requirement
+
+    metadata = _metadata()
+    if metadata is None:
+        return yellow("versions", f"{DISTRIBUTION} is not installed: its ranges are unknown", "pip install -e .")
+    requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist") or []]
+    wanted = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    found = [(r, package_version(r.name)) for r in wanted]
+    missing = [r.name for r, version in found if version is None]
+    outside = [f"{r.name} {version} (tested {r.specifier})" for r, version in found
+               if version is not None and not r.specifier.contains(version, prereleases=True)]
+    if missing:
+        return red("versions", f"missing: {', '.join(missing)}", "pip install -e .")
+    if outside:
+        return yellow("versions", f"outside the tested ranges: {', '.join(outside)}", "pip install -e . --upgrade")
+    return green("versions", f"all {len(wanted)} packages are within the tested ranges")
+
+
+def _metadata() -> Any:
+    """What pyproject.toml declared when this project was installed; None when it was not."""
+    try:
+        return importlib.metadata.metadata(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus(torch: Any, build: str, driver: str | None) -> Check:
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    cards = Counter(f"{p.name} {p.total_memory / 2**30:.0f} GiB" for p in properties)
+    listed = ", ".join(f"{n} x {card}" for card, n in cards.items())
+    text = f"{build}, driver {driver or 'unknown'}: {listed}"
+    oldest = min((p.major, p.minor) for p in properties)
+    built_for = [tuple(map(int, re.findall(r"(\d+)(\d)", arch)[0])) for arch in torch.cuda.get_arch_list()
+                 if re.search(r"\d\d", arch)]
+    if built_for and oldest < min(built_for):
+        return red("torch", f"{text}; this torch has no kernels for compute capability {oldest[0]}.{oldest[1]}",
+                   "Install a torch build that still supports this GPU.")
+    if oldest < (8, 0):
+        return yellow("torch", f"{text}; no bf16 before compute capability 8.0", "Train with model.dtype=fp16.")
+    return green("torch", text)
+
+
+def _op(name: str, why: str, prebuilt: dict[str, bool]) -> Check:
+    title = f"op {name.removeprefix('deepspeed_')}"
+    if prebuilt.get(name):
+        return green(title, "installed with DeepSpeed")
+    if name in built_ops():
+        return green(title, "compiled and cached")
+    if name == "async_io" and not ctypes.util.find_library("aio"):
+        return green(title, f"libaio is missing ({why}: apt-get install libaio-dev)")
+    if _compiler() and _ninja():
+        return green(title, f"compiled at first use, once, in about a minute ({why})")
+    return yellow(title, f"not built and cannot be compiled ({why})", GET_COMPILER)
+
+
+def _prebuilt(package: Path) -> dict[str, bool]:
+    """`installed_ops` of DeepSpeed's build record, read without importing DeepSpeed."""
+    try:
+        tree = ast.parse((package / "git_version_info_installed.py").read_text())
+    except (OSError, SyntaxError):
+        return {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "installed_ops":
+            return dict(ast.literal_eval(node.value))
+    return {}
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except Exception:
+        return None
+    return torch
+
+
+def _driver_version() -> str | None:
+    path = Path("/proc/driver/nvidia/version")
+    found = re.search(r"Kernel Module\D*(\d+\.[\d.]+)", path.read_text()) if path.exists() else None
+    if found:
+        return found[1]
+    version = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).partition("\n")[0].strip()
+    return version if re.fullmatch(r"[\d.]+", version) else None
+
+
+def _nccl_version(torch: Any) -> str:
+    try:
+        return " " + ".".join(map(str, torch.cuda.nccl.version()))
+    except Exception:
+        return ""
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++")
+
+
+def _ninja() -> str | None:
+    """torch looks for `ninja` on PATH; the wheel puts it beside this Python."""
+    return shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+
+
+def _output(command: list[str | None]) -> str:
+    """Standard output, "" when the program is missing, fails or hangs."""
+    try:
+        return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+# One finding of the doctor.
+GREEN, YELLOW, RED = "green", "yellow", "red"
+
+
+class Check(NamedTuple):
+    name: str
+    level: str
+    """green: ready; yellow: works, or only some things do not; red: training fails or hangs."""
+    finding: str
+    remedy: str = ""
+    """What to type, or "" when nothing needs doing."""
+
+
+def green(name: str, finding: str) -> Check:
+    return Check(name, GREEN, finding)
+
+
+def yellow(name: str, finding: str, remedy: str = "") -> Check:
+    return Check(name, YELLOW, finding, remedy)
+
+
+def red(name: str, finding: str, remedy: str) -> Check:
+    return Check(name, RED, finding, remedy)
+
+
+# Checks of the machine: processors, memory and its limits, disk, ulimits, the port, the Hugging Face cache.
+GIB = 2**30
+PORT = 29500
+OFFLINE_FLAGS = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+
+
+def cores() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processors() -> Check:
+    quota = _cpu_quota()
+    if quota is not None and quota < cores():
+        return yellow("processors", f"{cores()} cores, but this container may use only {quota:.1f}",
+                      f"Set train.threads={max(1, int(quota))} so that threads do not wait for each other.")
+    return green("processors", f"{cores()} cores")
+
+
+def memory() -> Check:
+    import psutil
+
+    found = psutil.virtual_memory()
+    limit = memory_limit()
+    text = f"{gib(found.available)} free of {gib(found.total)}"
+    free = found.available
+    if limit is not None and limit < found.total:
+        text, free = f"{text}, this container is limited to {gib(limit)}", min(free, limit)
+    if free < GIB:
+        return red("memory", text, "Close other programs, or raise the container's memory limit.")
+    if free < 4 * GIB:
+        return yellow("memory", f"{text}: enough for the tiny model only", "launch/plan.py says what a recipe needs.")
+    return green("memory", text)
+
+
+def disk() -> list[Check]:
+    return [_free("disk", Path.cwd(), 2 * GIB, 20 * GIB, "Checkpoints go to run_dir: point it at a larger disk."),
+            _free("disk of caches", _cache_root(), GIB, 10 * GIB, "Point HF_HOME and XDG_CACHE_HOME at a larger disk."),
+            _free("shared memory", Path("/dev/shm"), 64 * 2**20, GIB, "Start the container with --shm-size=8g.")]
+
+
+def open_files() -> Check:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 4096:
+        limit = 65536 if hard == resource.RLIM_INFINITY else min(65536, hard)
+        return yellow("open files", f"at most {soft}: many ranks and data shards need more", f"ulimit -n {limit}")
+    return green("open files", f"at most {_limit(soft)}")
+
+
+def locked_memory() -> Check:
+    """Offload and NCCL over InfiniBand pin host memory."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft not in (-1, resource.RLIM_INFINITY) and soft < 64 * GIB and Path("/dev/infiniband").exists():
+        return yellow("locked memory", f"at most {gib(soft)}: InfiniBand needs more", "ulimit -l unlimited")
+    return green("locked memory", "unlimited" if soft in (-1, resource.RLIM_INFINITY) else f"at most {gib(soft)}")
+
+
+def master_port() -> Check:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", PORT))
+        except OSError:
+            return yellow("master port", f"{PORT} is in use, perhaps by another run",
+                          f"deepspeed --master_port {PORT + 1} launch/train.py ...")
+    return green("master port", f"{PORT} is free")
+
+
+def hub_cache() -> Check:
+    folder = _hub_folder()
+    offline = [name for name in OFFLINE_FLAGS if os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON")]
+    models = len(list(folder.glob("models--*"))) if folder.is_dir() else 0
+    text = f"{models} models in {folder}"
+    existing = _existing(folder)
+    if not os.access(existing, os.W_OK):
+        return yellow("hub cache", f"{existing} is not writable", "Set HF_HOME to a folder of yours.")
+    if offline:
+        return yellow("hub cache", f"{text}; offline by {', '.join(offline)}: hub ids work only if cached",
+                      f"unset {' '.join(offline)}, or give local paths")
+    return green("hub cache", text)
+
+
+def memory_limit() -> int | None:
+    """The tightest limit on memory of this process's cgroups, v2 or v1, in bytes; None without one."""
+    found = []
+    for path in _cgroup_files("memory", "memory.max", "memory.limit_in_bytes"):
+        text = _read(path)
+        if text.isdigit() and int(text) < 2**60:
+            found.append(int(text))
+    return min(found, default=None)
+
+
+def _cpu_quota() -> float | None:
+    """Cores' worth of time that this process's cgroups allow; None without a limit."""
+    found = []
+    for path in _cgroup_files("cpu", "cpu.max", "cpu.cfs_quota_us"):
+        words = _read(path).split()
+        period = words[1] if len(words) > 1 else _read(path.with_name("cpu.cfs_period_us"))
+        if words and words[0].isdigit() and period.isdigit() and int(period):
+            found.append(int(words[0]) / int(period))
+    return min(found, default=None)
+
+
+def _cgroup_files(controller: str, v2: str, v1: str) -> list[Path]:
+    """The limit files of every level above this process that exists here."""
+    root, found = Path("/sys/fs/cgroup"), []
+    for line in _read(Path("/proc/self/cgroup")).splitlines():
+        number, names, place = line.split(":", 2)
+        if number == "0":
+            base, name = root, v2
+        elif controller in names.split(","):
+            base, name = root / controller, v1
+        else:
+            continue
+        inside = base / place.lstrip("/")
+        found += [level / name for level in (inside, *inside.parents) if level == base or base in level.parents]
+        # In a container the place is the host's, and the own limits are at the root.
+        found.append(base / name)
+    return [path for path in dict.fromkeys(found) if path.is_file()]
+
+
+def _free(name: str, folder: Path, least: int, wanted: int, remedy: str) -> Check:
+    existing = _existing(folder)
+    free = shutil.disk_usage(existing).free
+    text = f"{gib(free)} free at {existing}"
+    if free < least:
+        return red(name, text, remedy)
+    return yellow(name, text, remedy) if free < wanted else green(name, text)
+
+
+def _existing(folder: Path) -> Path:
+    return next((path for path in (folder, *folder.parents) if path.exists()), Path("/"))
+
+
+def _cache_root() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def _hub_folder() -> Path:
+    home = os.environ.get("HF_HOME") or _cache_root() / "huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+
+
+def _limit(value: int) -> str:
+    return "unlimited" if value == resource.RLIM_INFINITY else str(value)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

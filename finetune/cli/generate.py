@@ -1,0 +1,299 @@
+"""`launch/generate.py`: what an export, or any GPT-J checkpoint, says.
+
+Language models continue prompts (with `chat=true` inside the template they were trained with), classification exports
+label them, question answering exports find the answer in a context. Prompts come from the argument, a file or standard
+input. Batches are left-padded and give the same text as one by one. A single prompt streams to the terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from finetune.cli.schemas import GenerateConfig
+from finetune.compose import Composed
+from finetune.data.encode_classify import labelled_texts
+from finetune.data.encode_instruct import refuse_eos
+from finetune.data.fields import full_text
+from finetune.data.instruct_rows import question
+from finetune.data.qa_rows import Question, questions, without_answers
+from finetune.data.sources import MISSING, get_field, read
+from finetune.data.utf8 import invalid_utf8, lines
+from finetune.errors import EXIT_DONE, UserError
+from finetune.files import refuse_pointer
+from finetune.inference.answer import answer_question, classify_text
+from finetune.inference.sample import Sampling, Streamer, finished_text
+from finetune.inference.speaker import Speaker, load_speaker
+from finetune.reporting.terminal import silence_libraries
+
+Row = dict[str, Any]
+TABLES = (".json", ".ndjson", ".csv", ".tsv", ".parquet")
+"""Files of rows with named fields; of any other each line is a prompt."""
+
+
+@dataclass
+class Asked:
+    """A row of prompts."""
+
+    where: str
+    """Its place, for errors."""
+    record: dict[str, Any]
+    """Its fields; of a prompt without fields, `prompt` alone."""
+
+
+def run(composed: Composed) -> int:
+    """Answer every prompt."""
+    cfg: GenerateConfig = composed.config
+    silence_libraries(cfg.verbose, 0)
+    _check(cfg)
+    asked = list(read_prompts(cfg))
+    assert cfg.export_dir
+    speaker = load_speaker(cfg.export_dir, cfg.dtype, cfg.engine, cfg.base,
+                           lambda unloaded, head: _check_ids(unloaded, head, asked, cfg))
+    _check_questions(cfg, speaker, asked)
+    if speaker.trained.head == "lm" and len(asked) == 1 and cfg.beams == 1 and not cfg.out and not cfg.prompts:
+        _stream(cfg, speaker, asked[0])
+        return EXIT_DONE
+    out = _open(cfg.out)
+    try:
+        for i, row in enumerate(_answers(cfg, speaker, asked)):
+            _write(out, row, i, cfg)
+    finally:
+        if out:
+            out.close()
+    return EXIT_DONE
+
+
+def _check(cfg: GenerateConfig) -> None:
+    if not cfg.export_dir:
+        raise UserError("no model is given", "model", "Pass model=RUN_DIR/export, or model=asset:gptj_tiny.")
+    if cfg.max_new_tokens < 1:
+        raise UserError(f"max_new_tokens = {cfg.max_new_tokens} generates nothing", remedy="Try max_new_tokens=100.")
+    if not 0 <= cfg.temperature < math.inf or not 0 < cfg.top_p <= 1 or cfg.top_k < 0:
+        raise UserError("temperature and top_k must be at least 0 and top_p in (0, 1]",
+                        remedy="Try temperature=0.9 top_p=0.95.")
+    if cfg.batch < 1 or cfg.beams < 1:
+        raise UserError("batch and beams must be at least 1", remedy="Try batch=8 beams=1.")
+    for stop in stops(cfg):
+        if escape := re.search(r"\\[nt]", stop):
+            print(f"note: stop = {stop} holds a backslash and the letter {escape[0][1]}, as typed; a newline is written "
+                  """stop='["\\n"]'""", file=sys.stderr)
+    if (cfg.question is None) != (cfg.context is None):
+        raise UserError("question and context go together", remedy="Pass question='...' context='...'.")
+
+
+def read_prompts(cfg: GenerateConfig) -> Iterator[Asked]:
+    """Read what is asked from `prompt=`, `question=` and `context=`, the file `prompts=`, or standard input.
+
+    Raises:
+        UserError: nothing, or a row that cannot be read.
+    """
+    if cfg.prompt is not None:
+        yield Asked("prompt", {"prompt": cfg.prompt})
+    elif cfg.question is not None:
+        yield Asked("question", {"question": cfg.question, "context": cfg.context})
+    elif cfg.prompts is None:
+        text = sys.stdin.read().rstrip("\n")
+        if not text:
+            raise UserError("there is no prompt", "prompt", "Pass prompt='...' or prompts=FILE, or pipe text in.")
+        yield Asked("standard input", {"prompt": text})
+    elif not Path(cfg.prompts).expanduser().is_file():
+        raise UserError("there is no such file", str(cfg.prompts), "Check prompts=FILE.")
+    elif any(ending in Path(cfg.prompts).name for ending in TABLES):
+        for row in read(str(Path(cfg.prompts).expanduser()), "train"):
+            if isinstance(row, UserError):
+                raise row
+            yield Asked(*row)
+    else:
+        yield from _lines(Path(cfg.prompts).expanduser())
+
+
+def _lines(file: Path) -> Iterator[Asked]:
+    refuse_pointer(file)
+    found = [line for line in lines(file) if line.data.strip()]
+    if not found:
+        raise UserError("the file holds no prompt", str(file), "Write a prompt on each line.")
+    for line in found:
+        where = f"{file}:{line.number}"
+        try:
+            yield Asked(where, {"prompt": line.data.decode("utf-8").rstrip("\r")})
+        except UnicodeDecodeError as error:
+            raise invalid_utf8(file, where, error) from None
+
+
+def _check_ids(speaker: Speaker, head: str, asked: list[Asked], cfg: GenerateConfig) -> None:
+    """The model has a row for every token that is asked; `speaker` need not be loaded.
+
+    Raises:
+        UserError: names the first row with a token that it does not have.
+    """
+    if speaker.limit is None:
+        return
+    for row in asked:
+        if head == "lm":
+            try:
+                _ids(row, speaker, cfg)
+            except UserError as error:
+                raise UserError(error.problem, row.where, error.remedy) from None
+            continue
+        texts = _texts(row, speaker) if head == "classify" else [
+            text for item in _questions(row) for text in (item.question, item.context)]
+        for text in texts:
+            speaker.limit.check(speaker.tokenizer(text, add_special_tokens=False)["input_ids"], row.where)
+
+
+def _check_questions(cfg: GenerateConfig, speaker: Speaker, asked: list[Asked]) -> None:
+    """Every row has what this head needs, and fits.
+
+    Raises:
+        UserError: names the first row that does not.
+    """
+    head = speaker.trained.head
+    if cfg.chat and not speaker.chats:
+        raise UserError("this export was not trained on instructions: it has no template", "chat", "Leave chat out.")
+    windows = speaker.task.encoder() if head == "qa" else None
+    for row in asked:
+        if head == "classify":
+            _texts(row, speaker)
+        elif windows is not None:
+            _questions(row)
+            fault = windows.encode([(row.where, without_answers(row.record))])[0]
+            if isinstance(fault, UserError):
+                raise UserError(fault.problem, fault.where, "Shorten the question.")
+        else:
+            room = speaker.positions - len(_ids(row, speaker, cfg))
+            if room < cfg.max_new_tokens:
+                raise UserError(f"the prompt leaves room for {max(0, room)} of max_new_tokens = {cfg.max_new_tokens} "
+                                f"(the model has {speaker.positions} positions)", row.where,
+                                "Shorten it, or lower max_new_tokens.")
+
+
+def _texts(row: Asked, speaker: Speaker) -> list[str]:
+    """The text that a classifier judges, or its two texts, from the fields that it was trained on.
+
+    A single text may be the row's `prompt` as well, where it has no such field.
+
+    Raises:
+        UserError: a text is absent, blank, or no text.
+    """
+    cfg = speaker.task.cfg
+    if not cfg.text_pair_field and get_field(row.record, cfg.text_field) is MISSING and "prompt" in row.record:
+        return [full_text(row.record["prompt"], "the prompt", row.where)]
+    try:
+        return labelled_texts(row.record, cfg, row.where)
+    except UserError as error:
+        fields = f"fields '{cfg.text_field}' and '{cfg.text_pair_field}'" if cfg.text_pair_field else f"field '{cfg.text_field}'"
+        raise UserError(error.problem, error.where, f"The model was trained on the {fields}: give it a file of rows with text "
+                        "there, prompts=FILE.jsonl.") from None
+
+
+def _questions(row: Asked) -> list[Question]:
+    """What the row asks, in either layout of training data, with or without answers.
+
+    Raises:
+        UserError: question or context is absent, blank, or no text.
+    """
+    found: list[Question] = []
+    for item in questions(without_answers(row.record), row.where):
+        if isinstance(item, UserError):
+            raise UserError(f"this export answers questions: {item.problem}", item.where,
+                            "Pass question='...' context='...', or rows with these fields, prompts=FILE.jsonl.")
+        found.append(item)
+    return found
+
+
+def _ids(row: Asked, speaker: Speaker, cfg: GenerateConfig) -> list[int]:
+    """The row's text as ids, or its conversation, which is always written in the export's template.
+
+    Raises:
+        UserError: neither is there.
+    """
+    prompt = _prompt(row, speaker)
+    return speaker.ids(prompt, cfg.chat or isinstance(prompt, list))
+
+
+def _prompt(row: Asked, speaker: Speaker) -> Any:
+    """The row's prompt, or its conversation."""
+    where = row.where
+    if speaker.chats:
+        try:
+            prompt = question(row.record, where, speaker.task.cfg)
+            refuse_eos(prompt if isinstance(prompt, list) else [], speaker.tokenizer.eos_token, where)
+        except UserError as error:
+            field = speaker.task.cfg.prompt_field
+            raise UserError(error.problem, where, f'Write rows as in training, without the answer: {{"{field}": "..."}} or '
+                            '{"messages": [{"role": "user", "content": "..."}]}') from None
+        return prompt
+    if "messages" in row.record:
+        raise UserError("this export was not trained on conversations: it has no template", where,
+                        'Write {"prompt": "..."} instead of messages.')
+    for name in ("prompt", getattr(speaker.task.cfg, "text_field", "text"), "text"):
+        if isinstance(get_field(row.record, name), str):
+            return get_field(row.record, name)
+    raise UserError("the row has no text field 'prompt'", where, 'Write {"prompt": "..."} on each line.')
+
+
+def _sampling(cfg: GenerateConfig) -> Sampling:
+    return Sampling(cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, cfg.beams, stops(cfg), cfg.seed)
+
+
+def stops(cfg: GenerateConfig) -> list[str]:
+    """The texts that end a continuation; an empty one would end it at once."""
+    return [stop for stop in cfg.stop or [] if stop]
+
+
+def _stream(cfg: GenerateConfig, speaker: Speaker, row: Asked) -> None:
+    def emit(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    ids = _ids(row, speaker, cfg)
+    speaker.continue_ids([ids], _sampling(cfg), Streamer(speaker.tokenizer, stops(cfg), emit))
+    emit("\n")
+
+
+def _answers(cfg: GenerateConfig, speaker: Speaker, asked: list[Asked]) -> Iterator[Row]:
+    head, module, device = speaker.trained.head, speaker.trained.module, speaker.device
+    if head == "classify":
+        for row in asked:
+            texts = _texts(row, speaker)
+            yield {"prompt": texts[0], **classify_text(module, speaker.task, texts, device)}
+    elif head == "qa":
+        for row in asked:
+            for item in _questions(row):
+                name = {"id": item.id} if "id" in row.record or "paragraphs" in row.record else {}
+                answer = answer_question(module, speaker.task, item.question, item.context, device)
+                yield {**name, "question": item.question, **answer}
+    else:
+        for start in range(0, len(asked), cfg.batch):
+            rows = asked[start : start + cfg.batch]
+            ids = speaker.continue_ids([_ids(row, speaker, cfg) for row in rows], _sampling(cfg))
+            for row, found in zip(rows, ids, strict=True):
+                yield {"prompt": _prompt(row, speaker), "text": finished_text(speaker.tokenizer, found, stops(cfg))}
+
+
+def _open(out: str | None) -> TextIO | None:
+    if not out:
+        return None
+    try:
+        Path(out).expanduser().parent.mkdir(parents=True, exist_ok=True)
+        return Path(out).expanduser().open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", out, "Check out=FILE.") from None
+
+
+def _write(out: TextIO | None, row: Row, index: int, cfg: GenerateConfig) -> None:
+    if out is not None:
+        out.write(json.dumps(row, ensure_ascii=False) + "\n")
+    elif cfg.prompts is None and "text" in row:
+        print(row["text"])
+    elif cfg.prompts is None:
+        print(json.dumps({k: v for k, v in row.items() if k not in ("prompt", "question")}, ensure_ascii=False))
+    else:
+        print(json.dumps({"index": index, **row}, ensure_ascii=False), flush=True)

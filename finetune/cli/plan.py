@@ -1,0 +1,39 @@
+"""`launch/plan.py`: compose, measure or imagine the machine, plan, print. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from finetune.check import planning_problems
+from finetune.compose import Composed, settle
+from finetune.errors import EXIT_DONE, EXIT_FAILED, UserError
+from finetune.planning.choose import plan
+from finetune.planning.machine import measure_machine
+from finetune.planning.shape import load_shape
+from finetune.planning.show import render_table
+
+HEADS = {"ClassifyConfig": "classify", "QaConfig": "qa"}
+
+
+def run(composed: Composed) -> int:
+    """Print the plan; exit code 0 when it fits, 1 when nothing does."""
+    cfg = settle(composed)
+    if cfg.plan.format not in ("table", "json"):
+        raise UserError(f"plan.format = {cfg.plan.format} is neither table nor json", remedy="Try plan.format=json.")
+    machine = measure_machine(cfg.machine, nvme_path=cfg.zero.nvme_path)
+    ranks = max(1, machine.gpus)
+    labels = len(getattr(cfg.task, "labels", None) or []) or 2
+    shape = load_shape(cfg.model.path, HEADS.get(type(cfg.task).__name__, "lm"), labels)
+    planning_problems(cfg, ranks, machine.gpus > 0, shape.n_positions)
+    found = plan(cfg, machine, shape, ranks)
+    if cfg.plan.picture:
+        from finetune.planning.show import draw
+
+        file = Path(cfg.plan.picture).expanduser()
+        try:
+            draw(found, file)
+        except (OSError, ValueError) as error:
+            raise UserError(f"the picture cannot be written: {error}", "plan.picture", "Try plan.picture=plan.png.") from None
+    print(json.dumps(found.to_json(), indent=1) if cfg.plan.format == "json" else render_table(found))
+    return EXIT_DONE if found.fits else EXIT_FAILED

@@ -1,0 +1,409 @@
+"""Words to a typed config, with Hydra: defaults, config groups, a recipe, then the command line."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, fields
+from functools import cache
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf, flag_override
+from omegaconf.errors import OmegaConfBaseException
+
+from finetune import config as schema
+from finetune.config import KINDS, Literals, all_keys, field_classes
+from finetune.errors import UserError, command, hydra_quoted, setting
+
+ROOT = Path(__file__).resolve().parents[1]
+CONF, RECIPES = ROOT / "conf", ROOT / "recipes"
+
+DATA_SUFFIXES = (".jsonl", ".json", ".zst", ".gz", ".csv", ".tsv", ".parquet", ".txt")
+SHIPPED_DATA = {
+    schema.ClmConfig: ("asset:data/pile_sample/train.jsonl.zst", "asset:data/pile_sample/eval.jsonl.zst"),
+    schema.InstructConfig: ("asset:data/instruct/train.jsonl", "asset:data/instruct/eval.jsonl"),
+    schema.ClassifyConfig: ("asset:data/classify/train.jsonl", "asset:data/classify/eval.jsonl"),
+    schema.QaConfig: ("asset:data/qa/train.json", "asset:data/qa/eval.json"),
+}
+"""task -> training and evaluation data that ship with the project, for debug runs."""
+
+
+@dataclass
+class Composed:
+    config: Any
+    """The typed config."""
+    choices: dict[str, Any]
+    """Group -> chosen option."""
+    overrides: list[str]
+    """The command line's k=v words."""
+
+
+class CompositionError(UserError):
+    """Words that Hydra or the schema refuses; the cause is Hydra's own error.
+
+    Args:
+        problem: what Hydra says.
+        overrides: all the words.
+        program: the program that they were typed for.
+        key: a key that was added as `+key=value`, though the schema has none of this name.
+    """
+
+    def __init__(self, problem: str, overrides: list[str], program: str, key: str = ""):
+        super().__init__(problem, key, "See --help for the keys and groups.")
+        self.overrides, self.program, self.key = overrides, program, key
+
+
+def register(words: Iterable[str] = (), program: str = "train", node: type = schema.Config) -> None:
+    """Put the schema and the recipes into Hydra's store; idempotent.
+
+    Args:
+        program, node: a program and the schema of its own settings.
+        words: the command line. Where it picks another kind of adapter or task than a recipe, the recipe's numbers
+            for its own kind fall away: `recipe=classify_lora adapter=full` has no use for a rank.
+    """
+    typed = dict(word.split("=", 1) for word in words if "=" in word)
+    _register_schemas(program, node)
+    for path in sorted(RECIPES.glob("**/*.yaml")):
+        recipe = _fitting(deepcopy(_recipe(path)), typed)
+        ConfigStore.instance().store(group="recipe", name=path.stem, node=recipe, package="_global_")
+
+
+@cache
+def _register_schemas(program: str, node: type) -> None:
+    store = ConfigStore.instance()
+    store.store(name="schema", node=schema.Config)
+    store.store(name=f"{program}_schema", node=node)
+    for group, kinds in KINDS.items():
+        for name, kind in kinds.items():
+            store.store(group=f"schema/{group}", name=name, node=kind)
+
+
+@cache
+def _recipe(path: Path) -> Any:
+    return OmegaConf.load(path)
+
+
+def _fitting(recipe: Any, typed: dict[str, str]) -> Any:
+    """The recipe without the keys that the typed kinds do not share with its own."""
+    entries = recipe.get("defaults", [])
+    own = {key.removeprefix("override /"): value for entry in entries for key, value in entry.items()}
+    for group in KINDS:
+        kind, recipe_kind = _kind(group, typed.get(group)), _kind(group, own.get(group))
+        if kind and recipe_kind and kind != recipe_kind and group in recipe:
+            shared = {f.name for f in fields(KINDS[group][kind].__base__)}  # type: ignore[arg-type]
+            recipe[group] = {key: value for key, value in recipe[group].items() if key in shared}
+    return recipe
+
+
+def _kind(group: str, option: str | None) -> str | None:
+    """The schema of a group's option: adapter=dora is of kind lora."""
+    file = CONF / group / f"{option}.yaml"
+    if not option or not file.is_file():
+        return None
+    key = f"/schema/{group}@_here_"
+    entries = [entry for entry in OmegaConf.load(file).defaults if not isinstance(entry, str)]
+    return next((entry[key] for entry in entries if key in entry), None)
+
+
+def compose_words(overrides: list[str], program: str = "train", node: type = schema.Config,
+                  implied: Iterable[str] = ()) -> Composed:
+    """Compose the words of one program and convert to dataclasses.
+
+    Args:
+        node: the schema of the program's settings.
+        implied: further words that nobody typed.
+
+    Raises:
+        CompositionError: an unknown group, option or key, or a value of the wrong type.
+    """
+    register(overrides, program, node)
+    GlobalHydra.instance().clear()
+    _refuse_additions(overrides, program, node)
+    literals = Literals()
+    words = [*hydra_words(overrides, node, literals), *implied]
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            values = compose(config_name=program, overrides=words, return_hydra_config=True)
+        choices = OmegaConf.to_container(values.hydra.runtime.choices)
+        with flag_override(values, ["struct", "readonly"], [False, False]):
+            del values["hydra"]
+        typed = literals.back(OmegaConf.to_object(values))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise CompositionError(str(error).split("\n")[0], overrides, program) from error
+    return Composed(typed, {k: v for k, v in choices.items() if "schema" not in k}, overrides)
+
+
+def compose_train(overrides: list[str]) -> schema.Config:
+    """The training config, composed and settled."""
+    return settle(compose_words(overrides))
+
+
+@cache
+def recipe_config(name: str) -> schema.Config | None:
+    """The config of a recipe as it is now; None where there is no such recipe, or it no longer composes."""
+    try:
+        return compose_train([f"recipe={name}"] if name != "custom" else [])
+    except Exception:
+        # Config groups may have moved on since the run that asks: its page must not fail for want of a comparison.
+        return None
+
+
+def settle(composed: Composed) -> schema.Config:
+    """What only the whole command line can tell: the run's name, steps against epochs, a debug run's data."""
+    cfg = composed.config
+    if cfg.name == "custom" and composed.choices.get("recipe"):
+        cfg.name = str(composed.choices["recipe"])
+    _settle_length(cfg.train, composed.overrides)
+    for key in ("train", "eval"):
+        refuse_file_list(f"data.{key}", getattr(cfg.data, key))
+    if composed.choices.get("debug") and not _has_own_data(cfg, composed.overrides):
+        train, held_out = SHIPPED_DATA[type(cfg.task)]
+        cfg.data.train = train
+        if not any(word.split("=")[0] == "data.eval" for word in composed.overrides):
+            cfg.data.eval = held_out
+    return cfg
+
+
+def _has_own_data(cfg: schema.Config, overrides: list[str]) -> bool:
+    """Whether there are training data: typed by the user, or those of the recipe where they are at hand."""
+    typed = any(word.lstrip("+").split("=")[0] in ("data", "data.train") for word in overrides)
+    if typed or not cfg.data.train:
+        return bool(cfg.data.train)
+    path = Path(cfg.data.train).expanduser()
+    is_file = path.suffix in DATA_SUFFIXES and not glob.has_magic(cfg.data.train) and not cfg.data.train.startswith("asset:")
+    return path.exists() or not is_file
+
+
+def _settle_length(train: schema.TrainConfig, overrides: list[str]) -> None:
+    """Of steps and epochs the one typed by the user counts: a recipe's other one must not cut it short."""
+    typed = {word.lstrip("+").split("=")[0] for word in overrides}
+    if "train.steps" in typed and "train.epochs" not in typed and train.steps is not None:
+        train.epochs = None
+    if "train.epochs" in typed and "train.steps" not in typed and train.epochs is not None:
+        train.steps = None
+
+
+def _refuse_additions(overrides: list[str], program: str, node: type) -> None:
+    """`+key=value` would add a key that nothing reads; and secrets are never settings."""
+    known = {*all_keys(node), "recipe"}
+    for word in overrides:
+        key = word.lstrip("+").split("=")[0]
+        if word.startswith("+") and "@" not in key and key not in known and not (CONF / key).is_dir():
+            raise CompositionError("there is no such key", overrides, program, key)
+
+
+def strip_launcher_arguments(argv: list[str]) -> list[str]:
+    """Drop `--local_rank=N`, which the deepspeed launcher appends and Hydra would refuse."""
+    return [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]
+
+
+# The words of a command line: settings as people type them, as Hydra must read them, and as commands to paste.
+#
+#     prompt=3.10                typed     -> `hydra_words` -> prompt='3.10'        read by Hydra as the text 3.10
+#     run, "runs/lr=1 (a, b)"    a value   -> `setting`     -> run='runs/lr=1 (a, b)'
+#     several such words         a command -> `command`     -> quoted for the shell too
+#
+# Hydra's grammar takes 3.10 for a number, null for nothing and a comma for a sweep. Settings that the schema types as text
+# are therefore read here, character by character, and handed to Hydra in quotes:
+#
+#     Text, list[Text]   somebody's words: nothing in them has a meaning, neither quotes nor null nor ${...}
+#     str, list[str]     names and paths: quotes around the whole value fall away, null unsets an Optional one, and
+#                        ${key} or ${oc.env:NAME} is replaced as everywhere in Hydra
+#
+# Everything else (numbers, choices of groups, Any) stays Hydra's.
+TEXT_TYPE = re.compile(r"(Optional\[)?(list\[)?(str|Text)\]*")
+SETTING = re.compile(r"(\+{0,2})([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
+"""`key=value`, with Hydra's + for keys that are to be added; not `~key`, `group@package=` and flags."""
+
+
+HYDRA_ESCAPE = re.compile(r"\\([\\()\[\]{}:=, \t])")
+QUOTED = re.compile(r"\s*(?:'((?:\\.|[^'\\])*)'|\"((?:\\.|[^\"\\])*)\")\s*(?=,|\Z)", re.DOTALL)
+"""A quoted item of a list, up to the comma behind it."""
+REFERENCE = re.compile(r"\$\{([\w.]+)(:|\})")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the text of one setting is read."""
+
+    prose: bool
+    """Typed as Text: nothing in it has a meaning."""
+    many: bool
+    """A list of texts."""
+    optional: bool
+    """null unsets it."""
+
+
+@cache
+def text_settings(node: type) -> dict[str, Reading]:
+    """Dotted key -> reading, of every setting that a program's schema types as text."""
+    return dict(_readings(node, ""))
+
+
+def _readings(node: type, prefix: str) -> Iterator[tuple[str, Reading]]:
+    for field in fields(node):
+        for kind in field_classes(node, field):
+            yield from _readings(kind, f"{prefix}{field.name}.")
+        if found := TEXT_TYPE.fullmatch(str(field.type)):
+            yield prefix + field.name, Reading(found[3] == "Text", bool(found[2]), bool(found[1]))
+
+
+def hydra_words(words: list[str], node: type, literals: Literals) -> list[str]:
+    """Words that Hydra reads as exactly the texts that were typed; words of other settings unchanged.
+
+    Args:
+        node: the schema of the program that they are for.
+        literals: keeps the texts that OmegaConf would change; give it what was composed, to put them back.
+
+    Raises:
+        UserError: a list of texts without brackets, or one that cannot be read.
+    """
+    readings, keys, read = text_settings(node), set(all_keys(node)), []
+    for word in words:
+        setting_ = SETTING.fullmatch(word)
+        if setting_ is None or setting_[2] not in readings:
+            read.append(word)
+            continue
+        sign, key, value = setting_.groups()
+        text = read_text(key, value, readings[key])
+        if text is None:
+            shown = "null"
+        elif isinstance(text, list):
+            shown = f"[{','.join(_for_hydra(item, readings[key], keys, literals) for item in text)}]"
+        else:
+            shown = _for_hydra(text, readings[key], keys, literals)
+        read.append(f"{sign}{key}={shown}")
+    return read
+
+
+def _for_hydra(text: str, reading: Reading, keys: set[str], literals: Literals) -> str:
+    """One text in quotes; its `${...}` stays alive where it is a name's or path's and refers to something."""
+    refers = not reading.prose and ("\\${" in text or any(
+        key in keys if end == "}" else key == "now" or OmegaConf.has_resolver(key) for key, end in REFERENCE.findall(text)))
+    return hydra_quoted(text if refers else literals.aside(text))
+
+
+def read_text(key: str, value: str, reading: Reading) -> str | list[str] | None:
+    """The text, or the list of texts, that is meant by what stands behind `key=`.
+
+    Raises:
+        UserError: several texts without brackets, or an item of a list is empty.
+    """
+    if reading.optional and value.lower() == "null" and (reading.many or not reading.prose):
+        return None
+    if reading.many:
+        return _read_list(key, value, reading)
+    if reading.prose:
+        return value
+    return unquoted(value)
+
+
+def _read_list(key: str, value: str, reading: Reading) -> list[str]:
+    inner = value.strip()
+    if inner.startswith("[") and inner.endswith("]"):
+        return list(_items(key, inner[1:-1]))
+    if reading.prose:
+        return [value] if value else []
+    parts = split_values(value)
+    if len(parts) > 1:
+        both = command([f"{key}=[{value}]"]), command([f"{key}=[{_json_quoted(value)}]"])
+        raise UserError("several texts are a list, which is written in brackets", key,
+                        f"Write {both[0]}; for one text with a comma in it {both[1]}")
+    return [unquoted(value)] if value else []
+
+
+def _items(key: str, inner: str) -> Iterator[str]:
+    """The items between the brackets of a list. In double quotes they are read as JSON, so that "\\n" is a newline."""
+    start = 0
+    while inner[start:].strip():
+        quoted = QUOTED.match(inner, start)
+        if quoted:
+            yield _unescaped(quoted[1], "'") if quoted[1] is not None else _json_text(quoted[2])
+            end = quoted.end()
+        else:
+            end = inner.find(",", start) if "," in inner[start:] else len(inner)
+            item = inner[start:end].strip()
+            if not item:
+                raise UserError("an item of the list is empty", key, "Leave it out, or write \"\" for an empty text.")
+            yield item
+        start = end + 1
+
+
+def split_values(value: str) -> list[str]:
+    """The values of a sweep: what stands between commas that are in neither quotes nor brackets."""
+    parts, depth, start, at = list[str](), 0, 0, 0
+    while at < len(value):
+        quoted = QUOTED.match(value, at) if at == start else None
+        if quoted:
+            at = quoted.end()
+            continue
+        if value[at] == "," and depth <= 0:
+            parts.append(value[start:at].strip())
+            start = at + 1
+        depth += (value[at] in "([{") - (value[at] in ")]}")
+        at += 1
+    return [*parts, value[start:].strip()] if parts else [value]
+
+
+def refuse_file_list(key: str, value: Any) -> None:
+    """Tell how several files are given to a setting that takes one path, pattern or folder.
+
+    Raises:
+        UserError: the text is a list of files; no file has that name.
+    """
+    if not isinstance(value, str) or "," not in value or os.path.exists(os.path.expanduser(value)):
+        return
+    bare = value.strip()
+    files = [unquoted(part) for part in split_values(bare[1:-1] if bare[:1] + bare[-1:] == "[]" else bare) if part]
+    missing = [file for file in files if not os.path.exists(os.path.expanduser(file))]
+    if len(missing) == len(files):
+        return
+    if missing:
+        raise UserError(f"these are {len(files)} files, of which {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
+                        "not there; the setting takes one file, pattern or folder", key, "Check the paths.")
+    end = _shared_start([file[::-1] for file in files])[::-1]
+    pattern = f"{glob.escape(_shared_start(files))}*{glob.escape(end)}"
+    if sorted(glob.glob(pattern)) == sorted(files):
+        remedy = f"This pattern matches exactly these files: {command([setting(key, pattern)])}"
+    else:
+        links = command(["ln", "-s", *(os.path.abspath(os.path.expanduser(file)) for file in files), "together/"])
+        remedy = f"Put them into one folder: mkdir together && {links}\n  Then: {key}=together"
+    raise UserError(f"these are {len(files)} files; the setting takes one file, pattern or folder", key, remedy)
+
+
+def _shared_start(texts: list[str]) -> str:
+    return "".join(letters[0] for letters in takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False)))
+
+
+def unquoted(value: str) -> str:
+    """A name or path without Hydra's quotes around the whole of it, or without its escapes."""
+    quoted = QUOTED.fullmatch(value)
+    if quoted and value == value.strip():
+        return _unescaped(quoted[1], "'") if quoted[1] is not None else _unescaped(quoted[2], '"')
+    return HYDRA_ESCAPE.sub(r"\1", value)
+
+
+def _unescaped(text: str, quote: str) -> str:
+    """What Hydra reads between quotes: a backslash escapes the quote, and a backslash in front of one."""
+    return re.sub(rf"(\\+)({quote}|\Z)", lambda found: "\\" * (len(found[1]) // 2) + found[2], text)
+
+
+def _json_text(text: str) -> str:
+    try:
+        return json.loads(f'"{text}"', strict=False)
+    except ValueError:
+        return _unescaped(text, '"')
+
+
+def _json_quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

@@ -1,1 +1,0 @@
-"""Checkpoints from one form into another, tensor by tensor: Hugging Face's directories and mesh-transformer-jax's."""

@@ -1,0 +1,339 @@
+"""Encoder of labelled texts: single label, multi-label and regression.
+
+Flow: text (and pair) -> ids, a closing eos -> label by name (or as a number). Texts t, pairs p, eos E, newline n:
+
+    single   t t t t E            pair   t t t n p p E
+                     ^ pooled: it alone has read everything                ^
+
+The eos is appended, and pooled by its position; its id is never looked for. Too long texts lose tokens, never the eos:
+truncation head keeps t1 t2 t3 t4, head_tail t1 t2 t5 t6; of a pair the longer text gives first.
+
+The encoder knows label names once the task has learnt them; before, every name is taken as it comes. A row's label is
+matched by its spelling, then by its meaning (`True` is `true`, `1.0` is `1`), and only then, where names were given, as
+a position among them. A label that could be two of the names is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from itertools import groupby, pairwise
+from typing import TYPE_CHECKING, Any, Union, cast
+
+from finetune.config import ClassifyConfig
+from finetune.data.columns import Column, Example
+from finetune.data.encode_clm import TextTokenizer, ids_dtype
+from finetune.data.fields import MEND, counts, digest, parsed_cell, shown, text_field
+from finetune.data.formats import json_type
+from finetune.data.sources import MISSING, field_error, get_field
+from finetune.data.utf8 import SKIP
+from finetune.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Label = Union[str, float]
+"""A name, a JSON array of names (multi-label), or a number (regression)."""
+SEPARATOR = "\n"
+"""Between the texts of a pair."""
+
+LAST_TOKEN = "the last token that is not padding"
+"""How plain transformers pools, as a checkpoint that was not trained here says in its description."""
+
+FLOAT32_MAX = 3.4028234663852886e38
+"""Regression targets are fp32."""
+SEPARATORS = {"comma": ",", "semicolon": ";", "pipe": "|", "space": " ", "tab": "\t"}
+"""Words for `task.label_separator`, which need no quotes on a command line."""
+TRUTHS = ({"false": False, "true": True}, {"no": False, "yes": True}, {"0": False, "1": True})
+"""Pairs of names that say the same thing."""
+
+
+class ClassifyEncoder:
+    """Rows -> columns `ids`, `label` (category, or number), `where` (file:line) and `cut` (tokens lost).
+
+    Args:
+        names: label names in the order of the head's outputs, or None while they are not known.
+        by_index: integer labels count in `names`.
+        plain: texts are read as plain transformers reads them (`PlainText`), not as drawn above; None: as drawn.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, cfg: ClassifyConfig, names: list[str] | None,
+                 by_index: bool, plain: PlainText | None = None):
+        self.cfg, self.labels = cfg, LabelReader(cfg, names, by_index)
+        label = Column("scalar", "float64") if cfg.problem == "regression" else Column("category", "int32")
+        self.columns = {"ids": Column("token", ids_dtype(tokenizer)), "label": label, "where": Column("blob", "uint8"),
+                        "cut": Column("scalar", "int32")}
+        self._texts = TextTokenizer(tokenizer)
+        self._eos = cast(int, tokenizer.eos_token_id)
+        self._separator = self._texts([SEPARATOR])[0]
+        self._plain = plain
+
+    def fingerprint(self) -> str:
+        cfg = self.cfg
+        return digest("classify-3", self._texts.fingerprint, self.labels.names, self.labels.by_index, cfg.text_field,
+                      cfg.text_pair_field, cfg.label_field, cfg.label_separator, cfg.weight_field, cfg.problem,
+                      cfg.truncation, cfg.max_length, *([self._plain.pad] if self._plain else []))
+
+    def encode(self, batch: list[tuple[str, dict]]) -> list[list[Example] | UserError]:
+        rows = [self._row(where, record) for where, record in batch]
+        good = [row[0] for row in rows if isinstance(row, tuple)]
+        encoded = iter(self.text_ids(good))
+        results: list[list[Example] | UserError] = []
+        for (where, _), row in zip(batch, rows, strict=True):
+            if not isinstance(row, tuple):
+                results.append([] if row is None else row)
+                continue
+            ids, cut = next(encoded)
+            example = {"ids": ids, "label": row[1], "where": where.encode("utf-8", "backslashreplace"), "cut": cut}
+            results.append([example] if ids else UserError("the text is empty: there is no token to judge", where, MEND))
+        return results
+
+    def text_ids(self, texts: list[list[str]]) -> list[tuple[list[int], int]]:
+        """For each single text or pair: ids of which the last is the pooled one, and how many tokens were cut."""
+        if self._plain:
+            return [self._plain.ids(parts, self.cfg.max_length) for parts in texts]
+        ids = iter(self._texts([part for parts in texts for part in parts]))
+        return [self._join([next(ids) for _ in parts]) for parts in texts]
+
+    def _row(self, where: str, record: dict) -> tuple[list[str], Label] | UserError | None:
+        """Texts and label; what is wrong with the row; or None where its weight leaves it out."""
+        cfg = self.cfg
+        try:
+            if not counts(record, cfg.weight_field, (cfg.text_field, cfg.text_pair_field, cfg.label_field), where):
+                return None
+            return labelled_texts(record, cfg, where), self.labels.read(record, where)
+        except UserError as error:
+            return error
+
+    def _join(self, parts: list[list[int]]) -> tuple[list[int], int]:
+        """Ids of one or two texts with eos, at most `max_length`, and how many were cut."""
+        glue = self._separator if len(parts) == 2 else []
+        room = self.cfg.max_length - 1 - len(glue)
+        kept = [cut_text(ids, n, self.cfg.truncation) for ids, n in zip(parts, shares(parts, room), strict=True)]
+        lost = sum(map(len, parts)) - sum(map(len, kept))
+        joined = kept[0] if len(kept) == 1 else [*kept[0], *glue, *kept[1]]
+        return [*joined, self._eos], lost
+
+
+def labelled_texts(record: dict, cfg: ClassifyConfig, where: str) -> list[str]:
+    """The text that a row is about, or its two texts.
+
+    Raises:
+        UserError: one is absent, no string, or blank.
+    """
+    texts = [text_field(record, cfg.text_field, where, "task.text_field")]
+    if cfg.text_pair_field:
+        texts.append(text_field(record, cfg.text_pair_field, where, "task.text_pair_field"))
+    return texts
+
+
+class PlainText:
+    """Texts as the classifiers of plain transformers read them: the tokenizer's own special tokens, and no more.
+
+    What is pooled is the last token that is not `pad`, wherever the tokenizer puts that (GenericForSequenceClassification
+    in transformers/modeling_layers.py). It cannot see what stands behind it, so that is left out:
+
+        t t t t P P  ->  t t t t          pad = P
+
+    Args:
+        pad: pad_token_id of the model's config.json; None: the last token is pooled, whatever it is.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, pad: int | None):
+        self.tokenizer, self.pad = tokenizer, pad
+
+    def ids(self, texts: list[str], max_length: int) -> tuple[list[int], int]:
+        """Ids of one text or of a pair, and how many tokens were cut."""
+        whole = self.tokenizer(*texts)["input_ids"]
+        ids = whole if len(whole) <= max_length else self.tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]
+        cut = len(whole) - len(ids)
+        if self.pad is not None and ids:
+            last = max((place for place, token in enumerate(ids) if token != self.pad), default=0)
+            ids = ids[: last + 1]
+        return list(ids), cut
+
+
+def shares(parts: list[list[int]], room: int) -> list[int]:
+    """Tokens that each text may keep: the longer one gives first."""
+    lengths = [len(ids) for ids in parts]
+    if len(lengths) == 1 or sum(lengths) <= room:
+        return [min(length, room) for length in lengths]
+    half = min(min(lengths), room // 2)
+    first_is_shorter = lengths[0] <= lengths[1]
+    return [half, room - half] if first_is_shorter else [room - half, half]
+
+
+def cut_text(ids: list[int], room: int, truncation: str) -> list[int]:
+    """The head, or the head and the tail (the head one token longer where `room` is odd)."""
+    if len(ids) <= room:
+        return ids
+    tail = room // 2 if truncation == "head_tail" else 0
+    return ids[: room - tail] + ids[len(ids) - tail:]
+
+
+class LabelReader:
+    """Field -> label of the configured problem, or what is wrong with it."""
+
+    def __init__(self, cfg: ClassifyConfig, names: list[str] | None, by_index: bool):
+        self.field, self.problem, self.names, self.by_index = cfg.label_field, cfg.problem, names, by_index
+        keys = [label_key(name) for name in names or []]
+        self.counted = by_index and not any(map(_is_integer, keys))  # else an integer is a name
+        self._truth = next((truth for truth in TRUTHS if sorted(truth) == sorted(keys)), None)
+        self._separator = SEPARATORS.get(cfg.label_separator or "", cfg.label_separator)
+        self._texts = (cfg.text_field, cfg.text_pair_field)
+
+    def read(self, record: dict, where: str) -> Label:
+        value = get_field(record, self.field)
+        if value is MISSING:
+            raise self._missing(record, where)
+        match self.problem:
+            case "single_label":
+                return self._single(value, where)
+            case "multi_label":
+                return self._multi(value, where)
+            case _:
+                return self._number(value, where)
+
+    def _single(self, value: Any, where: str) -> str:
+        if isinstance(value, list):
+            raise self._wrong_type(value, "a name or an integer", where, "Try task.problem=multi_label.")
+        if isinstance(value, float) and not value.is_integer():
+            raise self._wrong_type(value, "a name or an integer", where, "Try task.problem=regression.")
+        return self._known(value, where)
+
+    def _multi(self, value: Any, where: str) -> str:
+        value = parsed_cell(value)
+        if isinstance(value, str) and self._separator:
+            value = [part.strip() for part in value.split(self._separator)] if value.strip() else []
+            value = [part for part in value if part] if self._separator.isspace() else value
+        if not isinstance(value, list):
+            mark = next((word for word, mark in SEPARATORS.items() if mark in str(value)), "comma")
+            remedy = "Try task.problem=single_label, or for cells such as 'a,b' "
+            raise self._wrong_type(value, "an array of labels", where, f"{remedy}task.label_separator={mark}.")
+        self._refuse_zeros_and_ones(value, where)
+        names = sorted(self._known(item, where) for item in value)
+        twice = next((a for a, b in pairwise(names) if a == b), None)
+        if twice is not None:
+            raise UserError(f"field '{self.field}' names label '{twice}' twice", where, NO_ZEROS_AND_ONES)
+        return json.dumps(names, ensure_ascii=False)
+
+    def _refuse_zeros_and_ones(self, values: list, where: str) -> None:
+        """[1.0, 0.0] is no list of names; [1, 0] could be one, but not beside two names of which it has one number each.
+
+        More than two zeros and ones name a label twice.
+        """
+        if not values or not all(isinstance(v, (bool, int, float)) and v in (0, 1) for v in values):
+            return
+        whole = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+        if not whole or (self.counted and len(values) == len(self.names or [])):
+            raise UserError(f"field '{self.field}' is {shown(json.dumps(values))[1:-1]}: zeros and ones, not labels", where,
+                            NO_ZEROS_AND_ONES)
+
+    def _number(self, value: Any, where: str) -> float:
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            remedy = MEND if isinstance(value, str) and not value.strip() else "Try task.problem=single_label."
+            raise self._wrong_type(value, "a number", where, remedy) from None
+        if not abs(number) <= FLOAT32_MAX:
+            raise self._wrong_type(value, "a finite number", where, MEND)
+        return number
+
+    def _known(self, value: Any, where: str) -> str:
+        """The label's name among those that are known: by spelling, by meaning, by position, in this order.
+
+        Raises:
+            UserError: it is none of them, or could be two of them.
+        """
+        name = self._name(value, where)
+        if self.names is None or name in self.names:
+            return name
+        key = label_key(name)
+        alike = [other for other in self.names if label_key(other) == key]
+        place = self.names[int(key)] if self.counted and key.isdecimal() and int(key) < len(self.names) else None
+        truth = next((pair[key] for pair in TRUTHS if key in pair), None)
+        if not alike and self._truth and truth is not None:
+            alike = [other for other in self.names if self._truth[label_key(other)] is truth]
+            if place and place not in alike and "yes" in self._truth:
+                alike = [place]  # integers count in [yes, no] as in any list
+            elif place and place not in alike:
+                raise UserError(f"label {name} could be '{alike[0]}' by its meaning and '{place}' by its place in "
+                                f"task.labels", where, "Try task.labels=[false,true], or write true and false.")
+        if len(alike) > 1:
+            raise UserError(f"label '{name}' could be {_quoted(alike)}", where, f"Spell it as one of them; {SKIP}")
+        if not alike and isinstance(value, bool) and self.by_index:
+            raise UserError(f"label {name} is a boolean, and none of task.labels = {_quoted(self.names)} says which of "
+                            "them it is", where, "Try task.labels=[false,true], or write the names into the data.")
+        if not alike and place is None:
+            raise unseen(name, self.names, self.by_index, where)
+        return alike[0] if alike else cast(str, place)
+
+    def _name(self, value: Any, where: str) -> str:
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, float) and value.is_integer():
+            return str(int(value))
+        if not isinstance(value, (int, str)):
+            raise self._wrong_type(value, "a name or an integer", where, MEND)
+        name = str(value).strip()
+        if not name:
+            raise UserError(f"field '{self.field}' is an empty label", where, MEND)
+        return name
+
+    def _missing(self, record: dict, where: str) -> UserError:
+        """The remedy proposes no field that is a text already."""
+        others = {name: value for name, value in record.items() if name not in self._texts}
+        remedy = field_error(others, self.field, where, "task.label_field").remedy
+        return UserError(field_error(record, self.field, where, "task.label_field").problem, where, remedy)
+
+    def _wrong_type(self, value: Any, wanted: str, where: str, remedy: str) -> UserError:
+        quoted = f" {shown(str(value))}" if isinstance(value, (str, float, int)) else ""
+        return UserError(f"field '{self.field}' is {json_type(value)}{quoted}, not {wanted}", where, remedy)
+
+
+NO_ZEROS_AND_ONES = f"List the labels that apply, not zeros and ones for all of them; {SKIP}"
+
+
+def label_key(name: str) -> str:
+    """What a label means, however it is spelled: `True` and `true` are one label, `1.0` and `1` are one."""
+    plain = name.strip().casefold()
+    whole = re.fullmatch(r"(-?\d+)\.0+", plain)
+    return whole[1] if whole else plain
+
+
+def refuse_double_spellings(names: list[str], label_field: str) -> None:
+    """Names collected from data must differ in more than their spelling.
+
+    Raises:
+        UserError: `Positive` beside `positive`, `1` beside `1.0`.
+    """
+    for _, same in groupby(sorted(names, key=label_key), key=label_key):
+        spellings = sorted(same)
+        if len(spellings) > 1:
+            raise UserError(f"labels {_quoted(spellings)} differ in their spelling alone: are they one label?",
+                            f"task.label_field={label_field}",
+                            "Spell them alike in the data; if they differ, name all labels: task.labels=[...]")
+
+
+def _quoted(names: list[str]) -> str:
+    """The first names as messages list them."""
+    return ", ".join(f"'{n}'" for n in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def unseen(name: str, names: list[str], by_index: bool, where: str) -> UserError:
+    """The label is none of those that the head has outputs for."""
+    origin = "task.labels has" if by_index else "the training data have"
+    return UserError(f"label '{name}' is unknown: {origin} {_quoted(names)}", where,
+                     f"Mend the row, or name all labels: task.labels=[...]; {SKIP}")
+
+
+def sort_names(names: list[str]) -> list[str]:
+    """Integers by value, other names by spelling."""
+    if all(map(_is_integer, names)):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
+def _is_integer(name: str) -> bool:
+    return name.removeprefix("-").isdecimal()

@@ -1,0 +1,324 @@
+"""Rows of the four instruction layouts -> one list of messages, checked.
+
+    prompt     {"prompt": "2+2?", "completion": "4"}
+    messages   {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
+    alpaca     {"instruction": "Add.", "input": "2+2", "output": "4"}
+    sharegpt   {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]}
+
+All become messages of the second layout; prompt and completion may be lists of such messages too. Turns may name their
+fields in either way, and a field `system` beside them is the system message. A conversation is: perhaps a system
+message, then user and assistant in turn.
+
+A turn of the assistant may be marked as not to be scored (`TRAINED`, `MASKED`), and so may a row. What is not scored is
+read all the same by the turns behind it. Turns behind the last scored one are left out. Renders and tokenises nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from difflib import get_close_matches
+from itertools import pairwise
+from typing import Any, Union
+
+from finetune.config import InstructConfig
+from finetune.data.fields import MEND, counts, full_text, parsed_cell, shown, text_field
+from finetune.data.formats import json_type
+from finetune.data.instruct_template import Message
+from finetune.data.sources import MISSING, get_field
+from finetune.data.utf8 import SKIP
+from finetune.errors import UserError
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+                  "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant"}
+TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython", "environment")
+LAYOUTS = "prompt, messages, alpaca and sharegpt"
+TRAINED = ("weight", "train", "training", "trainable", "loss", "loss_mask")
+"""Marks of a turn that say 1 or true where it is scored: OpenAI's, Axolotl's, ms-swift's and others'."""
+MASKED = ("masked",)
+"""Marks that say 1 or true where a turn is not scored: torchtune's."""
+DETAILS = ("train_detail", "training_detail")
+"""Axolotl's marks of parts of a turn: [{"begin_offset", "end_offset", "train"}, ..], both ends included, in characters."""
+LIKE_A_MARK = re.compile(r"(^|_)(weights?|train|trained|training|trainable|loss|losses|mask|masked|masking)(_|$)")
+SCORED = "scored"
+"""Key of a read message that carries its mark, until `conversation` takes it out."""
+
+
+Scored = Union[bool, list[bool]]
+"""Whether a turn is scored; or which characters of its content are."""
+
+
+def conversation(record: dict, where: str, cfg: InstructConfig) -> tuple[list[Message], list[Scored]] | None:
+    """The row's messages, the last of them a scored one of the assistant, and which are scored.
+
+    Returns:
+        None for a row whose own mark leaves it out.
+
+    Raises:
+        UserError: the row has none of the layouts (or not the one that `cfg.format` names), or breaks its rules; no
+            turn of it is scored; a mark is unknown or has a value that says neither yes nor no.
+    """
+    layout = layout_of(record, cfg) if cfg.format == "auto" else cfg.format
+    if layout is None:
+        raise _unknown_layout(record, where, cfg)
+    if _left_out(record, where, cfg):
+        return None
+    messages = READERS[layout](record, where, cfg)
+    if all(message["role"] != "assistant" for message in messages):
+        raise UserError("the conversation has no turn of the assistant: nothing can be scored", where, MEND)
+    _check_order(messages, where)
+    marks = [message.pop(SCORED, True) for message in messages]
+    scored: list[Scored] = [mark if m["role"] == "assistant" else False for m, mark in zip(messages, marks, strict=True)]
+    if not any(scored):
+        raise UserError("no turn of the conversation is scored: all of the assistant's are marked as left out", where,
+                        f"Mark one of them with \"weight\": 1; {SKIP}")
+    last = max(i for i, kept in enumerate(scored) if kept)
+    return messages[: last + 1], scored[: last + 1]
+
+
+def question(record: dict, where: str, cfg: InstructConfig) -> str | list[Message]:
+    """What a row asks, read as `conversation` reads it, answered or not.
+
+    Returns:
+        The prompt; or messages, the last of them the user's, where there is more to it: earlier turns, a system
+        message, an input.
+
+    Raises:
+        UserError: the row asks nothing, or breaks its layout's rules.
+    """
+    layout = layout_of(record, cfg) if cfg.format == "auto" else cfg.format
+    asks = {"messages": "messages", "sharegpt": "conversations", "alpaca": "instruction", "prompt": cfg.prompt_field}
+    if layout is None or get_field(record, asks[layout]) in (MISSING, None):
+        layout = next((name for name, field in asks.items() if get_field(record, field) not in (MISSING, None)), "prompt")
+    if layout == "alpaca":
+        messages = [*_system(record, where), _instruction(record, where)]
+    elif layout == "prompt":
+        field = cfg.prompt_field if get_field(record, cfg.prompt_field) is not MISSING else "prompt"
+        value = parsed_cell(get_field(record, field))
+        if _are_turns(value):
+            messages = _with_system(record, _list(value, field, where, "role"), where)
+        else:
+            text = text_field(record, field, where, "task.prompt_field")
+            messages = [*_system(record, where), {"role": "user", "content": text}]
+    else:
+        messages = READERS[layout](record, where, cfg)
+    for message in messages:
+        message.pop(SCORED, None)
+    _check_order(messages, where)
+    if messages[-1]["role"] != "user":
+        raise UserError("the conversation ends with the assistant: it asks nothing", where,
+                        "Leave out the assistant's last turn.")
+    return messages[0]["content"] if len(messages) == 1 and "input" not in messages[0] else messages
+
+
+def check_format(name: str) -> None:
+    if name != "auto" and name not in READERS:
+        raise UserError(f"task.format = {name} is unknown", remedy=f"Choose from auto, {LAYOUTS}.")
+
+
+def layout_of(record: dict, cfg: InstructConfig) -> str | None:
+    """The first layout all of whose fields the row has, better not as null: tables of mixed rows fill gaps with it."""
+    fields = {"prompt": (cfg.prompt_field, cfg.completion_field), "messages": ("messages",),
+              "sharegpt": ("conversations",), "alpaca": ("instruction", "output")}
+    for absent in ((MISSING, None), (MISSING,)):
+        for name, needed in fields.items():
+            if not any(get_field(record, field) in absent for field in needed):
+                return name
+    return None
+
+
+def _unknown_layout(record: dict, where: str, cfg: InstructConfig) -> UserError:
+    present = ", ".join(f"'{name}'" for name in list(record)[:12]) or "no field at all"
+    prompt = next((n for n in ("prompt", "instruction", "question", "input") if n in record), "FIELD")
+    completion = next((n for n in ("completion", "response", "answer", "output") if n in record), "FIELD")
+    return UserError(f"the row is none of {LAYOUTS}; it has {present}", where,
+                     f"Try task.format=prompt task.prompt_field={prompt} task.completion_field={completion}.")
+
+
+def _prompt(record: dict, where: str, cfg: InstructConfig) -> list[Message]:
+    parts = [(field, parsed_cell(get_field(record, field))) for field in (cfg.prompt_field, cfg.completion_field)]
+    if all(_are_turns(value) for _, value in parts):
+        turns = [message for field, value in parts for message in _list(value, field, where, "role")]
+        return _with_system(record, turns, where)
+    prompt = text_field(record, cfg.prompt_field, where, "task.prompt_field")
+    return _system(record, where) + _pair(prompt, text_field(record, cfg.completion_field, where, "task.completion_field"))
+
+
+def _alpaca(record: dict, where: str, cfg: InstructConfig) -> list[Message]:
+    asked = _instruction(record, where)
+    output = text_field(record, "output", where, "task.format=prompt task.completion_field")
+    return [*_system(record, where), asked, {"role": "assistant", "content": output}]
+
+
+def _instruction(record: dict, where: str) -> Message:
+    """The user's turn of an alpaca row."""
+    instruction = text_field(record, "instruction", where, "task.format=prompt task.prompt_field")
+    if record.get("history"):
+        raise UserError("field 'history' holds earlier turns, which the layout alpaca has no place for", where,
+                        f"Write the conversation as messages; {SKIP}")
+    extra = record.get("input")
+    if extra is not None and not isinstance(extra, str):
+        raise UserError(f"field 'input' is {json_type(extra)}, not a string", where, MEND)
+    if not extra or not extra.strip():
+        return {"role": "user", "content": instruction}
+    return {"role": "user", "content": f"{instruction}\n\n{extra}", "instruction": instruction, "input": extra}
+
+
+def _are_turns(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and any(key in value[0] for key in STYLES)
+
+
+def _with_system(record: dict, turns: list[Message], where: str) -> list[Message]:
+    """The turns behind the row's system message, unless they begin with one."""
+    return turns if turns[0]["role"] == "system" else _system(record, where) + turns
+
+
+def _system(record: dict, where: str) -> list[Message]:
+    """The system message that stands beside the turns, if there is one."""
+    text = record.get("system")
+    if text is None or text == "":
+        return []
+    return [{"role": "system", "content": full_text(text, "field 'system'", where)}]
+
+
+def _pair(prompt: str, completion: str) -> list[Message]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+
+
+def _messages(record: dict, where: str, cfg: InstructConfig) -> list[Message]:
+    return _system(record, where) + _turns(record, where, "messages", "role")
+
+
+def _sharegpt(record: dict, where: str, cfg: InstructConfig) -> list[Message]:
+    return _system(record, where) + _turns(record, where, "conversations", "from")
+
+
+def _turns(record: dict, where: str, field: str, style: str) -> list[Message]:
+    turns = record.get(field, MISSING)
+    if turns is MISSING:
+        present = ", ".join(f"'{name}'" for name in list(record)[:12])
+        raise UserError(f"field '{field}' is missing; this record has {present}", where, "Try task.format=auto.")
+    return _list(turns, field, where, style)
+
+
+def _list(turns: Any, field: str, where: str, style: str) -> list[Message]:
+    """Messages of a list of turns that say role and content, or from and value; `style` is the expected first key."""
+    turns = parsed_cell(turns)
+    if not isinstance(turns, list):
+        cell = "A text cell must hold a JSON array. " if isinstance(turns, str) else ""
+        raise UserError(f"field '{field}' is {json_type(turns)}, not an array", where, cell + MEND)
+    if not turns:
+        raise UserError(f"field '{field}' is an empty array", where, MEND)
+    return [_turn(turn, f"{field}[{i}]", where, style) for i, turn in enumerate(turns)]
+
+
+def _turn(turn: Any, name: str, where: str, style: str) -> Message:
+    if not isinstance(turn, dict):
+        raise UserError(f"{name} is {json_type(turn)}, not an object", where, MEND)
+    style = next((key for key, (text_key, _) in STYLES.items() if turn.get(key) is not None and text_key in turn), style)
+    text_key, roles = STYLES[style]
+    missing = [key for key in (style, text_key) if key not in turn]
+    if missing:
+        present = ", ".join(f"'{key}'" for key in turn) or "nothing"
+        raise UserError(f"{name} has no '{missing[0]}'; it has {present}", where, MEND)
+    role = turn[style]
+    if not isinstance(role, str) or role not in roles:
+        raise UserError(f"{name} has the unknown {style} {role!r}", where, _role_hint(str(role), roles))
+    message: Message = {"role": roles[role], "content": full_text(_joined(turn[text_key]), f"{name}.{text_key}", where)}
+    mark: Scored | None = _mark(turn, name, where)
+    detail = _detail(turn, message["content"], name, where)
+    if detail and mark is not False:
+        mark = detail if any(detail) else False
+    if mark and message["role"] != "assistant":
+        raise UserError(f"{name} is the {message['role']}'s and marked as scored; only the assistant's turns are", where,
+                        f"Remove the mark; {SKIP}")
+    return message if mark is None else message | {SCORED: mark}
+
+
+def _mark(turn: dict, name: str, where: str) -> bool | None:
+    """Whether a turn's marks say that it is scored; None where it has none.
+
+    Raises:
+        UserError: two marks contradict each other, or one cannot be followed.
+    """
+    marks: dict[str, bool] = {}
+    for key, value in turn.items():
+        if value is None or key in DETAILS or not LIKE_A_MARK.search(str(key).lower()):
+            continue
+        if key not in (*TRAINED, *MASKED):
+            raise UserError(f"{name} has '{key}', which looks like a mark of what is scored and is not known", where,
+                            f'Write "weight": 0 into turns that are not to be scored, or rename \'{key}\'; {SKIP}')
+        answer = _yes_or_no(value)
+        if answer is None:
+            raise UserError(f"{name}.{key} is {shown(str(value))[1:-1]}: a turn is scored (1) or not (0), nothing between",
+                            where, f"Write 0 or 1; {SKIP}")
+        marks[key] = answer != (key in MASKED)
+    if len(set(marks.values())) > 1:
+        raise UserError(f"{name} is marked as scored and as not scored: {', '.join(marks)}", where, MEND)
+    return next(iter(marks.values()), None)
+
+
+def _detail(turn: dict, content: str, name: str, where: str) -> list[bool] | None:
+    """Which characters of a turn are scored where it marks parts of itself: those that no part names are not."""
+    key = next((key for key in DETAILS if turn.get(key)), None)
+    if key is None:
+        return None
+    scored = [False] * len(content)
+    for part in turn[key] if isinstance(turn[key], list) else [None]:
+        begin, end, train = (part.get(k) for k in ("begin_offset", "end_offset", "train")) if isinstance(part, dict) else [None] * 3
+        answer = _yes_or_no(train)
+        if type(begin) is not int or type(end) is not int or not 0 <= begin <= end < len(content) or answer is None:
+            raise UserError(f"{name}.{key} has {shown(str(part))[1:-1]}; a part is {{\"begin_offset\", \"end_offset\", \"train\"}}, "
+                            f"characters 0 to {len(content) - 1}, both ends included", where, MEND)
+        scored[begin: end + 1] = [answer] * (end + 1 - begin)
+    return scored
+
+
+def _left_out(record: dict, where: str, cfg: InstructConfig) -> bool:
+    """Tell whether marks of the whole row leave it out."""
+    if not counts(record, cfg.weight_field, (cfg.prompt_field, cfg.completion_field), where):
+        return True
+    return any(_yes_or_no(record.get(key)) is False for key in ("train", "training", "trainable", "loss"))
+
+
+def _yes_or_no(value: Any) -> bool | None:
+    """True or false, 1 or 0, however they are written."""
+    text = str(value).strip().lower()
+    return {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(text)
+
+
+def _role_hint(role: str, roles: dict[str, str]) -> str:
+    if role in TOOL_ROLES:
+        return f"Known are {', '.join(roles)}: fold what tools say into the user's words; {SKIP}"
+    near = get_close_matches(role.lower(), roles, 1)
+    return f"Perhaps '{near[0]}' was meant; {SKIP}" if near else f"Known are {', '.join(roles)}; {SKIP}"
+
+
+def _joined(content: Any) -> Any:
+    """The text of content that is a list of text parts, {"type": "text", "text": ..}; anything else as it is."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
+
+
+def _check_order(messages: list[Message], where: str) -> None:
+    roles = [message["role"] for message in messages]
+    if "system" in roles[1:]:
+        at = roles.index("system", 1)
+        raise UserError(f"turn {at + 1} is a system message; only the first may be", where, MEND)
+    turns = roles[1:] if roles[0] == "system" else roles
+    if turns[:1] == ["assistant"]:
+        raise UserError("the conversation starts with the assistant: there is no prompt to answer", where, MEND)
+    for i, (first, second) in enumerate(pairwise(turns)):
+        if first == second:
+            at = i + 1 + len(roles) - len(turns)
+            raise UserError(f"turns {at} and {at + 1} are both of the {first}", where,
+                            f"Join them into one, or mend their order; {SKIP}")
+
+
+STYLES = {"role": ("content", ROLES), "from": ("value", SHAREGPT_ROLES)}
+"""Key of the role -> key of the text, and the known roles."""
+READERS: dict[str, Callable[[dict, str, InstructConfig], list[Message]]] = {
+    "prompt": _prompt, "messages": _messages, "alpaca": _alpaca, "sharegpt": _sharegpt}

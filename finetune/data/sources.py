@@ -1,0 +1,188 @@
+"""Records of a data spec: files, globs, directories, `datasets` folders and hub ids -> (where, record).
+
+Flow: spec -> source (its files) -> one reader per format (`formats`, `csv_file`, `large_json`, `hub_datasets`) -> rows in a fixed
+order. One pass, bounded memory. Bad rows are yielded as UserErrors, so that the caller counts or stops; faults of a
+whole file are raised. Knows no task: fields are looked up by `get_field`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any, Union
+
+from finetune.assets.paths import resolve
+from finetune.config import DataConfig
+from finetune.data import hub_datasets
+from finetune.data.compressed_files import Count, head_of
+from finetune.data.csv_file import csv_rows
+from finetune.data.files import (
+    PARQUET,
+    SUFFIXES,
+    Files,
+    address_error,
+    find_files,
+    identity,
+    nearby,
+    notes_on,
+    shared,
+    suffix,
+)
+from finetune.data.formats import Reader, Row, jsonl_rows, parquet_rows, txt_rows
+from finetune.data.large_json import json_rows
+from finetune.data.utf8 import DEFAULTS, FileOptions
+from finetune.errors import UserError
+
+FORMATS: dict[str, Reader] = {
+    ".jsonl": jsonl_rows, ".ndjson": jsonl_rows, ".jsonlines": jsonl_rows, ".json": json_rows, ".csv": csv_rows,
+    ".tsv": csv_rows, ".parquet": parquet_rows, ".txt": txt_rows,
+}
+READERS: dict[str, Reader] = {known: FORMATS[re.sub(r"\.(gz|zst)$", "", known)] for known in SUFFIXES}
+MISSING = object()
+"""What `get_field` returns for an absent field."""
+READING = "files-2"
+"""Part of a source's identity: when files are read in another way, old caches are built again."""
+
+
+def read(spec: str, split: str, count: Count | None = None, options: FileOptions = DEFAULTS) -> Iterator[Row]:
+    """All rows of a spec in order; `count` is told the bytes read of the files.
+
+    Raises:
+        UserError: nothing there, or a file as a whole is missing, truncated, corrupt or of unknown format.
+    """
+    return open_source(spec, split, options=options).rows(count)
+
+
+def open_source(spec: str, split: str, config: str | None = None, options: FileOptions = DEFAULTS) -> Source:
+    """What a spec stands for; `split` matters to `datasets` folders and hub ids only, `config` to hub ids."""
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", spec):
+        raise address_error(spec)
+    local = os.path.expanduser(resolve(spec))
+    path = Path(local)
+    if hub_datasets.is_saved_dataset(path):
+        return hub_datasets.DatasetSource(local, split)
+    files = find_files(spec)
+    if files is not None:
+        return FileSource(files, options)
+    if _may_be_hub_id(local):
+        return hub_datasets.DatasetSource(local, split, config)
+    raise UserError("there is no such file or directory", local, nearby(path))
+
+
+class FileSource:
+    """Data files in reading order."""
+
+    def __init__(self, files: Files, options: FileOptions = DEFAULTS):
+        self.files, self.options = files, options
+        self.total_bytes = sum(path.stat().st_size for path in files.paths)
+
+    @property
+    def identity(self) -> list:
+        """Changes whenever a file, or the way in which it is read, does."""
+        return [READING, self.options.encoding, self.options.quotes, *map(identity, self.files.paths)]
+
+    def rows(self, count: Count | None = None) -> Iterator[Row]:
+        for path in self.files.paths:
+            empty = True
+            for row in _reader(path)(path, count, self.options):
+                empty = False
+                yield row
+            if empty:
+                yield UserError("the file holds no record", str(path),
+                                f"It has {path.stat().st_size} bytes: fill it, or remove it; "
+                                "data.on_bad_row=skip leaves it out.")
+
+
+Source = Union[FileSource, hub_datasets.DatasetSource]
+
+
+def file_options(data: DataConfig) -> FileOptions:
+    return FileOptions(data.encoding, data.quotes.value)
+
+
+def data_notes(data: DataConfig) -> dict[str, list[str]]:
+    """What people should know about the files of a run, by train and eval. Opens nothing that is not a file here."""
+    train = None
+    with suppress(UserError):  # an evaluation may be long after the training, whose data need not be here any more
+        train = _local_files(data.train)
+    held_out = _local_files(data.eval)
+    notes: dict[str, list[str]] = {"train": notes_on(train, training=True) if train else [],
+                                   "eval": notes_on(held_out, training=False) if held_out else []}
+    if train and held_out:
+        notes["eval"] += shared(train, held_out)
+    elif data.eval and data.train == data.eval and data.split == data.eval_split:
+        notes["eval"].append("trained on as well: all of it; figures on these rows tell how well the model remembers "
+                             "them, not how well it does on new ones")
+    return notes
+
+
+def _local_files(spec: str | None) -> Files | None:
+    if not spec or hub_datasets.is_saved_dataset(Path(os.path.expanduser(resolve(spec)))):
+        return None
+    return find_files(spec)
+
+
+def get_field(record: dict, field: str) -> Any:
+    """`record[field]`, or with dots `record["a"]["b"]`; MISSING when it is not there.
+
+    A key that holds the dots itself wins: CSV headers such as `meta.pile_set_name` work.
+    """
+    if field in record:
+        return record[field]
+    value: Any = record
+    for key in field.split("."):
+        if not isinstance(value, dict) or key not in value:
+            return MISSING
+        value = value[key]
+    return value
+
+
+def field_error(record: dict, field: str, where: str, option_key: str) -> UserError:
+    """The field is missing: names those that are there, and the override that is probably right."""
+    fields = _field_names(record)
+    present = ", ".join(f"'{name}'" for name in fields[:12]) or "no field at all"
+    texts = [name for name in fields if isinstance(get_field(record, name), str)]
+    best = max(texts or fields, key=lambda name: _plausible(name, field, record), default=None)
+    remedy = f"Try {option_key}={best}." if best else f"Set {option_key} to the field that holds it."
+    return UserError(f"field '{field}' is missing; this record has {present}.", where, remedy)
+
+
+def _field_names(record: dict, prefix: str = "") -> list[str]:
+    """Names with dots down to two levels: what a user can type."""
+    names = []
+    for key, value in record.items():
+        if isinstance(value, dict) and not prefix:
+            names += _field_names(value, f"{key}.")
+        else:
+            names.append(f"{prefix}{key}")
+    return names
+
+
+# What data sets call the same thing; a shared group makes a field plausible.
+_KIN = [{"text", "content", "body", "document", "article", "sentence", "raw_content", "headline", "review"},
+        {"completion", "response", "output", "answer", "target", "chosen", "task_output"},
+        {"prompt", "instruction", "input", "question", "query", "task_prompt"},
+        {"label", "labels", "class", "category", "target", "sentiment", "is_sarcastic"}]
+
+
+def _plausible(name: str, wanted: str, record: dict) -> tuple[bool, float, int]:
+    last, goal = name.rsplit(".")[-1].lower(), wanted.rsplit(".")[-1].lower()
+    kin = any(last in group and goal in group for group in _KIN)
+    value = get_field(record, name)
+    likeness = SequenceMatcher(None, last, goal).ratio()
+    return kin, likeness if likeness > 0.6 else 0.0, len(value) if isinstance(value, str) else 0
+
+
+def _reader(path: Path) -> Reader:
+    """By the name's suffix; a parquet file under another name is read as what it is."""
+    return parquet_rows if head_of(path).startswith(PARQUET) else READERS[suffix(path) or ""]
+
+
+def _may_be_hub_id(spec: str) -> bool:
+    """`name` or `org/name`; where a folder `org` is here, a file in it was meant."""
+    path = Path(spec)
+    return suffix(path) is None and hub_datasets.looks_like_hub_id(spec) and ("/" not in spec or not path.parent.is_dir())

@@ -1,0 +1,1 @@
+"""Exports: write, reopen, merge and convert weights, and prove them equal to what was trained."""

@@ -1,0 +1,172 @@
+"""The small files of an export: config.json, generation_config.json, tokenizer. What makes weights a model elsewhere.
+
+A tokenizer of a classification export writes the closing eos behind every text (between the texts of a pair the same
+newline as in training), and pads with a token that no text holds. So plain transformers pools the token that was
+trained, in batches padded on either side and alone:
+
+    ids   t t t E P P      config.pad_token_id = P: the last id that is not P is E, the pooled one
+
+With pad = eos, as is usual for GPT-J, transformers would pool the last t; with a pad that has no row in the embedding, padded
+batches would fail. So `set_padding` looks for another. Question answering exports read "question, newline, context, eos" the
+same way. An instruction export carries its template as the tokenizer's chat_template, with eos behind every answer whether
+the template writes it or not: `apply_chat_template` gives the ids that training read.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from finetune.data.instruct_template import Template
+from finetune.export.safetensors_writer import write_json
+from finetune.gptj.model import ARCHITECTURES
+
+PAD, NEW_PAD = "<|extratoken_1|>", "<|pad|>"
+"""The first of the 143 tokens that GPT-J's embedding has and no text uses; where there is none, the name of another."""
+NO_TEXT_BYTES = "ÿþýüûúùø÷öõÁÀ"
+"""Names, in a byte-level vocabulary, of the bytes that UTF-8 never holds (FF to F5, C1, C0): no text yields their tokens."""
+DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def tokenizer_for(tokenizer, head: str, task: dict[str, Any], rows: int, pads: bool = True):
+    """A copy of `tokenizer` that prepares text elsewhere as training did here.
+
+    Args:
+        task: `Task.describe()`.
+        rows: of the model's embedding: a padding token must have one.
+        pads: False where padded batches are wrong whatever they are padded with, as behind a prompt.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    if head == "lm":
+        if tokenizer.pad_token_id in (None, tokenizer.eos_token_id) and tokenizer.get_vocab().get(PAD, rows) < rows:
+            tokenizer.pad_token = PAD
+        if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
+            tokenizer.pad_token = tokenizer.eos_token  # attention masks hide it, and nothing looks for it
+    elif not pads or not set_padding(tokenizer, rows):
+        tokenizer.pad_token = None
+    tokenizer.padding_side = "left" if head == "lm" else "right"
+    if head != "lm":
+        _close_with_eos(tokenizer, task.get("pair_separator") or task.get("separator") or "\n")
+        tokenizer.model_max_length = task.get("max_length") or tokenizer.model_max_length
+    if task.get("template_text"):
+        template = Template(task.get("template") or "chat", task["template_text"], tokenizer.eos_token,
+                            tokenizer.bos_token or "")
+        tokenizer.chat_template = template.chat_template
+    return tokenizer
+
+
+def set_padding(tokenizer, rows: int) -> bool:
+    """Give `tokenizer` a padding token that is not its eos, has a row in the embedding and stands for no text.
+
+    In this order: its own; GPT-J's first spare token; a new one in a row that no token uses; in a full byte-level
+    vocabulary a token that no text can yield, renamed. GPT-2's 50257 entries have thirteen of those.
+
+    Returns:
+        False: there is none, and nothing was changed.
+    """
+    vocabulary = tokenizer.get_vocab()
+    eos, used = tokenizer.eos_token_id, set(vocabulary.values())
+    if tokenizer.pad_token_id not in (None, eos) and tokenizer.pad_token_id < rows:
+        return True
+    if vocabulary.get(PAD, rows) < rows:
+        tokenizer.pad_token = PAD
+        return True
+    if NEW_PAD not in vocabulary and len(used) == max(used) + 1 < rows:
+        tokenizer.add_special_tokens({"pad_token": NEW_PAD})
+        return True
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    unused = _token_of_no_text(state, vocabulary, rows)
+    if unused is None or NEW_PAD in vocabulary:
+        return False
+    from tokenizers import Tokenizer
+
+    entries = state["model"]["vocab"]
+    entries[NEW_PAD] = entries.pop(unused)
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.add_special_tokens({"pad_token": NEW_PAD})
+    return True
+
+
+def _token_of_no_text(state: dict[str, Any], vocabulary: dict[str, int], rows: int) -> str | None:
+    """The vocabulary's name of a byte that no text holds; None in a vocabulary that is not of bytes.
+
+    Args:
+        state: of the `tokenizers` library.
+    """
+    before = state["pre_tokenizer"] or {}
+    steps = {step["type"] for step in [before, *before.get("pretokenizers", [])] if "type" in step}
+    if state["model"]["type"] != "BPE" or "ByteLevel" not in steps or state["model"].get("byte_fallback"):
+        return None
+    merged = {character for pair in state["model"]["merges"] for part in pair for character in part}
+    added = {token["content"] for token in state["added_tokens"]}
+    return next((name for name in NO_TEXT_BYTES
+                 if vocabulary.get(name, rows) < rows and name not in merged and name not in added), None)
+
+
+def _close_with_eos(tokenizer, separator: str) -> None:
+    """Single texts become `text eos`, pairs `text separator text eos`."""
+    from tokenizers.processors import TemplateProcessing
+
+    backend = tokenizer.backend_tokenizer
+    glue = backend.encode(separator, add_special_tokens=False)
+    eos = tokenizer.eos_token
+    pair = " ".join(["$A", *glue.tokens, "$B:1", f"{eos}:1"])
+    special = dict(zip(glue.tokens, glue.ids, strict=True)) | {eos: tokenizer.eos_token_id}
+    backend.post_processor = TemplateProcessing(single=f"$A {eos}", pair=pair, special_tokens=list(special.items()))
+
+
+def config_values(config, head: str, base: str, dtype: str, task: dict[str, Any], tokenizer) -> dict[str, Any]:
+    """config.json of an exported model.
+
+    Args:
+        config: the GPTJConfig that was trained.
+        dtype: bf16, fp16 or fp32.
+        tokenizer: from `tokenizer_for`.
+    """
+    values = config.to_dict()
+    for name in ("transformers_version", "_attn_implementation_autoset", "num_labels"):
+        values.pop(name, None)
+    values |= {"architectures": [ARCHITECTURES[head]], "dtype": DTYPE_NAMES[dtype], "use_cache": True,
+               "_name_or_path": base}
+    if head == "classify":
+        values |= _label_values(task, config.num_labels)
+    if head != "lm":
+        # None makes transformers refuse batches of several texts, instead of pooling the wrong token.
+        values["pad_token_id"] = tokenizer.pad_token_id
+    return values
+
+
+def _label_values(task: dict[str, Any], count: int) -> dict[str, Any]:
+    problem = {"single_label": "single_label_classification", "multi_label": "multi_label_classification",
+               "regression": "regression"}.get(task.get("problem", ""))
+    names = task.get("labels") or [f"LABEL_{i}" for i in range(count)]
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)},
+            "problem_type": problem}
+
+
+def generation_values(config, tokenizer) -> dict[str, Any]:
+    """generation_config.json: where text starts, ends, and what fills batches."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return {"bos_token_id": config.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}
+
+
+def write_small_files(folder: Path, config, head: str, base: str, dtype: str, task: dict[str, Any], tokenizer,
+                      with_config: bool, pads: bool = True) -> bool:
+    """Tokenizer, and with `with_config` config.json (and generation_config.json of a language model).
+
+    Args:
+        tokenizer: as it was trained with; what is written is `tokenizer_for` it.
+        pads: as in `tokenizer_for`.
+
+    Returns:
+        Whether the tokenizer pads, so that the head reads padded batches right.
+    """
+    ready = tokenizer_for(tokenizer, head, task, config.vocab_size, pads)
+    ready.save_pretrained(str(folder))
+    if with_config:
+        write_json(folder / "config.json", config_values(config, head, base, dtype, task, ready))
+        if head == "lm":
+            write_json(folder / "generation_config.json", generation_values(config, ready))
+    return ready.pad_token_id is not None

@@ -1,0 +1,41 @@
+"""Outputs of a run's model as it was trained, computed in a process of its own.
+
+    python -m finetune.export.reference_process CHECKPOINT KIND DTYPE TEXTS.json OUT.safetensors
+
+Whoever exports stays small: this process holds the model once, and ends before `finetune.export.write.verify` opens the export.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from finetune.config import Dtype
+
+
+def main(checkpoint: Path, kind: str, dtype: str, texts: Path, out: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from finetune.data.tokenizer import load_tokenizer
+    from finetune.export.reopen import about_of_run, load_config, load_run, readable
+    from finetune.export.write import reference_outputs
+    from finetune.gptj.load import tokenizer_of
+    from finetune.tasks.build import head_of
+
+    run_dir = checkpoint.parent.parent
+    cfg = load_config(run_dir)
+    if kind == "adapter":  # whoever loads the adapter loads the base in this precision; a merge has the run's
+        cfg.model.dtype = Dtype(dtype)
+    device = torch.device("cpu")
+    module = load_run(cfg, checkpoint, head_of(cfg.task), about_of_run(run_dir).get("num_labels"), device,
+                      Dtype(dtype))
+    module = readable(module, Dtype(dtype), device)
+    head, eos = head_of(cfg.task), load_tokenizer(tokenizer_of(cfg.model)).eos_token_id
+    save_file(reference_outputs(module, json.loads(texts.read_text(encoding="utf-8")), head, eos, device), out)
+    print(json.dumps({"parameters": sum(p.numel() for p in module.parameters())}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]), Path(sys.argv[5]))

@@ -1,0 +1,399 @@
+"""Models that were trained before: from a run's checkpoint, or from an export. No DeepSpeed.
+
+    run_dir/config.yaml -> Config ; base weights + masters of the newest valid checkpoint -> module
+    export/finetune.json -> what the export is ; base + adapter, or the whole model -> module
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.assets.paths import asset
+from finetune.checkpointing.format import find_resume, read_state, saved_masters, step_folder, verify
+from finetune.config import (
+    GPTJ_POSITIONS,
+    HEADS,
+    KINDS,
+    Config,
+    Dtype,
+    FullConfig,
+    Init,
+    ModelConfig,
+    TaskConfig,
+    adapter_head,
+    read_yaml,
+    typed,
+)
+from finetune.data.encode_classify import LAST_TOKEN
+from finetune.data.sources import read
+from finetune.data.tokenizer import load_tokenizer
+from finetune.errors import UserError
+from finetune.files import refuse_pointer
+from finetune.gptj import adapters
+from finetune.gptj.load import (
+    DTYPES,
+    MAPPED_BYTES,
+    Weights,
+    build_model,
+    local_folder,
+    open_shard,
+    same_base,
+    weights_identity,
+)
+from finetune.gptj.prompt_tuning import flat
+from finetune.training.mfu import SLOW_BF16, emulates_bf16
+
+ABOUT, REFERENCE = "finetune.json", "reference.json"
+
+
+def typed_task(values: dict[str, Any]) -> TaskConfig:
+    """A task section as `plain_config` writes it, `kind` included."""
+    return typed(KINDS["task"][values["kind"]], values)
+
+
+def load_config(run_dir: Path) -> Config:
+    """The config of a finished or interrupted run.
+
+    Raises:
+        UserError: this is not a run directory.
+    """
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        raise UserError("there is no config.yaml: not a run directory", str(run_dir),
+                        "Pass run=DIR as training printed it.")
+    values = read_yaml(file)
+    assert isinstance(values, dict)
+    task, trained = values.pop("task"), values.pop("adapter")
+    cfg = _sections(values)
+    cfg.task = typed_task(task)
+    cfg.adapter = typed(KINDS["adapter"][trained["kind"]], trained)
+    return cfg
+
+
+def _sections(values: dict[str, Any]) -> Config:
+    cfg = Config()
+    template = {f.name: f for f in fields(Config)}
+    for key, value in values.items():
+        if key not in template:
+            continue
+        current = getattr(cfg, key)
+        kind = ModelConfig if key == "model" else type(current)
+        setattr(cfg, key, typed(kind, value) if isinstance(value, dict) else value)
+    return cfg
+
+
+@dataclass
+class Trained:
+    """A model ready to compute, and what it is."""
+
+    module: nn.Module
+    head: str
+    dtype: str
+    base: str
+    task: dict[str, Any]
+    """`Task.describe()` of the training."""
+    settings: dict[str, Any]
+    """The task's config section."""
+
+
+def checkpoint_of(path: Path) -> tuple[Path, Path]:
+    """(run_dir, checkpoint) for a run directory, its best or newest, or for one of its checkpoints.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if path.parent.name == "checkpoints":
+        reason = verify(path)
+        if reason:
+            raise UserError(f"the checkpoint is damaged: {reason}", "run", "Name another step, or the run directory.")
+        return path.parent.parent, path
+    found = find_resume(str(path), path, lambda text: None)
+    assert found is not None
+    return path, _best(path, found) or found
+
+
+def _best(run_dir: Path, newest: Path) -> Path | None:
+    """Where a run keeps its best step (`checkpoint.best`), that one: it is what the run exports."""
+    if not (run_dir / "config.yaml").is_file() or not load_config(run_dir).checkpoint.best:
+        return None
+    best = step_folder(run_dir / "checkpoints", read_state(newest)["state"]["best_step"])
+    return best if best.is_dir() and verify(best) is None else None
+
+
+def about_of_run(run_dir: Path) -> dict[str, Any]:
+    """What the head learned from the training data (label names, template), as the run wrote it down."""
+    file = run_dir / "task.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def reference_texts_of(run_dir: Path) -> list[list[int]]:
+    """Token ids of the texts that exports are compared on: the run's own, or speeches that ship with the project."""
+    file = run_dir / REFERENCE
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))
+    rows = islice(read(str(asset("data") / "pile_sample/eval.jsonl.zst"), "train"), 4)
+    return [load_tokenizer(None)(row["text"][:400])["input_ids"][:64] for _, row in rows]
+
+
+class Masters:
+    """The trained weights of a checkpoint in fp32, by name and range, in little memory.
+
+    Pages of a mapped file that were read stay resident for as long as it is mapped: it is mapped anew now and then.
+    """
+
+    def __init__(self, checkpoint: Path):
+        self.checkpoint, self._open, self._touched = checkpoint, saved_masters(checkpoint), 0
+
+    def names(self) -> list[str]:
+        return self._open.names()
+
+    def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of one tensor, flat."""
+        if self._touched > MAPPED_BYTES:
+            self._open, self._touched = saved_masters(self.checkpoint), 0
+        self._touched += 4 * numel
+        return self._open.read(name, kind, start, numel)
+
+
+def fill_from_checkpoint(module: nn.Module, checkpoint: Path) -> None:
+    """Copy the trained weights of a checkpoint into a module of the same build, rounding once."""
+    masters = Masters(checkpoint)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                parameter.view(-1).copy_(masters.read(name, "master", 0, parameter.numel()))
+
+
+def check_base(cfg: Config, checkpoint: Path) -> None:
+    """An adapter means nothing on other weights than it was trained on.
+
+    Raises:
+        UserError: the base is not what it was.
+    """
+    trained_on = read_state(checkpoint)["identity"].get("weights")
+    if cfg.model.init is not Init.pretrained or isinstance(cfg.adapter, FullConfig) or not trained_on:
+        return
+    folder = local_folder(cfg.model)
+    if weights_identity(folder) != trained_on:
+        raise UserError("these are not the weights that this adapter was trained on", str(folder),
+                        "Put the base back as it was when the run began.")
+
+
+def load_run(cfg: Config, checkpoint: Path, head: str, num_labels: int | None, device: torch.device,
+             dtype: Dtype | None = None) -> nn.Module:
+    """The module of a run as it was at `checkpoint`, in evaluation mode.
+
+    Args:
+        dtype: precision of the arithmetic; null: `cfg.model.dtype`, to which frozen weights are rounded in any case.
+    """
+    check_base(cfg, checkpoint)
+    model = build_model(cfg.model, head, device=device, seed=cfg.seed, num_labels=num_labels)
+    module = adapters.attach(model, cfg.adapter, head, cfg.model.path, cfg.seed)
+    if dtype is not None:
+        module = module.to(DTYPES[dtype.value])
+    fill_from_checkpoint(module, checkpoint)
+    return module.to(device).eval()
+
+
+def read_about(folder: Path, base: str | None = None) -> dict[str, Any]:
+    """finetune.json of an export; of any other checkpoint or adapter of a GPT-J what its own files tell.
+
+    Args:
+        base: an adapter's base model, where the adapter does not name it or names a place that is not here.
+
+    Returns:
+        Also for an adapter `base` is a folder on this machine, with the weights that the adapter was trained on.
+
+    Raises:
+        UserError: neither an export nor a GPT-J; an adapter whose base is unknown, missing or changed.
+    """
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if base and not is_adapter:
+        raise UserError("base names an adapter's base model, and this is no adapter", str(folder), "Leave base out.")
+    for name in (ABOUT, "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "config.json"):
+        refuse_pointer(folder / name)
+    if (folder / ABOUT).is_file():
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        if is_adapter:
+            named = _json(folder / "adapter_config.json").get("base_model_name_or_path")
+            moved = Path(about["base"]).is_absolute() and not Path(about["base"]).is_dir()  # trained elsewhere
+            name = base or (named if moved else None) or about["base"]
+            about["base"] = str(base_folder(name, about.get("revision"), folder))
+            check_same_base(Path(about["base"]), about["head"], about.get("base_weights"))
+        return about
+    if is_adapter:
+        return _foreign_adapter(folder, base)
+    if (folder / "config.json").is_file():
+        values = _json(folder / "config.json")
+        head = HEADS.get((values.get("architectures") or [""])[0], "lm")
+        return {"base": str(folder), "kind": "full", **_foreign(values, head)}
+    raise UserError("neither an export nor a GPT-J checkpoint", str(folder), "Pass model=RUN_DIR/export.")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file.name} is missing", str(file.parent), "A checkpoint directory needs it.") from None
+    except ValueError as error:
+        raise UserError(f"not JSON: {error}", str(file), "Download the file again.") from None
+
+
+def base_folder(name: str | None, revision: str | None, adapter: Path) -> Path:
+    """The folder with the base model of the adapter in the folder `adapter`.
+
+    Args:
+        name: path or hub id, as the adapter or the user names it.
+
+    Raises:
+        UserError: no name, or nothing there.
+    """
+    file = str(adapter / "adapter_config.json")
+    if not name:
+        raise UserError("the adapter does not name its base model (base_model_name_or_path is null)", file,
+                        "Say which it is: base=DIR, or base=EleutherAI/gpt-j-6b.")
+    try:
+        return local_folder(ModelConfig(path=name, revision=revision, init=Init.pretrained))
+    except UserError as error:
+        raise UserError(f"the adapter's base model, {name}, is not at hand: {error.problem}", file,
+                        "Say where it lies: base=DIR, with its config.json and weights.") from None
+
+
+def check_same_base(folder: Path, head: str, record: dict[str, str] | None) -> None:
+    """An adapter means nothing on other weights than it was trained on.
+
+    Args:
+        folder: of the base model.
+        record: `base_record` of the training; None: an adapter from elsewhere, or of an earlier version.
+
+    Raises:
+        UserError: the weights in `folder` are others.
+    """
+    if record and not same_base(folder, head, record):
+        raise UserError("these are not the weights that this adapter was trained on", str(folder),
+                        "Put the base back as it was when the run began, or say where it lies: base=DIR.")
+
+
+def _foreign_adapter(folder: Path, base: str | None) -> dict[str, Any]:
+    """As finetune.json, for an adapter that plain peft wrote."""
+    file = folder / "adapter_config.json"
+    values = _json(file)
+    head = adapter_head(values, str(file))
+    home = base_folder(base or values.get("base_model_name_or_path"), values.get("revision"), folder)
+    model = _json(home / "config.json")
+    # A head that was saved with the adapter is described beside it, if anywhere.
+    own = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    model |= {key: own[key] for key in ("id2label", "problem_type", "pad_token_id") if own.get(key) is not None}
+    if head != "lm":
+        outputs = _head_outputs(folder, home, head)
+        if head == "classify" and len(model.get("id2label") or {}) != outputs:
+            model["id2label"] = {str(i): f"LABEL_{i}" for i in range(outputs)}
+    return {"base": str(home), "kind": "adapter", **_foreign(model, head)}
+
+
+def _head_outputs(folder: Path, home: Path, head: str) -> int:
+    """Outputs of the head that an adapter holds, or else its base.
+
+    Raises:
+        UserError: neither has one, so that its answers would be random.
+    """
+    name = {"classify": "score", "qa": "qa_outputs"}[head]
+    stored = re.compile(rf"(^|\.){name}\.(modules_to_save\.(default\.)?)?weight$")
+    file = next((f for f in (folder / "adapter_model.safetensors", folder / "adapter_model.bin") if f.is_file()), None)
+    tensors = open_shard(file) if file else {}
+    for key in tensors.keys():  # noqa: SIM118 - not always a dict
+        if stored.search(key):
+            return (tensors[key] if isinstance(tensors, dict) else tensors.get_tensor(key)).shape[0]
+    weights = Weights(home)
+    if f"{name}.weight" in weights.files:
+        return weights.shape(f"{name}.weight")[0]
+    raise UserError(f"the adapter was trained with the head '{name}', and neither its file nor its base holds that head",
+                    str(folder), f"Save it with the adapter: modules_to_save=[{name}] in its LoraConfig.")
+
+
+def _foreign(values: dict[str, Any], head: str) -> dict[str, Any]:
+    """Head, precision, task and settings of a model that was not trained here.
+
+    Args:
+        values: of its config.json.
+    """
+    dtype = {"float32": "fp32", "float16": "fp16"}.get(values.get("dtype") or values.get("torch_dtype"), "bf16")
+    settings = {"kind": "clm" if head == "lm" else head,
+                "max_length": min(GPTJ_POSITIONS, values.get("n_positions") or GPTJ_POSITIONS)}
+    about = {"head": head, "dtype": dtype, "task": {}, "settings": settings}
+    if head == "classify":
+        about["task"], problem = _foreign_labels(values)
+        about["task"] |= {"pooling": LAST_TOKEN, "pad_token_id": values.get("pad_token_id")}
+        settings |= problem
+    return about
+
+
+def _foreign_labels(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a classifier of transformers' own says of its outputs: (as ClassifyTask.describe, task settings)."""
+    names = [name for _, name in sorted((values.get("id2label") or {}).items(), key=lambda item: int(item[0]))]
+    names = names or [f"LABEL_{i}" for i in range(values.get("num_labels") or 2)]
+    if values.get("problem_type") == "regression" or len(names) == 1:
+        return {"num_labels": 1}, {"problem": "regression"}
+    problem = "multi_label" if values.get("problem_type") == "multi_label_classification" else "single_label"
+    task = {"problem": problem, "labels": names, "labels_by_index": True, "num_labels": len(names)}
+    return task, {"problem": problem}
+
+
+def foreign_note(about: dict[str, Any]) -> str | None:
+    """What people must know of a model that was not trained here; None where nothing has to be guessed."""
+    if about["head"] != "qa" or about["task"]:
+        return None
+    return ("note: this question answerer was not trained here, and its files do not tell how it reads: it gets question, "
+            "newline, context, eos, with 'no answer' at the eos, as in this project's training")
+
+
+def model_folder(folder: Path, about: dict[str, Any]) -> Path:
+    """Where the config.json of an export's model lies: of an adapter, its base's (`read_about` has found it)."""
+    return Path(about["base"]) if (folder / "adapter_config.json").is_file() else folder
+
+
+def virtual_tokens_of(folder: Path) -> int:
+    """Positions that an export's prompt or prefix takes; 0 for any other."""
+    file = folder / "adapter_config.json"
+    return int(_json(file).get("num_virtual_tokens") or 0) if file.is_file() else 0
+
+
+def load_export(folder: Path, dtype: Dtype | None, device: torch.device, base: str | None = None) -> Trained:
+    """Open an adapter on its base, or a whole model, in evaluation mode on the training GPT-J.
+
+    Args:
+        dtype: precision of weights and arithmetic; null: the export's own, but fp32 arithmetic on a CPU that emulates bf16.
+        base: as for `read_about`.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no directory {folder}", "model", "Pass model=RUN_DIR/export.")
+    about = read_about(folder, base)
+    precision = dtype or Dtype(about["dtype"])
+    is_adapter = (folder / "adapter_config.json").is_file()
+    config = ModelConfig(path=about["base"] if is_adapter else str(folder), dtype=precision, init=Init.pretrained)
+    module: Any = build_model(config, about["head"], device=device, seed=0, num_labels=about["task"].get("num_labels"))
+    if is_adapter:
+        from peft import PeftModel
+
+        module = flat(PeftModel.from_pretrained(module, str(folder), autocast_adapter_dtype=False))
+        module = module.to(device=device, dtype=next(module.get_base_model().transformer.h.parameters()).dtype)
+    if dtype is None:
+        module = readable(module, precision, device)
+    return Trained(module.eval(), about["head"], precision.value, about["base"], about["task"], about["settings"])
+
+
+def readable(module: nn.Module, dtype: Dtype, device: torch.device) -> nn.Module:
+    """The same weights in fp32 where the CPU only emulates bf16; every bf16 number is an fp32 number."""
+    if dtype is not Dtype.bf16 or not emulates_bf16(device):
+        return module
+    print(f"{SLOW_BF16}; this model is read in fp32 (dtype=bf16 keeps it in bf16)", file=sys.stderr, flush=True)
+    return module.float()

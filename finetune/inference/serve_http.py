@@ -1,0 +1,221 @@
+"""HTTP around `serve_api`: routes, token, limits, server-sent events. The standard library's threaded server.
+
+One text is generated at a time; further requests wait, and beyond `concurrency` they are turned away. For trying a
+model out by a few people; a service for many wants vLLM (docs/export.md).
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from finetune.inference.serve_api import Json, Limits, Refused, Reply, read_request
+from finetune.inference.speaker import Speaker
+
+PAGE = Path(__file__).with_name("page.html")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SLOW_CLIENT_SECONDS = 30
+
+
+@dataclass
+class Service:
+    """What all requests share."""
+
+    speaker: Speaker
+    name: str
+    """The model's name for clients."""
+    token: str | None
+    """Demanded as `Authorization: Bearer`; None: nothing is demanded."""
+    limits: Limits
+    max_body: int
+    """Bytes."""
+    concurrency: int
+    """Requests that may wait or run at once."""
+    local: bool
+    """Whether only this machine can reach it."""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.places = threading.BoundedSemaphore(self.concurrency)
+        self.model_lock = threading.Lock()
+
+
+def build_server(service: Service, host: str, port: int) -> ThreadingHTTPServer:
+    """A listening server; `serve_forever` answers. OSError where the address is taken."""
+    kind = type("Handler", (Handler,), {"service": service})
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    server = type("Server", (ThreadingHTTPServer,), {"daemon_threads": True, "address_family": family})
+    return server((host, port), kind)
+
+
+class Handler(BaseHTTPRequestHandler):
+    service: Service
+    protocol_version = "HTTP/1.1"
+    timeout = SLOW_CLIENT_SECONDS
+
+    def do_GET(self) -> None:
+        self._guarded(self._get)
+
+    def do_POST(self) -> None:
+        self._guarded(self._post)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Drop the standard library's lines; `_log` writes one when a request is over."""
+
+    def send_response(self, code: int, message: str | None = None) -> None:
+        self.status = code
+        super().send_response(code, message)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer a request that is no HTTP, or has a method that is not known."""
+        self.reply, self.started = None, time.monotonic()
+        super().send_error(code, message, explain)
+        self._log()
+
+    def _log(self, note: str = "") -> None:
+        """Write time, method, path, status, tokens and seconds to stderr: no query, no body, no generated text."""
+        path = urlsplit(getattr(self, "path", None) or "-").path[:100].encode("unicode_escape").decode()
+        tokens = f"{self.reply.prompt_tokens} + {self.reply.new_tokens} tokens  " if self.reply else ""
+        seconds = time.monotonic() - self.started
+        print(f"{time.strftime('%H:%M:%S')}  {self.command or '-'} {path}  {self.status}  {tokens}{seconds:.2f} s{note}",
+              file=sys.stderr, flush=True)
+
+    def _guarded(self, answer) -> None:
+        self.began, self.status, self.reply, self.started, note = False, 0, None, time.monotonic(), ""
+        try:
+            self._check_host()
+            answer(urlsplit(self.path).path)
+        except Refused as error:
+            self._refuse(error)
+        except (BrokenPipeError, ConnectionResetError, TimeoutError):
+            self.close_connection, note = True, "  the client went away"
+        except Exception:
+            traceback.print_exc()
+            self._refuse(Refused(500, "the server failed; its own output says why"))
+        finally:
+            self._log(note)
+
+    def _refuse(self, error: Refused) -> None:
+        self.close_connection = True  # what is left of the body is not read
+        if not self.began:
+            self._json(error.status, error.body())
+
+    def _get(self, path: str) -> None:
+        if path == "/":
+            self._send(200, "text/html; charset=utf-8", PAGE.read_bytes())
+        elif path == "/health":
+            self._json(200, {"status": "ok"})
+        elif path in ("/v1/models", f"/v1/models/{self.service.name}"):
+            self._check_token()
+            model = {"id": self.service.name, "object": "model", "created": self.service.created,
+                     "owned_by": "finetune-gptj", "chat": self.service.speaker.chats}
+            self._json(200, {"object": "list", "data": [model]} if path == "/v1/models" else model)
+        else:
+            raise Refused(404, f"there is nothing at {path[:100]}")
+
+    def _post(self, path: str) -> None:
+        if path not in ("/v1/completions", "/v1/chat/completions"):
+            raise Refused(404, f"there is nothing at {path[:100]}")
+        self._check_token()
+        body = self._body()
+        service = self.service
+        asked = body.get("model") if isinstance(body, dict) else None
+        if asked not in (None, "", service.name):
+            raise Refused(404, f"there is no model '{str(asked)[:100]}'; this is '{service.name}'", "model")
+        request = read_request(body, path.startswith("/v1/chat"), service.speaker, service.limits)
+        reply = self.reply = Reply(request, service.name)
+        # The place is free before the client learns that its answer is whole: it may ask again at once.
+        if request.stream:
+            with self._turn():
+                self._stream(reply)
+            self._event("[DONE]")
+        else:
+            with self._turn():
+                whole = reply.whole(service.speaker)
+            self._json(200, whole)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait until the model is free; turned away where `concurrency` requests wait already."""
+        service = self.service
+        if not service.places.acquire(blocking=False):
+            raise Refused(429, f"{service.concurrency} requests are waiting already, as many as this server allows "
+                          "(its key concurrency); try again later")
+        try:
+            with service.model_lock:
+                yield
+        finally:
+            service.places.release()
+
+    def _stream(self, reply: Reply) -> None:
+        self.began = self.close_connection = True
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Cache-Control", "no-cache")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        reply.stream(self.service.speaker, lambda chunk: self._event(json.dumps(chunk, ensure_ascii=False)))
+
+    def _event(self, data: str) -> None:
+        self.wfile.write(f"data: {data}\n\n".encode())
+        self.wfile.flush()
+
+    def _check_host(self) -> None:
+        """A page from elsewhere must not talk to a local server under a name of its own (DNS rebinding)."""
+        try:
+            name = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+        except ValueError:
+            raise Refused(400, "the Host header is not a host") from None
+        if self.service.local and name not in LOOPBACK:
+            raise Refused(403, "this server answers on this machine only")
+
+    def _check_token(self) -> None:
+        if self.service.token is None:
+            return
+        given = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(given.encode(), self.service.token.encode()):
+            raise Refused(401, "the token is missing or wrong: send 'Authorization: Bearer TOKEN'")
+
+    def _body(self) -> Any:
+        # Demanding this type keeps pages of other origins out: a browser would ask first, and gets no permission.
+        if self.headers.get_content_type() != "application/json":
+            raise Refused(415, "send Content-Type: application/json")
+        try:
+            length = int(self.headers.get("Content-Length", ""))
+        except ValueError:
+            raise Refused(411, "send Content-Length") from None
+        if length < 0:
+            raise Refused(400, f"Content-Length is {length}")
+        if length > self.service.max_body:
+            raise Refused(413, f"the body has {length} bytes, {self.service.max_body} are allowed; started with "
+                          f"max_body_bytes={length} the server allows it")
+        try:
+            return json.loads(self.rfile.read(length))
+        except (ValueError, RecursionError):
+            raise Refused(400, "the body is not JSON") from None
+
+    def _json(self, status: int, value: Json) -> None:
+        self._send(status, "application/json", json.dumps(value, ensure_ascii=False).encode())
+
+    def _send(self, status: int, kind: str, data: bytes) -> None:
+        self.began = True
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("X-Content-Type-Options", "nosniff")
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(data)

@@ -1,0 +1,109 @@
+"""An export opened for use: the model, its tokenizer and its task."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune import dist, process
+from finetune.assets.paths import resolve
+from finetune.data.tokenizer import TokenLimit, load_tokenizer, token_limit
+from finetune.errors import UserError
+from finetune.export.reopen import Trained, foreign_note, load_export, model_folder, read_about, typed_task
+from finetune.gptj.library import takes_virtual_tokens, to_library_model
+from finetune.inference.deepspeed_inference import accelerated, refuse_engine
+from finetune.inference.sample import Sampling, continue_flat, continue_ids
+from finetune.planning.shape import load_shape
+from finetune.tasks.build import build_task
+
+TOO_LARGE = ("Write the text without it, or give the model the rows: model.resize_token_embeddings(len(tokenizer)) in "
+             "transformers, and train them.")
+
+
+@dataclass
+class Speaker:
+    """A model, its tokenizer and its task."""
+
+    trained: Trained
+    tokenizer: Any
+    task: Any
+    device: torch.device
+    limit: TokenLimit | None = None
+    """Set where the tokenizer has ids that the model has no row for."""
+
+    @property
+    def chats(self) -> bool:
+        return hasattr(self.task, "prompt_ids")
+
+    @property
+    def positions(self) -> int:
+        """Positions for text: a prompt or prefix adapter's virtual tokens take theirs."""
+        module: Any = self.trained.module
+        learned = getattr(module, "active_peft_config", None)
+        taken = learned.num_virtual_tokens if learned is not None and learned.is_prompt_learning else 0
+        return int(module.config.n_positions) - taken
+
+    def ids(self, prompt: Any, chat: bool) -> list[int]:
+        """Ids of a prompt; with `chat` of a prompt or a conversation inside the export's template.
+
+        Raises:
+            UserError: the model has no row for one of them.
+        """
+        if chat:
+            ids = self.task.prompt_ids(prompt)
+        else:
+            ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"] or [self.tokenizer.eos_token_id]
+        if self.limit:
+            self.limit.check(ids, "the prompt")
+        return ids
+
+    def continue_ids(self, prompts: list[list[int]], how: Sampling, streamer=None) -> list[list[int]]:
+        go_on = continue_flat if takes_virtual_tokens(self.trained.module) else continue_ids
+        return go_on(self.trained.module, self.tokenizer, prompts, how, self.device, streamer)
+
+
+def load_speaker(export_dir: str, dtype, engine: str = "torch", base: str | None = None,
+                 first: Callable[[Speaker, str], None] = lambda speaker, head: None) -> Speaker:
+    """Open an export (adapter, merged or full) or any GPT-J checkpoint for use.
+
+    Args:
+        base: an adapter's base model, where the adapter does not name it or it lies elsewhere here.
+        first: called with a speaker without its model, and the head, before the weights are loaded; what it raises ends it.
+
+    Raises:
+        UserError: there is no such folder, or `engine` cannot run here.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if engine not in ("torch", "deepspeed"):
+        raise UserError(f"engine = {engine} is unknown", "engine", "Choose from torch, deepspeed.")
+    if engine == "deepspeed" and device.type != "cuda":
+        raise UserError("DeepSpeed-Inference needs a GPU; this machine has none", "engine", "Leave engine out.")
+    if device.type == "cpu":
+        dist.use_cores(0, 1)
+    folder = Path(resolve(export_dir)).expanduser().absolute()
+    if not folder.is_dir():
+        raise UserError(f"there is no directory {folder}", "model", "Pass model=RUN_DIR/export.")
+    about = read_about(folder, base)
+    if note := foreign_note(about):
+        print(note, file=sys.stderr)
+    if engine == "deepspeed":
+        refuse_engine(folder, about)
+    tokenizer = load_tokenizer(str(folder))
+    task = build_task(typed_task(about["settings"]), tokenizer, packing=True)
+    task.prepare(None, about["task"])
+    limit = token_limit(tokenizer, load_shape(str(model_folder(folder, about))).vocab_size, TOO_LARGE)
+    unloaded = Speaker(None, tokenizer, task, device, limit)  # type: ignore[arg-type]
+    first(unloaded, about["head"])
+    trained = load_export(folder, dtype, device, base)
+    if device.type == "cpu":
+        process.keep_freed_memory()
+    if engine == "deepspeed":
+        trained.module = accelerated(trained.module, folder, about, device)
+    elif trained.head == "lm" and not takes_virtual_tokens(trained.module):
+        trained.module = to_library_model(trained.module)
+    return replace(unloaded, trained=trained)

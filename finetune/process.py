@@ -1,0 +1,88 @@
+"""Settings of a process: glibc's heap, OpenMP's waiting threads, and the variables that launchers set. No torch.
+
+The heap in CPU runs: a step's freed memory is kept for the next step, and given back once it is full of holes. By
+default every big tensor is mapped, paged in and unmapped anew; on two cores that is a fifth of a step. Kept instead,
+memory is reused at once, but batches of unequal documents slowly tear the heap into pieces that fit nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+from collections.abc import MutableMapping
+
+TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX
+GROWTH = 1.1
+"""Resident memory against its lowest since the last time, at which free pages are given back."""
+
+
+def one_arena() -> None:
+    """All threads share one heap: call it before there are any. Does nothing where the C library is not glibc."""
+    libc = _libc()
+    if libc is not None:
+        libc.mallopt(ARENA_MAX, 1)
+
+
+def keep_freed_memory() -> None:
+    """From now on free() keeps memory in the process. For steps that repeat, not for loading: what is read, cast and
+    gathered once would stay, twice the size of the model at stage 3."""
+    libc = _libc()
+    if libc is not None:
+        libc.mallopt(MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
+
+
+def release() -> None:
+    """Give free pages back to the system."""
+    libc = _libc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+class Watch:
+    """Calls `release` when a run's resident memory between steps has grown by `GROWTH`."""
+
+    def __init__(self) -> None:
+        self.lowest = 0
+
+    def after_step(self, host_bytes: int) -> None:
+        """Args: host_bytes: resident memory now."""
+        self.lowest = min(self.lowest or host_bytes, host_bytes)
+        if host_bytes > GROWTH * self.lowest:
+            release()
+            self.lowest = 0
+
+
+def _libc() -> ctypes.CDLL | None:
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
+    except OSError:
+        return None
+
+
+# What launchers put into the environment. No torch.
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE",
+                      "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK", "TORCHELASTIC_RUN_ID")
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on at this moment."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+# How long a CPU thread without work spins before it sleeps; to be settled before torch is imported.
+#
+# GNU's OpenMP spins for 300,000 rounds, about a millisecond. Where another program wants a core, the thread that all wait
+# for is the one that waits for a core, and those that spin keep it from getting one. 1000 rounds cost nothing on an idle
+# machine and nearly double the speed on a shared one (docs/performance.md).
+ROUNDS = "1000"
+
+
+def spin_briefly(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Unless the environment says how threads are to wait."""
+    if "OMP_WAIT_POLICY" not in environ:
+        environ.setdefault("GOMP_SPINCOUNT", ROUNDS)

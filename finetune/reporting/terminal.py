@@ -1,0 +1,268 @@
+"""What a person sees in the terminal: phases, one live line of training, evaluations, short tables.
+
+Flow: `silence_libraries` first; `Display.phase` around data preparation, loading and compiling; then the
+callback moments of training. On a terminal a rich bar that stays at the bottom while lines scroll above it;
+anywhere else plain lines, throttled. Only rank 0 builds a Display. Keeps no figures: see metrics_log.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from finetune.reporting.callbacks import Callback, RunInfo
+from finetune.reporting.metrics_log import METRICS, read
+from finetune.reporting.terminal_text import (
+    clock,
+    count,
+    evaluation_text,
+    figures,
+    outcome_text,
+    plain_line,
+    result_text,
+    sample_text,
+    train_command,
+)
+
+SHORT_RUN = 50
+"""Runs of at most this many steps print every step when the output is not a terminal."""
+PLAIN_SECONDS = 5.0
+"""Seconds between plain lines of longer runs and of phases."""
+
+NOISY = ("DeepSpeed", "deepspeed", "transformers", "datasets", "peft", "accelerate", "huggingface_hub", "filelock",
+         "torch.distributed", "torch.utils.cpp_extension", "torch._dynamo", "torch._inductor", "httpx", "matplotlib",
+         "wandb")
+NOISY_WARNINGS = r"(torch|deepspeed|transformers|datasets|peft|accelerate|huggingface_hub|tensorboard|wandb|google)\b"
+QUIET_ENV = {"TRANSFORMERS_VERBOSITY": "error", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "DATASETS_VERBOSITY": "error",
+             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error",
+             "TORCH_CPP_LOG_LEVEL": "ERROR", "GLOG_minloglevel": "2", "WANDB_SILENT": "true"}
+
+
+def silence_libraries(verbose: bool, rank: int) -> None:
+    """Let only errors of the libraries through, unless `verbose`. Call before importing them.
+
+    Ranks other than 0 also drop every Python warning: rank 0 has shown it already. What the user set in the
+    environment wins. Exceptions and ERROR log lines are never touched.
+    """
+    if verbose:
+        return
+    for name, value in QUIET_ENV.items():
+        os.environ.setdefault(name, value)
+    for name in NOISY:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.ERROR)
+        # DeepSpeed sets its level anew while it is imported; a filter survives that.
+        logger.addFilter(_errors_only)
+    warnings.filterwarnings("ignore", module=NOISY_WARNINGS)
+    if rank != 0:
+        warnings.simplefilter("ignore")
+
+
+def _errors_only(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
+def summary_table(title: str, rows: list[tuple[str, str]], console: Console | None = None) -> None:
+    """Print a short two-column table; aligned plain lines when stdout is not a terminal."""
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        width = max((len(name) for name, _ in rows), default=0)
+        print(title, *(f"  {name:<{width}}  {value}" for name, value in rows), sep="\n", file=console.file, flush=True)
+        return
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    console.print(table)
+
+
+class Phase:
+    """Progress of one thing before training: call `advance(n)` or `update(done)` as it goes.
+
+    `total` may be set once it is known; then the share is shown, whatever is counted.
+    """
+
+    def __init__(self, name: str, total: float | None, console: Console):
+        self.name, self.total, self.console = name, total, console
+        self.done = 0.0
+        self.started = self.printed = time.monotonic()
+        self.bar: Progress | None = _phase_bar(console) if console.is_terminal else None
+        self.task = self.bar.add_task(name, total=total) if self.bar else TaskID(0)
+
+    def advance(self, n: float = 1) -> None:
+        self.update(self.done + n)
+
+    def update(self, done: float) -> None:
+        """Say how much is done in all."""
+        self.done = done
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, total=self.total)
+        elif time.monotonic() - self.printed >= PLAIN_SECONDS:
+            self.printed = time.monotonic()
+            self._print(f"{self.name}: {self._amount()}")
+
+    def open(self) -> None:
+        if self.bar is not None:
+            self.bar.start()
+        else:
+            self._print(f"{self.name} ...")
+
+    def close(self, failed: bool) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+        seconds = clock(time.monotonic() - self.started)
+        self._print(f"{self.name}: failed after {seconds}" if failed else f"{self.name}: done in {seconds}")
+
+    def _amount(self) -> str:
+        return f"{self.done / self.total:.0%}" if self.total else count(self.done)
+
+    def _print(self, text: str) -> None:
+        _print_line(self.console, text)
+
+
+class Display(Callback):
+    """Training as it happens. `console` is for tests; by default stdout."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(highlight=False)
+        self.total_steps = 0
+        self.pace = Pace()
+        self.printed = float("-inf")
+        self.bar: Progress | None = None
+        self.live: Live | None = None
+        self.run_dir: Path | None = None
+        self.task = ""
+        """Kind of task."""
+        self.again = ""
+        """The command that goes on with this run; known, as the two above, once training begins."""
+
+    @contextmanager
+    def phase(self, name: str, total: float | None = None) -> Iterator[Phase]:
+        """Show one stretch of work, e.g. `with display.phase("tokenising", n) as phase: phase.advance()`."""
+        phase = Phase(name, total, self.console)
+        phase.open()
+        try:
+            yield phase
+        except BaseException:
+            phase.close(failed=True)
+            raise
+        phase.close(failed=False)
+
+    def start(self, run: RunInfo) -> None:
+        self.run_dir, self.task = run.run_dir, str((run.config.get("task") or {}).get("kind", ""))
+        ranks = run.extra.get("ranks_per_node")
+        launcher = f"deepspeed --num_gpus {ranks}" if ranks and ranks == run.world_size else "deepspeed"
+        self.again = train_command([str(w) for w in run.extra.get("overrides") or []], run.run_dir, launcher)
+        self.total_steps = run.total_steps
+        self.pace = Pace(run.start_step)
+        if run.resumed:
+            self.message(f"resumed after step {run.start_step}")
+        if self.console.is_terminal:
+            self.bar = _train_bar(self.console)
+            self.bar.add_task("step", total=run.total_steps, completed=run.start_step)
+            self.live = Live(self.bar, console=self.console, refresh_per_second=2, transient=True)
+            self.live.start()
+
+    def train_step(self, record: dict[str, Any]) -> None:
+        step = record["step"]
+        self.pace.reached(record)
+        left = self.pace.seconds_for(self.total_steps - step)
+        if self.live is not None and self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=step)
+            self.live.update(Group(self.bar, Text("  " + "  ".join(figures(record, left)), style="cyan")))
+        elif self._due(step):
+            self.printed = time.monotonic()
+            self.message(plain_line(record, self.total_steps, left))
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        self.message(evaluation_text(record), style="bold green")
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        self.message(sample_text(step, prompt, text), style="magenta")
+
+    def checkpoint(self, step: int, path: str) -> None:
+        self.message(f"checkpoint at step {step}: {path}", style="dim")
+
+    def message(self, text: str, style: str | None = None) -> None:
+        _print_line(self.console, text, style)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        self.close()
+        done = result.get("status") == "done"
+        self.message(result_text(result), style="bold" if done else "bold red")
+        if self.run_dir is not None:
+            records = read(self.run_dir / METRICS)
+            self.message(outcome_text(result, records, self.run_dir, self.task))
+        if self.again and not done:
+            self.message(f"to go on: {self.again}")
+
+    def close(self) -> None:
+        """Take the live bar away; safe to call at any time and twice."""
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def _due(self, step: int) -> bool:
+        short = self.total_steps <= SHORT_RUN
+        return short or step == self.total_steps or time.monotonic() - self.printed >= PLAIN_SECONDS
+
+
+class Pace:
+    """Seconds per step, averaged so that recent steps count more; from what the lines say, where only training counts."""
+
+    def __init__(self, step: int = 0):
+        self.step, self.tokens = step, 0
+        self.seconds: float | None = None
+
+    def reached(self, record: dict[str, Any]) -> None:
+        step, tokens, rate = record["step"], record["tokens"], record["tokens_per_second"]
+        if step > self.step and rate > 0:
+            each = (tokens - self.tokens) / (step - self.step) if self.tokens else tokens / step
+            latest = each / rate
+            self.seconds = latest if self.seconds is None else 0.8 * self.seconds + 0.2 * latest
+        self.step, self.tokens = step, tokens
+
+    def seconds_for(self, steps: int) -> float | None:
+        return None if self.seconds is None else self.seconds * steps
+
+
+def _print_line(console: Console, text: str, style: str | None = None) -> None:
+    """One line above the bar; never wrapped or coloured when it goes to a file."""
+    if console.is_terminal:
+        console.print(Text(text, style=style or ""))
+    else:
+        print(text, file=console.file, flush=True)
+
+
+def _phase_bar(console: Console) -> Progress:
+    name = TextColumn("{task.description}")
+    columns = [SpinnerColumn(), name, BarColumn(), TaskProgressColumn(), TimeElapsedColumn()]
+    return Progress(*columns, console=console, transient=True, refresh_per_second=2)
+
+
+def _train_bar(console: Console) -> Progress:
+    columns = [TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=None),
+               TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn()]
+    return Progress(*columns, console=console, expand=True, auto_refresh=False)

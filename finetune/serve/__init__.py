@@ -1,1 +1,0 @@
-"""An OpenAI-compatible endpoint for trying a model out: requests (api), HTTP (server), start (program)."""

@@ -1,0 +1,1 @@
+"""All code that knows DeepSpeed: its configuration, engine, partitions, offload to nvme, compiled ops."""

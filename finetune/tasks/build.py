@@ -1,0 +1,34 @@
+"""One file per head; `build_task` is the only place that chooses."""
+
+from __future__ import annotations
+
+from finetune.config import ClassifyConfig, ClmConfig, InstructConfig, QaConfig, TaskConfig
+from finetune.tasks.base import Task
+
+
+def build_task(cfg: TaskConfig, tokenizer, packing: bool) -> Task:
+    """The task of a config section."""
+    match cfg:
+        case ClmConfig():
+            from finetune.tasks.clm import ClmTask
+
+            return ClmTask(cfg, tokenizer, packing)
+        case InstructConfig():
+            from finetune.tasks.instruct import InstructTask
+
+            return InstructTask(cfg, tokenizer, packing)
+        case ClassifyConfig():
+            from finetune.tasks.classify import ClassifyTask
+
+            return ClassifyTask(cfg, tokenizer)
+        case QaConfig():
+            from finetune.tasks.qa import QaTask
+
+            return QaTask(cfg, tokenizer)
+        case _:
+            raise AssertionError(type(cfg))
+
+
+def head_of(cfg: TaskConfig) -> str:
+    """lm, classify or qa: which head of GPT-J the task trains."""
+    return {ClassifyConfig: "classify", QaConfig: "qa"}.get(type(cfg), "lm")

@@ -1,0 +1,165 @@
+"""What the model will see in a run: tokenizer, task, and the encoded training and evaluation data.
+
+`absent` checks up front that the data and weights which a config names exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.assets.paths import resolve
+from finetune.check import length_problems
+from finetune.config import GPTJ_POSITIONS, Config, Init, ModelConfig
+from finetune.data.cache import build_store
+from finetune.data.columns import Store, open_store
+from finetune.data.packing import Rows, efficiency
+from finetune.data.sources import data_notes, file_options, open_source
+from finetune.data.tokenizer import TokenLimit, load_tokenizer, token_limit
+from finetune.dist import World
+from finetune.errors import UserError
+from finetune.gptj.load import local_folder, refuse_pointers, tokenizer_of
+from finetune.planning.shape import load_shape
+from finetune.reporting.terminal import Display
+from finetune.tasks.base import Batch, Task
+from finetune.tasks.build import build_task
+from finetune.tasks.preview import preview
+
+TOO_LARGE = ("Take the model's own tokenizer (leave model.tokenizer out), or GPT-J's, which reads such marks as text: "
+             "model.tokenizer=asset:tokenizer; or give the model the rows: model.resize_token_embeddings(len(tokenizer)) in "
+             "transformers, saved as another model.path.")
+"""What to do about a tokenizer that has more entries than the embedding has rows."""
+
+
+@dataclass
+class Inputs:
+    tokenizer: Any
+    task: Task
+    train: Store
+    eval: Store | None
+    rows: Rows
+    """Which training examples share a row."""
+    notes: dict[str, list[str]]
+    """What is remarkable about the files, and what encoding did to the data (texts cut), by train and eval."""
+
+    def collate(self, indices: list[int]) -> Batch:
+        """These rows of the training data as one numpy batch."""
+        return self.task.collate(self.train, self.rows, indices)
+
+    def about(self) -> dict[str, Any]:
+        """What the head learned from the data, for evaluation and export."""
+        task = self.task
+        return task.describe() | ({"num_labels": task.num_labels} if task.num_labels else {})
+
+    def statistics(self, max_length: int) -> dict[str, Any]:
+        """The content of data_stats.json."""
+        train = {"rows": len(self.rows), "packing_efficiency": efficiency(self.rows, max_length)}
+        found = {"train": self.train.stats | train | {"notes": self.notes["train"]}}
+        if self.eval:
+            found["eval"] = self.eval.stats | {"notes": self.notes["eval"]}
+        return found
+
+
+def prepare_inputs(cfg: Config, world: World, display: Display | None, say) -> Inputs:
+    """Encode the data, or find them in the cache; rank 0 works and the others wait. Collective.
+
+    Raises:
+        UserError: data, tokenizer or task settings that cannot be used; the message names file and line, or the key.
+    """
+    tokenizer = load_tokenizer(tokenizer_of(cfg.model))
+    task = build_task(cfg.task, tokenizer, cfg.train.packing)
+    limit = token_limit(tokenizer, load_shape(str(local_folder(cfg.model))).vocab_size, TOO_LARGE)
+    if limit and task.head == "lm" and cfg.train.sample_every:
+        encode = getattr(task, "prompt_ids", lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+        for prompt in cfg.train.sample_prompts:
+            limit.check(encode(prompt), "train.sample_prompts")
+    train = _store(cfg, task, cfg.data.train, cfg.data.split, world, display, limit)
+    assert train is not None
+    task.prepare(train, None)
+    held_out = _store(cfg, task, cfg.data.eval, cfg.data.eval_split, world, display, limit)
+    rows = task.rows(train)
+    if cfg.data.preview:
+        say(preview(task, train, rows, tokenizer, cfg.data.preview))
+    notes = world.on_main(lambda: data_notes(cfg.data))
+    for name, store in (("train", train), ("eval", held_out)):
+        notes[name] += _left_out(store) + task.notes(store) if store else []
+        for line in notes[name]:
+            say(f"{name} data: {line}")
+        if store and (bad := store.stats["bad_rows"]):
+            say(f"{name} data: {bad} bad row{'s' if bad > 1 else ''} left out; {store.stats['bad_row_messages'][0]}")
+    return Inputs(tokenizer, task, train, held_out, rows, notes)
+
+
+def _left_out(store: Store) -> list[str]:
+    """A note on rows without an example; stores of older versions do not count them."""
+    rows = store.stats.get("left_out", 0)
+    return [f"{rows:,} of {store.stats['documents']:,} rows are empty or left out by their own mark"] if rows else []
+
+
+def _store(cfg: Config, task: Task, spec: str | None, split: str, world: World, display: Display | None,
+           limit: TokenLimit | None) -> Store | None:
+    """Encoded data from the cache; built by rank 0 while the others wait."""
+    if not spec:
+        return None
+    data = cfg.data
+
+    def build() -> Path:
+        with display.phase(f"tokenising {spec}") if display else nullcontext() as phase:
+            def progress(done: float, total: float, tokens: int) -> None:
+                phase.total = total
+                phase.update(done)
+
+            store = build_store(resolve(spec), split, task.encoder(), on_bad_row=data.on_bad_row.value,
+                                cache_dir=Path(data.cache_dir).expanduser() if data.cache_dir else None,
+                                max_bad_rows=data.max_bad_rows, config=data.config, options=file_options(data),
+                                progress=progress if phase else None, limit=limit)
+        return store.path
+
+    return open_store(world.on_main(build))
+
+
+# Check up front that the data and weights that a config names are there, and that the model is long enough.
+FETCHED = {"data/sotu": "Fetch it: python -m tools.fetch sotu"}
+"""Folders of data that a recipe names and the project has a command for."""
+
+
+def absent(cfg: Config, download: bool) -> Iterator[UserError]:
+    """One problem for each thing that cannot be found.
+
+    Args:
+        download: fetch the weights of a hub id now, where they are not on this machine; else only look here.
+    """
+    data = cfg.data
+    positions = _positions(cfg.model)
+    too_long = list(length_problems(cfg, positions or GPTJ_POSITIONS))
+    yield from too_long
+    for key, spec, split in (("data.train", data.train, data.split), ("data.eval", data.eval, data.eval_split)):
+        if spec:
+            fetch = FETCHED.get(str(Path(spec).parent), "")
+            yield from _try(lambda spec=spec, split=split: open_source(spec, split, data.config, file_options(data)), key, fetch)
+    yield from _try(lambda: refuse_pointers(local_folder(cfg.model, download and not too_long),
+                                            cfg.model.init is Init.pretrained), "", "")
+    if positions is None and not too_long:
+        yield from length_problems(cfg, _positions(cfg.model) or GPTJ_POSITIONS)
+    folder = Path(resolve(cfg.model.tokenizer or ".")).expanduser()
+    if str(folder).startswith("/") and not folder.is_dir():
+        yield UserError(f"there is no directory {folder}", "model.tokenizer", "Check the path, or leave model.tokenizer out.")
+
+
+def _positions(cfg: ModelConfig) -> int | None:
+    """The model's n_positions; None where its config.json is not here, or is broken, as loading will tell."""
+    try:
+        return load_shape(resolve(cfg.path), revision=cfg.revision).n_positions
+    except UserError:
+        return None
+
+
+def _try(work: Callable[[], object], key: str, remedy: str) -> Iterator[UserError]:
+    try:
+        work()
+    except UserError as error:
+        where = f"{key} = {error.where}" if key and error.where else key or error.where
+        yield UserError(error.problem, where, remedy or error.remedy)

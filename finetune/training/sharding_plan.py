@@ -1,0 +1,53 @@
+"""Does this run fit this machine, and how is it divided over the ranks?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from finetune.checkpointing.format import folder_bytes, step_folders
+from finetune.config import Config, Offload
+from finetune.dist import World
+from finetune.errors import UserError
+from finetune.gptj.load import local_folder
+from finetune.planning.choose import Plan, plan
+from finetune.planning.machine import measure_machine
+from finetune.planning.shape import ModelShape, load_shape
+from finetune.planning.show import render_table
+from finetune.reporting import metrics_log
+from finetune.sharding import nvme
+from finetune.sharding.deepspeed_config import Sharding
+from finetune.tasks.build import head_of
+
+
+def plan_run(cfg: Config, world: World, run_dir: Path, num_labels: int | None) -> Plan:
+    """What fits and what is chosen, written to plan.json.
+
+    Args:
+        num_labels: of a classifier, where the data have told; else 2 are assumed.
+
+    Raises:
+        UserError: nothing fits; the table says what is missing, and what to change.
+    """
+    shape = shape_of(cfg, num_labels)
+    machine = measure_machine(cfg.machine, world.size, str(run_dir), cfg.zero.nvme_path)
+    if cfg.machine.disk_gib is None:
+        # What a resumed run already keeps there is part of what it needs.
+        held = sum(folder_bytes(step) for step in step_folders(run_dir / "checkpoints"))
+        machine = replace(machine, disk_bytes=machine.disk_bytes + held)
+    planned = plan(cfg, machine, shape, world.size)
+    metrics_log.write_json(run_dir / "plan.json", planned.to_json())
+    if not planned.fits and cfg.zero.stage == "auto":
+        raise UserError("this run does not fit this machine\n" + render_table(planned))
+    return planned
+
+
+def sharding_of(planned: Plan, cfg: Config, run_dir: Path) -> Sharding:
+    """The chosen option in the words of `deepspeed_config.build`."""
+    chosen = planned.chosen.option
+    return Sharding(int(chosen.zero.removeprefix("stage")), Offload(chosen.offload_optimizer),
+                    Offload(chosen.offload_params), nvme.run_folder(cfg.zero.nvme_path, run_dir), shape_of(cfg, None).largest())
+
+
+def shape_of(cfg: Config, num_labels: int | None) -> ModelShape:
+    return load_shape(str(local_folder(cfg.model)), head_of(cfg.task), num_labels or 2)

@@ -1,0 +1,1 @@
+"""Developers' tools: fetch public archives and rebuild the data sets that ship with the project."""
