@@ -25,7 +25,9 @@ from finetune.gptj.model import Block
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--heads", type=int, default=8)
@@ -34,11 +36,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    config = GPTJConfig(n_embd=args.width, n_layer=1, n_head=args.heads, rotary_dim=args.rotary, n_positions=args.tokens,
-                        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+    config = GPTJConfig(
+        n_embd=args.width,
+        n_layer=1,
+        n_head=args.heads,
+        rotary_dim=args.rotary,
+        n_positions=args.tokens,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+    )
     device, half = torch.device(args.device), args.tokens // 2
     block = Block(config, 0).to(device, torch.bfloat16).train()
-    x = torch.randn(1, args.tokens, args.width, device=device, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(
+        1, args.tokens, args.width, device=device, dtype=torch.bfloat16, requires_grad=True
+    )
     rope = rope_tables(torch.arange(args.tokens, device=device) % half, args.rotary)
     kind = pick_attention("auto", args.device, x.dtype)
     packed = pack(torch.tensor([0, half, args.tokens]), kind, device)
@@ -59,9 +71,16 @@ def main() -> None:
             took = seconds(module)
             if turn >= 2:
                 times[name].append(took)
-    result = {"command": " ".join(["python", *sys.argv]), "machine": machine(), "attention": kind, "compile_seconds": first,
-              **{name: {"median_seconds": statistics.median(found), "spread": [min(found), max(found)]}
-                 for name, found in times.items()}}
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine(),
+        "attention": kind,
+        "compile_seconds": first,
+        **{
+            name: {"median_seconds": statistics.median(found), "spread": [min(found), max(found)]}
+            for name, found in times.items()
+        },
+    }
     print(json.dumps(result, indent=1))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")

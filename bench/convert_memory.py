@@ -18,7 +18,15 @@ from workload import ROOT, machine, peak_bytes
 
 
 def peak(source: str, target: Path, dtype: str) -> int:
-    return peak_bytes([sys.executable, "launch/convert.py", f"source={source}", f"target={target}", f"dtype={dtype}"])
+    return peak_bytes(
+        [
+            sys.executable,
+            "launch/convert.py",
+            f"source={source}",
+            f"target={target}",
+            f"dtype={dtype}",
+        ]
+    )
 
 
 def main() -> None:
@@ -34,13 +42,22 @@ def main() -> None:
             source = make(folder / f"source{i}", args.layers, layout)
             size = sum(file.stat().st_size for file in source.iterdir())
             for dtype in ("bf16", "fp16"):
-                row = {"from": layout, "bytes": size, "to": dtype,
-                       "peak_bytes": peak(str(source), folder / f"target{i}-{dtype}", dtype)}
+                row = {
+                    "from": layout,
+                    "bytes": size,
+                    "to": dtype,
+                    "peak_bytes": peak(str(source), folder / f"target{i}-{dtype}", dtype),
+                }
                 row["above_libraries_bytes"] = row["peak_bytes"] - libraries
                 print(json.dumps(row), flush=True)
                 found.append(row)
-    result = {"command": f"python bench/convert_memory.py --layers {args.layers}", "libraries_bytes": libraries,
-              "largest_tensor_bytes_fp32": 4 * VOCABULARY * WIDTH, "conversions": found, "machine": machine()}
+    result = {
+        "command": f"python bench/convert_memory.py --layers {args.layers}",
+        "libraries_bytes": libraries,
+        "largest_tensor_bytes_fp32": 4 * VOCABULARY * WIDTH,
+        "conversions": found,
+        "machine": machine(),
+    }
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

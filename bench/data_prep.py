@@ -51,12 +51,20 @@ def run_clm(file: Path, folder: Path, tokenizer, num_proc: int) -> int:
         concatenated = {k: list(chain(*examples[k])) for k in examples}
         total_length = len(concatenated[next(iter(examples.keys()))])
         total_length = (total_length // BLOCK) * BLOCK
-        result = {k: [t[i: i + BLOCK] for i in range(0, total_length, BLOCK)] for k, t in concatenated.items()}
+        result = {
+            k: [t[i : i + BLOCK] for i in range(0, total_length, BLOCK)]
+            for k, t in concatenated.items()
+        }
         result["labels"] = result["input_ids"].copy()
         return result
 
-    tokenized = raw.map(tokenize_function, batched=True, num_proc=num_proc, remove_columns=raw.column_names,
-                        load_from_cache_file=False)
+    tokenized = raw.map(
+        tokenize_function,
+        batched=True,
+        num_proc=num_proc,
+        remove_columns=raw.column_names,
+        load_from_cache_file=False,
+    )
     lm = tokenized.map(group_texts, batched=True, num_proc=num_proc, load_from_cache_file=False)
     return len(lm) * BLOCK
 
@@ -86,10 +94,14 @@ def advantage(results: dict[str, dict], figure: str) -> float:
 
 def measure(file: Path, tokenizer, repeat: int) -> dict[str, dict]:
     cores = os.cpu_count() or 1
-    sides = {"build_store": ours,
-             f"run_clm, {cores} processes": partial(run_clm, num_proc=cores),
-             "run_clm, 1 process": partial(run_clm, num_proc=1)}
-    results: dict[str, dict] = {name: {"tokens": 0, "seconds": [], "cpu_seconds": []} for name in sides}
+    sides = {
+        "build_store": ours,
+        f"run_clm, {cores} processes": partial(run_clm, num_proc=cores),
+        "run_clm, 1 process": partial(run_clm, num_proc=1),
+    }
+    results: dict[str, dict] = {
+        name: {"tokens": 0, "seconds": [], "cpu_seconds": []} for name in sides
+    }
     for _ in range(repeat):
         for name, side in sides.items():
             with tempfile.TemporaryDirectory() as folder:
@@ -104,7 +116,9 @@ def measure(file: Path, tokenizer, repeat: int) -> dict[str, dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", default="asset:data/pile_sample/train.jsonl.zst")
     parser.add_argument("--mib", type=float, default=16)
     parser.add_argument("--repeat", type=int, default=3)
@@ -115,17 +129,33 @@ def main() -> None:
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer(None)
     with tempfile.TemporaryDirectory() as folder:
-        results = measure(corpus(Path(folder), options.data, options.mib), tokenizer, options.repeat)
+        results = measure(
+            corpus(Path(folder), options.data, options.mib), tokenizer, options.repeat
+        )
     for name, result in results.items():
-        print(f"{name:24} {result['tokens']:>12,} tokens  {min(result['seconds']):>8.2f} s  "
-              f"{result['tokens_per_second']:>10,} tokens/s  {result['tokens_per_cpu_second']:>10,} tokens/CPU s")
-    ratios = {figure: advantage(results, figure) for figure in ("tokens_per_second", "tokens_per_cpu_second")}
-    print(f"build_store beside the better run_clm, best of {options.repeat}: {ratios['tokens_per_second']} times "
-          f"by the clock, {ratios['tokens_per_cpu_second']} times by CPU seconds")
+        print(
+            f"{name:24} {result['tokens']:>12,} tokens  {min(result['seconds']):>8.2f} s  "
+            f"{result['tokens_per_second']:>10,} tokens/s  {result['tokens_per_cpu_second']:>10,} tokens/CPU s"
+        )
+    ratios = {
+        figure: advantage(results, figure)
+        for figure in ("tokens_per_second", "tokens_per_cpu_second")
+    }
+    print(
+        f"build_store beside the better run_clm, best of {options.repeat}: {ratios['tokens_per_second']} times "
+        f"by the clock, {ratios['tokens_per_cpu_second']} times by CPU seconds"
+    )
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        about = {"command": " ".join(["python", *sys.argv]), "machine": machine(), "data": options.data, "mib": options.mib}
-        options.out.write_text(json.dumps({**about, "ratios": ratios, "results": results}, indent=1) + "\n")
+        about = {
+            "command": " ".join(["python", *sys.argv]),
+            "machine": machine(),
+            "data": options.data,
+            "mib": options.mib,
+        }
+        options.out.write_text(
+            json.dumps({**about, "ratios": ratios, "results": results}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -36,9 +36,19 @@ def model_folder(root: Path, layers: int, width: int) -> Path:
     folder = root / "base"
     folder.mkdir(parents=True)
     heads = width // 64
-    values = {"model_type": "gptj", "n_embd": width, "n_layer": layers, "n_head": heads, "rotary_dim": 32,
-              "vocab_size": 50400, "n_positions": 2048, "bos_token_id": 50256, "eos_token_id": 50256,
-              "architectures": ["GPTJForCausalLM"], "tie_word_embeddings": False}
+    values = {
+        "model_type": "gptj",
+        "n_embd": width,
+        "n_layer": layers,
+        "n_head": heads,
+        "rotary_dim": 32,
+        "vocab_size": 50400,
+        "n_positions": 2048,
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+        "architectures": ["GPTJForCausalLM"],
+        "tie_word_embeddings": False,
+    }
     (folder / "config.json").write_text(json.dumps(values))
     return folder
 
@@ -56,7 +66,11 @@ def write_shard(file: Path, pieces: dict[str, tuple[int, int]]) -> None:
     for name, (start, count) in pieces.items():
         for kind in KINDS:
             place = [end, end + 4 * count]
-            header[f"{name}|{start}|{kind}"] = {"dtype": "F32", "shape": [count], "data_offsets": place}
+            header[f"{name}|{start}|{kind}"] = {
+                "dtype": "F32",
+                "shape": [count],
+                "data_offsets": place,
+            }
             end += 4 * count
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -70,12 +84,23 @@ def write_shard(file: Path, pieces: dict[str, tuple[int, int]]) -> None:
         f.truncate(data + end)
 
 
-def run_folder(root: Path, name: str, layers: int, width: int, words: list[str]) -> tuple[Path, dict]:
+def run_folder(
+    root: Path, name: str, layers: int, width: int, words: list[str]
+) -> tuple[Path, dict]:
     """A run directory as training at stage 3 on two ranks leaves it."""
     base = model_folder(root / name, layers, width)
     run = root / name / "run"
-    cfg = compose_train(["recipe=clm_pile", f"model.path={base}", "zero=stage3", f"run_dir={run}", *words,
-                         "data.train=asset:data/pile_sample/train.jsonl.zst", "data.eval=null"])
+    cfg = compose_train(
+        [
+            "recipe=clm_pile",
+            f"model.path={base}",
+            "zero=stage3",
+            f"run_dir={run}",
+            *words,
+            "data.train=asset:data/pile_sample/train.jsonl.zst",
+            "data.eval=null",
+        ]
+    )
     config = read_config(base, cfg.model)
     shapes = {n: tuple(p.shape) for n, p in meta_model(config, "lm").named_parameters()}
     write_weights(base, shapes)
@@ -92,12 +117,20 @@ def run_folder(root: Path, name: str, layers: int, width: int, words: list[str])
             if count > 0:
                 pieces[n] = (rank * size, count)
         write_shard(step / f"optim-{rank:05d}-of-{RANKS:05d}.safetensors", pieces)
-    state = {"format": FORMAT, "world_size": RANKS, "adam_step": 1, "loss_scale": None, "identity": {},
-             "state": {"step": 1, "tokens": 1, "seconds": 1.0}}
+    state = {
+        "format": FORMAT,
+        "world_size": RANKS,
+        "adam_step": 1,
+        "loss_scale": None,
+        "identity": {},
+        "state": {"step": 1, "tokens": 1, "seconds": 1.0},
+    }
     (step / "state.json").write_text(json.dumps(state))
     write_manifest(step, 1, {f.name: entry_of(f) for f in step.iterdir()})
-    return run, {"parameters": sum(math.prod(s) for s in shapes.values()),
-                 "largest_tensor_bytes_fp32": 4 * max(math.prod(s) for s in shapes.values())}
+    return run, {
+        "parameters": sum(math.prod(s) for s in shapes.values()),
+        "largest_tensor_bytes_fp32": 4 * max(math.prod(s) for s in shapes.values()),
+    }
 
 
 def lora_shapes(cfg, config) -> dict[str, tuple[int, ...]]:
@@ -120,17 +153,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--folder", default=None, help="where the checkpoint (4 GB) and the exports (2 GB) go")
+    parser.add_argument(
+        "--folder", default=None, help="where the checkpoint (4 GB) and the exports (2 GB) go"
+    )
     args = parser.parse_args()
-    cases = {"full": ("full", "kind=full", "verify=none"),
-             "full, verified by tensors": ("full", "kind=full", "verify=tensors"),
-             "merged LoRA": ("lora", "kind=merged", "verify=none"),
-             "merged LoRA, verified by tensors": ("lora", "kind=merged", "verify=tensors"),
-             "adapter": ("lora", "kind=adapter", "verify=none")}
-    result: dict = {"command": "python bench/export_memory.py", "ranks": RANKS, "zero_stage": 3, "exports": {}}
+    cases = {
+        "full": ("full", "kind=full", "verify=none"),
+        "full, verified by tensors": ("full", "kind=full", "verify=tensors"),
+        "merged LoRA": ("lora", "kind=merged", "verify=none"),
+        "merged LoRA, verified by tensors": ("lora", "kind=merged", "verify=tensors"),
+        "adapter": ("lora", "kind=adapter", "verify=none"),
+    }
+    result: dict = {
+        "command": "python bench/export_memory.py",
+        "ranks": RANKS,
+        "zero_stage": 3,
+        "exports": {},
+    }
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         root = Path(folder)
-        small = {name: run_folder(root, f"small-{name}", 1, 64, words)[0] for name, words in TOTAL.items()}
+        small = {
+            name: run_folder(root, f"small-{name}", 1, 64, words)[0]
+            for name, words in TOTAL.items()
+        }
         large = {}
         for name, words in TOTAL.items():
             large[name], result["model"] = run_folder(root, name, args.layers, args.width, words)
@@ -138,7 +183,10 @@ def main() -> None:
             bare = measure(small[name], root / "out", words)["peak_bytes"]
             row = measure(large[name], root / "out", words)
             above = row["peak_bytes"] - bare
-            result["exports"][label] = row | {"libraries_bytes": bare, "above_libraries_bytes": above}
+            result["exports"][label] = row | {
+                "libraries_bytes": bare,
+                "above_libraries_bytes": above,
+            }
             print(label, result["exports"][label], flush=True)
     (ROOT / "bench/results/export_memory.json").write_text(json.dumps(result, indent=1) + "\n")
 

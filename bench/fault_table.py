@@ -29,7 +29,9 @@ def main() -> None:
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
     text = PAGE.read_text(encoding="utf-8")
     assert MARKS.search(text), f"{PAGE} has no place for the table"
-    PAGE.write_text(MARKS.sub(lambda match: match[1] + table(found) + match[2], text), encoding="utf-8")
+    PAGE.write_text(
+        MARKS.sub(lambda match: match[1] + table(found) + match[2], text), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -46,8 +46,14 @@ def main() -> None:
             rows.append(compare(models, batch, args.new, args.rounds))
             print(json.dumps(rows[-1]), flush=True)
         peaks = {way: peak_of(way, folder, args) for way in WAYS}
-    result = {"command": f"python bench/generate.py --dtype {args.dtype} --new {args.new} --rounds {args.rounds}",
-              "size": asdict(size), "dtype": args.dtype, "rows": rows, "peak_bytes": peaks, "machine": machine()}
+    result = {
+        "command": f"python bench/generate.py --dtype {args.dtype} --new {args.new} --rounds {args.rounds}",
+        "size": asdict(size),
+        "dtype": args.dtype,
+        "rows": rows,
+        "peak_bytes": peaks,
+        "machine": machine(),
+    }
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
@@ -73,8 +79,16 @@ def make_exports(folder: Path, size: Size) -> None:
     base = GPTJForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     targets = ["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"]
     torch.manual_seed(1)
-    model = peft.get_peft_model(base, peft.LoraConfig(r=16, lora_alpha=4, target_modules=targets, task_type="CAUSAL_LM",
-                                                      init_lora_weights=False))
+    model = peft.get_peft_model(
+        base,
+        peft.LoraConfig(
+            r=16,
+            lora_alpha=4,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+            init_lora_weights=False,
+        ),
+    )
     model.save_pretrained(folder / "adapter")
     merged = model.merge_and_unload()
     merged.save_pretrained(folder / "merged")
@@ -83,7 +97,9 @@ def make_exports(folder: Path, size: Size) -> None:
             (folder / name / file.name).write_bytes(file.read_bytes())
 
 
-def open_way(way: str, folder: Path, dtype: str) -> Callable[[list[list[int]], int], list[list[int]]]:
+def open_way(
+    way: str, folder: Path, dtype: str
+) -> Callable[[list[list[int]], int], list[list[int]]]:
     """A function from prompts and a number of new tokens to continuations."""
     import torch
     from peft import PeftModel
@@ -101,12 +117,22 @@ def open_way(way: str, folder: Path, dtype: str) -> Callable[[list[list[int]], i
         return lambda prompts, new: speaker.continue_ids(prompts, Sampling(new, temperature=0))
     if way == "no_cache":
         module = load_export(folder / "merged", Dtype(dtype), device).module
-        return lambda prompts, new: continue_flat(module, tokenizer, prompts, Sampling(new, temperature=0), device)
+        return lambda prompts, new: continue_flat(
+            module, tokenizer, prompts, Sampling(new, temperature=0), device
+        )
     kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    model = GPTJForCausalLM.from_pretrained(folder / ("merged" if way == "transformers" else "base"), dtype=kind).eval()
+    model = GPTJForCausalLM.from_pretrained(
+        folder / ("merged" if way == "transformers" else "base"), dtype=kind
+    ).eval()
     if way == "peft":
-        model = PeftModel.from_pretrained(model, folder / "adapter", autocast_adapter_dtype=False).to(kind).eval()
-    return lambda prompts, new: continue_ids(model, tokenizer, prompts, Sampling(new, temperature=0), device)
+        model = (
+            PeftModel.from_pretrained(model, folder / "adapter", autocast_adapter_dtype=False)
+            .to(kind)
+            .eval()
+        )
+    return lambda prompts, new: continue_ids(
+        model, tokenizer, prompts, Sampling(new, temperature=0), device
+    )
 
 
 def compare(models: dict, batch: int, new: int, rounds: int) -> dict:
@@ -120,11 +146,21 @@ def compare(models: dict, batch: int, new: int, rounds: int) -> dict:
             texts[way] = answer(prompts, new)
             seconds[way].append(time.perf_counter() - began)
     made = sum(map(len, texts["transformers"]))
-    ratios = [theirs / mine for mine, theirs in zip(seconds["merged"][1:], seconds["transformers"][1:], strict=True)]
-    return {"batch": batch, "prompt_tokens": sum(map(len, prompts)), "new_tokens": made,
-            "tokens_per_second": {way: made / statistics.median(times[1:]) for way, times in seconds.items()},
-            "ratio": statistics.median(ratios), "ratios": ratios,
-            "same_text": {way: texts[way] == texts["transformers"] for way in models}}
+    ratios = [
+        theirs / mine
+        for mine, theirs in zip(seconds["merged"][1:], seconds["transformers"][1:], strict=True)
+    ]
+    return {
+        "batch": batch,
+        "prompt_tokens": sum(map(len, prompts)),
+        "new_tokens": made,
+        "tokens_per_second": {
+            way: made / statistics.median(times[1:]) for way, times in seconds.items()
+        },
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "same_text": {way: texts[way] == texts["transformers"] for way in models},
+    }
 
 
 def cut(batch: int) -> list[list[int]]:
@@ -139,7 +175,18 @@ def cut(batch: int) -> list[list[int]]:
 
 def peak_of(way: str, folder: str, args: argparse.Namespace) -> dict[str, int]:
     """`memory` in a process of its own: a child's peak begins with its parent's otherwise."""
-    words = [sys.executable, __file__, "--memory", way, "--folder", folder, "--dtype", args.dtype, "--new", "8"]
+    words = [
+        sys.executable,
+        __file__,
+        "--memory",
+        way,
+        "--folder",
+        folder,
+        "--dtype",
+        args.dtype,
+        "--new",
+        "8",
+    ]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

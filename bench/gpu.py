@@ -49,11 +49,16 @@ def checkpoint(folder: Path, name: str) -> Path:
     shutil.copy(asset(name) / "config.json", folder)
     load_tokenizer(None).save_pretrained(folder)
     shapes = dict(load_shape(str(asset(name)), "lm", 2).tensors())
-    device, writer = "cuda" if torch.cuda.is_available() else "cpu", ShardWriter(folder, shapes, torch.bfloat16, SHARD_BYTES)
+    device, writer = (
+        "cuda" if torch.cuda.is_available() else "cpu",
+        ShardWriter(folder, shapes, torch.bfloat16, SHARD_BYTES),
+    )
     torch.manual_seed(0)
     for tensor_name, shape in shapes.items():
         if len(shape) == 1:
-            value = torch.full(shape, float("ln_" in tensor_name and tensor_name.endswith("weight")))
+            value = torch.full(
+                shape, float("ln_" in tensor_name and tensor_name.endswith("weight"))
+            )
         else:
             value = torch.randn(shape, device=device).mul_(0.02)
         writer.add(tensor_name, value.bfloat16().cpu())
@@ -65,10 +70,21 @@ def our_run(folder: Path, model: Path, data: Path, steps: int, words: list[str])
     """One run of this project; its figures, or its message when it fails."""
     run_dir = folder / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
-    command = ["recipe=clm_pile", f"model.path={model}", f"data.train={data}", "data.eval=null",
-               f"train.steps={steps}", "train.eval_every=0", "optim.schedule=constant", "optim.warmup=0",
-               "export.enabled=false", "checkpoint.every=0", f"data.cache_dir={folder / 'cache'}",
-               f"run_dir={run_dir}", *words]
+    command = [
+        "recipe=clm_pile",
+        f"model.path={model}",
+        f"data.train={data}",
+        "data.eval=null",
+        f"train.steps={steps}",
+        "train.eval_every=0",
+        "optim.schedule=constant",
+        "optim.warmup=0",
+        "export.enabled=false",
+        "checkpoint.every=0",
+        f"data.cache_dir={folder / 'cache'}",
+        f"run_dir={run_dir}",
+        *words,
+    ]
     record: dict = {"words": words}
     try:
         launch(1, "launch/train.py", command, folder / "run.log")
@@ -76,30 +92,61 @@ def our_run(folder: Path, model: Path, data: Path, steps: int, words: list[str])
         return record | {"error": str(error).strip().splitlines()[-1]}
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steady = [line for line in lines if line["kind"] == "train"][2:]
-    result, plan = (json.loads((run_dir / name).read_text()) for name in ("result.json", "plan.json"))
-    chosen = next(option for option in plan["options"]
-                  if all(option[key] == plan["chosen"][key] for key in plan["chosen"] if key in option))
+    result, plan = (
+        json.loads((run_dir / name).read_text()) for name in ("result.json", "plan.json")
+    )
+    chosen = next(
+        option
+        for option in plan["options"]
+        if all(option[key] == plan["chosen"][key] for key in plan["chosen"] if key in option)
+    )
     return record | {
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in steady),
         "mfu": statistics.median(line["mfu"] for line in steady) if "mfu" in steady[0] else None,
-        "peak_gpu_bytes": result["peak_gpu_bytes"], "peak_host_bytes": result["peak_host_bytes"],
-        "predicted_gpu_bytes": chosen["gpu_bytes"], "predicted_host_bytes": chosen["host_bytes"],
+        "peak_gpu_bytes": result["peak_gpu_bytes"],
+        "peak_host_bytes": result["peak_host_bytes"],
+        "predicted_gpu_bytes": chosen["gpu_bytes"],
+        "predicted_host_bytes": chosen["host_bytes"],
         "predicted_tensor_bytes": chosen.get("tensor_bytes"),
     }
 
 
-def trainer_run(folder: Path, model: Path, length: int, micro: int, steps: int, checkpointing: bool) -> dict:
+def trainer_run(
+    folder: Path, model: Path, length: int, micro: int, steps: int, checkpointing: bool
+) -> dict:
     """transformers' Trainer with DeepSpeed stage 0 on its own GPT-J, LoRA on q and v."""
     place = folder / "peer"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     rows = place / "rows.jsonl"
-    rows.write_text("\n".join(json.dumps({"input_ids": [(7 * i + j) % 50000 for j in range(length)],
-                                          "labels": [(7 * i + j) % 50000 for j in range(length)]})
-                              for i in range(micro * (steps + 1))))
-    spec = {"peer": "trainer", "model": str(model), "rows": str(rows), "out": str(place / "out"), "steps": steps,
-            "micro": micro, "stage": 0, "length": length, "checkpointing": checkpointing,
-            "lora": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}}
+    rows.write_text(
+        "\n".join(
+            json.dumps(
+                {
+                    "input_ids": [(7 * i + j) % 50000 for j in range(length)],
+                    "labels": [(7 * i + j) % 50000 for j in range(length)],
+                }
+            )
+            for i in range(micro * (steps + 1))
+        )
+    )
+    spec = {
+        "peer": "trainer",
+        "model": str(model),
+        "rows": str(rows),
+        "out": str(place / "out"),
+        "steps": steps,
+        "micro": micro,
+        "stage": 0,
+        "length": length,
+        "checkpointing": checkpointing,
+        "lora": {
+            "r": 8,
+            "lora_alpha": 16,
+            "lora_dropout": 0.0,
+            "target_modules": ["q_proj", "v_proj"],
+        },
+    }
     (place / "spec.json").write_text(json.dumps(spec))
     record: dict = {"micro": micro, "checkpointing": checkpointing}
     try:
@@ -107,8 +154,11 @@ def trainer_run(folder: Path, model: Path, length: int, micro: int, steps: int, 
     except RuntimeError as error:
         return record | {"error": str(error).strip().splitlines()[-1]}
     out = json.loads((place / "out.0.json").read_text())
-    return record | {"tokens_per_second": micro * length / statistics.median(out["seconds"][2:]),
-                     "peak_gpu_bytes": out.get("peak_gpu_bytes"), "peak_host_bytes": out["peak_host_bytes"]}
+    return record | {
+        "tokens_per_second": micro * length / statistics.median(out["seconds"][2:]),
+        "peak_gpu_bytes": out.get("peak_gpu_bytes"),
+        "peak_host_bytes": out["peak_host_bytes"],
+    }
 
 
 def lora(folder: Path, model: Path, data: Path, steps: int, length: int, micros: list[int]) -> dict:
@@ -116,17 +166,38 @@ def lora(folder: Path, model: Path, data: Path, steps: int, length: int, micros:
     for targets in LORA.values():
         for checkpointing in (False, True):
             for micro in micros:
-                ours.append(_told(our_run(folder, model, data, steps, [
-                    "adapter=lora", f"adapter.targets={targets}", "zero=stage0", f"task.max_length={length}",
-                    f"train.micro_batch={micro}", f"train.global_batch={micro}",
-                    f"train.activation_checkpointing={str(checkpointing).lower()}"])))
+                ours.append(
+                    _told(
+                        our_run(
+                            folder,
+                            model,
+                            data,
+                            steps,
+                            [
+                                "adapter=lora",
+                                f"adapter.targets={targets}",
+                                "zero=stage0",
+                                f"task.max_length={length}",
+                                f"train.micro_batch={micro}",
+                                f"train.global_batch={micro}",
+                                f"train.activation_checkpointing={str(checkpointing).lower()}",
+                            ],
+                        )
+                    )
+                )
     for checkpointing in (False, True):
         for micro in micros:
             peers.append(_told(trainer_run(folder, model, length, micro, steps, checkpointing)))
-    best = [max((r["tokens_per_second"] for r in runs if "tokens_per_second" in r), default=None)
-            for runs in (ours, peers)]
-    return {"ours": ours, "trainer": peers, "best": dict(zip(("ours", "trainer"), best, strict=True)),
-            "ratio": best[0] / best[1] if all(best) else None}
+    best = [
+        max((r["tokens_per_second"] for r in runs if "tokens_per_second" in r), default=None)
+        for runs in (ours, peers)
+    ]
+    return {
+        "ours": ours,
+        "trainer": peers,
+        "best": dict(zip(("ours", "trainer"), best, strict=True)),
+        "ratio": best[0] / best[1] if all(best) else None,
+    }
 
 
 def full(folder: Path, model: Path, data: Path, steps: int, length: int, micros: list[int]) -> dict:
@@ -134,9 +205,25 @@ def full(folder: Path, model: Path, data: Path, steps: int, length: int, micros:
     runs = []
     for stage in (1, 3):
         for micro in [m for m in micros if batch % m == 0]:
-            runs.append(_told(our_run(folder, model, data, max(3, steps // 2), [
-                "adapter=full", f"zero=stage{stage}", "zero.offload_optimizer=cpu", f"task.max_length={length}",
-                f"train.micro_batch={micro}", f"train.global_batch={batch}", "train.activation_checkpointing=true"])))
+            runs.append(
+                _told(
+                    our_run(
+                        folder,
+                        model,
+                        data,
+                        max(3, steps // 2),
+                        [
+                            "adapter=full",
+                            f"zero=stage{stage}",
+                            "zero.offload_optimizer=cpu",
+                            f"task.max_length={length}",
+                            f"train.micro_batch={micro}",
+                            f"train.global_batch={batch}",
+                            "train.activation_checkpointing=true",
+                        ],
+                    )
+                )
+            )
     return {"ours": runs}
 
 
@@ -151,11 +238,17 @@ def kernels(lengths: list[int], heads: int, width: int) -> list[dict]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = pick_attention("auto", device.type, torch.bfloat16)
-    weight = torch.randn(50400, width, device=device, dtype=torch.bfloat16).mul_(0.02).requires_grad_()
+    weight = (
+        torch.randn(50400, width, device=device, dtype=torch.bfloat16).mul_(0.02).requires_grad_()
+    )
     rows = []
     for length in lengths:
-        q, k, v = (torch.randn(length, heads, width // heads, device=device, dtype=torch.bfloat16).requires_grad_()
-                   for _ in range(3))
+        q, k, v = (
+            torch.randn(
+                length, heads, width // heads, device=device, dtype=torch.bfloat16
+            ).requires_grad_()
+            for _ in range(3)
+        )
         boundaries = torch.tensor([0, length], dtype=torch.int32)
         hidden = torch.randn(length, width, device=device, dtype=torch.bfloat16).requires_grad_()
         labels = torch.randint(0, 50400, (length,), device=device)
@@ -163,13 +256,17 @@ def kernels(lengths: list[int], heads: int, width: int) -> list[dict]:
         row = {"length": length, "attention": kind}
         for name, work in {
             "attention_ms": lambda q=q, k=k, v=v, b=boundaries, n=kind: packed_attention(
-                q, k, v, pack(b, n, device)).sum(),
+                q, k, v, pack(b, n, device)
+            ).sum(),
             "eager_attention_ms": lambda q=q, k=k, v=v, b=boundaries: packed_attention(
-                q, k, v, pack(b, "eager", device)).sum(),
+                q, k, v, pack(b, "eager", device)
+            ).sum(),
             "loss_ms": lambda h=hidden, t=labels: chunked_cross_entropy(h, weight, None, t),
             "gelu_ms": lambda x=wide: F.gelu(x, approximate="tanh").sum(),
             "eager_gelu_ms": lambda x=wide: NewGELUActivation()(x).sum(),
-            "eager_loss_ms": lambda h=hidden, t=labels: F.cross_entropy((h @ weight.T).float(), t, reduction="sum"),
+            "eager_loss_ms": lambda h=hidden, t=labels: F.cross_entropy(
+                (h @ weight.T).float(), t, reduction="sum"
+            ),
         }.items():
             row[name] = _milliseconds(work, device)
         rows.append(_told(row))
@@ -202,9 +299,16 @@ def generate(model: Path, batches: list[int], new: int, prompt: int) -> list[dic
     from finetune.gptj.library import to_library_model
     from finetune.inference.sample import Sampling, continue_ids
 
-    device, tokenizer = torch.device("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(None)
-    models = {"ours": to_library_model(load_export(model, Dtype.bf16, device).module),
-              "transformers": GPTJForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device).eval()}
+    device, tokenizer = (
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        load_tokenizer(None),
+    )
+    models = {
+        "ours": to_library_model(load_export(model, Dtype.bf16, device).module),
+        "transformers": GPTJForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        .to(device)
+        .eval(),
+    }
     how, rows = Sampling(new, temperature=0), []
     for batch in batches:
         prompts = [[(97 * i + 7 * j) % 50000 for j in range(prompt)] for i in range(batch)]
@@ -213,19 +317,39 @@ def generate(model: Path, batches: list[int], new: int, prompt: int) -> list[dic
             times = []
             for _ in range(3):
                 began = time.perf_counter()
-                found[name] = continue_ids(module, tokenizer, prompts, how, device)  # ends with a copy to the host
+                found[name] = continue_ids(
+                    module, tokenizer, prompts, how, device
+                )  # ends with a copy to the host
                 times.append(time.perf_counter() - began)
-            row[name] = {"tokens_per_second": sum(map(len, found[name])) / statistics.median(times[1:])}
-        same = [a == b for mine, theirs in zip(found["ours"], found["transformers"], strict=True)
-                for a, b in zip(mine, theirs, strict=False)]
+            row[name] = {
+                "tokens_per_second": sum(map(len, found[name])) / statistics.median(times[1:])
+            }
+        same = [
+            a == b
+            for mine, theirs in zip(found["ours"], found["transformers"], strict=True)
+            for a, b in zip(mine, theirs, strict=False)
+        ]
         rows.append(_told(row | {"equal_tokens": statistics.mean(same) if same else None}))
     return rows
 
 
 def profile(model: Path, length: int, micro: int) -> str:
     """The table of `bench/profile_step.py` for LoRA at stage 0."""
-    command = [sys.executable, "bench/profile_step.py", "--model", str(model), "--lora", "--stage", "0", "--rows", "30",
-               "--length", str(length), "--micro", str(micro)]
+    command = [
+        sys.executable,
+        "bench/profile_step.py",
+        "--model",
+        str(model),
+        "--lora",
+        "--stage",
+        "0",
+        "--rows",
+        "30",
+        "--length",
+        str(length),
+        "--micro",
+        str(micro),
+    ]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     table = ran.stdout if ran.returncode == 0 else ran.stderr[-2000:]
     print(table, flush=True)
@@ -240,27 +364,44 @@ def _told(record: dict) -> dict:
 def gpu() -> dict | None:
     """Name, memory and driver of the first GPU."""
     try:
-        out = subprocess.run(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"],
-                             capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        out = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         return None
-    return dict(zip(("name", "memory", "driver"), (part.strip() for part in out.split(",")), strict=True))
+    return dict(
+        zip(("name", "memory", "driver"), (part.strip() for part in out.split(",")), strict=True)
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--part", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--micro", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--dry-run", action="store_true", help="a tiny model, here, to see that every part runs")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="a tiny model, here, to see that every part runs"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device = gpu()
     if device is None and not args.dry_run:
         sys.exit("no GPU here; --dry-run tries every part with a tiny model on the CPU")
     dry = args.dry_run
-    name, length, micros, steps = ("gptj_tiny", 128, [1], 4) if dry else ("gptj_6b", 2048, args.micro, args.steps)
-    report: dict = {"command": " ".join(["python", *sys.argv]), "gpu": device, "machine": machine(), "model": name}
+    name, length, micros, steps = (
+        ("gptj_tiny", 128, [1], 4) if dry else ("gptj_6b", 2048, args.micro, args.steps)
+    )
+    report: dict = {
+        "command": " ".join(["python", *sys.argv]),
+        "gpu": device,
+        "machine": machine(),
+        "model": name,
+    }
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         model = checkpoint(folder / "model", name)
@@ -268,8 +409,12 @@ def main() -> None:
         work = {
             "lora": lambda: lora(folder, model, data, steps, length, micros),
             "full": lambda: full(folder, model, data, steps, length, micros),
-            "kernels": lambda: kernels([128, 256], 16, 256) if dry else kernels([512, 1024, 2048], 16, 4096),
-            "generate": lambda: generate(model, [1, 2], 8, 32) if dry else generate(model, [1, 32], 128, 512),
+            "kernels": lambda: (
+                kernels([128, 256], 16, 256) if dry else kernels([512, 1024, 2048], 16, 4096)
+            ),
+            "generate": lambda: (
+                generate(model, [1, 2], 8, 32) if dry else generate(model, [1, 32], 128, 512)
+            ),
             "profile": lambda: profile(model, length, 1 if dry else 4),
         }
         for part in args.part:

@@ -34,9 +34,19 @@ def make(folder: Path, layers: int, layout: str) -> Path:
     from finetune.gptj.load import meta_model, read_config
 
     folder.mkdir(parents=True)
-    values = {"model_type": "gptj", "n_embd": WIDTH, "n_layer": layers, "n_head": WIDTH // 64, "rotary_dim": 32,
-              "vocab_size": VOCABULARY, "n_positions": POSITIONS, "bos_token_id": 50256, "eos_token_id": 50256,
-              "architectures": ["GPTJForCausalLM"], "tie_word_embeddings": False}
+    values = {
+        "model_type": "gptj",
+        "n_embd": WIDTH,
+        "n_layer": layers,
+        "n_head": WIDTH // 64,
+        "rotary_dim": 32,
+        "vocab_size": VOCABULARY,
+        "n_positions": POSITIONS,
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+        "architectures": ["GPTJForCausalLM"],
+        "tie_word_embeddings": False,
+    }
     (folder / "config.json").write_text(json.dumps(values))
     model = meta_model(read_config(folder, ModelConfig(path=str(folder))), "lm")
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -48,7 +58,9 @@ def make(folder: Path, layers: int, layout: str) -> Path:
     else:
         state = {name: torch.empty(shape).normal_(0, 0.02) for name, shape in shapes.items()}
         for layer in range(layers):
-            state[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, POSITIONS, POSITIONS, dtype=torch.bool).tril()
+            state[f"transformer.h.{layer}.attn.bias"] = torch.ones(
+                1, 1, POSITIONS, POSITIONS, dtype=torch.bool
+            ).tril()
             state[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e9)
         torch.save(state, folder / "pytorch_model.bin")
     return folder
@@ -63,8 +75,16 @@ def load(model: str, stage: int) -> None:
     from finetune.sharding import deepspeed_config
     from finetune.sharding.engine import connect_deepspeed
 
-    cfg = compose_train(["recipe=clm_pile", "data.train=x.jsonl", f"model.path={model}", "model.dtype=bf16",
-                         "train.micro_batch=1", f"zero=stage{stage}"])
+    cfg = compose_train(
+        [
+            "recipe=clm_pile",
+            "data.train=x.jsonl",
+            f"model.path={model}",
+            "model.dtype=bf16",
+            "train.micro_batch=1",
+            f"zero=stage{stage}",
+        ]
+    )
     world = dist.connect(threads=1)
     connect_deepspeed(world)
     config = deepspeed_config.build(cfg, deepspeed_config.Sharding(stage), world.size, False)
@@ -74,21 +94,48 @@ def load(model: str, stage: int) -> None:
     stored = 4 if next(Path(model).glob("*.bin"), None) else 2
     largest = stored * max(getattr(p, "ds_numel", None) or p.numel() for p in module.parameters())
     world.barrier()
-    print("FIGURES" + json.dumps({"rank": world.rank, "kept_bytes": kept, "largest_tensor_bytes": largest,
-                                  "before_bytes": before, "peak_bytes": memory_watch.peak_host_bytes()}), flush=True)
+    print(
+        "FIGURES"
+        + json.dumps(
+            {
+                "rank": world.rank,
+                "kept_bytes": kept,
+                "largest_tensor_bytes": largest,
+                "before_bytes": before,
+                "peak_bytes": memory_watch.peak_host_bytes(),
+            }
+        ),
+        flush=True,
+    )
     dist.disconnect()
 
 
 def measure(model: Path, stage: int, ranks: int) -> dict:
     """Figures of the rank that came highest."""
-    common = os.environ | {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                           "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    started = [subprocess.Popen([sys.executable, __file__, "--load", str(model), "--stage", str(stage)], text=True,
-                                stdout=subprocess.PIPE, env=common | {"RANK": str(r), "LOCAL_RANK": str(r)})
-               for r in range(ranks)]
+    common = os.environ | {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--load", str(model), "--stage", str(stage)],
+            text=True,
+            stdout=subprocess.PIPE,
+            env=common | {"RANK": str(r), "LOCAL_RANK": str(r)},
+        )
+        for r in range(ranks)
+    ]
     outputs = [process.communicate()[0] for process in started]
-    found = [json.loads(line.removeprefix("FIGURES")) for output in outputs for line in output.splitlines()
-             if line.startswith("FIGURES")]
+    found = [
+        json.loads(line.removeprefix("FIGURES"))
+        for output in outputs
+        for line in output.splitlines()
+        if line.startswith("FIGURES")
+    ]
     assert len(found) == ranks, outputs
     worst = max(found, key=lambda figures: figures["peak_bytes"])
     limit = FACTOR * (worst["kept_bytes"] + worst["largest_tensor_bytes"]) + LIBRARIES
@@ -97,7 +144,9 @@ def measure(model: Path, stage: int, ranks: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=16, help="of width 2048; 16 make 2.0 GB in bf16")
+    parser.add_argument(
+        "--layers", type=int, default=16, help="of width 2048; 16 make 2.0 GB in bf16"
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--out", default=str(ROOT / "bench/results/load_memory.json"))
     parser.add_argument("--load", help=argparse.SUPPRESS)
@@ -113,17 +162,24 @@ def main() -> None:
             size = sum(file.stat().st_size for file in model.iterdir())
             for stage in STAGES:
                 for ranks in args.ranks:
-                    rows.append({"layout": layout, "file_bytes": size, "stage": stage, "ranks": ranks}
-                                | measure(model, stage, ranks))
+                    rows.append(
+                        {"layout": layout, "file_bytes": size, "stage": stage, "ranks": ranks}
+                        | measure(model, stage, ranks)
+                    )
                     row = rows[-1]
-                    print(f"{layout:16}  stage {stage}  {ranks} ranks  kept {row['kept_bytes'] / 1e9:.2f} GB  peak "
-                          f"{row['peak_bytes'] / 1e9:.2f} GB of {row['limit_bytes'] / 1e9:.2f}  "
-                          f"{'within' if row['within'] else 'ABOVE'}", flush=True)
+                    print(
+                        f"{layout:16}  stage {stage}  {ranks} ranks  kept {row['kept_bytes'] / 1e9:.2f} GB  peak "
+                        f"{row['peak_bytes'] / 1e9:.2f} GB of {row['limit_bytes'] / 1e9:.2f}  "
+                        f"{'within' if row['within'] else 'ABOVE'}",
+                        flush=True,
+                    )
             shutil.rmtree(model)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     command = f"python bench/load_memory.py --layers {args.layers} --ranks {' '.join(map(str, args.ranks))}"
-    Path(args.out).write_text(json.dumps({"command": command, **machine(), "rows": rows}, indent=1) + "\n")
+    Path(args.out).write_text(
+        json.dumps({"command": command, **machine(), "rows": rows}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

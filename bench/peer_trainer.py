@@ -13,7 +13,13 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 EOS, IGNORE = 50256, -100
 
@@ -63,8 +69,14 @@ class Pad:
         def padded(key: str, value: int) -> torch.Tensor:
             return torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in rows])
 
-        mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows])
-        return {"input_ids": padded("input_ids", EOS), "labels": padded("labels", IGNORE), "attention_mask": mask}
+        mask = torch.tensor(
+            [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
+        )
+        return {
+            "input_ids": padded("input_ids", EOS),
+            "labels": padded("labels", IGNORE),
+            "attention_mask": mask,
+        }
 
 
 class InOrder(Trainer):
@@ -75,9 +87,15 @@ class InOrder(Trainer):
 
 
 def deepspeed_config(stage: int, micro: int) -> dict:
-    return {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": "auto", "bf16": {"enabled": True},
-            "gradient_clipping": 1.0, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": {"stage": stage}}
+    return {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": "auto",
+        "bf16": {"enabled": True},
+        "gradient_clipping": 1.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage},
+    }
 
 
 def main() -> None:
@@ -89,26 +107,48 @@ def main() -> None:
 
         model = peft.get_peft_model(model, peft.LoraConfig(**spec["lora"], task_type="CAUSAL_LM"))
     common = {
-        "output_dir": spec["out"] + ".run", "max_steps": spec["steps"], "logging_steps": 1, "save_strategy": "no",
-        "per_device_train_batch_size": spec["micro"], "gradient_accumulation_steps": 1, "learning_rate": 1e-4,
-        "lr_scheduler_type": "constant", "weight_decay": 0.0, "bf16": True,
+        "output_dir": spec["out"] + ".run",
+        "max_steps": spec["steps"],
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "per_device_train_batch_size": spec["micro"],
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "bf16": True,
         "use_cpu": not torch.cuda.is_available(),
-        "optim": "adamw_torch_fused", "deepspeed": deepspeed_config(spec["stage"], spec["micro"]), "report_to": [],
-        "gradient_checkpointing": spec.get("checkpointing", False), "disable_tqdm": True, "seed": 0,
-        "remove_unused_columns": False, "dataloader_pin_memory": False,
+        "optim": "adamw_torch_fused",
+        "deepspeed": deepspeed_config(spec["stage"], spec["micro"]),
+        "report_to": [],
+        "gradient_checkpointing": spec.get("checkpointing", False),
+        "disable_tqdm": True,
+        "seed": 0,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
     }
     rows = [json.loads(line) for line in Path(spec["rows"]).read_text().splitlines()]
     watch, pad = Watch(Path(spec["out"] + ".first")), Pad()
     if spec["peer"] == "trainer":
         args = TrainingArguments(**common)
-        trainer = InOrder(model=model, args=args, train_dataset=Dataset.from_list(rows), data_collator=pad,
-                          callbacks=[watch])
+        trainer = InOrder(
+            model=model,
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            data_collator=pad,
+            callbacks=[watch],
+        )
     else:
         trainer = trl_trainer(spec, common, model, rows, watch)
     trainer.train()
     tokens = pad.tokens if spec["peer"] == "trainer" else trainer.real_tokens
-    result = {"seconds": watch.seconds, "losses": watch.losses, "tokens": tokens, "start_host_bytes": watch.start_host,
-              "peak_host_bytes": status("VmHWM")}
+    result = {
+        "seconds": watch.seconds,
+        "losses": watch.losses,
+        "tokens": tokens,
+        "start_host_bytes": watch.start_host,
+        "peak_host_bytes": status("VmHWM"),
+    }
     if torch.cuda.is_available():
         result["peak_gpu_bytes"] = torch.cuda.max_memory_reserved()
     Path(f"{spec['out']}.{trainer.args.process_index}.json").write_text(json.dumps(result))
@@ -118,8 +158,13 @@ def trl_trainer(spec: dict, common: dict, model, rows: list[dict], watch: Watch)
     """SFTTrainer that packs examples into rows of `length` tokens, as its documentation recommends for speed."""
     from trl import SFTConfig, SFTTrainer
 
-    examples = [{"input_ids": row["input_ids"],
-                 "completion_mask": [int(label != IGNORE) for label in row["labels"]]} for row in rows]
+    examples = [
+        {
+            "input_ids": row["input_ids"],
+            "completion_mask": [int(label != IGNORE) for label in row["labels"]],
+        }
+        for row in rows
+    ]
 
     class Counting(SFTTrainer):
         real_tokens = 0
@@ -131,8 +176,13 @@ def trl_trainer(spec: dict, common: dict, model, rows: list[dict], watch: Watch)
 
     common.pop("remove_unused_columns")
     args = SFTConfig(**common, packing=True, max_length=spec["length"], completion_only_loss=True)
-    return Counting(model=model, args=args, train_dataset=Dataset.from_list(examples), callbacks=[watch],
-                    processing_class=AutoTokenizer.from_pretrained(spec["model"]))
+    return Counting(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(examples),
+        callbacks=[watch],
+        processing_class=AutoTokenizer.from_pretrained(spec["model"]),
+    )
 
 
 if __name__ == "__main__":

@@ -56,16 +56,38 @@ LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_pro
 def ours(case: Case, model: Path, data: Path, folder: Path, steps: int) -> dict:
     run_dir = folder / "ours"
     words = [
-        f"recipe={'instruct_lora' if case.ragged else 'clm_pile'}", f"model.path={model}", "model.dtype=bf16",
-        f"zero=stage{case.stage}", f"task.max_length={case.length}", f"train.micro_batch={case.micro}",
-        f"train.global_batch={case.micro * case.ranks}", f"train.steps={steps}", "train.activation_checkpointing=false",
+        f"recipe={'instruct_lora' if case.ragged else 'clm_pile'}",
+        f"model.path={model}",
+        "model.dtype=bf16",
+        f"zero=stage{case.stage}",
+        f"task.max_length={case.length}",
+        f"train.micro_batch={case.micro}",
+        f"train.global_batch={case.micro * case.ranks}",
+        f"train.steps={steps}",
+        "train.activation_checkpointing=false",
         "train.probe=false",
-        "train.eval_every=0", "optim.lr=1e-4", "optim.schedule=constant", "optim.warmup=0", "optim.weight_decay=0",
-        f"data.train={data}", "data.eval=null", f"data.cache_dir={folder / 'cache'}", "export.enabled=false",
+        "train.eval_every=0",
+        "optim.lr=1e-4",
+        "optim.schedule=constant",
+        "optim.warmup=0",
+        "optim.weight_decay=0",
+        f"data.train={data}",
+        "data.eval=null",
+        f"data.cache_dir={folder / 'cache'}",
+        "export.enabled=false",
         f"run_dir={run_dir}",
     ]
-    words += ["adapter=lora", "adapter.rank=8", "adapter.alpha=16", "adapter.dropout=0",
-              "adapter.targets=[q_proj,v_proj]"] if case.lora else ["adapter=full"]
+    words += (
+        [
+            "adapter=lora",
+            "adapter.rank=8",
+            "adapter.alpha=16",
+            "adapter.dropout=0",
+            "adapter.targets=[q_proj,v_proj]",
+        ]
+        if case.lora
+        else ["adapter=full"]
+    )
     launch(case.ranks, "launch/train.py", words, folder / "ours.log")
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["kind"] == "train"]
@@ -73,16 +95,28 @@ def ours(case: Case, model: Path, data: Path, folder: Path, steps: int) -> dict:
     done = [line["tokens"] for line in lines]
     tokens = [b - a for a, b in zip([0, *done], done, strict=False)]
     seconds = [t / line["tokens_per_second"] for t, line in zip(tokens, lines, strict=True)]
-    return {"tokens_per_second": _rate(tokens, seconds),
-            "losses": [line["loss"] for line in lines], "start_host_bytes": result["start_host_bytes"],
-            "peak_host_bytes": result["peak_host_bytes"]}
+    return {
+        "tokens_per_second": _rate(tokens, seconds),
+        "losses": [line["loss"] for line in lines],
+        "start_host_bytes": result["start_host_bytes"],
+        "peak_host_bytes": result["peak_host_bytes"],
+    }
 
 
 def peer_spec(kind: str, case: Case, model: Path, rows: Path, folder: Path, steps: int) -> Path:
     """What bench/peer_trainer.py is told: a json file in `folder`."""
     micro = case.micro if kind == "trl" or not case.ragged else case.padded_micro
-    spec = {"peer": kind, "model": str(model), "rows": str(rows), "out": str(folder / kind), "steps": steps, "micro": micro,
-            "stage": case.stage, "length": case.length, "lora": LORA if case.lora else None}
+    spec = {
+        "peer": kind,
+        "model": str(model),
+        "rows": str(rows),
+        "out": str(folder / kind),
+        "steps": steps,
+        "micro": micro,
+        "stage": case.stage,
+        "length": case.length,
+        "lora": LORA if case.lora else None,
+    }
     file = folder / f"{kind}.spec.json"
     file.write_text(json.dumps(spec))
     return file
@@ -94,14 +128,19 @@ def peer(kind: str, case: Case, model: Path, rows: Path, folder: Path, steps: in
     try:
         launch(case.ranks, "bench/peer_trainer.py", [str(file)], folder / f"{kind}.log")
     except RuntimeError:
-        if not all(file.exists() for file in files):  # an interpreter that aborts at its end has been measured
+        if not all(
+            file.exists() for file in files
+        ):  # an interpreter that aborts at its end has been measured
             raise
     ranks = [json.loads(file.read_text()) for file in files]
     tokens = sum(rank["tokens"] for rank in ranks) / steps
     seconds = ranks[0]["seconds"]
-    return {"tokens_per_second": tokens / statistics.mean(seconds[1:]), "losses": ranks[0]["losses"],
-            "start_host_bytes": max(rank["start_host_bytes"] for rank in ranks),
-            "peak_host_bytes": max(rank["peak_host_bytes"] for rank in ranks)}
+    return {
+        "tokens_per_second": tokens / statistics.mean(seconds[1:]),
+        "losses": ranks[0]["losses"],
+        "start_host_bytes": max(rank["start_host_bytes"] for rank in ranks),
+        "peak_host_bytes": max(rank["peak_host_bytes"] for rank in ranks),
+    }
 
 
 def _rate(tokens: list[int], seconds: list[float]) -> float:
@@ -120,12 +159,16 @@ def rows_of(case: Case, data: Path, model: Path, file: Path) -> Path:
     recipe = "instruct_lora" if case.ragged else "clm_pile"
     cfg = compose_train([f"recipe={recipe}", f"task.max_length={case.length}"])
     task = build_task(cfg.task, load_tokenizer(str(model)), not case.ragged)
-    store = open_store(build_store(str(data), "train", task.encoder(), cache_dir=file.parent / "cache").path)
+    store = open_store(
+        build_store(str(data), "train", task.encoder(), cache_dir=file.parent / "cache").path
+    )
     task.prepare(store, None)
     rows = task.rows(store)
     # Packed rows in the order that our run takes them, so that the first losses can be compared; examples as they come.
     ours_first = Order(len(rows), 0, shuffle=True)
-    order = range(len(rows)) if case.ragged else [ours_first[position] for position in range(len(rows))]
+    order = (
+        range(len(rows)) if case.ragged else [ours_first[position] for position in range(len(rows))]
+    )
     with file.open("w") as f:
         for index in map(int, order):
             batch = task.collate(store, rows, [index])
@@ -156,7 +199,9 @@ def matmul_seconds(size: Size, case: Case, tokens: int, repeat: int = 3) -> floa
     blocks = max(1, tokens // case.length)
     q = torch.randn(blocks * heads, case.length, dim).bfloat16()
     p = torch.randn(blocks * heads, case.length, case.length).bfloat16()
-    pair = _seconds(lambda: torch.bmm(q, q.transpose(1, 2)), repeat) + _seconds(lambda: torch.bmm(p, q), repeat)
+    pair = _seconds(lambda: torch.bmm(q, q.transpose(1, 2)), repeat) + _seconds(
+        lambda: torch.bmm(p, q), repeat
+    )
     return total + layers * 3 * pair / 2
 
 
@@ -187,16 +232,26 @@ def measure(case: Case, size: Size, steps: int, rounds: int) -> dict:
             for program in programs:
                 place = folder / f"round{turn}"
                 place.mkdir(exist_ok=True)
-                run = ours(case, model, data, place, steps) if program == "ours" else peer(
-                    program, case, model, rows, place, steps)
+                run = (
+                    ours(case, model, data, place, steps)
+                    if program == "ours"
+                    else peer(program, case, model, rows, place, steps)
+                )
                 runs[program].append(run)
-                print(f"  {program:8} {run['tokens_per_second']:8.0f} tok/s  peak {run['peak_host_bytes'] / 1e9:.2f} GB"
-                      f"  working {(run['peak_host_bytes'] - run['start_host_bytes']) / 1e9:.2f} GB"
-                      f"  first loss {run['losses'][0]:.4f}", flush=True)
+                print(
+                    f"  {program:8} {run['tokens_per_second']:8.0f} tok/s  peak {run['peak_host_bytes'] / 1e9:.2f} GB"
+                    f"  working {(run['peak_host_bytes'] - run['start_host_bytes']) / 1e9:.2f} GB"
+                    f"  first loss {run['losses'][0]:.4f}",
+                    flush=True,
+                )
         tokens = case.length * case.micro * case.ranks
         products = matmul_seconds(size, case, tokens)
-    return {"case": asdict(case), "tokens_per_step": tokens, "matmul_seconds": products,
-            **summary(runs, tokens, products)}
+    return {
+        "case": asdict(case),
+        "tokens_per_step": tokens,
+        "matmul_seconds": products,
+        **summary(runs, tokens, products),
+    }
 
 
 def summary(runs: dict[str, list[dict]], tokens: int, products: float) -> dict:
@@ -205,9 +260,12 @@ def summary(runs: dict[str, list[dict]], tokens: int, products: float) -> dict:
     for program, results in runs.items():
         rates = [r["tokens_per_second"] for r in results]
         table[program] = {
-            "tokens_per_second": statistics.median(rates), "spread": [min(rates), max(rates)],
+            "tokens_per_second": statistics.median(rates),
+            "spread": [min(rates), max(rates)],
             "peak_host_bytes": statistics.median(r["peak_host_bytes"] for r in results),
-            "working_bytes": statistics.median(r["peak_host_bytes"] - r["start_host_bytes"] for r in results),
+            "working_bytes": statistics.median(
+                r["peak_host_bytes"] - r["start_host_bytes"] for r in results
+            ),
             "first_loss": results[0]["losses"][0],
         }
     mine = table["ours"]
@@ -216,27 +274,37 @@ def summary(runs: dict[str, list[dict]], tokens: int, products: float) -> dict:
         pairs = zip(runs["ours"], runs[program], strict=True)
         speed = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs]
         ratios[program] = {
-            "tokens_per_second": statistics.median(speed), "spread": [min(speed), max(speed)],
+            "tokens_per_second": statistics.median(speed),
+            "spread": [min(speed), max(speed)],
             "peak_host_bytes": mine["peak_host_bytes"] / table[program]["peak_host_bytes"],
             "working_bytes": mine["working_bytes"] / table[program]["working_bytes"],
         }
-    return {"programs": table, "ours_against": ratios,
-            "step_over_matmul": tokens / mine["tokens_per_second"] / products}
+    return {
+        "programs": table,
+        "ours_against": ratios,
+        "step_over_matmul": tokens / mine["tokens_per_second"] / products,
+    }
 
 
 def show(results: list[dict]) -> None:
-    print(f"\n{'case':38} {'tok/s':>7} {'peer':>7} {'ratio':>6} {'peak':>6} {'working':>8} {'step/matmul':>12}")
+    print(
+        f"\n{'case':38} {'tok/s':>7} {'peer':>7} {'ratio':>6} {'peak':>6} {'working':>8} {'step/matmul':>12}"
+    )
     for result in results:
         for program, ratio in result["ours_against"].items():
             rates = result["programs"]
-            print(f"{result['case']['name']:38} {rates['ours']['tokens_per_second']:7.0f} "
-                  f"{rates[program]['tokens_per_second']:7.0f} {ratio['tokens_per_second']:6.2f} "
-                  f"{ratio['peak_host_bytes']:6.2f} {ratio['working_bytes']:8.2f} {result['step_over_matmul']:12.2f}"
-                  f"  {program}")
+            print(
+                f"{result['case']['name']:38} {rates['ours']['tokens_per_second']:7.0f} "
+                f"{rates[program]['tokens_per_second']:7.0f} {ratio['tokens_per_second']:6.2f} "
+                f"{ratio['peak_host_bytes']:6.2f} {ratio['working_bytes']:8.2f} {result['step_over_matmul']:12.2f}"
+                f"  {program}"
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--case", action="append", help="part of a case's name; all by default")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
@@ -249,8 +317,18 @@ def main() -> None:
         print(case.name, flush=True)
         results.append(measure(case, size, args.steps, args.rounds))
         if args.out:
-            args.out.write_text(json.dumps({"command": " ".join(["python", *sys.argv]), "model": asdict(size),
-                                            "machine": machine(), "results": results}, indent=1) + "\n")
+            args.out.write_text(
+                json.dumps(
+                    {
+                        "command": " ".join(["python", *sys.argv]),
+                        "model": asdict(size),
+                        "machine": machine(),
+                        "results": results,
+                    },
+                    indent=1,
+                )
+                + "\n"
+            )
     show(results)
 
 

@@ -1,6 +1,6 @@
 """The tables of docs/performance.md from the results of the benchmarks, between its markers.
 
-    python bench/performance_tables.py
+python bench/performance_tables.py
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def peers() -> str:
                 f"| {result['case']['name']} | {mine['tokens_per_second']:.0f} tok/s, {mine['peak_host_bytes'] / 1e9:.2f} GB "
                 f"| {'Trainer' if name == 'trainer' else 'TRL'} {other['tokens_per_second']:.0f} tok/s, "
                 f"{other['peak_host_bytes'] / 1e9:.2f} GB | {ratio['tokens_per_second']:.2f} x "
-                f"| {ratio['peak_host_bytes']:.2f} x | {ratio['working_bytes']:.2f} x | {result['step_over_matmul']:.2f} |")
+                f"| {ratio['peak_host_bytes']:.2f} x | {ratio['working_bytes']:.2f} x | {result['step_over_matmul']:.2f} |"
+            )
     return "\n".join([*lines, "", _origin(found)])
 
 
@@ -38,7 +39,10 @@ def beside(name: str, what: str, cell: Callable[[dict], str]) -> str:
     """A line for each case, a cell each for this project and the Trainer."""
     found = json.loads((RESULTS / f"{name}.json").read_text())
     lines = [f"| {what} | this project | Trainer + DeepSpeed |", "|---|--:|--:|"]
-    lines += [f"| {r['case']['name']} | {cell(r['ours'])} | {cell(r['trainer'])} |" for r in found["results"]]
+    lines += [
+        f"| {r['case']['name']} | {cell(r['ours'])} | {cell(r['trainer'])} |"
+        for r in found["results"]
+    ]
     return "\n".join([*lines, "", _origin(found)])
 
 
@@ -52,14 +56,28 @@ def seconds(run: dict) -> str:
 
 def generation() -> str:
     found = json.loads((RESULTS / "generate.json").read_text())
-    ways = {"merged": "export, merged", "transformers": "the same by transformers", "adapter": "adapter on its base",
-            "peft": "the same by peft", "no_cache": "training forward, no cache"}
-    lines = ["| prompts | " + " | ".join(ways.values()) + " | same text |", "|---|" + "--:|" * (len(ways) + 1)]
+    ways = {
+        "merged": "export, merged",
+        "transformers": "the same by transformers",
+        "adapter": "adapter on its base",
+        "peft": "the same by peft",
+        "no_cache": "training forward, no cache",
+    }
+    lines = [
+        "| prompts | " + " | ".join(ways.values()) + " | same text |",
+        "|---|" + "--:|" * (len(ways) + 1),
+    ]
     for row in found["rows"]:
         speeds = [f"{row['tokens_per_second'][way]:.1f} tok/s" for way in ways]
-        lines.append(f"| {row['batch']} (of {row['prompt_tokens']} tokens in all), {row['new_tokens']} new tokens | "
-                     + " | ".join(speeds) + f" | {'yes' if all(row['same_text'].values()) else 'no'} |")
-    peaks = [f"{(found['peak_bytes'][way]['peak'] - found['peak_bytes'][way]['before']) / 1e9:.2f} GB" for way in ways]
+        lines.append(
+            f"| {row['batch']} (of {row['prompt_tokens']} tokens in all), {row['new_tokens']} new tokens | "
+            + " | ".join(speeds)
+            + f" | {'yes' if all(row['same_text'].values()) else 'no'} |"
+        )
+    peaks = [
+        f"{(found['peak_bytes'][way]['peak'] - found['peak_bytes'][way]['before']) / 1e9:.2f} GB"
+        for way in ways
+    ]
     lines.append("| 8, peak memory above the libraries | " + " | ".join(peaks) + " | |")
     return "\n".join([*lines, "", _origin(found)])
 
@@ -68,7 +86,9 @@ def preparation() -> str:
     found = json.loads((RESULTS / "data_prep.json").read_text())
     lines = ["| program | tokens/s | tokens per CPU second |", "|---|--:|--:|"]
     for name, result in found["results"].items():
-        lines.append(f"| {name} | {result['tokens_per_second']:,} | {result['tokens_per_cpu_second']:,} |")
+        lines.append(
+            f"| {name} | {result['tokens_per_second']:,} | {result['tokens_per_cpu_second']:,} |"
+        )
     return "\n".join([*lines, "", _origin(found)])
 
 
@@ -81,9 +101,12 @@ def _origin(found: dict) -> str:
 def main() -> None:
     text = PAGE.read_text(encoding="utf-8")
     for name, table in (
-        ("peers", peers), ("scaling", partial(beside, "scaling", "step", speed_and_memory)),
+        ("peers", peers),
+        ("scaling", partial(beside, "scaling", "step", speed_and_memory)),
         ("startup", partial(beside, "startup", "from the command to the end of step 1", seconds)),
-        ("generate", generation), ("data_prep", preparation)):
+        ("generate", generation),
+        ("data_prep", preparation),
+    ):
         if (RESULTS / f"{name}.json").is_file():
             pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
             text = re.sub(pattern, lambda m, t=table: m[1] + t() + "\n" + m[2], text, flags=re.S)

@@ -27,7 +27,13 @@ Words = list[str]
 FULL, LORA = ["adapter=full"], ["adapter=lora"]
 
 
-def batch(micro: int, accumulation: int = 1, ranks: int = 1, checkpointing: bool = False, length: int = 1024) -> Words:
+def batch(
+    micro: int,
+    accumulation: int = 1,
+    ranks: int = 1,
+    checkpointing: bool = False,
+    length: int = 1024,
+) -> Words:
     return [f"train.micro_batch={micro}", f"train.global_batch={micro * accumulation * ranks}",
             f"train.activation_checkpointing={checkpointing}", f"task.max_length={length}"]  # fmt: skip
 
@@ -42,13 +48,27 @@ CPU_CASES: dict[str, tuple[str, int, list[str]]] = {
     "stage 3, 2 ranks": ("71M", 2, [*FULL, "zero=stage3", *batch(1, 2, 2)]),
     "LoRA, stage 1": ("71M", 1, [*LORA, "zero=stage1", *batch(4)]),
     "162M, stage 0, fp32": ("162M", 1, [*FULL, "zero=stage0", "model.dtype=fp32", *batch(1, 2)]),
-    "162M, stage 1, checkpointing": ("162M", 1, [*FULL, "zero=stage1", *batch(2, checkpointing=True)]),
+    "162M, stage 1, checkpointing": (
+        "162M",
+        1,
+        [*FULL, "zero=stage1", *batch(2, checkpointing=True)],
+    ),
     "162M, stage 2": ("162M", 1, [*FULL, "zero=stage2", *batch(1, 2)]),
     "162M, stage 3": ("162M", 1, [*FULL, "zero=stage3", *batch(2)]),
     "162M, LoRA, stage 0": ("162M", 1, [*LORA, "zero=stage0", *batch(4)]),
-    "368M, stage 2, checkpointing": ("368M", 1, [*FULL, "zero=stage2", *batch(1, checkpointing=True)]),
+    "368M, stage 2, checkpointing": (
+        "368M",
+        1,
+        [*FULL, "zero=stage2", *batch(1, checkpointing=True)],
+    ),
 }
-GPU_BATCHES = ((1, 512, False), (1, 2048, False), (4, 2048, False), (4, 2048, True), (16, 2048, True))
+GPU_BATCHES = (
+    (1, 512, False),
+    (1, 2048, False),
+    (4, 2048, False),
+    (4, 2048, True),
+    (16, 2048, True),
+)
 GPU_CASES: dict[str, tuple[str, int, list[str]]] = {
     f"LoRA, {micro} x {length}{', checkpointing' * checkpointing}": (
         "6B", 1, [*LORA, "zero=stage1", *batch(micro, 2, 1, checkpointing, length)])
@@ -62,18 +82,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Predicted against measured peak memory.")
     parser.add_argument("--cases", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--only", default="")
-    parser.add_argument("--replan", action="store_true", help="train nothing: today's plan for the runs of the result file")
+    parser.add_argument(
+        "--replan",
+        action="store_true",
+        help="train nothing: today's plan for the runs of the result file",
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     cases = CPU_CASES if options.cases == "cpu" else GPU_CASES
-    chosen = {name: case for name, case in cases.items() if not options.only or name in options.only.split(";")}
+    chosen = {
+        name: case
+        for name, case in cases.items()
+        if not options.only or name in options.only.split(";")
+    }
     out = options.out or ROOT / f"bench/results/plan_accuracy_{options.cases}.json"
     if options.replan:
-        rows = [replanned(row, *chosen[row["case"]]) for row in json.loads(out.read_text())["rows"] if row["case"] in chosen]
+        rows = [
+            replanned(row, *chosen[row["case"]])
+            for row in json.loads(out.read_text())["rows"]
+            if row["case"] in chosen
+        ]
     else:
         rows = [measure(name, *case) for name, case in chosen.items()]
-    out.write_text(json.dumps({"machine": platform.platform(), "cores": os.cpu_count(), "rows": rows}, indent=1) + "\n")
+    out.write_text(
+        json.dumps(
+            {"machine": platform.platform(), "cores": os.cpu_count(), "rows": rows}, indent=1
+        )
+        + "\n"
+    )
     draw(rows, options.picture or ROOT / f"docs/plan_accuracy_{options.cases}.png")
 
 
@@ -82,7 +119,9 @@ def measure(name: str, model: str, ranks: int, overrides: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         train(ranks, settings(model, Path(folder), run, overrides), name)
-        plan, result = (json.loads((run / file).read_text()) for file in ("plan.json", "result.json"))
+        plan, result = (
+            json.loads((run / file).read_text()) for file in ("plan.json", "result.json")
+        )
     row = {"case": name, "ranks": ranks, **compare(plan, result)}
     predicted, measured = row["predicted"] / 2**30, row["measured"] / 2**30
     figures = f"predicted {predicted:6.2f} GiB  measured {measured:6.2f} GiB  {predicted / measured - 1:+.1%}"
@@ -101,7 +140,9 @@ def replanned(row: dict, model: str, ranks: int, overrides: Words) -> dict:
         cfg = compose_train(settings(model, Path(folder), Path(folder), overrides))
         shape = load_shape(cfg.model.path, "lm", 2)
     found = plan(cfg, measure_machine(cfg.machine, ranks), shape, ranks).to_json()
-    row = row | {"predicted": compare(found, {"peak_host_bytes": 0, "peak_gpu_bytes": 0})["predicted"]}
+    row = row | {
+        "predicted": compare(found, {"peak_host_bytes": 0, "peak_gpu_bytes": 0})["predicted"]
+    }
     print(f"{row['case']:30}  {row['predicted'] / row['measured'] - 1:+.1%}")
     return row
 
@@ -138,10 +179,18 @@ def compare(plan: dict, result: dict) -> dict[str, int]:
     from finetune.planning.estimate import CUDA_CONTEXT_BYTES
 
     choice = plan["chosen"]
-    chosen = next(option for option in plan["options"] if all(option[key] == choice[key] for key in choice))
+    chosen = next(
+        option for option in plan["options"] if all(option[key] == choice[key] for key in choice)
+    )
     if plan["machine"]["gpus"]:
-        return {"predicted": chosen["gpu_bytes"] - CUDA_CONTEXT_BYTES, "measured": result["peak_gpu_bytes"]}
-    return {"predicted": chosen["host_bytes"] // plan["world_size"], "measured": result["peak_host_bytes"]}
+        return {
+            "predicted": chosen["gpu_bytes"] - CUDA_CONTEXT_BYTES,
+            "measured": result["peak_gpu_bytes"],
+        }
+    return {
+        "predicted": chosen["host_bytes"] // plan["world_size"],
+        "measured": result["peak_host_bytes"],
+    }
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -153,11 +202,32 @@ def draw(rows: list[dict], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     top = 1.1 * max(max(row["predicted"], row["measured"]) for row in rows) / 2**30
-    axes.fill_between([0, top], [0, 0.9 * top], [0, 1.1 * top], color="#4c78a8", alpha=0.12, linewidth=0, label="10%")
+    axes.fill_between(
+        [0, top],
+        [0, 0.9 * top],
+        [0, 1.1 * top],
+        color="#4c78a8",
+        alpha=0.12,
+        linewidth=0,
+        label="10%",
+    )
     axes.plot([0, top], [0, top], color="#4c78a8", linewidth=1)
     predicted, measured = ([row[key] / 2**30 for row in rows] for key in ("predicted", "measured"))
-    axes.plot(predicted, measured, "o", color="#f58518", markeredgecolor="white", markersize=7, label="one run")
-    axes.set(xlim=(0, top), ylim=(0, top), xlabel="predicted peak per rank, GiB", ylabel="measured peak per rank, GiB")
+    axes.plot(
+        predicted,
+        measured,
+        "o",
+        color="#f58518",
+        markeredgecolor="white",
+        markersize=7,
+        label="one run",
+    )
+    axes.set(
+        xlim=(0, top),
+        ylim=(0, top),
+        xlabel="predicted peak per rank, GiB",
+        ylabel="measured peak per rank, GiB",
+    )
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.grid(True, color="#e5e5e5", linewidth=0.8)

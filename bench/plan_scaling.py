@@ -27,7 +27,9 @@ COLOURS = {0: "#9d9da1", 1: "#4c78a8", 2: "#f58518", 3: "#54a24b"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Optimizer bytes per rank: measured and predicted.")
+    parser = argparse.ArgumentParser(
+        description="Optimizer bytes per rank: measured and predicted."
+    )
     parser.add_argument("--ranks", default="1,2,4,8")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/plan_scaling.json")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs/optimizer_scaling.png")
@@ -35,7 +37,9 @@ def main() -> None:
     ranks = [int(text) for text in options.ranks.split(",")]
     rows = [row for count in ranks for row in measure(count)]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"machine": platform.platform(), "rows": rows}, indent=1) + "\n")
+    options.out.write_text(
+        json.dumps({"machine": platform.platform(), "rows": rows}, indent=1) + "\n"
+    )
     for row in rows:
         figures = f"measured {row['measured']:>10,}, predicted {row['predicted']:>10,}"
         print(f"{row['ranks']} ranks, stage {row['stage']}: {figures}")
@@ -50,12 +54,17 @@ def measure(ranks: int) -> list[dict]:
     from finetune.planning.states import model_states
     from plan_cases import config, job  # isort: skip
 
-    cases = [{"stage": stage, "dtype": "bf16", "accumulation": 1, "adapter": "full"} for stage in STAGES]
+    cases = [
+        {"stage": stage, "dtype": "bf16", "accumulation": 1, "adapter": "full"} for stage in STAGES
+    ]
     found = walk(ranks, cases)
     rows = []
     for index, case in enumerate(cases):
         cfg = config(ADAPTERS["full"], stage=case["stage"], ranks=ranks)
-        states = [model_states(job(cfg, ranks=ranks), Option(case["stage"]), rank) for rank in range(ranks)]
+        states = [
+            model_states(job(cfg, ranks=ranks), Option(case["stage"]), rank)
+            for rank in range(ranks)
+        ]
         measured = max(figures[index]["optimizer"] for figures in found)
         rows.append({"ranks": ranks, "stage": case["stage"], "measured": measured,
                      "predicted": max(state.optimizer for state in states)})  # fmt: skip
@@ -72,7 +81,9 @@ def walk(ranks: int, cases: list[dict]) -> list[list[dict[str, int]]]:
         paths = f"{ROOT}:{WALK}"
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})  # fmt: skip
-        return [json.loads((Path(out) / f"{ranks}-{rank}.json").read_text()) for rank in range(ranks)]
+        return [
+            json.loads((Path(out) / f"{ranks}-{rank}.json").read_text()) for rank in range(ranks)
+        ]
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -87,7 +98,13 @@ def draw(rows: list[dict], path: Path) -> None:
         mine = [row for row in rows if row["stage"] == stage]
         ranks = [row["ranks"] for row in mine]
         size = {0: 8, 1: 15, 2: 10, 3: 5}[stage]  # stages 1 to 3 lie on one another: rings
-        axes.plot(ranks, [row["predicted"] / 1e6 for row in mine], color=COLOURS[stage], linewidth=1.2, zorder=2)
+        axes.plot(
+            ranks,
+            [row["predicted"] / 1e6 for row in mine],
+            color=COLOURS[stage],
+            linewidth=1.2,
+            zorder=2,
+        )
         axes.plot(ranks, [row["measured"] / 1e6 for row in mine], "o", color=COLOURS[stage], markersize=size,
                   markeredgewidth=0, label=f"stage {stage}", zorder=3 + stage)  # fmt: skip
     axes.set_xscale("log", base=2)

@@ -16,7 +16,9 @@ from workload import Size, make_model
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, help="a checkpoint directory")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--micro", type=int, default=2)
@@ -46,14 +48,28 @@ def profile(args: argparse.Namespace, model: Path) -> None:
     from finetune.sharding.deepspeed_config import Sharding
     from finetune.sharding.engine import Engine, connect_deepspeed
 
-    words = ["recipe=clm_pile", f"model.path={model}", "model.dtype=bf16", f"task.max_length={args.length}",
-             f"train.micro_batch={args.micro}", f"train.global_batch={args.micro}",
-             "train.activation_checkpointing=false", f"adapter={'lora' if args.lora else 'full'}"]
+    words = [
+        "recipe=clm_pile",
+        f"model.path={model}",
+        "model.dtype=bf16",
+        f"task.max_length={args.length}",
+        f"train.micro_batch={args.micro}",
+        f"train.global_batch={args.micro}",
+        "train.activation_checkpointing=false",
+        f"adapter={'lora' if args.lora else 'full'}",
+    ]
     cfg = compose_train([*words, *args.words])
     world = dist.connect()
     connect_deepspeed(world)
-    module = adapters.attach(build_model(cfg.model, "lm", device=world.device, seed=0), cfg.adapter, "lm", str(model), 0)
-    engine = Engine(module, deepspeed_config.build(cfg, Sharding(args.stage), 1, world.device.type == "cuda"), cfg.optim, world)
+    module = adapters.attach(
+        build_model(cfg.model, "lm", device=world.device, seed=0), cfg.adapter, "lm", str(model), 0
+    )
+    engine = Engine(
+        module,
+        deepspeed_config.build(cfg, Sharding(args.stage), 1, world.device.type == "cuda"),
+        cfg.optim,
+        world,
+    )
     engine.train()
     tokens = args.length * args.micro
     ids = torch.randint(0, 50000, (1, tokens), device=world.device)
@@ -70,8 +86,12 @@ def profile(args: argparse.Namespace, model: Path) -> None:
         return result
 
     def step() -> None:
-        loss = timed("forward", lambda: engine(input_ids=ids, position_ids=positions, cu_seqlens=boundaries,
-                                               labels=ids.roll(-1, 1)))
+        loss = timed(
+            "forward",
+            lambda: engine(
+                input_ids=ids, position_ids=positions, cu_seqlens=boundaries, labels=ids.roll(-1, 1)
+            ),
+        )
         timed("backward", lambda: engine.backward(loss, 1 / tokens))
         timed("step", lambda: engine.step(1e-4))
 
@@ -82,15 +102,22 @@ def profile(args: argparse.Namespace, model: Path) -> None:
     for _ in range(args.steps):
         step()
     seconds = (time.perf_counter() - clock) / args.steps
-    print(f"{tokens / seconds:.0f} tok/s, {seconds:.3f} s a step: "
-          + ", ".join(f"{name} {value / args.steps:.3f} s" for name, value in parts.items()))
+    print(
+        f"{tokens / seconds:.0f} tok/s, {seconds:.3f} s a step: "
+        + ", ".join(f"{name} {value / args.steps:.3f} s" for name, value in parts.items())
+    )
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
     print(f"peak resident memory {machine.peak_host_bytes() / 2**20:.0f} MiB")
     with torch_profile(activities=activities, record_shapes=args.shapes) as prof:
         for _ in range(args.steps):
             step()
-    print(prof.key_averages(group_by_input_shape=args.shapes).table(
-        sort_by="self_device_time_total" if cuda else "self_cpu_time_total", row_limit=args.rows, max_name_column_width=60))
+    print(
+        prof.key_averages(group_by_input_shape=args.shapes).table(
+            sort_by="self_device_time_total" if cuda else "self_cpu_time_total",
+            row_limit=args.rows,
+            max_name_column_width=60,
+        )
+    )
     if args.trace:
         prof.export_chrome_trace(str(args.trace))
     dist.disconnect()

@@ -54,7 +54,10 @@ def measure(way, file: Path, pieces: Pieces, repeat: int) -> dict[str, float]:
         way(file, pieces)
         seconds.append(time.perf_counter() - began)
     gib = pieces.bytes / 2**30
-    return {"seconds_per_gib": round(statistics.median(seconds) / gib, 3), "runs": [round(s / gib, 3) for s in seconds]}
+    return {
+        "seconds_per_gib": round(statistics.median(seconds) / gib, 3),
+        "runs": [round(s / gib, 3) for s in seconds],
+    }
 
 
 def main() -> None:
@@ -66,7 +69,12 @@ def main() -> None:
     args = parser.parse_args()
     args.dir.mkdir(parents=True, exist_ok=True)
     each = 1 << 23
-    pieces = Pieces.of([(f"w{i}|0|master", torch.randn(each)) for i in range(max(1, int(args.gib * 2**30 / 4 / each)))])
+    pieces = Pieces.of(
+        [
+            (f"w{i}|0|master", torch.randn(each))
+            for i in range(max(1, int(args.gib * 2**30 / 4 / each)))
+        ]
+    )
     before = host_bytes()
     found = {
         way.__name__: measure(way, args.dir / "pause.safetensors", pieces, args.repeat)
@@ -74,7 +82,11 @@ def main() -> None:
     }
     found["background"]["copy_bytes_per_byte"] = round((host_bytes() - before) / pieces.bytes, 2)
     (args.dir / "pause.safetensors").unlink(missing_ok=True)
-    found |= {"gib": args.gib, "threads": torch.get_num_threads(), "command": "python bench/save_pause.py --dir DIR"}
+    found |= {
+        "gib": args.gib,
+        "threads": torch.get_num_threads(),
+        "command": "python bench/save_pause.py --dir DIR",
+    }
     args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
 

@@ -19,20 +19,32 @@ from peers import Case, ours, peer, rows_of
 from workload import Size, dense_documents, machine, make_model
 
 TOKENS = 2048
-CASES = [Case(f"{TOKENS // length} x {length}", length, 1, micro=TOKENS // length) for length in (256, 512, 1024, 2048)]
+CASES = [
+    Case(f"{TOKENS // length} x {length}", length, 1, micro=TOKENS // length)
+    for length in (256, 512, 1024, 2048)
+]
 CASES += [Case(f"1 x 1024 on {ranks} rank{'s' * (ranks > 1)}", 1024, ranks) for ranks in (1, 2)]
 
 
 def measure(case: Case, model: Path, folder: Path, steps: int) -> dict:
     folder.mkdir()
-    data = dense_documents(folder / "data.jsonl", case.length * case.micro * case.ranks * (steps + 2))
+    data = dense_documents(
+        folder / "data.jsonl", case.length * case.micro * case.ranks * (steps + 2)
+    )
     rows = rows_of(case, data, model, folder / "rows.jsonl")
     found = {"case": asdict(case)}
-    for name, run in (("ours", ours(case, model, data, folder, steps)),
-                      ("trainer", peer("trainer", case, model, rows, folder, steps))):
-        found[name] = {key: run[key] for key in ("tokens_per_second", "start_host_bytes", "peak_host_bytes")}
-        print(f"  {case.name:20} {name:8} {run['tokens_per_second']:6.0f} tok/s  peak {run['peak_host_bytes'] / 1e9:.2f} GB"
-              f"  working {(run['peak_host_bytes'] - run['start_host_bytes']) / 1e9:.2f} GB", flush=True)
+    for name, run in (
+        ("ours", ours(case, model, data, folder, steps)),
+        ("trainer", peer("trainer", case, model, rows, folder, steps)),
+    ):
+        found[name] = {
+            key: run[key] for key in ("tokens_per_second", "start_host_bytes", "peak_host_bytes")
+        }
+        print(
+            f"  {case.name:20} {name:8} {run['tokens_per_second']:6.0f} tok/s  peak {run['peak_host_bytes'] / 1e9:.2f} GB"
+            f"  working {(run['peak_host_bytes'] - run['start_host_bytes']) / 1e9:.2f} GB",
+            flush=True,
+        )
     return found
 
 
@@ -42,13 +54,21 @@ def draw(results: list[dict], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lengths = [r for r in results if r["case"]["ranks"] == 1 and r["case"]["micro"] * r["case"]["length"] == TOKENS]
+    lengths = [
+        r
+        for r in results
+        if r["case"]["ranks"] == 1 and r["case"]["micro"] * r["case"]["length"] == TOKENS
+    ]
     figure, (speed, memory) = plt.subplots(1, 2, figsize=(9, 3.4))
     for name, label in (("ours", "this project"), ("trainer", "Trainer + DeepSpeed")):
         x = [r["case"]["length"] for r in lengths]
         speed.plot(x, [r[name]["tokens_per_second"] for r in lengths], marker="o", label=label)
-        memory.plot(x, [(r[name]["peak_host_bytes"] - r[name]["start_host_bytes"]) / 1e9 for r in lengths], marker="o",
-                    label=label)
+        memory.plot(
+            x,
+            [(r[name]["peak_host_bytes"] - r[name]["start_host_bytes"]) / 1e9 for r in lengths],
+            marker="o",
+            label=label,
+        )
     speed.set(xlabel="sequence length (tokens)", ylabel="tokens/s", xticks=x)
     memory.set(xlabel="sequence length (tokens)", ylabel="working memory (GB)", xticks=x)
     for axis in (speed, memory):
@@ -60,7 +80,9 @@ def draw(results: list[dict], file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--picture", type=Path)
@@ -68,10 +90,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = make_model(folder / "model", Size())
-        results = [measure(case, model, folder / str(i), args.steps) for i, case in enumerate(CASES)]
+        results = [
+            measure(case, model, folder / str(i), args.steps) for i, case in enumerate(CASES)
+        ]
     if args.out:
-        args.out.write_text(json.dumps({"command": " ".join(["python", *sys.argv]), "model": asdict(Size()),
-                                        "machine": machine(), "results": results}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps(
+                {
+                    "command": " ".join(["python", *sys.argv]),
+                    "model": asdict(Size()),
+                    "machine": machine(),
+                    "results": results,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
     if args.picture:
         draw(results, args.picture)
 

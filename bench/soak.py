@@ -36,7 +36,9 @@ def main() -> int:
     args = arguments()
     args.dir.mkdir(parents=True, exist_ok=True)
     state_file = args.dir / "soak.json"
-    state = json.loads(state_file.read_text()) if state_file.exists() else {"done": [], "seconds": 0.0}
+    state = (
+        json.loads(state_file.read_text()) if state_file.exists() else {"done": [], "seconds": 0.0}
+    )
     jobs = plan_jobs(args)
     began = time.monotonic()
     while len(state["done"]) < len(jobs):
@@ -56,11 +58,15 @@ def main() -> int:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dir", type=Path, required=True, help="working directory, kept between calls")
+    parser.add_argument(
+        "--dir", type=Path, required=True, help="working directory, kept between calls"
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--stage", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=1e9, help="end after this long, to be continued")
+    parser.add_argument(
+        "--seconds", type=float, default=1e9, help="end after this long, to be continued"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/soak.json")
     args = parser.parse_args()
     args.dir = args.dir.absolute()
@@ -85,12 +91,23 @@ def plan_jobs(args: argparse.Namespace) -> list[dict]:
     rng = random.Random(args.seed)
 
     def kill(n: int) -> dict:
-        moment = {"seconds": rng.uniform(*STARTING)} if n % 5 == 0 else {"steps": 1, "then": rng.uniform(*AT_WORK)}
+        moment = (
+            {"seconds": rng.uniform(*STARTING)}
+            if n % 5 == 0
+            else {"steps": 1, "then": rng.uniform(*AT_WORK)}
+        )
         return moment | {"send": "SIGKILL", "to": rng.choice(TARGETS)}
 
-    killed = [{"name": f"kill {n}", "words": run("soaked"), "actions": [kill(n)]} for n in range(args.kills)]
+    killed = [
+        {"name": f"kill {n}", "words": run("soaked"), "actions": [kill(n)]}
+        for n in range(args.kills)
+    ]
     whole = {"timeout": 900}
-    return [{"name": "undisturbed", "words": run("undisturbed"), **whole}, *killed, {"name": "end", "words": run("soaked"), **whole}]
+    return [
+        {"name": "undisturbed", "words": run("undisturbed"), **whole},
+        *killed,
+        {"name": "end", "words": run("soaked"), **whole},
+    ]
 
 
 def attempts(jobs: list[dict], folder: Path, first: int) -> list[dict]:
@@ -127,7 +144,8 @@ def compare(args: argparse.Namespace, state: dict) -> dict:
     ends = [one for one in state["done"] if one["name"] in ("undisturbed", "end")]
     clean = all(code == 0 for one in ends for code in one["codes"].values())
     by_target = {
-        name: sum(one["target"] == name for one in killed) for name in sorted({one["target"] for one in killed})
+        name: sum(one["target"] == name for one in killed)
+        for name in sorted({one["target"] for one in killed})
     }
     return {
         "command": f"python bench/soak.py --dir DIR --kills {args.kills} --stage {args.stage} --seed {args.seed}",
@@ -137,7 +155,8 @@ def compare(args: argparse.Namespace, state: dict) -> dict:
         "ranks": 2,
         "by_target": by_target,
         "without_a_new_step": sum(
-            one["reached"] == before for one, before in zip(killed, reached_before(killed), strict=True)
+            one["reached"] == before
+            for one, before in zip(killed, reached_before(killed), strict=True)
         ),
         "staging_folder_left": sum(one["staging"] > 0 for one in killed),
         "damaged_checkpoints": sum(len(one["damaged"]) for one in killed),
@@ -156,12 +175,18 @@ def reached_before(killed: list[dict]) -> list[int]:
 
 def records(run_dir: Path) -> list[dict]:
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: record[key] for key in COMPARED if key in record} for record in map(json.loads, lines)]
+    return [
+        {key: record[key] for key in COMPARED if key in record} for record in map(json.loads, lines)
+    ]
 
 
 def tensor_hashes(run_dir: Path) -> dict[str, str]:
-    manifest = json.loads((run_dir / f"checkpoints/step-{STEPS:08d}/manifest.json").read_text(encoding="utf-8"))
-    return {name: entry["hash"] for name, entry in manifest["files"].items() if name.startswith("optim")}
+    manifest = json.loads(
+        (run_dir / f"checkpoints/step-{STEPS:08d}/manifest.json").read_text(encoding="utf-8")
+    )
+    return {
+        name: entry["hash"] for name, entry in manifest["files"].items() if name.startswith("optim")
+    }
 
 
 if __name__ == "__main__":

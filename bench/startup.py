@@ -57,16 +57,35 @@ def until(file: Path, ranks: int, script: str, arguments: list[str], log: Path) 
 
 def ours(case: Case, model: Path, data: Path, folder: Path) -> float:
     run_dir = folder / "ours"
-    words = ["recipe=clm_pile", f"model.path={model}", f"zero=stage{case.stage}", f"task.max_length={case.length}",
-             f"train.micro_batch={case.micro}", f"train.global_batch={case.micro * case.ranks}", "train.steps=1",
-             f"data.train={data}", "data.eval=null", f"data.cache_dir={folder / 'cache'}", "export.enabled=false",
-             "checkpoint.every=0", f"run_dir={run_dir}"]
-    return until(run_dir / "metrics.jsonl", case.ranks, "launch/train.py", words, folder / "ours.log")
+    words = [
+        "recipe=clm_pile",
+        f"model.path={model}",
+        f"zero=stage{case.stage}",
+        f"task.max_length={case.length}",
+        f"train.micro_batch={case.micro}",
+        f"train.global_batch={case.micro * case.ranks}",
+        "train.steps=1",
+        f"data.train={data}",
+        "data.eval=null",
+        f"data.cache_dir={folder / 'cache'}",
+        "export.enabled=false",
+        "checkpoint.every=0",
+        f"run_dir={run_dir}",
+    ]
+    return until(
+        run_dir / "metrics.jsonl", case.ranks, "launch/train.py", words, folder / "ours.log"
+    )
 
 
 def trainer(case: Case, model: Path, rows: Path, folder: Path) -> float:
     file = peer_spec("trainer", case, model, rows, folder, steps=1)
-    return until(folder / "trainer.first", case.ranks, "bench/peer_trainer.py", [str(file)], folder / "trainer.log")
+    return until(
+        folder / "trainer.first",
+        case.ranks,
+        "bench/peer_trainer.py",
+        [str(file)],
+        folder / "trainer.log",
+    )
 
 
 def measure(case: Case, folder: Path, rounds: int) -> dict:
@@ -80,20 +99,40 @@ def measure(case: Case, folder: Path, rounds: int) -> dict:
         place.mkdir()
         seconds["ours"].append(ours(case, model, data, place))
         seconds["trainer"].append(trainer(case, model, rows, place))
-        print(f"  {case.name:8} ours {seconds['ours'][-1]:5.1f} s  Trainer {seconds['trainer'][-1]:5.1f} s", flush=True)
-    return {"case": asdict(case), **{name: {"seconds": statistics.median(found[1:]), "rounds": found[1:]}
-                                     for name, found in seconds.items()}}
+        print(
+            f"  {case.name:8} ours {seconds['ours'][-1]:5.1f} s  Trainer {seconds['trainer'][-1]:5.1f} s",
+            flush=True,
+        )
+    return {
+        "case": asdict(case),
+        **{
+            name: {"seconds": statistics.median(found[1:]), "rounds": found[1:]}
+            for name, found in seconds.items()
+        },
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/startup.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         results = [measure(case, Path(name) / case.name, args.rounds) for case in CASES]
-    args.out.write_text(json.dumps({"command": " ".join(["python", *sys.argv]), "model": asdict(Size()),
-                                    "machine": machine(), "results": results}, indent=1) + "\n")
+    args.out.write_text(
+        json.dumps(
+            {
+                "command": " ".join(["python", *sys.argv]),
+                "model": asdict(Size()),
+                "machine": machine(),
+                "results": results,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

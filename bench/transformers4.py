@@ -28,16 +28,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     with torch.no_grad():
-        model = transformers.GPTJForCausalLM.from_pretrained(args.export, torch_dtype=torch.float32).eval()
+        model = transformers.GPTJForCausalLM.from_pretrained(
+            args.export, torch_dtype=torch.float32
+        ).eval()
         wanted = model(torch.tensor(IDS)).logits.numpy()
     kind = transformers.TFGPTJForCausalLM if args.tf else transformers.FlaxGPTJForCausalLM
     other = kind.from_pretrained(args.export, from_pt=True)
     found = np.asarray(other(np.array(IDS)).logits, np.float32)
-    result = {"class": kind.__name__, "transformers": transformers.__version__, "torch": torch.__version__,
-              "python": platform.python_version(), "tokens": len(IDS[0]), "vocabulary": wanted.shape[-1],
-              "max_difference": float(np.abs(found - wanted).max()),
-              "argmax_agreement": float((found.argmax(-1) == wanted.argmax(-1)).mean()),
-              "largest_logit": float(np.abs(wanted).max())}
+    result = {
+        "class": kind.__name__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "tokens": len(IDS[0]),
+        "vocabulary": wanted.shape[-1],
+        "max_difference": float(np.abs(found - wanted).max()),
+        "argmax_agreement": float((found.argmax(-1) == wanted.argmax(-1)).mean()),
+        "largest_logit": float(np.abs(wanted).max()),
+    }
     print(json.dumps(result, indent=1))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")

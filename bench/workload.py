@@ -17,7 +17,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "trl", "accelerate", "liger-kernel", "datasets")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "liger-kernel",
+    "datasets",
+)
 EOS = 50256
 
 
@@ -44,8 +53,16 @@ def make_model(folder: Path, size: Size) -> Path:
     from finetune.data.tokenizer import load_tokenizer
 
     torch.manual_seed(0)
-    config = GPTJConfig(n_embd=size.n_embd, n_layer=size.n_layer, n_head=size.n_head, rotary_dim=size.rotary_dim,
-                        n_positions=2048, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+    config = GPTJConfig(
+        n_embd=size.n_embd,
+        n_layer=size.n_layer,
+        n_head=size.n_head,
+        rotary_dim=size.rotary_dim,
+        n_positions=2048,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+    )
     GPTJForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     load_tokenizer(None).save_pretrained(folder)
     return folder
@@ -56,7 +73,9 @@ def words() -> list[str]:
     from finetune.assets.paths import asset
     from finetune.data.sources import read
 
-    texts = [row[1]["text"] for row in read(str(asset("data") / "pile_sample/train.jsonl.zst"), "train")]
+    texts = [
+        row[1]["text"] for row in read(str(asset("data") / "pile_sample/train.jsonl.zst"), "train")
+    ]
     return " ".join(texts).split()
 
 
@@ -74,10 +93,18 @@ def ragged_rows(file: Path, rows: int, seed: int = 0) -> Path:
     rng, text = random.Random(seed), words()
     with file.open("w", encoding="utf-8") as f:
         for _ in range(rows):
-            sizes = [min(340, max(3, int(rng.lognormvariate(mu, sigma)))) for mu, sigma in ((2.9, 0.7), (3.9, 1.0))]
+            sizes = [
+                min(340, max(3, int(rng.lognormvariate(mu, sigma))))
+                for mu, sigma in ((2.9, 0.7), (3.9, 1.0))
+            ]
             start = rng.randrange(len(text) - sum(sizes))
-            prompt, completion = text[start:start + sizes[0]], text[start + sizes[0]:start + sum(sizes)]
-            f.write(json.dumps({"prompt": " ".join(prompt), "completion": " ".join(completion)}) + "\n")
+            prompt, completion = (
+                text[start : start + sizes[0]],
+                text[start + sizes[0] : start + sum(sizes)],
+            )
+            f.write(
+                json.dumps({"prompt": " ".join(prompt), "completion": " ".join(completion)}) + "\n"
+            )
     return file
 
 
@@ -88,20 +115,37 @@ def launch(ranks: int, script: str, arguments: list[str], log: Path) -> float:
         RuntimeError: it failed; the end of its output.
     """
     cores = len(os.sched_getaffinity(0))
-    env = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // ranks)), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled",
-                        "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port",
-               str(free_port()), script, *arguments]
+    env = os.environ | {
+        "OMP_NUM_THREADS": str(max(1, cores // ranks)),
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "disabled",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        script,
+        *arguments,
+    ]
     started = time.perf_counter()
     with log.open("w") as out:
-        code = subprocess.run(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(
+            command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT
+        ).returncode
     if code:
         raise RuntimeError(f"{' '.join(command)}\n{log.read_text()[-3000:]}")
     return time.perf_counter() - started
 
 
-WATCH = ("import os, subprocess, sys; p = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL);"
-         "_, status, used = os.wait4(p.pid, 0); print(used.ru_maxrss * 1024); sys.exit(bool(status))")
+WATCH = (
+    "import os, subprocess, sys; p = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL);"
+    "_, status, used = os.wait4(p.pid, 0); print(used.ru_maxrss * 1024); sys.exit(bool(status))"
+)
 
 
 def peak_bytes(command: list[str]) -> int:
@@ -109,7 +153,13 @@ def peak_bytes(command: list[str]) -> int:
 
     A small process starts it: what the kernel calls a child's peak begins with its parent's.
     """
-    done = subprocess.run([sys.executable, "-c", WATCH, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", WATCH, *command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     return int(done.stdout)
 
 
@@ -129,7 +179,18 @@ def machine() -> dict:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.machine())
-    return {"date": datetime.date.today().isoformat(), "cpu": cpu, "cores": len(os.sched_getaffinity(0)),
-            "python": platform.python_version(), "versions": versions}
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": versions,
+    }

@@ -1,6 +1,6 @@
 """The csv of docs/worked_example.md: instructions that ship with the project, as questions and answers.
 
-    python docs/make_csv.py support.csv support_eval.csv
+python docs/make_csv.py support.csv support_eval.csv
 """
 
 from __future__ import annotations

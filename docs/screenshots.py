@@ -27,11 +27,31 @@ from finetune.sweep.page import build_sweep_page
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS, LINES = 118, 32
 TRAIN = ["launch/train.py", "recipe=quickstart"]
-SWEEP = ["launch/train.py", "-m", "recipe=quickstart", "debug=tiny", "train.steps=20", "train.eval_every=10",
-         "sweep=random", "sweep.trials=8", "sweep.num_gpus=1", "optim.lr=tag(log,interval(1e-4,1e-1))",
-         "adapter.rank=2,8,32", "export.enabled=false"]
-COLORS = {"default": "#d8dee6", "cyan": "#5bc7d6", "green": "#5fd08a", "magenta": "#c792ea", "red": "#ff7370",
-          "brown": "#e0b44a", "blue": "#6aa9ff", "white": "#ffffff", "black": "#5b6675"}
+SWEEP = [
+    "launch/train.py",
+    "-m",
+    "recipe=quickstart",
+    "debug=tiny",
+    "train.steps=20",
+    "train.eval_every=10",
+    "sweep=random",
+    "sweep.trials=8",
+    "sweep.num_gpus=1",
+    "optim.lr=tag(log,interval(1e-4,1e-1))",
+    "adapter.rank=2,8,32",
+    "export.enabled=false",
+]
+COLORS = {
+    "default": "#d8dee6",
+    "cyan": "#5bc7d6",
+    "green": "#5fd08a",
+    "magenta": "#c792ea",
+    "red": "#ff7370",
+    "brown": "#e0b44a",
+    "blue": "#6aa9ff",
+    "white": "#ffffff",
+    "black": "#5b6675",
+}
 
 
 def main(folder: Path) -> None:
@@ -57,8 +77,14 @@ def watch(command: list[str], at: str) -> str:
     screen, kept = pyte.Screen(COLUMNS, LINES), None
     stream = pyte.ByteStream(screen)
     leader, follower = pty.openpty()
-    environment = os.environ | {"COLUMNS": str(COLUMNS), "LINES": str(LINES), "TERM": "xterm-256color"}
-    process = subprocess.Popen(command, cwd=ROOT, stdin=follower, stdout=follower, stderr=follower, env=environment)
+    environment = os.environ | {
+        "COLUMNS": str(COLUMNS),
+        "LINES": str(LINES),
+        "TERM": "xterm-256color",
+    }
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=follower, stdout=follower, stderr=follower, env=environment
+    )
     os.close(follower)
     while data := read(leader):
         stream.feed(data)
@@ -83,8 +109,10 @@ def page(screen: pyte.Screen) -> str:
         cells = [screen.buffer[row][column] for column in range(COLUMNS)]
         lines.append("".join(cell_html(cell) for cell in cells).rstrip())
     text = "\n".join(lines).rstrip()
-    style = ("body{margin:0;background:#0f1318;padding:18px}"
-             "pre{color:#d8dee6;font:13px/1.38 'DejaVu Sans Mono',monospace}")
+    style = (
+        "body{margin:0;background:#0f1318;padding:18px}"
+        "pre{color:#d8dee6;font:13px/1.38 'DejaVu Sans Mono',monospace}"
+    )
     return f"<!doctype html><meta charset=utf-8><style>{style}</style><pre>{text}</pre>"
 
 
@@ -99,9 +127,23 @@ def shoot(source: Path, target: Path, width: int, height: int, dark: bool = Fals
     """A photograph of a page, in few colours so that it stays small."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome") or "chromium-browser"
     theme = ["--blink-settings=preferredColorScheme=0"] if dark else []
-    subprocess.run([chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *theme,
-                    f"--window-size={width},{height}", f"--screenshot={target}", source.as_uri()],
-                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)
+    subprocess.run(
+        [
+            chromium,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            *theme,
+            f"--window-size={width},{height}",
+            f"--screenshot={target}",
+            source.as_uri(),
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        timeout=60,
+    )
     Image.open(target).convert("RGB").quantize(128).save(target, optimize=True)
 
 

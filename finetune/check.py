@@ -30,8 +30,12 @@ from finetune.reporting.redact import secret_problems
 STAGES = ("auto", 0, 1, 2, 3)
 
 
-def check(cfg: Config, world_size: int, cuda: bool, absent: Callable[[Config, bool], Iterable[UserError]] | None = None
-          ) -> None:
+def check(
+    cfg: Config,
+    world_size: int,
+    cuda: bool,
+    absent: Callable[[Config, bool], Iterable[UserError]] | None = None,
+) -> None:
     """Raise one UserError that lists every problem.
 
     Args:
@@ -76,11 +80,17 @@ def room_problems(max_length: int, virtual_tokens: int, positions: int) -> Itera
         positions: n_positions of the model.
     """
     if max_length > positions:
-        yield UserError(f"task.max_length = {max_length} exceeds the model's {positions} positions (n_positions in its "
-                        "config.json)", remedy=f"Try task.max_length={positions - virtual_tokens}.")
+        yield UserError(
+            f"task.max_length = {max_length} exceeds the model's {positions} positions (n_positions in its "
+            "config.json)",
+            remedy=f"Try task.max_length={positions - virtual_tokens}.",
+        )
     elif virtual_tokens > positions - max_length:
-        yield UserError(f"adapter.virtual_tokens = {virtual_tokens} and task.max_length = {max_length} exceed the model's "
-                        f"{positions} positions", remedy=f"Try task.max_length={positions - virtual_tokens}.")
+        yield UserError(
+            f"adapter.virtual_tokens = {virtual_tokens} and task.max_length = {max_length} exceed the model's "
+            f"{positions} positions",
+            remedy=f"Try task.max_length={positions - virtual_tokens}.",
+        )
 
 
 def _problems(cfg: Config, world_size: int, cuda: bool) -> Iterator[UserError]:
@@ -99,40 +109,58 @@ def _problems(cfg: Config, world_size: int, cuda: bool) -> Iterator[UserError]:
 def _data(cfg: Config) -> Iterator[UserError]:
     if not cfg.data.train:
         yield UserError(
-            "no training data is given", "data.train",
+            "no training data is given",
+            "data.train",
             "Give a file, glob, directory or hub id: data.train='pile/*.jsonl.zst' data.eval=pile/val.jsonl.zst\n"
-            "Pile format is one JSON object a line: {\"text\": \"...\", \"meta\": {\"pile_set_name\": \"...\"}}\n"
+            'Pile format is one JSON object a line: {"text": "...", "meta": {"pile_set_name": "..."}}\n'
             "What runs right now, on data that ships with the project:\n"
             f"  deepspeed launch/train.py recipe={cfg.name} debug=tiny\n"
-            "  deepspeed launch/train.py recipe=quickstart")
+            "  deepspeed launch/train.py recipe=quickstart",
+        )
 
 
 def _length(cfg: Config) -> Iterator[UserError]:
     if cfg.task.max_length < 8:
-        yield UserError(f"task.max_length = {cfg.task.max_length} is too short to train on", remedy="Try 128 or more.")
+        yield UserError(
+            f"task.max_length = {cfg.task.max_length} is too short to train on",
+            remedy="Try 128 or more.",
+        )
     if cfg.train.steps is None and cfg.train.epochs is None:
-        yield UserError("neither train.steps nor train.epochs is given", remedy="Try train.epochs=1.")
+        yield UserError(
+            "neither train.steps nor train.epochs is given", remedy="Try train.epochs=1."
+        )
     for key in ("steps", "epochs"):
         value = getattr(cfg.train, key)
         if value is not None and value <= 0:
             yield UserError(f"train.{key} = {value} trains nothing", remedy=f"Try train.{key}=1.")
     if isinstance(cfg.task, QaConfig) and cfg.task.stride >= cfg.task.max_length // 2:
-        yield UserError(f"task.stride = {cfg.task.stride} must be less than half of task.max_length = "
-                        f"{cfg.task.max_length}", remedy=f"Try task.stride={cfg.task.max_length // 4}.")
+        yield UserError(
+            f"task.stride = {cfg.task.stride} must be less than half of task.max_length = "
+            f"{cfg.task.max_length}",
+            remedy=f"Try task.stride={cfg.task.max_length // 4}.",
+        )
 
 
 def _batch(cfg: Config, world_size: int) -> Iterator[UserError]:
     micro = cfg.train.micro_batch
     if isinstance(micro, str) and micro != "auto":
-        yield UserError(f"train.micro_batch = {micro} is neither a number nor auto", remedy="Try train.micro_batch=1.")
+        yield UserError(
+            f"train.micro_batch = {micro} is neither a number nor auto",
+            remedy="Try train.micro_batch=1.",
+        )
         return
     if cfg.train.global_batch < 1 or (micro != "auto" and int(micro) < 1):
-        yield UserError("train.micro_batch and train.global_batch must be at least 1", remedy="Try train.micro_batch=1.")
+        yield UserError(
+            "train.micro_batch and train.global_batch must be at least 1",
+            remedy="Try train.micro_batch=1.",
+        )
         return
     smallest = 1 if micro == "auto" else int(micro)
     if cfg.train.global_batch % (smallest * world_size):
         try:
-            trial = Config(train=cfg.train.__class__(micro_batch=smallest, global_batch=cfg.train.global_batch))
+            trial = Config(
+                train=cfg.train.__class__(micro_batch=smallest, global_batch=cfg.train.global_batch)
+            )
             accumulation(trial, world_size)
         except UserError as error:
             yield error
@@ -141,39 +169,69 @@ def _batch(cfg: Config, world_size: int) -> Iterator[UserError]:
 def _optim(cfg: Config) -> Iterator[UserError]:
     optim = cfg.optim
     if optim.schedule not in SCHEDULES:
-        yield UserError(f"optim.schedule = {optim.schedule} is unknown", remedy=f"Choose from {', '.join(SCHEDULES)}.")
+        yield UserError(
+            f"optim.schedule = {optim.schedule} is unknown",
+            remedy=f"Choose from {', '.join(SCHEDULES)}.",
+        )
     if not 0 < optim.lr < math.inf:
-        yield UserError(f"optim.lr = {optim.lr} is not a positive number", remedy="Try optim.lr=1e-4.")
+        yield UserError(
+            f"optim.lr = {optim.lr} is not a positive number", remedy="Try optim.lr=1e-4."
+        )
     if not 0 < optim.eps < math.inf:
-        yield UserError(f"optim.eps = {optim.eps} is not a positive number", remedy="Try optim.eps=1e-8.")
+        yield UserError(
+            f"optim.eps = {optim.eps} is not a positive number", remedy="Try optim.eps=1e-8."
+        )
     if len(optim.betas) != 2 or not all(0 <= b < 1 for b in optim.betas):
-        yield UserError(f"optim.betas = {optim.betas} must be two numbers in [0, 1)", remedy="Try optim.betas=[0.9,0.999].")
+        yield UserError(
+            f"optim.betas = {optim.betas} must be two numbers in [0, 1)",
+            remedy="Try optim.betas=[0.9,0.999].",
+        )
     if not 0 <= optim.min_lr <= 1:
-        yield UserError(f"optim.min_lr = {optim.min_lr} is a share of the peak, 0 to 1", remedy="Try optim.min_lr=0.1.")
+        yield UserError(
+            f"optim.min_lr = {optim.min_lr} is a share of the peak, 0 to 1",
+            remedy="Try optim.min_lr=0.1.",
+        )
     for key in ("warmup", "weight_decay", "grad_clip"):
         if not 0 <= getattr(optim, key) < math.inf:
-            yield UserError(f"optim.{key} = {getattr(optim, key)} is negative, or no number", remedy=f"Try optim.{key}=0.")
+            yield UserError(
+                f"optim.{key} = {getattr(optim, key)} is negative, or no number",
+                remedy=f"Try optim.{key}=0.",
+            )
 
 
 def _model(cfg: Config, cuda: bool) -> Iterator[UserError]:
     if cfg.model.dtype is Dtype.fp16 and not cuda:
-        yield UserError("fp16 trains on GPUs only, and there is none here", "model.dtype", "Try model.dtype=bf16.")
+        yield UserError(
+            "fp16 trains on GPUs only, and there is none here",
+            "model.dtype",
+            "Try model.dtype=bf16.",
+        )
     for key in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
         value = getattr(cfg.model, key)
         if value is not None and not 0 <= value < 1:
-            yield UserError(f"model.{key} = {value} is not a probability below 1", remedy=f"Try model.{key}=0.1.")
+            yield UserError(
+                f"model.{key} = {value} is not a probability below 1",
+                remedy=f"Try model.{key}=0.1.",
+            )
 
 
 def _adapter(cfg: Config) -> Iterator[UserError]:
     adapter = cfg.adapter
     if isinstance(adapter, LoraConfig):
         if adapter.rank < 1:
-            yield UserError(f"adapter.rank = {adapter.rank} must be at least 1", remedy="Try adapter.rank=8.")
+            yield UserError(
+                f"adapter.rank = {adapter.rank} must be at least 1", remedy="Try adapter.rank=8."
+            )
         if not 0 < adapter.alpha < math.inf:
-            yield UserError(f"adapter.alpha = {adapter.alpha} would leave the adapter without effect", remedy="Try adapter.alpha=16.")
+            yield UserError(
+                f"adapter.alpha = {adapter.alpha} would leave the adapter without effect",
+                remedy="Try adapter.alpha=16.",
+            )
         if not 0 <= adapter.dropout < 1:
-            yield UserError(f"adapter.dropout = {adapter.dropout} is not a probability below 1",
-                            remedy="Try adapter.dropout=0.05.")
+            yield UserError(
+                f"adapter.dropout = {adapter.dropout} is not a probability below 1",
+                remedy="Try adapter.dropout=0.05.",
+            )
     if hasattr(adapter, "targets"):
         from finetune.planning.shape import target_modules
 
@@ -182,77 +240,137 @@ def _adapter(cfg: Config) -> Iterator[UserError]:
         except UserError as error:
             yield error
     if isinstance(adapter, (PromptConfig, PrefixConfig)) and adapter.virtual_tokens < 1:
-        yield UserError("adapter.virtual_tokens must be at least 1", remedy="Try adapter.virtual_tokens=20.")
+        yield UserError(
+            "adapter.virtual_tokens must be at least 1", remedy="Try adapter.virtual_tokens=20."
+        )
 
 
 def _zero(cfg: Config, world_size: int) -> Iterator[UserError]:
     zero = cfg.zero
     if zero.stage not in STAGES:
-        yield UserError(f"zero.stage = {zero.stage} is none of auto, 0, 1, 2, 3", remedy="Try zero=auto.")
+        yield UserError(
+            f"zero.stage = {zero.stage} is none of auto, 0, 1, 2, 3", remedy="Try zero=auto."
+        )
     if zero.bucket_elements < 1:
-        yield UserError(f"zero.bucket_elements = {zero.bucket_elements} must be at least 1",
-                        remedy="Try zero.bucket_elements=50000000.")
+        yield UserError(
+            f"zero.bucket_elements = {zero.bucket_elements} must be at least 1",
+            remedy="Try zero.bucket_elements=50000000.",
+        )
     if zero.stage == 0 and zero.offload_optimizer is not Offload.none:
-        yield UserError("zero.offload_optimizer needs stage 1, 2 or 3", "zero.stage=0", "Try zero=stage1.")
+        yield UserError(
+            "zero.offload_optimizer needs stage 1, 2 or 3", "zero.stage=0", "Try zero=stage1."
+        )
     if zero.stage in (0, 1, 2) and zero.offload_params is not Offload.none:
-        yield UserError("zero.offload_params needs stage 3", f"zero.stage={zero.stage}", "Try zero=stage3.")
+        yield UserError(
+            "zero.offload_params needs stage 3", f"zero.stage={zero.stage}", "Try zero=stage3."
+        )
     if zero.stage in (1, 2) and zero.offload_optimizer is Offload.nvme:
-        yield UserError("zero.offload_optimizer=nvme needs stage 3; below it DeepSpeed would take the host instead",
-                        f"zero.stage={zero.stage}", "Try zero=stage3, or zero.offload_optimizer=cpu.")
+        yield UserError(
+            "zero.offload_optimizer=nvme needs stage 3; below it DeepSpeed would take the host instead",
+            f"zero.stage={zero.stage}",
+            "Try zero=stage3, or zero.offload_optimizer=cpu.",
+        )
     if Offload.nvme in (zero.offload_optimizer, zero.offload_params) and not zero.nvme_path:
-        yield UserError("nvme offload needs a folder on a local disk", "zero.nvme_path", "Try zero.nvme_path=/local_nvme.")
+        yield UserError(
+            "nvme offload needs a folder on a local disk",
+            "zero.nvme_path",
+            "Try zero.nvme_path=/local_nvme.",
+        )
 
 
 def _rest(cfg: Config) -> Iterator[UserError]:
     if not re.fullmatch(r"[\w][\w.-]*", cfg.name):
-        yield UserError(f"name = {cfg.name} is part of a path and may only hold letters, digits, '.', '_' and '-'",
-                        remedy="Try name=my-run, and run_dir=DIR for another place.")
+        yield UserError(
+            f"name = {cfg.name} is part of a path and may only hold letters, digits, '.', '_' and '-'",
+            remedy="Try name=my-run, and run_dir=DIR for another place.",
+        )
     if cfg.data.max_bad_rows < 0:
-        yield UserError(f"data.max_bad_rows = {cfg.data.max_bad_rows} is negative", remedy="Try data.max_bad_rows=100.")
+        yield UserError(
+            f"data.max_bad_rows = {cfg.data.max_bad_rows} is negative",
+            remedy="Try data.max_bad_rows=100.",
+        )
     try:
         "".encode(cfg.data.encoding)
     except LookupError:
-        yield UserError(f"data.encoding = {cfg.data.encoding} is no encoding of text that Python knows",
-                        remedy="Try data.encoding=cp1252 (Western Windows), or leave it out for UTF-8.")
+        yield UserError(
+            f"data.encoding = {cfg.data.encoding} is no encoding of text that Python knows",
+            remedy="Try data.encoding=cp1252 (Western Windows), or leave it out for UTF-8.",
+        )
     if cfg.checkpoint.keep < 2:
-        yield UserError(f"checkpoint.keep = {cfg.checkpoint.keep}: the newest may be damaged by what ended the run",
-                        remedy="Try checkpoint.keep=2.")
-    for section, key in (("train", "eval_every"), ("train", "log_every"), ("train", "sample_every"), ("checkpoint", "every")):
+        yield UserError(
+            f"checkpoint.keep = {cfg.checkpoint.keep}: the newest may be damaged by what ended the run",
+            remedy="Try checkpoint.keep=2.",
+        )
+    for section, key in (
+        ("train", "eval_every"),
+        ("train", "log_every"),
+        ("train", "sample_every"),
+        ("checkpoint", "every"),
+    ):
         value = getattr(getattr(cfg, section), key)
         if value < 0:
-            yield UserError(f"{section}.{key} = {value} is negative", remedy=f"Try {section}.{key}=0.")
+            yield UserError(
+                f"{section}.{key} = {value} is negative", remedy=f"Try {section}.{key}=0."
+            )
     for key in ("max_skipped", "hang_timeout"):
         value = getattr(cfg.train, key)
         if value < 0:
-            yield UserError(f"train.{key} = {value} is negative", remedy=f"Try train.{key}=0 for never.")
+            yield UserError(
+                f"train.{key} = {value} is negative", remedy=f"Try train.{key}=0 for never."
+            )
     if cfg.train.eval_batch < 1:
-        yield UserError(f"train.eval_batch = {cfg.train.eval_batch} evaluates nothing", remedy="Try train.eval_batch=8.")
+        yield UserError(
+            f"train.eval_batch = {cfg.train.eval_batch} evaluates nothing",
+            remedy="Try train.eval_batch=8.",
+        )
     if cfg.train.early_stopping < 0:
-        yield UserError(f"train.early_stopping = {cfg.train.early_stopping} is negative",
-                        remedy="Try train.early_stopping=0 for never.")
+        yield UserError(
+            f"train.early_stopping = {cfg.train.early_stopping} is negative",
+            remedy="Try train.early_stopping=0 for never.",
+        )
     if cfg.train.sample_every and not cfg.train.sample_prompts:
-        yield UserError("train.sample_every needs prompts", "train.sample_prompts", "Try train.sample_prompts=[The].")
+        yield UserError(
+            "train.sample_every needs prompts",
+            "train.sample_prompts",
+            "Try train.sample_prompts=[The].",
+        )
     if cfg.train.sample_every and cfg.train.sample_tokens < 1:
-        yield UserError(f"train.sample_tokens = {cfg.train.sample_tokens} samples nothing",
-                        remedy="Try train.sample_tokens=40.")
+        yield UserError(
+            f"train.sample_tokens = {cfg.train.sample_tokens} samples nothing",
+            remedy="Try train.sample_tokens=40.",
+        )
     if cfg.tracker.wandb.mode not in ("online", "offline", "disabled"):
-        yield UserError(f"tracker.wandb.mode = {cfg.tracker.wandb.mode} is none of online, offline, disabled",
-                        remedy="Try tracker.wandb.mode=offline.")
+        yield UserError(
+            f"tracker.wandb.mode = {cfg.tracker.wandb.mode} is none of online, offline, disabled",
+            remedy="Try tracker.wandb.mode=offline.",
+        )
     if cfg.train.activation_checkpointing not in (True, False, "selective", "offload"):
-        yield UserError(f"train.activation_checkpointing = {cfg.train.activation_checkpointing} is none of true, false, "
-                        "selective, offload", remedy="Try train.activation_checkpointing=true.")
+        yield UserError(
+            f"train.activation_checkpointing = {cfg.train.activation_checkpointing} is none of true, false, "
+            "selective, offload",
+            remedy="Try train.activation_checkpointing=true.",
+        )
     if cfg.checkpoint.background not in ("auto", True, False):
-        yield UserError(f"checkpoint.background = {cfg.checkpoint.background} is none of auto, true, false",
-                        remedy="Try checkpoint.background=auto.")
+        yield UserError(
+            f"checkpoint.background = {cfg.checkpoint.background} is none of auto, true, false",
+            remedy="Try checkpoint.background=auto.",
+        )
     if cfg.train.early_stopping and not (cfg.data.eval and cfg.train.eval_every):
-        yield UserError("train.early_stopping needs data.eval and train.eval_every",
-                        remedy="Try train.eval_every=100 data.eval=FILE.")
+        yield UserError(
+            "train.early_stopping needs data.eval and train.eval_every",
+            remedy="Try train.eval_every=100 data.eval=FILE.",
+        )
     if cfg.checkpoint.best and not (cfg.data.eval and cfg.train.eval_every):
-        yield UserError("checkpoint.best needs data.eval and train.eval_every",
-                        remedy="Try train.eval_every=100 data.eval=FILE.")
+        yield UserError(
+            "checkpoint.best needs data.eval and train.eval_every",
+            remedy="Try train.eval_every=100 data.eval=FILE.",
+        )
     if cfg.resume not in ("auto", "never") and not Path(cfg.resume).expanduser().is_dir():
-        yield UserError(f"resume = {cfg.resume} is neither auto, never, nor a directory", "resume",
-                        "Give a run directory or one of its checkpoints/step-N.")
+        yield UserError(
+            f"resume = {cfg.resume} is neither auto, never, nor a directory",
+            "resume",
+            "Give a run directory or one of its checkpoints/step-N.",
+        )
 
 
 # A task's settings without its data: the problems in them, each with its remedy, and the metrics it is judged by.
@@ -262,7 +380,11 @@ TRUNCATIONS = ("head", "head_tail")
 
 def metrics_of(cfg: TaskConfig) -> dict[str, str]:
     """Metric -> "min" or "max", the task's own metric first."""
-    kind = cfg.problem if isinstance(cfg, ClassifyConfig) else type(cfg).__name__.removesuffix("Config").lower()
+    kind = (
+        cfg.problem
+        if isinstance(cfg, ClassifyConfig)
+        else type(cfg).__name__.removesuffix("Config").lower()
+    )
     return METRICS[kind]
 
 
@@ -280,8 +402,10 @@ def metric_problems(cfg: TaskConfig, name: str | None) -> Iterator[UserError]:
     metrics = metrics_of(cfg)
     if name and name not in metrics:
         what = f"task.problem={cfg.problem}" if isinstance(cfg, ClassifyConfig) else "this task"
-        yield UserError(f"train.metric = {name} is no metric of {what}",
-                        remedy=f"Choose from {', '.join(metrics)}; train.metric=null is {next(iter(metrics))}.")
+        yield UserError(
+            f"train.metric = {name} is no metric of {what}",
+            remedy=f"Choose from {', '.join(metrics)}; train.metric=null is {next(iter(metrics))}.",
+        )
 
 
 def task_problems(cfg: TaskConfig) -> Iterator[UserError]:
@@ -302,27 +426,40 @@ def refuse_task(cfg: TaskConfig) -> None:
 
 def _classify(cfg: ClassifyConfig) -> Iterator[UserError]:
     if cfg.problem not in PROBLEMS:
-        yield UserError(f"task.problem = {cfg.problem} is unknown", remedy=f"Choose from {', '.join(PROBLEMS)}.")
+        yield UserError(
+            f"task.problem = {cfg.problem} is unknown", remedy=f"Choose from {', '.join(PROBLEMS)}."
+        )
     if cfg.truncation not in TRUNCATIONS:
-        yield UserError(f"task.truncation = {cfg.truncation} is unknown", remedy=f"Choose from {', '.join(TRUNCATIONS)}.")
+        yield UserError(
+            f"task.truncation = {cfg.truncation} is unknown",
+            remedy=f"Choose from {', '.join(TRUNCATIONS)}.",
+        )
     if cfg.problem == "regression" and (cfg.labels or cfg.class_weights):
         key = "labels" if cfg.labels else "class_weights"
-        yield UserError(f"task.{key} has no meaning for a regression", remedy=f"Try task.{key}=null.")
+        yield UserError(
+            f"task.{key} has no meaning for a regression", remedy=f"Try task.{key}=null."
+        )
     if cfg.label_separator is not None and cfg.problem != "multi_label":
-        yield UserError(f"task.label_separator has no meaning for task.problem={cfg.problem}",
-                        remedy="Try task.problem=multi_label, or task.label_separator=null.")
+        yield UserError(
+            f"task.label_separator has no meaning for task.problem={cfg.problem}",
+            remedy="Try task.problem=multi_label, or task.label_separator=null.",
+        )
     if cfg.label_separator == "":
         yield UserError("task.label_separator is empty", remedy="Try task.label_separator=comma.")
     weights = cfg.class_weights
     if weights and not (all(w >= 0 for w in weights) and any(weights)):
-        yield UserError(f"task.class_weights = {weights} must not be negative, nor all zero",
-                        remedy=f"Try task.class_weights={[1.0] * len(weights)}.")
+        yield UserError(
+            f"task.class_weights = {weights} must not be negative, nor all zero",
+            remedy=f"Try task.class_weights={[1.0] * len(weights)}.",
+        )
 
 
 def _qa(cfg: QaConfig) -> Iterator[UserError]:
     for key in ("n_best", "max_answer_tokens"):
         if getattr(cfg, key) < 1:
-            yield UserError(f"task.{key} = {getattr(cfg, key)} must be at least 1", remedy=f"Try task.{key}=20.")
+            yield UserError(
+                f"task.{key} = {getattr(cfg, key)} must be at least 1", remedy=f"Try task.{key}=20."
+            )
     if cfg.stride < 0:
         yield UserError(f"task.stride = {cfg.stride} is negative", remedy="Try task.stride=128.")
 
@@ -331,7 +468,10 @@ def _instruct(cfg: InstructConfig) -> Iterator[UserError]:
     from finetune.data.instruct_rows import check_format
     from finetune.data.instruct_template import load_template
 
-    for look in (lambda: check_format(cfg.format), lambda: load_template(cfg.template, "<|endoftext|>")):
+    for look in (
+        lambda: check_format(cfg.format),
+        lambda: load_template(cfg.template, "<|endoftext|>"),
+    ):
         try:
             look()
         except UserError as error:

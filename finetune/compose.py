@@ -30,7 +30,10 @@ CONF, RECIPES = ROOT / "conf", ROOT / "recipes"
 
 DATA_SUFFIXES = (".jsonl", ".json", ".zst", ".gz", ".csv", ".tsv", ".parquet", ".txt")
 SHIPPED_DATA = {
-    schema.ClmConfig: ("asset:data/pile_sample/train.jsonl.zst", "asset:data/pile_sample/eval.jsonl.zst"),
+    schema.ClmConfig: (
+        "asset:data/pile_sample/train.jsonl.zst",
+        "asset:data/pile_sample/eval.jsonl.zst",
+    ),
     schema.InstructConfig: ("asset:data/instruct/train.jsonl", "asset:data/instruct/eval.jsonl"),
     schema.ClassifyConfig: ("asset:data/classify/train.jsonl", "asset:data/classify/eval.jsonl"),
     schema.QaConfig: ("asset:data/qa/train.json", "asset:data/qa/eval.json"),
@@ -75,7 +78,9 @@ def register(words: Iterable[str] = (), program: str = "train", node: type = sch
     _register_schemas(program, node)
     for path in sorted(RECIPES.glob("**/*.yaml")):
         recipe = _fitting(deepcopy(_recipe(path)), typed)
-        ConfigStore.instance().store(group="recipe", name=path.stem, node=recipe, package="_global_")
+        ConfigStore.instance().store(
+            group="recipe", name=path.stem, node=recipe, package="_global_"
+        )
 
 
 @cache
@@ -96,7 +101,9 @@ def _recipe(path: Path) -> Any:
 def _fitting(recipe: Any, typed: dict[str, str]) -> Any:
     """The recipe without the keys that the typed kinds do not share with its own."""
     entries = recipe.get("defaults", [])
-    own = {key.removeprefix("override /"): value for entry in entries for key, value in entry.items()}
+    own = {
+        key.removeprefix("override /"): value for entry in entries for key, value in entry.items()
+    }
     for group in KINDS:
         kind, recipe_kind = _kind(group, typed.get(group)), _kind(group, own.get(group))
         if kind and recipe_kind and kind != recipe_kind and group in recipe:
@@ -115,8 +122,12 @@ def _kind(group: str, option: str | None) -> str | None:
     return next((entry[key] for entry in entries if key in entry), None)
 
 
-def compose_words(overrides: list[str], program: str = "train", node: type = schema.Config,
-                  implied: Iterable[str] = ()) -> Composed:
+def compose_words(
+    overrides: list[str],
+    program: str = "train",
+    node: type = schema.Config,
+    implied: Iterable[str] = (),
+) -> Composed:
     """Compose the words of one program and convert to dataclasses.
 
     Args:
@@ -180,7 +191,11 @@ def _has_own_data(cfg: schema.Config, overrides: list[str]) -> bool:
     if typed or not cfg.data.train:
         return bool(cfg.data.train)
     path = Path(cfg.data.train).expanduser()
-    is_file = path.suffix in DATA_SUFFIXES and not glob.has_magic(cfg.data.train) and not cfg.data.train.startswith("asset:")
+    is_file = (
+        path.suffix in DATA_SUFFIXES
+        and not glob.has_magic(cfg.data.train)
+        and not cfg.data.train.startswith("asset:")
+    )
     return path.exists() or not is_file
 
 
@@ -198,7 +213,12 @@ def _refuse_additions(overrides: list[str], program: str, node: type) -> None:
     known = {*all_keys(node), "recipe"}
     for word in overrides:
         key = word.lstrip("+").split("=")[0]
-        if word.startswith("+") and "@" not in key and key not in known and not (CONF / key).is_dir():
+        if (
+            word.startswith("+")
+            and "@" not in key
+            and key not in known
+            and not (CONF / key).is_dir()
+        ):
             raise CompositionError("there is no such key", overrides, program, key)
 
 
@@ -279,7 +299,9 @@ def hydra_words(words: list[str], node: type, literals: Literals) -> list[str]:
         if text is None:
             shown = "null"
         elif isinstance(text, list):
-            shown = f"[{','.join(_for_hydra(item, readings[key], keys, literals) for item in text)}]"
+            shown = (
+                f"[{','.join(_for_hydra(item, readings[key], keys, literals) for item in text)}]"
+            )
         else:
             shown = _for_hydra(text, readings[key], keys, literals)
         read.append(f"{sign}{key}={shown}")
@@ -288,8 +310,13 @@ def hydra_words(words: list[str], node: type, literals: Literals) -> list[str]:
 
 def _for_hydra(text: str, reading: Reading, keys: set[str], literals: Literals) -> str:
     """One text in quotes; its `${...}` stays alive where it is a name's or path's and refers to something."""
-    refers = not reading.prose and ("\\${" in text or any(
-        key in keys if end == "}" else key == "now" or OmegaConf.has_resolver(key) for key, end in REFERENCE.findall(text)))
+    refers = not reading.prose and (
+        "\\${" in text
+        or any(
+            key in keys if end == "}" else key == "now" or OmegaConf.has_resolver(key)
+            for key, end in REFERENCE.findall(text)
+        )
+    )
     return hydra_quoted(text if refers else literals.aside(text))
 
 
@@ -317,8 +344,11 @@ def _read_list(key: str, value: str, reading: Reading) -> list[str]:
     parts = split_values(value)
     if len(parts) > 1:
         both = command([f"{key}=[{value}]"]), command([f"{key}=[{_json_quoted(value)}]"])
-        raise UserError("several texts are a list, which is written in brackets", key,
-                        f"Write {both[0]}; for one text with a comma in it {both[1]}")
+        raise UserError(
+            "several texts are a list, which is written in brackets",
+            key,
+            f"Write {both[0]}; for one text with a comma in it {both[1]}",
+        )
     return [unquoted(value)] if value else []
 
 
@@ -334,7 +364,11 @@ def _items(key: str, inner: str) -> Iterator[str]:
             end = inner.find(",", start) if "," in inner[start:] else len(inner)
             item = inner[start:end].strip()
             if not item:
-                raise UserError("an item of the list is empty", key, "Leave it out, or write \"\" for an empty text.")
+                raise UserError(
+                    "an item of the list is empty",
+                    key,
+                    'Leave it out, or write "" for an empty text.',
+                )
             yield item
         start = end + 1
 
@@ -364,25 +398,45 @@ def refuse_file_list(key: str, value: Any) -> None:
     if not isinstance(value, str) or "," not in value or os.path.exists(os.path.expanduser(value)):
         return
     bare = value.strip()
-    files = [unquoted(part) for part in split_values(bare[1:-1] if bare[:1] + bare[-1:] == "[]" else bare) if part]
+    files = [
+        unquoted(part)
+        for part in split_values(bare[1:-1] if bare[:1] + bare[-1:] == "[]" else bare)
+        if part
+    ]
     missing = [file for file in files if not os.path.exists(os.path.expanduser(file))]
     if len(missing) == len(files):
         return
     if missing:
-        raise UserError(f"these are {len(files)} files, of which {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
-                        "not there; the setting takes one file, pattern or folder", key, "Check the paths.")
+        raise UserError(
+            f"these are {len(files)} files, of which {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
+            "not there; the setting takes one file, pattern or folder",
+            key,
+            "Check the paths.",
+        )
     end = _shared_start([file[::-1] for file in files])[::-1]
     pattern = f"{glob.escape(_shared_start(files))}*{glob.escape(end)}"
     if sorted(glob.glob(pattern)) == sorted(files):
         remedy = f"This pattern matches exactly these files: {command([setting(key, pattern)])}"
     else:
-        links = command(["ln", "-s", *(os.path.abspath(os.path.expanduser(file)) for file in files), "together/"])
+        links = command(
+            [
+                "ln",
+                "-s",
+                *(os.path.abspath(os.path.expanduser(file)) for file in files),
+                "together/",
+            ]
+        )
         remedy = f"Put them into one folder: mkdir together && {links}\n  Then: {key}=together"
-    raise UserError(f"these are {len(files)} files; the setting takes one file, pattern or folder", key, remedy)
+    raise UserError(
+        f"these are {len(files)} files; the setting takes one file, pattern or folder", key, remedy
+    )
 
 
 def _shared_start(texts: list[str]) -> str:
-    return "".join(letters[0] for letters in takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False)))
+    return "".join(
+        letters[0]
+        for letters in takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))
+    )
 
 
 def unquoted(value: str) -> str:

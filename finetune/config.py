@@ -478,9 +478,12 @@ def adapter_head(values: dict[str, Any], where: str) -> str:
             return head
     task = values.get("task_type")
     if task not in ADAPTER_HEADS:
-        raise UserError(f"the adapter's task_type is {task}", where,
-                        "Adapters of language models (CAUSAL_LM), classifiers (SEQ_CLS) and question answerers "
-                        "(QUESTION_ANS) can be used here.")
+        raise UserError(
+            f"the adapter's task_type is {task}",
+            where,
+            "Adapters of language models (CAUSAL_LM), classifiers (SEQ_CLS) and question answerers "
+            "(QUESTION_ANS) can be used here.",
+        )
     return ADAPTER_HEADS[task]
 
 
@@ -544,7 +547,9 @@ def typed(kind: type, values: dict[str, Any]) -> Any:
 
 def to_yaml(values: dict[str, Any]) -> str:
     """Plain values as yaml that OmegaConf and `read_yaml` read alike."""
-    return yaml.dump(values, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
+    return yaml.dump(
+        values, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False
+    )
 
 
 def read_yaml(file: Path) -> Any:
@@ -580,10 +585,19 @@ def _without_enums(value: Any) -> Any:
 
 
 KINDS = {
-    "task": {"clm": ClmConfig, "instruct": InstructConfig, "classify": ClassifyConfig,
-             "qa": QaConfig},
-    "adapter": {"full": FullConfig, "lora": LoraConfig, "ia3": Ia3Config,
-                "prompt": PromptConfig, "prefix": PrefixConfig},
+    "task": {
+        "clm": ClmConfig,
+        "instruct": InstructConfig,
+        "classify": ClassifyConfig,
+        "qa": QaConfig,
+    },
+    "adapter": {
+        "full": FullConfig,
+        "lora": LoraConfig,
+        "ia3": Ia3Config,
+        "prompt": PromptConfig,
+        "prefix": PrefixConfig,
+    },
 }
 """Groups whose options have keys of their own: group -> kind -> schema."""
 

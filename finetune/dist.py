@@ -117,9 +117,13 @@ def connect(threads: int = 0) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
     cuda = torch.cuda.is_available()
-    if cuda and max(local_size, local_rank + 1) > torch.cuda.device_count():  # on every rank, so that rank 0 says it
-        raise UserError(f"{local_size} ranks on this node, but no GPU for each: there are {torch.cuda.device_count()}",
-                        remedy=f"Start with deepspeed --num_gpus {torch.cuda.device_count()} ...")
+    if (
+        cuda and max(local_size, local_rank + 1) > torch.cuda.device_count()
+    ):  # on every rank, so that rank 0 says it
+        raise UserError(
+            f"{local_size} ranks on this node, but no GPU for each: there are {torch.cuda.device_count()}",
+            remedy=f"Start with deepspeed --num_gpus {torch.cuda.device_count()} ...",
+        )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -127,7 +131,12 @@ def connect(threads: int = 0) -> World:
         use_cores(threads, local_size)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(free_port()))
-    for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", local_rank), ("LOCAL_SIZE", local_size)):
+    for name, value in (
+        ("RANK", rank),
+        ("WORLD_SIZE", size),
+        ("LOCAL_RANK", local_rank),
+        ("LOCAL_SIZE", local_size),
+    ):
         os.environ.setdefault(name, str(value))
     backend = "nccl" if cuda else "gloo"
     torch_dist.init_process_group(backend, device_id=device if cuda else None)

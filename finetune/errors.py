@@ -69,7 +69,9 @@ def gib(n_bytes: float) -> str:
     """Bytes as people read them: `1.5 GiB`, `12.0 MiB`, `7 B`."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if abs(n_bytes) >= size:
-            return f"{n_bytes / size:.2f} {unit}" if unit == "GiB" else f"{n_bytes / size:.1f} {unit}"
+            return (
+                f"{n_bytes / size:.2f} {unit}" if unit == "GiB" else f"{n_bytes / size:.1f} {unit}"
+            )
     return f"{int(n_bytes)} B"
 
 
@@ -79,7 +81,11 @@ PLAIN_VALUE = re.compile(r"[A-Za-z0-9_/.:@%+-]+")
 
 def hydra_quoted(text: str) -> str:
     """A text in the quotes that Hydra takes away again."""
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text) + "'"
+    return (
+        "'"
+        + re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
+        + "'"
+    )
 
 
 def setting(key: str, value: Any) -> str:

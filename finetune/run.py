@@ -44,7 +44,13 @@ from finetune.reporting.terminal import Display, silence_libraries
 from finetune.reporting.trackers import build_trackers
 from finetune.sharding import deepspeed_config, nvme
 from finetune.sharding.deepspeed_config import Sharding
-from finetune.sharding.engine import Engine, compiles_first, connect_deepspeed, partitioned_build, place_partitioned
+from finetune.sharding.engine import (
+    Engine,
+    compiles_first,
+    connect_deepspeed,
+    partitioned_build,
+    place_partitioned,
+)
 from finetune.tasks.base import Task
 from finetune.training import schedule, stop_signals
 from finetune.training.evaluate import Interrupted, evaluate
@@ -54,7 +60,14 @@ from finetune.training.mfu import SLOW_BF16, emulates_bf16, peak_flops, step_flo
 from finetune.training.out_of_memory import HostWatch, Overflow
 from finetune.training.rank_failures import LastWords
 from finetune.training.rehearsal import probe
-from finetune.training.run_dir import RunLock, failed_result, final_result, make_run_dir, save_config, with_logged
+from finetune.training.run_dir import (
+    RunLock,
+    failed_result,
+    final_result,
+    make_run_dir,
+    save_config,
+    with_logged,
+)
 from finetune.training.schedule import Length, run_length
 from finetune.training.sharding_plan import plan_run, sharding_of
 from finetune.training.stop_signals import StopRequest
@@ -108,8 +121,15 @@ def run_in(world: World, cfg: Config, words: list[str] | None = None) -> Result:
         lock.release()
 
 
-def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memory: Overflow, stop: StopRequest,
-         ends: LastWords) -> Result:
+def _run(
+    cfg: Config,
+    world: World,
+    run_dir: Path,
+    callbacks: CallbackList,
+    memory: Overflow,
+    stop: StopRequest,
+    ends: LastWords,
+) -> Result:
     started = time.perf_counter()
     faults.point("run.begin")
     display = callbacks.callbacks[0] if world.main else None
@@ -117,11 +137,17 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
     resume_from = world.on_main(lambda: find_resume(cfg.resume, run_dir, say))
 
     if compiles_first(world):
-        say("the first run on this machine compiles an op of DeepSpeed before it trains: one to two minutes on idle cores, "
-            "more where others use them; let it finish")
-    memory.planned = world.on_main(lambda: plan_run(cfg, world, run_dir, None))  # before data are tokenised for hours
+        say(
+            "the first run on this machine compiles an op of DeepSpeed before it trains: one to two minutes on idle cores, "
+            "more where others use them; let it finish"
+        )
+    memory.planned = world.on_main(
+        lambda: plan_run(cfg, world, run_dir, None)
+    )  # before data are tokenised for hours
     inputs = prepare_inputs(cfg, world, display, say)
-    memory.planned = planned = world.on_main(lambda: plan_run(cfg, world, run_dir, inputs.task.num_labels))
+    memory.planned = planned = world.on_main(
+        lambda: plan_run(cfg, world, run_dir, inputs.task.num_labels)
+    )
     sharding = sharding_of(planned, cfg, run_dir)
     cfg.train.micro_batch = planned.micro_batch
     length = run_length(cfg.train, len(inputs.rows))
@@ -132,38 +158,87 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
     if note := schedule.warmup_note(cfg.optim, length.steps):
         say(note)
     if sharding.stage == 0 and cfg.model.dtype is Dtype.bf16 and planned.accumulation > 1:
-        say("stage 0 adds up the gradients of micro-batches in bf16, which rounds each time; zero=stage1 adds them in fp32")
+        say(
+            "stage 0 adds up the gradients of micro-batches in bf16, which rounds each time; zero=stage1 adds them in fp32"
+        )
     engine, parameters = _engine(cfg, inputs.task, sharding, world, display, memory)
 
     def watch() -> HangWatch:
-        return HangWatch(cfg.train.hang_timeout, run_dir, world.rank,
-                         lambda text: _cut_off(run_dir, RunFailed(text), world, ends, memory))
+        return HangWatch(
+            cfg.train.hang_timeout,
+            run_dir,
+            world.rank,
+            lambda text: _cut_off(run_dir, RunFailed(text), world, ends, memory),
+        )
 
     if cfg.train.probe:
-        with memory.during("trying the longest batch, before step 1"), _phase(display, "trying the longest batch"), watch():
-            probe(engine, inputs.task, inputs.collate, inputs.rows, int(cfg.train.micro_batch), planned.accumulation)
+        with (
+            memory.during("trying the longest batch, before step 1"),
+            _phase(display, "trying the longest batch"),
+            watch(),
+        ):
+            probe(
+                engine,
+                inputs.task,
+                inputs.collate,
+                inputs.rows,
+                int(cfg.train.micro_batch),
+                planned.accumulation,
+            )
     checkpoints = _checkpoints(cfg, inputs, sharding, world, run_dir)
     state = checkpoints.restore(engine.ds, resume_from) if resume_from else TrainState()
     better = best_metric(cfg.task, cfg.train.metric)
     if state.rank_by(better[0]):
-        say(f"the best evaluation is now that of the best {better[0]}: looked for anew from step {state.step} on")
+        say(
+            f"the best evaluation is now that of the best {better[0]}: looked for anew from step {state.step} on"
+        )
     checkpoints.require_room(engine.ds, several=cfg.checkpoint.every > 0)
     held = world.gather(engine.optimizer_bytes()["total"])
     if world.main:
         _watch(callbacks, cfg, run_dir, state, after=state.step if resume_from else -1)
-        print_summary(cfg, run_dir, world.size, world.device.type, sharding, planned.reason, length.steps, length.epochs,
-                      parameters, held, inputs.train, inputs.rows)
+        print_summary(
+            cfg,
+            run_dir,
+            world.size,
+            world.device.type,
+            sharding,
+            planned.reason,
+            length.steps,
+            length.epochs,
+            parameters,
+            held,
+            inputs.train,
+            inputs.rows,
+        )
 
     hang = watch()
     hooks = Hooks(
         evaluate=_evaluation(cfg, engine, inputs, world, hang, stop),
         sample=_sampler(cfg, engine, inputs, callbacks),
-        learning_rate=lambda step: schedule.learning_rate(cfg.optim, step, length.steps), beat=hang.beat,
-        flops=step_flops(cfg, inputs.task.num_labels), peak_flops=peak_flops(world.device, cfg.model.dtype.value))
-    trainer = Trainer(engine, inputs.task, _batches(cfg, inputs, world, state, length), hooks, checkpoints, callbacks, stop,
-                      world, train=cfg.train, checkpoint=cfg.checkpoint, better=better, seed=cfg.seed, total_steps=length.steps)
+        learning_rate=lambda step: schedule.learning_rate(cfg.optim, step, length.steps),
+        beat=hang.beat,
+        flops=step_flops(cfg, inputs.task.num_labels),
+        peak_flops=peak_flops(world.device, cfg.model.dtype.value),
+    )
+    trainer = Trainer(
+        engine,
+        inputs.task,
+        _batches(cfg, inputs, world, state, length),
+        hooks,
+        checkpoints,
+        callbacks,
+        stop,
+        world,
+        train=cfg.train,
+        checkpoint=cfg.checkpoint,
+        better=better,
+        seed=cfg.seed,
+        total_steps=length.steps,
+    )
 
-    callbacks.start(_run_info(cfg, memory.words, run_dir, state, length, parameters, world, planned, inputs))
+    callbacks.start(
+        _run_info(cfg, memory.words, run_dir, state, length, parameters, world, planned, inputs)
+    )
     if world.device.type == "cpu":
         process.release()  # what the probe left free is not what the run holds
     memory.start_host = int(world.maximum(machine.host_bytes()))
@@ -173,18 +248,35 @@ def _run(cfg: Config, world: World, run_dir: Path, callbacks: CallbackList, memo
     exported = cfg.export.enabled and result.status == "done"
     chosen = result
     if exported:
-        with memory.during("exporting"), _phase(display, "exporting, and verifying in a fresh process"):
+        with (
+            memory.during("exporting"),
+            _phase(display, "exporting, and verifying in a fresh process"),
+        ):
             if cfg.checkpoint.best:
-                chosen = take_best(engine, checkpoints, result, state.best_step, run_dir, world, say)
+                chosen = take_best(
+                    engine, checkpoints, result, state.best_step, run_dir, world, say
+                )
             export_trained(cfg, engine, inputs, chosen, run_dir, world, say)
-    final = final_result(result, world, engine.optimizer_bytes()["total"], {
-        "start_host_bytes": memory.start_host, "zero_stage": sharding.stage, "export": "export" if exported else None,
-        "export_step": chosen.step if exported else None,
-        "best": state.best, "best_metric": better[0], "best_step": state.best_step or None, "skipped_steps": state.skipped,
-        "stopped_by": (stop.reason or "another rank") if result.status == "preempted" else None,
-        "wall_seconds": time.perf_counter() - started,
-        "bad_rows": inputs.train.stats["bad_rows"],
-        "bad_eval_rows": inputs.eval.stats["bad_rows"] if inputs.eval else 0, "data_notes": inputs.notes})
+    final = final_result(
+        result,
+        world,
+        engine.optimizer_bytes()["total"],
+        {
+            "start_host_bytes": memory.start_host,
+            "zero_stage": sharding.stage,
+            "export": "export" if exported else None,
+            "export_step": chosen.step if exported else None,
+            "best": state.best,
+            "best_metric": better[0],
+            "best_step": state.best_step or None,
+            "skipped_steps": state.skipped,
+            "stopped_by": (stop.reason or "another rank") if result.status == "preempted" else None,
+            "wall_seconds": time.perf_counter() - started,
+            "bad_rows": inputs.train.stats["bad_rows"],
+            "bad_eval_rows": inputs.eval.stats["bad_rows"] if inputs.eval else 0,
+            "data_notes": inputs.notes,
+        },
+    )
     if world.main:
         metrics_log.write_result(run_dir, final)
         callbacks.finish(final)
@@ -201,8 +293,14 @@ def _phase(display: Display | None, name: str) -> AbstractContextManager:
     return display.phase(name) if display else nullcontext()
 
 
-def _engine(cfg: Config, task: Task, sharding: Sharding, world: World, display: Display | None,
-            memory: Overflow) -> tuple[Engine, dict[str, int]]:
+def _engine(
+    cfg: Config,
+    task: Task,
+    sharding: Sharding,
+    world: World,
+    display: Display | None,
+    memory: Overflow,
+) -> tuple[Engine, dict[str, int]]:
     """The model in DeepSpeed's hands, and its parameters, in all and trained."""
     phase = partial(_phase, display)
     connect_deepspeed(world, phase)
@@ -218,34 +316,76 @@ def _engine(cfg: Config, task: Task, sharding: Sharding, world: World, display: 
     return engine, parameters
 
 
-def _module(cfg: Config, task: Task, config: dict, world: World, display: Display | None) -> torch.nn.Module:
+def _module(
+    cfg: Config, task: Task, config: dict, world: World, display: Display | None
+) -> torch.nn.Module:
     """GPT-J with its weights and adapter; at stage 3 rank 0 reads and every rank keeps its part."""
     partition = partitioned_build(config, world)
     sharded = partition is not None
     with _phase(display, f"loading {cfg.model.path}"):
         model = build_model(
-            cfg.model, task.head, device=world.device, seed=cfg.seed, num_labels=task.num_labels, partition=partition,
-            place=partial(place_partitioned, world) if sharded else None, reads=world.main or not sharded)
+            cfg.model,
+            task.head,
+            device=world.device,
+            seed=cfg.seed,
+            num_labels=task.num_labels,
+            partition=partition,
+            place=partial(place_partitioned, world) if sharded else None,
+            reads=world.main or not sharded,
+        )
     model.transformer.checkpointing = cfg.train.activation_checkpointing  # type: ignore[union-attr]
     return adapters.attach(model, cfg.adapter, task.head, base_name(cfg), cfg.seed)
 
 
-def _run_info(cfg: Config, words: list[str], run_dir: Path, state: TrainState, length: Length, parameters: dict[str, int],
-              world: World, planned: Plan, inputs: Inputs) -> RunInfo:
+def _run_info(
+    cfg: Config,
+    words: list[str],
+    run_dir: Path,
+    state: TrainState,
+    length: Length,
+    parameters: dict[str, int],
+    world: World,
+    planned: Plan,
+    inputs: Inputs,
+) -> RunInfo:
     """What listeners are told once, before the first step; what was found in the data is a file too."""
     statistics = inputs.statistics(cfg.task.max_length)
     if world.main:
         metrics_log.write_json(run_dir / "data_stats.json", statistics)
-    about = environment(world.size, world.device) | {"overrides": words, "ranks_per_node": world.local_size}
-    return RunInfo(run_dir, cfg.name, length.steps, state.step, plain_config(cfg), parameters, world.size, state.step > 0,
-                   planned.to_json(), statistics, about)
+    about = environment(world.size, world.device) | {
+        "overrides": words,
+        "ranks_per_node": world.local_size,
+    }
+    return RunInfo(
+        run_dir,
+        cfg.name,
+        length.steps,
+        state.step,
+        plain_config(cfg),
+        parameters,
+        world.size,
+        state.step > 0,
+        planned.to_json(),
+        statistics,
+        about,
+    )
 
 
-def _checkpoints(cfg: Config, inputs: Inputs, sharding: Sharding, world: World, run_dir: Path) -> Checkpoints:
+def _checkpoints(
+    cfg: Config, inputs: Inputs, sharding: Sharding, world: World, run_dir: Path
+) -> Checkpoints:
     """The run's checkpoints, cleared of what a kill left, or of all where nothing is to be resumed."""
     weights = world.on_main(lambda: weights_identity(local_folder(cfg.model)))
-    found = Checkpoints(run_dir / "checkpoints", cfg.checkpoint.keep, world, _identity(cfg, inputs.train, weights),
-                        cfg.resume_changed, _in_background(cfg, sharding, world), Path(cfg.resume).name, cfg.checkpoint.best)
+    found = Checkpoints(
+        run_dir / "checkpoints",
+        cfg.checkpoint.keep,
+        world,
+        _identity(cfg, inputs.train, weights),
+        cfg.resume_changed,
+        _in_background(cfg, sharding, world),
+        Path(cfg.resume).name,
+        cfg.checkpoint.best,
+    )
     world.on_main(found.set_aside if cfg.resume == "never" else found.clean)
     return found
 
@@ -253,12 +393,20 @@ def _checkpoints(cfg: Config, inputs: Inputs, sharding: Sharding, world: World, 
 def _identity(cfg: Config, store: Store, weights: str) -> dict[str, Any]:
     """What must be the same for a resumed run to be the same run."""
     plain = plain_config(cfg)
-    return {"data": store.fingerprint, "seed": cfg.seed, "global_batch": cfg.train.global_batch,
-            "packing": cfg.train.packing, "max_length": cfg.task.max_length,
-            "model": f"{cfg.model.init.value} {cfg.model.path}", "dtype": cfg.model.dtype.value,
-            "weights": weights, "class_weights": str(getattr(cfg.task, "class_weights", None)),
-            "adapter": plain["adapter"], "optim": plain["optim"],
-            "dropout": [cfg.model.embd_pdrop, cfg.model.attn_pdrop, cfg.model.resid_pdrop]}
+    return {
+        "data": store.fingerprint,
+        "seed": cfg.seed,
+        "global_batch": cfg.train.global_batch,
+        "packing": cfg.train.packing,
+        "max_length": cfg.task.max_length,
+        "model": f"{cfg.model.init.value} {cfg.model.path}",
+        "dtype": cfg.model.dtype.value,
+        "weights": weights,
+        "class_weights": str(getattr(cfg.task, "class_weights", None)),
+        "adapter": plain["adapter"],
+        "optim": plain["optim"],
+        "dropout": [cfg.model.embd_pdrop, cfg.model.attn_pdrop, cfg.model.resid_pdrop],
+    }
 
 
 def _in_background(cfg: Config, sharding: Sharding, world: World) -> bool:
@@ -268,17 +416,23 @@ def _in_background(cfg: Config, sharding: Sharding, world: World) -> bool:
     return bool(cfg.checkpoint.background)
 
 
-def _cut_off(run_dir: Path, error: RunFailed, world: World, ends: LastWords, memory: Overflow) -> None:
+def _cut_off(
+    run_dir: Path, error: RunFailed, world: World, ends: LastWords, memory: Overflow
+) -> None:
     """result.json and the last words of a rank that a watch is about to end from another thread."""
     ends.write(error.render())
     if ends.speaks():
-        metrics_log.write_result(run_dir, failed_result(run_dir, error, world, memory.start_host, memory.stage))
+        metrics_log.write_result(
+            run_dir, failed_result(run_dir, error, world, memory.start_host, memory.stage)
+        )
         print(f"error: {error.render()}", file=sys.stderr, flush=True)
         with suppress(Exception):  # the page is worth a try, and nothing after it
             build_report(run_dir, picture=False, recipe_of=recipe_config)
 
 
-def _watch(callbacks: CallbackList, cfg: Config, run_dir: Path, state: TrainState, after: int) -> None:
+def _watch(
+    callbacks: CallbackList, cfg: Config, run_dir: Path, state: TrainState, after: int
+) -> None:
     """Add the listeners, after dropping what metrics.jsonl holds beyond step `after`, the checkpoint's."""
     for name in (metrics_log.METRICS, metrics_log.SAMPLES):
         metrics_log.truncate(run_dir / name, after, state.owes_evaluation)
@@ -287,16 +441,27 @@ def _watch(callbacks: CallbackList, cfg: Config, run_dir: Path, state: TrainStat
     callbacks.restore(state.callbacks)
 
 
-def _batches(cfg: Config, inputs: Inputs, world: World, state: TrainState, length: Length) -> StepBatches:
+def _batches(
+    cfg: Config, inputs: Inputs, world: World, state: TrainState, length: Length
+) -> StepBatches:
     """This rank's share of every step that is left."""
     return StepBatches(
-        inputs.collate, Order(len(inputs.rows), cfg.seed, shuffle=True),
-        global_batch=cfg.train.global_batch, micro_batch=int(cfg.train.micro_batch), world_size=world.size,
-        rank=world.rank, start_step=state.step, end_step=length.steps, end_position=length.end_position,
-        prefetch=cfg.train.prefetch)
+        inputs.collate,
+        Order(len(inputs.rows), cfg.seed, shuffle=True),
+        global_batch=cfg.train.global_batch,
+        micro_batch=int(cfg.train.micro_batch),
+        world_size=world.size,
+        rank=world.rank,
+        start_step=state.step,
+        end_step=length.steps,
+        end_position=length.end_position,
+        prefetch=cfg.train.prefetch,
+    )
 
 
-def _evaluation(cfg: Config, engine: Engine, inputs: Inputs, world: World, hang: HangWatch, stop: StopRequest):
+def _evaluation(
+    cfg: Config, engine: Engine, inputs: Inputs, world: World, hang: HangWatch, stop: StopRequest
+):
     """What the trainer calls to evaluate; None where there are no data. It returns None when a stop came between."""
     task, store = inputs.task, inputs.eval
     if store is None:
@@ -321,9 +486,16 @@ def _sampler(cfg: Config, engine: Engine, inputs: Inputs, callbacks: CallbackLis
         return None
 
     def sample(step: int) -> None:
-        texts = sample_texts(engine.module, inputs.tokenizer, cfg.train.sample_prompts, cfg.train.sample_tokens,
-                             cfg.seed + step, engine.world.device, encode=getattr(inputs.task, "prompt_ids", None),
-                             agree=lambda tokens: engine.world.on_main(lambda: tokens))
+        texts = sample_texts(
+            engine.module,
+            inputs.tokenizer,
+            cfg.train.sample_prompts,
+            cfg.train.sample_tokens,
+            cfg.seed + step,
+            engine.world.device,
+            encode=getattr(inputs.task, "prompt_ids", None),
+            agree=lambda tokens: engine.world.on_main(lambda: tokens),
+        )
         for prompt, text in zip(cfg.train.sample_prompts, texts, strict=True):
             callbacks.sample(step, prompt, text)
 

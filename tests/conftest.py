@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # more processes than cores: threads that wait must not spin
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # more processes than cores: threads that wait must not spin
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,15 +25,34 @@ ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = f"py{sys.version_info.major}{sys.version_info.minor}_torch{version('torch')}"
 os.environ["TORCH_EXTENSIONS_DIR"] = str(ROOT / ".pytest_cache" / "torch_extensions" / VERSIONS)
 
-SMALL = {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8, "n_positions": 2048, "vocab_size": 50400,
-         "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 50256, "eos_token_id": 50256}
+SMALL = {
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "rotary_dim": 8,
+    "n_positions": 2048,
+    "vocab_size": 50400,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--export-matrix", choices=("part", "full"), default="part",
-                     help="full: every head, adapter, stage and number of ranks in tests/export/test_export_matrix.py")
-    parser.addoption("--loss-grid", choices=("part", "full"), default="part",
-                     help="full: every stage, accumulation, layout, adapter and number of ranks in test_same_loss.py")
+    parser.addoption(
+        "--export-matrix",
+        choices=("part", "full"),
+        default="part",
+        help="full: every head, adapter, stage and number of ranks in tests/export/test_export_matrix.py",
+    )
+    parser.addoption(
+        "--loss-grid",
+        choices=("part", "full"),
+        default="part",
+        help="full: every stage, accumulation, layout, adapter and number of ranks in test_same_loss.py",
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -66,10 +87,22 @@ def pocket_gptj(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder, size, end = tmp_path_factory.mktemp("pocket_gptj"), 1024, "<|endoftext|>"
     words = Tokenizer(models.BPE())
-    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    words.train_from_iterator([_shipped_text()], trainers.BpeTrainer(
-        vocab_size=size - 24, special_tokens=[end], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end, bos_token=end).save_pretrained(folder)
+    words.pre_tokenizer, words.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    words.train_from_iterator(
+        [_shipped_text()],
+        trainers.BpeTrainer(
+            vocab_size=size - 24,
+            special_tokens=[end],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end, bos_token=end).save_pretrained(
+        folder
+    )
     torch.manual_seed(0)
     config = GPTJConfig(**SMALL | {"vocab_size": size, "bos_token_id": 0, "eos_token_id": 0})
     GPTJForCausalLM(config).save_pretrained(folder)
@@ -106,7 +139,10 @@ def unequal_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(60):
             n = rng.choice([1, 2, 5, 20, 60, 220])
             start = rng.randrange(len(words) - n)
-            row = {"text": " ".join(words[start : start + n]), "meta": {"pile_set_name": "AB"[i % 2]}}
+            row = {
+                "text": " ".join(words[start : start + n]),
+                "meta": {"pile_set_name": "AB"[i % 2]},
+            }
             f.write(json.dumps(row) + "\n")
     return file
 
@@ -123,14 +159,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-_faults: dict[tuple[str, str], dict[str, int]] = defaultdict(lambda: {"passed": 0, "failed": 0, "skipped": 0})
+_faults: dict[tuple[str, str], dict[str, int]] = defaultdict(
+    lambda: {"passed": 0, "failed": 0, "skipped": 0}
+)
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     report = (yield).get_result()
     marker = item.get_closest_marker("fault")
-    if marker and (report.when == "call" or (report.when == "setup" and report.outcome != "passed")):
+    if marker and (
+        report.when == "call" or (report.when == "setup" and report.outcome != "passed")
+    ):
         cases = getattr(item, "fault_cases", 1)
         _faults[marker.kwargs["happens"], marker.kwargs["then"]][report.outcome] += cases
 
@@ -138,15 +178,24 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
 @pytest.fixture
 def cases(request: pytest.FixtureRequest):
     """A test that tries many things at once says how many."""
+
     def count(n: int) -> None:
         request.node.fault_cases = n
+
     return count
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     file = os.environ.get("FAULT_RESULTS")
     if file and _faults:
-        found = [{"happens": happens, "then": then, **counts} for (happens, then), counts in _faults.items()]
-        before = json.loads(Path(file).read_text(encoding="utf-8"))["rows"] if Path(file).exists() else []
+        found = [
+            {"happens": happens, "then": then, **counts}
+            for (happens, then), counts in _faults.items()
+        ]
+        before = (
+            json.loads(Path(file).read_text(encoding="utf-8"))["rows"]
+            if Path(file).exists()
+            else []
+        )
         rows = [row for row in before if (row["happens"], row["then"]) not in _faults] + found
         Path(file).write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")

@@ -13,7 +13,11 @@ def run_peft(model, ids: list[int] | torch.Tensor) -> None:
     """
     text = torch.as_tensor(ids)[None]
     config = getattr(model, "active_peft_config", None)
-    if config is not None and config.peft_type == "PREFIX_TUNING" and config.task_type != "CAUSAL_LM":
+    if (
+        config is not None
+        and config.peft_type == "PREFIX_TUNING"
+        and config.task_type != "CAUSAL_LM"
+    ):
         prefix = model.get_prompt(batch_size=1)
         mask = torch.ones(1, prefix.get_seq_length() + text.shape[1])
         model.get_base_model()(input_ids=text, cache=prefix, attention_mask=mask)

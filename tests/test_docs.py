@@ -30,7 +30,9 @@ def commands() -> list[tuple[str, str]]:
     for page in PAGES:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
             lines = block.replace("\\\n", " ").splitlines()
-            found += [(page.name, line) for line in lines if "launch/" in line and "#!" not in block]
+            found += [
+                (page.name, line) for line in lines if "launch/" in line and "#!" not in block
+            ]
     return found
 
 

@@ -42,15 +42,26 @@ ARROWS = {
     "sweep": "check compose config errors planning process reporting reporting.page",
     # top
     "run": "check checkpointing compose config data dist errors export gptj inference planning process reporting reporting.page "
-           "sharding tasks training",
+    "sharding tasks training",
     "cli": "assets check checkpointing compose config data dist errors export files gptj inference planning process reporting "
-           "reporting.page run sharding sweep tasks training",
+    "reporting.page run sharding sweep tasks training",
 }
 """Folder, or module at the top -> what it may import, besides itself. A row names only rows above it."""
 
-NO_TORCH = ("finetune.data.batches", "finetune.data.encode_clm", "finetune.data.collate", "finetune.planning.choose",
-            "finetune.planning.show", "finetune.compose", "finetune.check", "finetune.reporting.terminal",
-            "finetune.reporting.page.build", "finetune.sweep.sweep", "finetune.cli.plan", "finetune.cli.train")
+NO_TORCH = (
+    "finetune.data.batches",
+    "finetune.data.encode_clm",
+    "finetune.data.collate",
+    "finetune.planning.choose",
+    "finetune.planning.show",
+    "finetune.compose",
+    "finetune.check",
+    "finetune.reporting.terminal",
+    "finetune.reporting.page.build",
+    "finetune.sweep.sweep",
+    "finetune.cli.plan",
+    "finetune.cli.train",
+)
 
 
 def name_of(path: Path) -> str:
@@ -80,7 +91,10 @@ def imports() -> list[tuple[str, str, str]]:
             if isinstance(node, ast.ImportFrom):
                 assert not node.level, f"{where}: write imports of the package from its root"
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
-                found += [(module, name if name in modules() else str(node.module), where) for name in names]
+                found += [
+                    (module, name if name in modules() else str(node.module), where)
+                    for name in names
+                ]
             elif isinstance(node, ast.Import):
                 found += [(module, alias.name, where) for alias in node.names]
     return [edge for edge in found if edge[1] in modules()]
@@ -93,25 +107,46 @@ def imported(node: ast.AST) -> list[str]:
 
 
 def test_every_folder_has_a_row():
-    assert {folder_of(module) for module in modules() if module != "finetune"} - {"__init__"} == set(ARROWS)
+    assert {folder_of(module) for module in modules() if module != "finetune"} - {
+        "__init__"
+    } == set(ARROWS)
 
 
 def test_rows_only_name_rows_above_them():
     rows = list(ARROWS)
-    assert not [(row, name) for i, row in enumerate(rows) for name in ARROWS[row].split() if name not in rows[:i]]
+    assert not [
+        (row, name)
+        for i, row in enumerate(rows)
+        for name in ARROWS[row].split()
+        if name not in rows[:i]
+    ]
 
 
 def test_imports_follow_the_arrows():
-    wrong = [f"{where}: {folder_of(source)} may not import {target}" for source, target, where in imports()
-             if source != "finetune" and target != "finetune" and folder_of(source) != folder_of(target)
-             and folder_of(target) not in ARROWS[folder_of(source)].split()]
+    wrong = [
+        f"{where}: {folder_of(source)} may not import {target}"
+        for source, target, where in imports()
+        if source != "finetune"
+        and target != "finetune"
+        and folder_of(source) != folder_of(target)
+        and folder_of(target) not in ARROWS[folder_of(source)].split()
+    ]
     assert not wrong, "\n".join(wrong)
 
 
 def test_arrows_are_used():
     """A row that allows more than there is would let a wrong import in unseen."""
-    used = {(folder_of(source), folder_of(target)) for source, target, _ in imports() if source != "finetune"}
-    assert not [(row, name) for row, names in ARROWS.items() for name in names.split() if (row, name) not in used]
+    used = {
+        (folder_of(source), folder_of(target))
+        for source, target, _ in imports()
+        if source != "finetune"
+    }
+    assert not [
+        (row, name)
+        for row, names in ARROWS.items()
+        for name in names.split()
+        if (row, name) not in used
+    ]
 
 
 def test_no_module_imports_itself_in_a_circle():
@@ -135,7 +170,11 @@ def test_every_folder_says_what_it_is_for():
     """A sentence, and nothing that an import of one of its modules would have to pay for."""
     for folder in {path.parent for path in modules().values()} - {PACKAGE}:
         body = ast.parse((folder / "__init__.py").read_text(encoding="utf-8")).body
-        assert len(body) == 1 and isinstance(body[0], ast.Expr) and ast.get_docstring(ast.Module(body, [])), folder
+        assert (
+            len(body) == 1
+            and isinstance(body[0], ast.Expr)
+            and ast.get_docstring(ast.Module(body, []))
+        ), folder
 
 
 def test_few_modules_stand_at_the_top():
@@ -143,9 +182,15 @@ def test_few_modules_stand_at_the_top():
 
 
 def test_deepspeed_stays_where_it_is():
-    users = {module for module, path in modules().items() for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-             if "deepspeed" in {name.split(".")[0] for name in imported(node)}}
-    assert {module for module in users if folder_of(module) != "sharding"} <= {"finetune.inference.deepspeed_inference"}
+    users = {
+        module
+        for module, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if "deepspeed" in {name.split(".")[0] for name in imported(node)}
+    }
+    assert {module for module in users if folder_of(module) != "sharding"} <= {
+        "finetune.inference.deepspeed_inference"
+    }
 
 
 def test_light_modules_need_no_torch():
@@ -159,8 +204,16 @@ def test_scripts_import_what_there_is(folder: str):
     missing = []
     for path in sorted((ROOT / folder).glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("finetune", "tests", "tools"):
+            if (
+                isinstance(node, ast.ImportFrom)
+                and node.module
+                and node.module.split(".")[0] in ("finetune", "tests", "tools")
+            ):
                 module = importlib.import_module(node.module)
-                missing += [f"{path.name}: {node.module}.{alias.name}" for alias in node.names
-                            if not hasattr(module, alias.name) and not importlib.util.find_spec(f"{node.module}.{alias.name}")]
+                missing += [
+                    f"{path.name}: {node.module}.{alias.name}"
+                    for alias in node.names
+                    if not hasattr(module, alias.name)
+                    and not importlib.util.find_spec(f"{node.module}.{alias.name}")
+                ]
     assert not missing

@@ -33,8 +33,17 @@ HEADS = (GPTJForCausalLM, GPTJForSequenceClassification, GPTJForQuestionAnswerin
 
 
 def tiny(**changes) -> GPTJConfig:
-    return GPTJConfig(n_embd=32, n_layer=1, n_head=2, rotary_dim=8, vocab_size=50, n_positions=32, bos_token_id=0,
-                      eos_token_id=0, **changes)
+    return GPTJConfig(
+        n_embd=32,
+        n_layer=1,
+        n_head=2,
+        rotary_dim=8,
+        vocab_size=50,
+        n_positions=32,
+        bos_token_id=0,
+        eos_token_id=0,
+        **changes,
+    )
 
 
 @pytest.mark.parametrize("name", TOUCHED)
@@ -44,7 +53,9 @@ def test_upper_bounds_name_the_newest_minor_version_that_is_tested(name):
     major, minor = map(int, re.findall(r"\d+", version(name))[:2])
     bounds = {s.operator: s.version for s in requirement.specifier}
     assert requirement.specifier.contains(version(name).split("+")[0])
-    assert bounds["<"] == f"{major}.{minor + 1}", f"{name} {version(name)} is installed, tested up to {bounds['<']}"
+    assert bounds["<"] == f"{major}.{minor + 1}", (
+        f"{name} {version(name)} is installed, tested up to {bounds['<']}"
+    )
 
 
 def test_attention_is_sdpa_by_default():
@@ -61,11 +72,18 @@ def test_the_cache_argument(kind):
 @pytest.mark.parametrize("kind", HEADS)
 def test_loss_arguments_pass_through(kind):
     """The Trainer hands num_items_in_batch to models whose forward takes keywords: the peer's loss depends on it."""
-    assert inspect.Parameter.VAR_KEYWORD in {p.kind for p in inspect.signature(kind.forward).parameters.values()}
-    assert "num_items_in_batch" in inspect.signature(transformers.loss.loss_utils.ForCausalLMLoss).parameters
+    assert inspect.Parameter.VAR_KEYWORD in {
+        p.kind for p in inspect.signature(kind.forward).parameters.values()
+    }
+    assert (
+        "num_items_in_batch"
+        in inspect.signature(transformers.loss.loss_utils.ForCausalLMLoss).parameters
+    )
 
 
-@pytest.mark.parametrize("ids", [[[5, 6, 7, 9], [5, 6, 9, 9]], [[5, 6, 7, 9], [9, 9, 5, 6]]], ids=["right", "left"])
+@pytest.mark.parametrize(
+    "ids", [[[5, 6, 7, 9], [5, 6, 9, 9]], [[5, 6, 7, 9], [9, 9, 5, 6]]], ids=["right", "left"]
+)
 def test_a_classifier_pools_the_last_token_that_is_not_padding(ids):
     model = GPTJForSequenceClassification(tiny(num_labels=3, pad_token_id=9)).eval()
     ids = torch.tensor(ids)
@@ -82,12 +100,18 @@ def test_a_classifier_without_padding_refuses_batches():
 
 def test_generation_is_greedy_unless_told():
     config = GenerationConfig()
-    assert not config.do_sample and config.num_beams in (None, 1) and config.repetition_penalty in (None, 1.0)
+    assert (
+        not config.do_sample
+        and config.num_beams in (None, 1)
+        and config.repetition_penalty in (None, 1.0)
+    )
 
 
 def test_the_head_has_a_bias_and_is_not_tied():
     model = GPTJForCausalLM(tiny())
-    assert model.lm_head.bias is not None and model.lm_head.weight is not model.transformer.wte.weight
+    assert (
+        model.lm_head.bias is not None and model.lm_head.weight is not model.transformer.wte.weight
+    )
 
 
 def test_the_tokenizer_takes_vocab_and_merges():
@@ -101,10 +125,25 @@ def test_the_tokenizer_takes_vocab_and_merges():
 
 def test_peft_defaults():
     config = peft.LoraConfig(task_type="CAUSAL_LM")
-    assert (config.init_lora_weights, config.use_rslora, config.use_dora, config.bias) == (True, False, False, "none")
-    assert peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["gptj"] == ["q_proj", "v_proj"]
-    assert inspect.signature(peft.get_peft_model).parameters["autocast_adapter_dtype"].default is True
-    assert inspect.signature(peft.PeftModel.from_pretrained).parameters["autocast_adapter_dtype"].default is True
+    assert (config.init_lora_weights, config.use_rslora, config.use_dora, config.bias) == (
+        True,
+        False,
+        False,
+        "none",
+    )
+    assert peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["gptj"] == [
+        "q_proj",
+        "v_proj",
+    ]
+    assert (
+        inspect.signature(peft.get_peft_model).parameters["autocast_adapter_dtype"].default is True
+    )
+    assert (
+        inspect.signature(peft.PeftModel.from_pretrained)
+        .parameters["autocast_adapter_dtype"]
+        .default
+        is True
+    )
 
 
 def test_deepspeed_would_swap_in_its_own_cpu_adam():
@@ -118,6 +157,12 @@ def test_deepspeed_would_swap_in_its_own_cpu_adam():
 def test_a_cpu_that_emulates_bf16_is_recognised():
     """oneDNN held down to AVX2, as on an older processor: asked in a process of its own."""
     code = "import torch; from finetune.training.mfu import emulates_bf16; print(emulates_bf16(torch.device('cpu')))"
-    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
-                          env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(ROOT)})
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(ROOT)},
+    )
     assert told.stdout.split() == ["True"]

@@ -14,7 +14,12 @@ from finetune.cli.app import compose_config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line]
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+    if line
+]
 LAUNCHES = [line for line in COMMANDS if "launch/" in line and "pip install" not in line]
 
 
@@ -44,5 +49,11 @@ def test_linked_pages_exist(link):
 
 
 def test_doctor_runs():
-    done = subprocess.run([sys.executable, "launch/doctor.py", "--json"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "launch/doctor.py", "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode in (0, 1) and done.stdout.strip()[0] in "[{"

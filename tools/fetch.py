@@ -72,7 +72,10 @@ EVALS = Archive(
     "evals==3.0.1.post1",
     "evals-3.0.1.post1-py3-none-any.whl",
     "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
-    tuple(f"{build.EVALS}/{name}/samples.jsonl" for name in ("population_span_extraction", "sarcasm", "steganography")),
+    tuple(
+        f"{build.EVALS}/{name}/samples.jsonl"
+        for name in ("population_span_extraction", "sarcasm", "steganography")
+    ),
 )
 TARGETS = {
     "sotu": Target((SPEECHES,), build.sotu, Path("data")),
@@ -152,7 +155,14 @@ def client_command(archive: Archive, folder: Path) -> list[str]:
             npm = shutil.which("npm")
             if npm is None:
                 raise missing
-            return [npm, "pack", "--ignore-scripts", "--pack-destination", str(folder), archive.spec]
+            return [
+                npm,
+                "pack",
+                "--ignore-scripts",
+                "--pack-destination",
+                str(folder),
+                archive.spec,
+            ]
         case "pip":
             if importlib.util.find_spec("pip") is None:
                 raise missing
@@ -166,7 +176,9 @@ def read_members(path: Path, patterns: tuple[str, ...]) -> build.Members:
     """The matching members' contents; nothing is unpacked to disk."""
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as wheel:
-            return {n: wheel.read(n) for n in wheel.namelist() if any(fnmatch(n, p) for p in patterns)}
+            return {
+                n: wheel.read(n) for n in wheel.namelist() if any(fnmatch(n, p) for p in patterns)
+            }
     members: build.Members = {}
     with tarfile.open(path) as tar:
         for info in tar:
@@ -185,7 +197,9 @@ def check_files(files: build.Files) -> None:
         if PINNED.get(path) != found
     ]
     if problems:
-        raise problems_error("the built files (the archives are right: tools/build.py changed)", problems)
+        raise problems_error(
+            "the built files (the archives are right: tools/build.py changed)", problems
+        )
 
 
 def content_sha256(path: Path) -> str:
@@ -221,10 +235,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("name", choices=sorted(TARGETS), metavar="NAME", help="sotu or assets")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="output folder (default: data for sotu, the package's own for assets)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="output folder (default: data for sotu, the package's own for assets)",
     )
     parser.add_argument(
-        "--archives", type=Path, metavar="DIR", help="folder with archives that are already here; those are not fetched"
+        "--archives",
+        type=Path,
+        metavar="DIR",
+        help="folder with archives that are already here; those are not fetched",
     )
     return parser.parse_args(argv)
 

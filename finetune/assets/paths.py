@@ -23,7 +23,11 @@ def asset(name: str) -> Path:
     existing = _existing()
     if name not in existing:
         names = ", ".join(existing) or "none in this installation"
-        raise UserError(f"there is no asset '{name}'", PREFIX + name, f"Assets that ship with the project: {names}.")
+        raise UserError(
+            f"there is no asset '{name}'",
+            PREFIX + name,
+            f"Assets that ship with the project: {names}.",
+        )
     return ASSETS / name
 
 
@@ -31,11 +35,15 @@ def resolve(spec: str) -> str:
     """`asset:NAME/...` as an absolute path; anything else unchanged."""
     if not spec.startswith(PREFIX):
         return spec
-    name, _, rest = spec[len(PREFIX):].partition("/")
+    name, _, rest = spec[len(PREFIX) :].partition("/")
     return str(asset(name) / rest) if rest else str(asset(name))
 
 
 def _existing() -> list[str]:
     if not ASSETS.is_dir():
         return []
-    return sorted(path.name for path in ASSETS.iterdir() if path.is_dir() and not path.name.startswith((".", "_")))
+    return sorted(
+        path.name
+        for path in ASSETS.iterdir()
+        if path.is_dir() and not path.name.startswith((".", "_"))
+    )

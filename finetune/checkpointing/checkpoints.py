@@ -85,10 +85,24 @@ class Checkpoints:
         best: whether that of the best evaluation is kept beside the newest, whatever its age.
     """
 
-    def __init__(self, folder: Path, keep: int, world: World, identity: dict[str, Any], may_change: list[str],
-                 background: bool = False, origin: str | None = None, best: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        world: World,
+        identity: dict[str, Any],
+        may_change: list[str],
+        background: bool = False,
+        origin: str | None = None,
+        best: bool = False,
+    ):
         self.folder, self.keep, self.world = folder, max(FEWEST_KEPT, keep), world
-        self.identity, self.may_change, self.background, self.origin = identity, may_change, background, origin
+        self.identity, self.may_change, self.background, self.origin = (
+            identity,
+            may_change,
+            background,
+            origin,
+        )
         self.best = best
         self._sound: set[int] = set()
         self._thread: Thread | None = None
@@ -114,15 +128,23 @@ class Checkpoints:
         pieces = self._pieces(engine)
         needed = int(self.world.sum([pieces.bytes])[0])
         self.world.on_main(lambda: self._require(needed, f"the checkpoint of step {state.step}"))
-        about = {"format": FORMAT, "world_size": self.world.size, "adam_step": partitions.adam_step(engine),
-                 "loss_scale": _loss_scale(engine), "identity": self.identity, "origin": self.origin,
-                 "state": asdict(state)}
+        about = {
+            "format": FORMAT,
+            "world_size": self.world.size,
+            "adam_step": partitions.adam_step(engine),
+            "loss_scale": _loss_scale(engine),
+            "identity": self.identity,
+            "origin": self.origin,
+            "state": asdict(state),
+        }
         save = _Save(state.step, pieces, about, needed)
         if not self.background:
             self._write(save, self.world)
             return
         save.pieces = pieces.copied()
-        self._thread = Thread(target=self._write_behind, args=(save,), name="checkpoint", daemon=True)
+        self._thread = Thread(
+            target=self._write_behind, args=(save,), name="checkpoint", daemon=True
+        )
         self._thread.start()
 
     def mark_evaluated(self, state: TrainState) -> None:
@@ -153,10 +175,19 @@ class Checkpoints:
     def _pieces(self, engine) -> Pieces:
         if not self.world.main and partitions.replicated(engine):
             return Pieces.of([])
-        sizes = {f"{name}|{start}|{kind}": numel for name, start, numel in partitions.ranges(engine) for kind in KINDS}
-        return Pieces(sizes, lambda: ((f"{piece.name}|{piece.start}|{kind}", tensor.detach())
-                                      for piece in partitions.fragments(engine)
-                                      for kind, tensor in piece.tensors().items()))
+        sizes = {
+            f"{name}|{start}|{kind}": numel
+            for name, start, numel in partitions.ranges(engine)
+            for kind in KINDS
+        }
+        return Pieces(
+            sizes,
+            lambda: (
+                (f"{piece.name}|{piece.start}|{kind}", tensor.detach())
+                for piece in partitions.fragments(engine)
+                for kind, tensor in piece.tensors().items()
+            ),
+        )
 
     def _write_behind(self, save: _Save) -> None:
         try:
@@ -180,8 +211,13 @@ class Checkpoints:
         world.on_main(lambda: self._finish(stage, final, save, results))
         self._finished.append((save.step, str(final)))
 
-    def _finish(self, stage: Path, final: Path, save: _Save, results: list[tuple[tuple[str, Entry] | None, str | None]]
-                ) -> None:
+    def _finish(
+        self,
+        stage: Path,
+        final: Path,
+        save: _Save,
+        results: list[tuple[tuple[str, Entry] | None, str | None]],
+    ) -> None:
         try:
             errors = [error for _, error in results if error]
             if errors:
@@ -220,14 +256,21 @@ class Checkpoints:
     def _failed(self, save: _Save, error: OSError) -> RunFailed:
         free = free_bytes(self.folder)
         missing = f"; {gib(save.needed - free)} more are needed" if save.needed > free else ""
-        return RunFailed(f"the checkpoint of step {save.step} could not be written: {error}{missing}", str(self.folder),
-                         UNTOUCHED)
+        return RunFailed(
+            f"the checkpoint of step {save.step} could not be written: {error}{missing}",
+            str(self.folder),
+            UNTOUCHED,
+        )
 
     def _require(self, needed: int, what: str) -> None:
         free = free_bytes(self.folder)
         if needed > free:
-            raise RunFailed(f"{what} needs {gib(needed)} and the disk has {gib(free)} free: {gib(needed - free)} are "
-                            "missing", str(self.folder), UNTOUCHED)
+            raise RunFailed(
+                f"{what} needs {gib(needed)} and the disk has {gib(free)} free: {gib(needed - free)} are "
+                "missing",
+                str(self.folder),
+                UNTOUCHED,
+            )
 
     def require_room(self, engine, several: bool) -> None:
         """Before the first step: room for all checkpoints that will be there at once, those here now included.
@@ -240,9 +283,14 @@ class Checkpoints:
 
         def check() -> None:
             here = step_folders(self.folder)
-            count = self.keep + 1 + self.best if several or self.best else min(self.keep, len(here)) + 1
+            count = (
+                self.keep + 1 + self.best if several or self.best else min(self.keep, len(here)) + 1
+            )
             held = sum(folder_bytes(step) for step in here)
-            self._require(count * one - held, f"keeping {count} checkpoint{'s' * (count > 1)} of {gib(one)} at once")
+            self._require(
+                count * one - held,
+                f"keeping {count} checkpoint{'s' * (count > 1)} of {gib(one)} at once",
+            )
 
         self.world.on_main(check)
 
@@ -297,7 +345,9 @@ class Checkpoints:
             for kind, tensor in piece.tensors().items():
                 tensor.copy_(source.read(piece.name, kind, piece.start, piece.numel))
         partitions.set_adam_step(engine, saved["adam_step"])
-        partitions.refresh_weights(engine, lambda name, start, n: source.read(name, "master", start, n))
+        partitions.refresh_weights(
+            engine, lambda name, start, n: source.read(name, "master", start, n)
+        )
         _set_loss_scale(engine, saved["loss_scale"])
         known = {f.name for f in fields(TrainState)}
         return TrainState(**{key: value for key, value in saved["state"].items() if key in known})
@@ -309,17 +359,28 @@ class Checkpoints:
         self._sound.add(step_of(folder))
         for path in step_folders(self.folder):
             if step_of(path) > step_of(folder) and verify(path) is None:
-                os.replace(path, self.folder / f"set-aside-{time.strftime('%Y%m%d-%H%M%S')}-{path.name}")
+                os.replace(
+                    path, self.folder / f"set-aside-{time.strftime('%Y%m%d-%H%M%S')}-{path.name}"
+                )
 
     def _check_identity(self, saved: dict, folder: Path) -> None:
         before, now = _leaves(saved["identity"]), _leaves(self.identity)
-        changed = [key for key, value in now.items() if key in before and before[key] != value
-                   and key not in self.may_change and key.split(".")[0] not in self.may_change]
+        changed = [
+            key
+            for key, value in now.items()
+            if key in before
+            and before[key] != value
+            and key not in self.may_change
+            and key.split(".")[0] not in self.may_change
+        ]
         if changed:
             told = "\n".join(f"  {key}: was {before[key]}, is {now[key]}" for key in changed)
             allow = command([f"resume_changed=[{','.join(changed)}]"])
-            raise UserError(f"this run is not the one that was saved:\n{told}", str(folder),
-                            f"Undo the change, allow it with {allow}, or start anew with resume=never or another run_dir.")
+            raise UserError(
+                f"this run is not the one that was saved:\n{told}",
+                str(folder),
+                f"Undo the change, allow it with {allow}, or start anew with resume=never or another run_dir.",
+            )
 
 
 def _leaves(identity: dict[str, Any]) -> dict[str, Any]:
@@ -343,7 +404,8 @@ def _section(value: Any) -> dict[str, Any] | None:
     call = ast.parse(value, mode="eval").body
     assert isinstance(call, ast.Call)
     return {str(word.arg): ast.literal_eval(word.value) for word in call.keywords} | {
-        "kind": value.partition("Config(")[0].lower()}
+        "kind": value.partition("Config(")[0].lower()
+    }
 
 
 def _fresh(stage: Path) -> None:
@@ -352,7 +414,9 @@ def _fresh(stage: Path) -> None:
 
 
 def _loss_scale(engine) -> float | None:
-    scaler = getattr(engine.optimizer, "cur_scale", None) or getattr(engine.optimizer, "loss_scale", None)
+    scaler = getattr(engine.optimizer, "cur_scale", None) or getattr(
+        engine.optimizer, "loss_scale", None
+    )
     return float(scaler) if engine.fp16_enabled() and scaler else None
 
 

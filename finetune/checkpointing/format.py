@@ -116,7 +116,11 @@ def write_tensors(path: Path, pieces: Pieces) -> Entry:
 def _safetensors(pieces: Pieces):
     header, position = {}, 0
     for name, numel in pieces.sizes.items():
-        header[name] = {"dtype": "F32", "shape": [numel], "data_offsets": [position, position + 4 * numel]}
+        header[name] = {
+            "dtype": "F32",
+            "shape": [numel],
+            "data_offsets": [position, position + 4 * numel],
+        }
         position += 4 * numel
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -129,7 +133,10 @@ def _safetensors(pieces: Pieces):
 
 def write_manifest(folder: Path, step: int, files: dict[str, Entry]) -> None:
     """The last file of a checkpoint; it vouches for the others and for itself."""
-    write_json(folder / MANIFEST, {"format": FORMAT, "step": step, "files": files, "hash": _own_hash(step, files)})
+    write_json(
+        folder / MANIFEST,
+        {"format": FORMAT, "step": step, "files": files, "hash": _own_hash(step, files)},
+    )
 
 
 def _own_hash(step: int, files: dict[str, Entry]) -> str:
@@ -234,8 +241,11 @@ def find_resume(resume: str, run_dir: Path, warn) -> Path | None:
     if found is not None:
         return found
     if step_folders(own):
-        raise UserError("none of the checkpoints here is valid", str(own),
-                        "See the reasons above. Restore one from a backup, or start anew with resume=never.")
+        raise UserError(
+            "none of the checkpoints here is valid",
+            str(own),
+            "See the reasons above. Restore one from a backup, or start anew with resume=never.",
+        )
     return None if named is None else _named_checkpoint(named, warn)
 
 
@@ -243,13 +253,19 @@ def _named_checkpoint(path: Path, warn) -> Path:
     if STEP_DIR.match(path.name) and path.is_dir():
         reason = verify(path)
         if reason:
-            raise UserError(f"the checkpoint is damaged: {reason}", "resume",
-                            "Name another step, or its run directory.")
+            raise UserError(
+                f"the checkpoint is damaged: {reason}",
+                "resume",
+                "Name another step, or its run directory.",
+            )
         return path
     found = newest_valid(path / "checkpoints", warn) if path.is_dir() else None
     if found is None:
-        raise UserError(f"there is no valid checkpoint in {path}", "resume",
-                        "Give a run directory or one of its checkpoints/step-N, or resume=never.")
+        raise UserError(
+            f"there is no valid checkpoint in {path}",
+            "resume",
+            "Give a run directory or one of its checkpoints/step-N, or resume=never.",
+        )
     return found
 
 
@@ -298,8 +314,11 @@ class Saved:
                 out[a - start : b - start] = handle.get_slice(key)[a - low : b - low]
                 covered += b - a
         if covered != numel:
-            raise UserError(f"the checkpoint holds {covered} of the {numel} elements of {name}", str(self.folder),
-                            "Was it saved with another adapter or model? Start anew with resume=never.")
+            raise UserError(
+                f"the checkpoint holds {covered} of the {numel} elements of {name}",
+                str(self.folder),
+                "Was it saved with another adapter or model? Start anew with resume=never.",
+            )
         return out
 
 

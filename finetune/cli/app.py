@@ -39,18 +39,43 @@ from finetune.compose import (
     unquoted,
 )
 from finetune.config import HEADS, Literals, adapter_head, plain_values, read_yaml, to_yaml
-from finetune.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, UserError, hydra_quoted, problems_error
+from finetune.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_USAGE,
+    UserError,
+    hydra_quoted,
+    problems_error,
+)
 from finetune.process import spin_briefly
 from finetune.reporting.redact import redact, redact_text
 
 T = TypeVar("T")
 
-ALIASES = {"evaluate": {"model": "export_dir"}, "generate": {"model": "export_dir"}, "serve": {"model": "export_dir"},
-           "export": {"export.push_to_hub": "push_to_hub", "export.hub_private": "hub_private",
-                      "export.hub_base": "hub_base"}}
+ALIASES = {
+    "evaluate": {"model": "export_dir"},
+    "generate": {"model": "export_dir"},
+    "serve": {"model": "export_dir"},
+    "export": {
+        "export.push_to_hub": "push_to_hub",
+        "export.hub_private": "hub_private",
+        "export.hub_base": "hub_base",
+    },
+}
 """program -> key as users type it -> key in the schema: `model` alone would name the group of base models."""
 
-PRINTS = {"-h", "--help", "-c", "--cfg", "-i", "--info", "--version", "--hydra-help", "-sc", "--shell-completion"}
+PRINTS = {
+    "-h",
+    "--help",
+    "-c",
+    "--cfg",
+    "-i",
+    "--info",
+    "--version",
+    "--hydra-help",
+    "-sc",
+    "--shell-completion",
+}
 """Options that print something in place of running."""
 MOST_PROBLEMS = 8
 """Wrong words of one command line that are told."""
@@ -70,7 +95,9 @@ def compose_config(overrides: list[str], name: str = "train") -> Composed:
 
 
 def _compose(words: list[str], name: str) -> Composed:
-    return compose_words(words, name, SCHEMAS[name], trained_task(words) if name == "evaluate" else ())
+    return compose_words(
+        words, name, SCHEMAS[name], trained_task(words) if name == "evaluate" else ()
+    )
 
 
 def explained(error: UserError) -> UserError:
@@ -84,7 +111,9 @@ def explained(error: UserError) -> UserError:
     problems, words = [composition_mistake(error, CONF)], list(error.overrides)
     while len(problems) < MOST_PROBLEMS:
         where = problems[-1].where
-        wrong = next((word for word in words if where in (word, word.lstrip("+~").split("=")[0])), None)
+        wrong = next(
+            (word for word in words if where in (word, word.lstrip("+~").split("=")[0])), None
+        )
         if wrong is None:
             break
         words.remove(wrong)
@@ -102,9 +131,16 @@ def _schema_words(words: list[str], name: str) -> list[str]:
         return report_words(words)
     renamed = ALIASES.get(name, {})
     if name == "evaluate":  # lm-eval's users write tasks=a,b
-        words = [f"tasks=[{word[6:]}]" if word.startswith("tasks=") and "[" not in word else word for word in words]
-    return [f"{renamed[word.split('=')[0]]}={word.partition('=')[2]}" if word.split("=")[0] in renamed else word
-            for word in words]
+        words = [
+            f"tasks=[{word[6:]}]" if word.startswith("tasks=") and "[" not in word else word
+            for word in words
+        ]
+    return [
+        f"{renamed[word.split('=')[0]]}={word.partition('=')[2]}"
+        if word.split("=")[0] in renamed
+        else word
+        for word in words
+    ]
 
 
 Program = Callable[[Composed], int | None]
@@ -120,7 +156,9 @@ def main(run: Program | str, name: str, argv: list[str] | None = None) -> int:
     """
     argv = strip_launcher_arguments(sys.argv[1:] if argv is None else argv)
     if any(word in ("-h", "--help") for word in argv):
-        return _print_help(name, [word for word in argv if not word.startswith("-") and "=" not in word])
+        return _print_help(
+            name, [word for word in argv if not word.startswith("-") and "=" not in word]
+        )
     try:
         spin_briefly()
         words, flags = split_flags(argv)
@@ -128,8 +166,11 @@ def main(run: Program | str, name: str, argv: list[str] | None = None) -> int:
         if unknown:
             raise unknown_option(unknown[0], name, CONF)
         if "--multirun" in flags:
-            raise UserError("a sweep is started by launch/train.py alone, and prints no config", "-m",
-                            "Leave -m out, and give every setting one value.")
+            raise UserError(
+                "a sweep is started by launch/train.py alone, and prints no config",
+                "-m",
+                "Leave -m out, and give every setting one value.",
+            )
         if PRINTS & set(flags):
             return _print(name, words, flags)
         composed = compose_config(words, name)
@@ -189,16 +230,24 @@ def _print(name: str, words: list[str], flags: dict[str, str]) -> int:
     composed = compose_config(words, name)
     if flags.get("--cfg") == "job":
         # Settled as a run would find it: the recipe's name, one of steps and epochs, a debug run's data.
-        values: Any = redact(plain_values(settle(composed) if name in ("train", "plan") else composed.config))
+        values: Any = redact(
+            plain_values(settle(composed) if name in ("train", "plan") else composed.config)
+        )
         for part in filter(None, flags.get("--package", "").removeprefix("_global_").split(".")):
             if not isinstance(values, dict) or part not in values:
-                raise UserError("there is no such section", f"--package {flags['--package']}", "See --cfg job.")
+                raise UserError(
+                    "there is no such section", f"--package {flags['--package']}", "See --cfg job."
+                )
             values = values[part]
         print(to_yaml(values), end="")
         return EXIT_DONE
     register(words, name, SCHEMAS[name])
     GlobalHydra.instance().clear()
-    asked = [f"{flag}={value}" if value else flag for flag, value in flags.items() if flag not in ("--config-dir", "--run")]
+    asked = [
+        f"{flag}={value}" if value else flag
+        for flag, value in flags.items()
+        if flag not in ("--config-dir", "--run")
+    ]
     sys.argv = [sys.argv[0], *asked, *hydra_words(composed.overrides, SCHEMAS[name], Literals())]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(lambda cfg: None)()
@@ -217,10 +266,18 @@ def typed_text(words: Iterable[str], key: str, program: str) -> str | None:
 def report_words(words: list[str]) -> list[str]:
     """`run=A run=B` and `runs=A*` -> `runs=['A','B']`: Hydra knows each key once, and lists in brackets."""
     single = [unquoted(word[4:]) for word in words if word.startswith("run=")]
-    several = [unquoted(word[5:]) for word in words if word.startswith("runs=") and not word.startswith("runs=[")]
+    several = [
+        unquoted(word[5:])
+        for word in words
+        if word.startswith("runs=") and not word.startswith("runs=[")
+    ]
     if len(single) < 2 and not several:
         return words
-    rest = [word for word in words if word.split("=")[0] not in ("run", "runs") or word.startswith("runs=[")]
+    rest = [
+        word
+        for word in words
+        if word.split("=")[0] not in ("run", "runs") or word.startswith("runs=[")
+    ]
     return [*rest, f"runs=[{','.join(hydra_quoted(path) for path in [*single, *several])}]"]
 
 
@@ -230,8 +287,11 @@ def trained_task(words: list[str]) -> list[str]:
     if any(word.startswith("task=") for word in words):
         return []
     try:
-        kind = _task_of_run(Path(resolve(run or "")).expanduser()) if run else _task_of_export(
-            Path(resolve(export or "")).expanduser())
+        kind = (
+            _task_of_run(Path(resolve(run or "")).expanduser())
+            if run
+            else _task_of_export(Path(resolve(export or "")).expanduser())
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, UserError):
         return []  # nothing there, or not ours: said elsewhere
     return [f"task={kind}"]
@@ -239,15 +299,21 @@ def trained_task(words: list[str]) -> list[str]:
 
 def _task_of_run(folder: Path) -> str:
     """Of a run directory, or of one of its checkpoints/step-N."""
-    place = next(place for place in (folder, *folder.parents[:2]) if (place / "config.yaml").is_file())
+    place = next(
+        place for place in (folder, *folder.parents[:2]) if (place / "config.yaml").is_file()
+    )
     return str(read_yaml(place / "config.yaml")["task"]["kind"])
 
 
 def _task_of_export(folder: Path) -> str:
     if (folder / "finetune.json").is_file():
-        return json.loads((folder / "finetune.json").read_text(encoding="utf-8"))["settings"]["kind"]
+        return json.loads((folder / "finetune.json").read_text(encoding="utf-8"))["settings"][
+            "kind"
+        ]
     if (folder / "adapter_config.json").is_file():
-        head = adapter_head(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")), str(folder))
+        head = adapter_head(
+            json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")), str(folder)
+        )
         return "clm" if head == "lm" else head
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return HEADS.get((values.get("architectures") or [""])[0], "clm")

@@ -26,11 +26,20 @@ def run(composed: Composed) -> int:
     silence_libraries(cfg.verbose, 0)
     _check(cfg)
     assert cfg.source and cfg.target
-    folder, target = Path(resolve(cfg.source)).expanduser().absolute(), Path(cfg.target).expanduser().absolute()
-    source = open_mesh(folder, cfg.config, cfg.n_head, cfg.rotary_dim) if is_mesh(folder) else open_hf(folder)
+    folder, target = (
+        Path(resolve(cfg.source)).expanduser().absolute(),
+        Path(cfg.target).expanduser().absolute(),
+    )
+    source = (
+        open_mesh(folder, cfg.config, cfg.n_head, cfg.rotary_dim)
+        if is_mesh(folder)
+        else open_hf(folder)
+    )
     dtype = DTYPES[cfg.dtype.value] if cfg.dtype else source.dtype
     if dtype not in DTYPES.values():
-        raise UserError(f"the source's precision is {dtype}", "dtype", "Choose one: dtype=bf16, fp16 or fp32.")
+        raise UserError(
+            f"the source's precision is {dtype}", "dtype", "Choose one: dtype=bf16, fp16 or fp32."
+        )
     stage = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(stage, ignore_errors=True)
     try:
@@ -40,38 +49,66 @@ def run(composed: Composed) -> int:
         else:
             write_hf(source, folder, stage, dtype, int(cfg.max_shard_gib * 2**30))
         if cfg.verify:
-            compare(source, MeshReader(stage).read if cfg.to == "jax" else Weights(stage).__getitem__, dtype, stage)
+            compare(
+                source,
+                MeshReader(stage).read if cfg.to == "jax" else Weights(stage).__getitem__,
+                dtype,
+                stage,
+            )
         if target.exists():
             target.rmdir()
         stage.rename(target)
     except OSError as error:
-        raise RunFailed(f"the target could not be written: {error}", str(target), "Free some space.") from None
+        raise RunFailed(
+            f"the target could not be written: {error}", str(target), "Free some space."
+        ) from None
     finally:
         shutil.rmtree(stage, ignore_errors=True)
     size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
-    summary_table("converted", [("from", str(folder)), ("to", str(target)), ("tensors", str(len(source.shapes))),
-                                ("precision", str(dtype).removeprefix("torch.")), ("size", gib(size)),
-                                ("read back", "equal bit by bit" if cfg.verify else "no")])
+    summary_table(
+        "converted",
+        [
+            ("from", str(folder)),
+            ("to", str(target)),
+            ("tensors", str(len(source.shapes))),
+            ("precision", str(dtype).removeprefix("torch.")),
+            ("size", gib(size)),
+            ("read back", "equal bit by bit" if cfg.verify else "no"),
+        ],
+    )
     return EXIT_DONE
 
 
 def _check(cfg: ConvertConfig) -> None:
     if not cfg.source or not cfg.target:
-        raise UserError("source=DIR and target=DIR are both needed",
-                        remedy="python launch/convert.py source=gpt-j-6b target=gpt-j-6b-bf16 dtype=bf16")
+        raise UserError(
+            "source=DIR and target=DIR are both needed",
+            remedy="python launch/convert.py source=gpt-j-6b target=gpt-j-6b-bf16 dtype=bf16",
+        )
     if cfg.to not in ("hf", "jax"):
         raise UserError(f"to = {cfg.to} is unknown", "to", "Choose from hf, jax.")
     if cfg.max_shard_gib <= 0 or cfg.shards < 1:
-        raise UserError("max_shard_gib and shards must be above 0", remedy="Try max_shard_gib=5 shards=8.")
+        raise UserError(
+            "max_shard_gib and shards must be above 0", remedy="Try max_shard_gib=5 shards=8."
+        )
     folder, target = Path(resolve(cfg.source)).expanduser(), Path(cfg.target).expanduser()
     if not folder.is_dir():
         raise UserError(f"there is no directory {folder}", "source", "Check the path.")
     if (folder / "adapter_config.json").is_file() and not any(
-            (folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        (folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")
+    ):
         run = folder.absolute().parent
-        merge = command(["python", "launch/export.py", setting("run", run), "kind=merged"]) if (
-            run / "config.yaml").is_file() else "python launch/export.py run=RUN kind=merged"
-        raise UserError("this is an adapter: it has no weights of the model in it", str(folder),
-                        f"Merge it first, and convert what that writes: {merge}")
+        merge = (
+            command(["python", "launch/export.py", setting("run", run), "kind=merged"])
+            if (run / "config.yaml").is_file()
+            else "python launch/export.py run=RUN kind=merged"
+        )
+        raise UserError(
+            "this is an adapter: it has no weights of the model in it",
+            str(folder),
+            f"Merge it first, and convert what that writes: {merge}",
+        )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError("the target exists and is not empty", str(target), "Choose another with target=DIR.")
+        raise UserError(
+            "the target exists and is not empty", str(target), "Choose another with target=DIR."
+        )

@@ -19,10 +19,21 @@ if TYPE_CHECKING:  # Hydra may be what is missing
     from finetune.compose import Composed
 
 CHECKS: tuple[Callable[[], Check | list[Check]], ...] = (
-    doctor_checks.python_version, doctor_checks.torch_and_cuda, doctor_checks.cuda_compiler, doctor_checks.compilers,
-    doctor_checks.deepspeed_ops, doctor_checks.build_locks, doctor_checks.backends, doctor_checks.tested_versions,
-    doctor_checks.processors, doctor_checks.memory, doctor_checks.disk, doctor_checks.open_files, doctor_checks.locked_memory,
-    doctor_checks.master_port, doctor_checks.hub_cache,
+    doctor_checks.python_version,
+    doctor_checks.torch_and_cuda,
+    doctor_checks.cuda_compiler,
+    doctor_checks.compilers,
+    doctor_checks.deepspeed_ops,
+    doctor_checks.build_locks,
+    doctor_checks.backends,
+    doctor_checks.tested_versions,
+    doctor_checks.processors,
+    doctor_checks.memory,
+    doctor_checks.disk,
+    doctor_checks.open_files,
+    doctor_checks.locked_memory,
+    doctor_checks.master_port,
+    doctor_checks.hub_cache,
 )
 MARKS = {"green": "ok", "yellow": "note", "red": "FAIL"}
 
@@ -37,7 +48,9 @@ def main(json_only: bool = False) -> int:
     found = checks()
     ready = all(check.level != RED for check in found)
     if json_only:
-        print(json.dumps({"ready": ready, "checks": [check._asdict() for check in found]}, indent=2))
+        print(
+            json.dumps({"ready": ready, "checks": [check._asdict() for check in found]}, indent=2)
+        )
     else:
         _print_table(found, ready)
     return EXIT_DONE if ready else EXIT_FAILED
@@ -47,7 +60,12 @@ def _guarded(check: Callable[[], Check | list[Check]]) -> list[Check]:
     try:
         found = check()
     except Exception as error:
-        return [yellow(check.__name__.replace("_", " "), f"could not be checked: {type(error).__name__}: {error}")]
+        return [
+            yellow(
+                check.__name__.replace("_", " "),
+                f"could not be checked: {type(error).__name__}: {error}",
+            )
+        ]
     return [found] if isinstance(found, Check) else found
 
 
@@ -65,11 +83,17 @@ def _print_table(found: list[Check], ready: bool) -> None:
             words = Text(check.finding)
             if check.remedy:
                 words.append(f"\n{check.remedy}", style=check.level)
-            table.add_row(Text(MARKS[check.level], style=f"bold {check.level}"), Text(check.name, style="bold"), words)
+            table.add_row(
+                Text(MARKS[check.level], style=f"bold {check.level}"),
+                Text(check.name, style="bold"),
+                words,
+            )
         console.print(table)
     bad = sum(check.level == RED for check in found)
-    console.print("ready to train" if ready else f"{bad} finding{'s' * (bad != 1)} must be mended first",
-                  style="bold green" if ready else "bold red")
+    console.print(
+        "ready to train" if ready else f"{bad} finding{'s' * (bad != 1)} must be mended first",
+        style="bold green" if ready else "bold red",
+    )
 
 
 def _plain(check: Check) -> str:

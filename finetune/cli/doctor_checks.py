@@ -34,7 +34,9 @@ def python_version() -> Check:
     found = ".".join(map(str, sys.version_info[:3]))
     wanted = (_metadata() or {}).get("Requires-Python", "")
     if not SpecifierSet(wanted).contains(found):
-        return red("python", f"{found}, {wanted} is needed", "Make a virtual environment with Python 3.11.")
+        return red(
+            "python", f"{found}, {wanted} is needed", "Make a virtual environment with Python 3.11."
+        )
     return green("python", f"{found} at {sys.executable}")
 
 
@@ -43,19 +45,29 @@ def torch_and_cuda() -> Check:
     if torch is None:
         return red("torch", "cannot be imported", "pip install -e .")
     driver = _driver_version()
-    build = f"torch {torch.__version__}, built for " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU")
+    build = f"torch {torch.__version__}, built for " + (
+        f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+    )
     if torch.cuda.is_available():
         return _gpus(torch, build, driver)
     if driver and not torch.version.cuda:
-        return yellow("torch", f"{build}, but there is an NVIDIA driver {driver}: training would run on the CPU",
-                      "pip install torch --index-url https://download.pytorch.org/whl/cu130")
+        return yellow(
+            "torch",
+            f"{build}, but there is an NVIDIA driver {driver}: training would run on the CPU",
+            "pip install torch --index-url https://download.pytorch.org/whl/cu130",
+        )
     if driver:
-        return red("torch", f"{build} and driver {driver} do not work together",
-                   f"Update the driver, or install a torch built for an older CUDA than {torch.version.cuda}.")
+        return red(
+            "torch",
+            f"{build} and driver {driver} do not work together",
+            f"Update the driver, or install a torch built for an older CUDA than {torch.version.cuda}.",
+        )
     from finetune.training.mfu import SLOW_BF16, emulates_bf16
 
     if emulates_bf16(torch.device("cpu")):
-        return yellow("torch", f"{build}; no GPU here, and {SLOW_BF16}", "Train with model.dtype=fp32.")
+        return yellow(
+            "torch", f"{build}; no GPU here, and {SLOW_BF16}", "Train with model.dtype=fp32."
+        )
     return green("torch", f"{build}; no GPU here, training runs on the CPU")
 
 
@@ -66,14 +78,20 @@ def cuda_compiler() -> Check:
         return green("cuda compiler", "not needed without a GPU")
     found = re.search(r"release (\d+\.\d+)", _output(["nvcc", "--version"]))
     if found is None:
-        return yellow("cuda compiler", "nvcc is missing: ops that DeepSpeed compiles for CUDA cannot be built",
-                      f"Install the CUDA toolkit {torch.version.cuda} if a run asks for one.")
+        return yellow(
+            "cuda compiler",
+            "nvcc is missing: ops that DeepSpeed compiles for CUDA cannot be built",
+            f"Install the CUDA toolkit {torch.version.cuda} if a run asks for one.",
+        )
     same = found[1].split(".")[0] == torch.version.cuda.split(".")[0]
     text = f"nvcc {found[1]}, torch CUDA {torch.version.cuda}"
     if same:
         return green("cuda compiler", text)
-    return yellow("cuda compiler", f"{text}: DeepSpeed will not compile its ops",
-                  f"Install the CUDA toolkit {torch.version.cuda}.")
+    return yellow(
+        "cuda compiler",
+        f"{text}: DeepSpeed will not compile its ops",
+        f"Install the CUDA toolkit {torch.version.cuda}.",
+    )
 
 
 def compilers() -> Check:
@@ -81,8 +99,14 @@ def compilers() -> Check:
     missing = [name for name, path in (("a C++ compiler", compiler), ("ninja", ninja)) if not path]
     if missing:
         level = yellow if "deepspeed_shm_comm" in built_ops() else red
-        return level("compiler", f"{' and '.join(missing)} missing: DeepSpeed compiles ops at first use", GET_COMPILER)
-    return green("compiler", f"{_output([compiler, '--version']).partition(chr(10))[0]}; ninja at {ninja}")
+        return level(
+            "compiler",
+            f"{' and '.join(missing)} missing: DeepSpeed compiles ops at first use",
+            GET_COMPILER,
+        )
+    return green(
+        "compiler", f"{_output([compiler, '--version']).partition(chr(10))[0]}; ninja at {ninja}"
+    )
 
 
 def deepspeed_ops() -> list[Check]:
@@ -102,8 +126,16 @@ def build_locks() -> Check:
     names = " ".join(map(str, stale))
     needed = [lock for lock in stale if lock.parent.name in OPS]
     if needed:
-        return red("build locks", f"a killed compile left {names}: a run that needs this op would wait for ever", f"rm {names}")
-    return yellow("build locks", f"a killed compile left {names}; runs of this project do not use these ops", f"rm {names}")
+        return red(
+            "build locks",
+            f"a killed compile left {names}: a run that needs this op would wait for ever",
+            f"rm {names}",
+        )
+    return yellow(
+        "build locks",
+        f"a killed compile left {names}; runs of this project do not use these ops",
+        f"rm {names}",
+    )
 
 
 def backends() -> Check:
@@ -123,17 +155,28 @@ def tested_versions() -> Check:
 
     metadata = _metadata()
     if metadata is None:
-        return yellow("versions", f"{DISTRIBUTION} is not installed: its ranges are unknown", "pip install -e .")
+        return yellow(
+            "versions",
+            f"{DISTRIBUTION} is not installed: its ranges are unknown",
+            "pip install -e .",
+        )
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist") or []]
     wanted = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
     found = [(r, package_version(r.name)) for r in wanted]
     missing = [r.name for r, version in found if version is None]
-    outside = [f"{r.name} {version} (tested {r.specifier})" for r, version in found
-               if version is not None and not r.specifier.contains(version, prereleases=True)]
+    outside = [
+        f"{r.name} {version} (tested {r.specifier})"
+        for r, version in found
+        if version is not None and not r.specifier.contains(version, prereleases=True)
+    ]
     if missing:
         return red("versions", f"missing: {', '.join(missing)}", "pip install -e .")
     if outside:
-        return yellow("versions", f"outside the tested ranges: {', '.join(outside)}", "pip install -e . --upgrade")
+        return yellow(
+            "versions",
+            f"outside the tested ranges: {', '.join(outside)}",
+            "pip install -e . --upgrade",
+        )
     return green("versions", f"all {len(wanted)} packages are within the tested ranges")
 
 
@@ -158,13 +201,23 @@ def _gpus(torch: Any, build: str, driver: str | None) -> Check:
     listed = ", ".join(f"{n} x {card}" for card, n in cards.items())
     text = f"{build}, driver {driver or 'unknown'}: {listed}"
     oldest = min((p.major, p.minor) for p in properties)
-    built_for = [tuple(map(int, re.findall(r"(\d+)(\d)", arch)[0])) for arch in torch.cuda.get_arch_list()
-                 if re.search(r"\d\d", arch)]
+    built_for = [
+        tuple(map(int, re.findall(r"(\d+)(\d)", arch)[0]))
+        for arch in torch.cuda.get_arch_list()
+        if re.search(r"\d\d", arch)
+    ]
     if built_for and oldest < min(built_for):
-        return red("torch", f"{text}; this torch has no kernels for compute capability {oldest[0]}.{oldest[1]}",
-                   "Install a torch build that still supports this GPU.")
+        return red(
+            "torch",
+            f"{text}; this torch has no kernels for compute capability {oldest[0]}.{oldest[1]}",
+            "Install a torch build that still supports this GPU.",
+        )
     if oldest < (8, 0):
-        return yellow("torch", f"{text}; no bf16 before compute capability 8.0", "Train with model.dtype=fp16.")
+        return yellow(
+            "torch",
+            f"{text}; no bf16 before compute capability 8.0",
+            "Train with model.dtype=fp16.",
+        )
     return green("torch", text)
 
 
@@ -206,7 +259,11 @@ def _driver_version() -> str | None:
     found = re.search(r"Kernel Module\D*(\d+\.[\d.]+)", path.read_text()) if path.exists() else None
     if found:
         return found[1]
-    version = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).partition("\n")[0].strip()
+    version = (
+        _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+        .partition("\n")[0]
+        .strip()
+    )
     return version if re.fullmatch(r"[\d.]+", version) else None
 
 
@@ -229,7 +286,9 @@ def _ninja() -> str | None:
 def _output(command: list[str | None]) -> str:
     """Standard output, "" when the program is missing, fails or hangs."""
     try:
-        return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=20).stdout
+        return subprocess.run(
+            [str(word) for word in command], capture_output=True, text=True, timeout=20
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -273,8 +332,11 @@ def cores() -> int:
 def processors() -> Check:
     quota = _cpu_quota()
     if quota is not None and quota < cores():
-        return yellow("processors", f"{cores()} cores, but this container may use only {quota:.1f}",
-                      f"Set train.threads={max(1, int(quota))} so that threads do not wait for each other.")
+        return yellow(
+            "processors",
+            f"{cores()} cores, but this container may use only {quota:.1f}",
+            f"Set train.threads={max(1, int(quota))} so that threads do not wait for each other.",
+        )
     return green("processors", f"{cores()} cores")
 
 
@@ -290,30 +352,67 @@ def memory() -> Check:
     if free < GIB:
         return red("memory", text, "Close other programs, or raise the container's memory limit.")
     if free < 4 * GIB:
-        return yellow("memory", f"{text}: enough for the tiny model only", "launch/plan.py says what a recipe needs.")
+        return yellow(
+            "memory",
+            f"{text}: enough for the tiny model only",
+            "launch/plan.py says what a recipe needs.",
+        )
     return green("memory", text)
 
 
 def disk() -> list[Check]:
-    return [_free("disk", Path.cwd(), 2 * GIB, 20 * GIB, "Checkpoints go to run_dir: point it at a larger disk."),
-            _free("disk of caches", _cache_root(), GIB, 10 * GIB, "Point HF_HOME and XDG_CACHE_HOME at a larger disk."),
-            _free("shared memory", Path("/dev/shm"), 64 * 2**20, GIB, "Start the container with --shm-size=8g.")]
+    return [
+        _free(
+            "disk",
+            Path.cwd(),
+            2 * GIB,
+            20 * GIB,
+            "Checkpoints go to run_dir: point it at a larger disk.",
+        ),
+        _free(
+            "disk of caches",
+            _cache_root(),
+            GIB,
+            10 * GIB,
+            "Point HF_HOME and XDG_CACHE_HOME at a larger disk.",
+        ),
+        _free(
+            "shared memory",
+            Path("/dev/shm"),
+            64 * 2**20,
+            GIB,
+            "Start the container with --shm-size=8g.",
+        ),
+    ]
 
 
 def open_files() -> Check:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 4096:
         limit = 65536 if hard == resource.RLIM_INFINITY else min(65536, hard)
-        return yellow("open files", f"at most {soft}: many ranks and data shards need more", f"ulimit -n {limit}")
+        return yellow(
+            "open files",
+            f"at most {soft}: many ranks and data shards need more",
+            f"ulimit -n {limit}",
+        )
     return green("open files", f"at most {_limit(soft)}")
 
 
 def locked_memory() -> Check:
     """Offload and NCCL over InfiniBand pin host memory."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if soft not in (-1, resource.RLIM_INFINITY) and soft < 64 * GIB and Path("/dev/infiniband").exists():
-        return yellow("locked memory", f"at most {gib(soft)}: InfiniBand needs more", "ulimit -l unlimited")
-    return green("locked memory", "unlimited" if soft in (-1, resource.RLIM_INFINITY) else f"at most {gib(soft)}")
+    if (
+        soft not in (-1, resource.RLIM_INFINITY)
+        and soft < 64 * GIB
+        and Path("/dev/infiniband").exists()
+    ):
+        return yellow(
+            "locked memory", f"at most {gib(soft)}: InfiniBand needs more", "ulimit -l unlimited"
+        )
+    return green(
+        "locked memory",
+        "unlimited" if soft in (-1, resource.RLIM_INFINITY) else f"at most {gib(soft)}",
+    )
 
 
 def master_port() -> Check:
@@ -322,22 +421,34 @@ def master_port() -> Check:
         try:
             probe.bind(("", PORT))
         except OSError:
-            return yellow("master port", f"{PORT} is in use, perhaps by another run",
-                          f"deepspeed --master_port {PORT + 1} launch/train.py ...")
+            return yellow(
+                "master port",
+                f"{PORT} is in use, perhaps by another run",
+                f"deepspeed --master_port {PORT + 1} launch/train.py ...",
+            )
     return green("master port", f"{PORT} is free")
 
 
 def hub_cache() -> Check:
     folder = _hub_folder()
-    offline = [name for name in OFFLINE_FLAGS if os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON")]
+    offline = [
+        name
+        for name in OFFLINE_FLAGS
+        if os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON")
+    ]
     models = len(list(folder.glob("models--*"))) if folder.is_dir() else 0
     text = f"{models} models in {folder}"
     existing = _existing(folder)
     if not os.access(existing, os.W_OK):
-        return yellow("hub cache", f"{existing} is not writable", "Set HF_HOME to a folder of yours.")
+        return yellow(
+            "hub cache", f"{existing} is not writable", "Set HF_HOME to a folder of yours."
+        )
     if offline:
-        return yellow("hub cache", f"{text}; offline by {', '.join(offline)}: hub ids work only if cached",
-                      f"unset {' '.join(offline)}, or give local paths")
+        return yellow(
+            "hub cache",
+            f"{text}; offline by {', '.join(offline)}: hub ids work only if cached",
+            f"unset {' '.join(offline)}, or give local paths",
+        )
     return green("hub cache", text)
 
 
@@ -374,7 +485,11 @@ def _cgroup_files(controller: str, v2: str, v1: str) -> list[Path]:
         else:
             continue
         inside = base / place.lstrip("/")
-        found += [level / name for level in (inside, *inside.parents) if level == base or base in level.parents]
+        found += [
+            level / name
+            for level in (inside, *inside.parents)
+            if level == base or base in level.parents
+        ]
         # In a container the place is the host's, and the own limits are at the root.
         found.append(base / name)
     return [path for path in dict.fromkeys(found) if path.is_file()]

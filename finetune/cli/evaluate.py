@@ -46,24 +46,35 @@ from finetune.reporting.terminal_text import figure
 from finetune.tasks.build import build_task, head_of
 from finetune.training.evaluate import evaluate_with
 
-TOO_LARGE = ("Leave such rows out, or give the model the rows: model.resize_token_embeddings(len(tokenizer)) in transformers, "
-             "and train them.")
+TOO_LARGE = (
+    "Leave such rows out, or give the model the rows: model.resize_token_embeddings(len(tokenizer)) in transformers, "
+    "and train them."
+)
 
 
 def run(composed: Composed) -> int:
     """Evaluate, print a table, write eval.json (and predictions.jsonl where the task makes some)."""
     cfg: EvaluateConfig = composed.config
     if bool(cfg.run) == bool(cfg.export_dir):
-        raise UserError("give either run=RUN_DIR or model=EXPORT_DIR", remedy="python launch/evaluate.py run=runs/quickstart/...")
+        raise UserError(
+            "give either run=RUN_DIR or model=EXPORT_DIR",
+            remedy="python launch/evaluate.py run=runs/quickstart/...",
+        )
     typed_keys = {word.split("=")[0].lstrip("+") for word in composed.overrides}
     if cfg.suite not in ("task", "lm_eval"):
         raise UserError(f"suite = {cfg.suite} is unknown", "suite", "Choose from task, lm_eval.")
     if cfg.suite == "lm_eval":
         check_suite(cfg.tasks, cfg.task_dir)
     if cfg.run and "task" in typed_keys:
-        raise UserError("a run knows its own task", "task", "Leave task out, or change its keys: task.text_field=...")
+        raise UserError(
+            "a run knows its own task",
+            "task",
+            "Leave task out, or change its keys: task.text_field=...",
+        )
     if "task.problem" in typed_keys:
-        raise UserError("what a head was trained for cannot change", "task.problem", "Leave it out.")
+        raise UserError(
+            "what a head was trained for cannot change", "task.problem", "Leave it out."
+        )
     if cfg.batch < 1:
         raise UserError(f"batch = {cfg.batch} evaluates nothing", "batch", "Try batch=8.")
     world = dist.connect()
@@ -92,10 +103,21 @@ def _run(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> int:
         raise UserError("no evaluation data is given", "data.eval", "Pass data.eval=FILE.")
     spec = data.eval
     limit = token_limit(tokenizer, shape.vocab_size, TOO_LARGE)
-    path = world.on_main(lambda: build_store(
-        resolve(spec), data.eval_split, task.encoder(), on_bad_row=data.on_bad_row.value, max_bad_rows=data.max_bad_rows,
-        config=data.config, options=file_options(data), limit=limit,
-        cache_dir=Path(data.cache_dir).expanduser() if data.cache_dir else None).path)
+    path = world.on_main(
+        lambda: (
+            build_store(
+                resolve(spec),
+                data.eval_split,
+                task.encoder(),
+                on_bad_row=data.on_bad_row.value,
+                max_bad_rows=data.max_bad_rows,
+                config=data.config,
+                options=file_options(data),
+                limit=limit,
+                cache_dir=Path(data.cache_dir).expanduser() if data.cache_dir else None,
+            ).path
+        )
+    )
     store = open_store(path)
 
     trained = subject.load()
@@ -103,7 +125,10 @@ def _run(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> int:
         process.keep_freed_memory()
     metrics, predictions = evaluate_with(trained.module, task, store, world, cfg.batch)
     if store.stats["bad_rows"]:
-        metrics |= {"bad_rows": store.stats["bad_rows"], "bad_row_messages": store.stats["bad_row_messages"]}
+        metrics |= {
+            "bad_rows": store.stats["bad_rows"],
+            "bad_row_messages": store.stats["bad_row_messages"],
+        }
     if notes := world.on_main(lambda: data_notes(data)["eval"]):
         metrics |= {"data_notes": notes}
     if world.main:
@@ -116,21 +141,37 @@ def _run(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> int:
 def _lm_eval(cfg: EvaluateConfig, folder: Path, trained: Trained, world: World) -> None:
     """lm-eval's figures into eval.json, beside those of the model's own task."""
     if trained.head != "lm":
-        raise UserError(f"lm-eval asks language models; this one has the head '{trained.head}'", "suite",
-                        "Leave suite out: the model's own task has metrics.")
+        raise UserError(
+            f"lm-eval asks language models; this one has the head '{trained.head}'",
+            "suite",
+            "Leave suite out: the model's own task has metrics.",
+        )
     if world.size > 1:
         raise UserError("suite=lm_eval runs in one process", "suite", "Start it with plain python.")
-    found = run_suite(trained.module, load_tokenizer(_tokenizer(cfg, folder)), list(cfg.tasks), cfg.task_dir,
-                      fewshot=cfg.fewshot, limit=cfg.limit, batch=cfg.batch, seed=cfg.seed,
-                      chat=cfg.chat)
+    found = run_suite(
+        trained.module,
+        load_tokenizer(_tokenizer(cfg, folder)),
+        list(cfg.tasks),
+        cfg.task_dir,
+        fewshot=cfg.fewshot,
+        limit=cfg.limit,
+        batch=cfg.batch,
+        seed=cfg.seed,
+        chat=cfg.chat,
+    )
     target = Path(cfg.out).expanduser() if cfg.out else folder
     target.mkdir(parents=True, exist_ok=True)
     before = _before(target)
     kept = before.get("lm_eval") or {}
     merged = {part: (kept.get(part) or {}) | found[part] for part in ("tasks", "settings")}
     metrics_log.write_json(target / "eval.json", {**before, "lm_eval": merged})
-    summary_table("lm-eval", [(task, ", ".join(f"{k} {figure(v)}" for k, v in row.items()))
-                              for task, row in found["tasks"].items()])
+    summary_table(
+        "lm-eval",
+        [
+            (task, ", ".join(f"{k} {figure(v)}" for k, v in row.items()))
+            for task, row in found["tasks"].items()
+        ],
+    )
     _tell(target)
 
 
@@ -182,24 +223,43 @@ def _subject(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> Subject
                 module = readable(module, config.model.dtype, world.device)
             return Trained(module, head, config.model.dtype.value, config.model.path, about, {})
 
-        return Subject(folder, about, _override_task(settings, cfg.task, typed_keys), data, local_folder(config.model),
-                       getattr(config.adapter, "virtual_tokens", 0), load)
+        return Subject(
+            folder,
+            about,
+            _override_task(settings, cfg.task, typed_keys),
+            data,
+            local_folder(config.model),
+            getattr(config.adapter, "virtual_tokens", 0),
+            load,
+        )
     assert cfg.export_dir
     folder = Path(resolve(cfg.export_dir)).expanduser().absolute()
     if not folder.is_dir():
         raise UserError(f"there is no directory {folder}", "model", "Pass model=RUN_DIR/export.")
     about = read_about(folder, cfg.base)
     settings = typed_task(about["settings"])
-    if type(settings) is not type(cfg.task):  # another task was typed: what it shares with the trained one is kept
+    if type(settings) is not type(
+        cfg.task
+    ):  # another task was typed: what it shares with the trained one is kept
         settings = replace(cfg.task, max_length=settings.max_length)
     if head_of(settings) != about["head"]:
-        raise UserError(f"this export has the head '{about['head']}', the task needs '{head_of(settings)}'", "task",
-                        "Leave task out: an export knows its own.")
+        raise UserError(
+            f"this export has the head '{about['head']}', the task needs '{head_of(settings)}'",
+            "task",
+            "Leave task out: an export knows its own.",
+        )
     if note := foreign_note(about):
         print(note)
     model, virtual_tokens = model_folder(folder, about), virtual_tokens_of(folder)
-    return Subject(folder, about["task"], _override_task(settings, cfg.task, typed_keys), cfg.data, model, virtual_tokens,
-                   lambda: load_export(folder, cfg.dtype, world.device, cfg.base))
+    return Subject(
+        folder,
+        about["task"],
+        _override_task(settings, cfg.task, typed_keys),
+        cfg.data,
+        model,
+        virtual_tokens,
+        lambda: load_export(folder, cfg.dtype, world.device, cfg.base),
+    )
 
 
 def _override(data: DataConfig, given: DataConfig, typed_keys: set[str]) -> None:
@@ -221,10 +281,16 @@ def _tokenizer(cfg: EvaluateConfig, folder: Path) -> str | None:
     if not cfg.run:
         return str(folder)
     export = folder / "export"
-    return str(export) if (export / "tokenizer.json").is_file() else tokenizer_of(load_config(folder).model)
+    return (
+        str(export)
+        if (export / "tokenizer.json").is_file()
+        else tokenizer_of(load_config(folder).model)
+    )
 
 
-def _report(metrics: dict[str, Any], predictions: list[dict] | None, folder: Path, spec: str) -> None:
+def _report(
+    metrics: dict[str, Any], predictions: list[dict] | None, folder: Path, spec: str
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     spec = redact_text(spec, "data.eval")
     kept = {"lm_eval": before["lm_eval"]} if "lm_eval" in (before := _before(folder)) else {}
@@ -232,10 +298,16 @@ def _report(metrics: dict[str, Any], predictions: list[dict] | None, folder: Pat
     if predictions is not None:
         with (folder / "predictions.jsonl").open("w", encoding="utf-8") as f:
             f.writelines(metrics_log.dumps(row) + "\n" for row in predictions)
-    rows = [(key, figure(value)) for key, value in metrics.items() if not isinstance(value, (dict, list))]
+    rows = [
+        (key, figure(value))
+        for key, value in metrics.items()
+        if not isinstance(value, (dict, list))
+    ]
     for group in ("subsets", "per_class"):
-        rows += [(f"  {name}", ", ".join(f"{k} {figure(v)}" for k, v in values.items()))
-                 for name, values in (metrics.get(group) or {}).items()]
+        rows += [
+            (f"  {name}", ", ".join(f"{k} {figure(v)}" for k, v in values.items()))
+            for name, values in (metrics.get(group) or {}).items()
+        ]
     summary_table(f"evaluation of {spec}", rows)
     _tell(folder)
 

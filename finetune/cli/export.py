@@ -26,7 +26,14 @@ from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import EXIT_DONE, RunFailed, UserError
 from finetune.export.hub import check_hub, push
 from finetune.export.merge import check_mergeable, merged_tensor
-from finetune.export.reopen import Masters, about_of_run, check_base, checkpoint_of, load_config, reference_texts_of
+from finetune.export.reopen import (
+    Masters,
+    about_of_run,
+    check_base,
+    checkpoint_of,
+    load_config,
+    reference_texts_of,
+)
 from finetune.export.verify_tensors import verify_adapter, verify_model
 from finetune.export.write import (
     ExportInfo,
@@ -46,7 +53,13 @@ from finetune.reporting.terminal import silence_libraries, summary_table
 from finetune.tasks.build import head_of
 
 KINDS = ("adapter", "merged", "full")
-VERIFY = {"true": "outputs", "outputs": "outputs", "tensors": "tensors", "false": "none", "none": "none"}
+VERIFY = {
+    "true": "outputs",
+    "outputs": "outputs",
+    "tensors": "tensors",
+    "false": "none",
+    "none": "none",
+}
 
 
 @dataclass
@@ -72,18 +85,27 @@ class Source:
                 yield name, masters.read(name, "master", 0, parameter.numel()).view(shape)
                 continue
             known = source is not None and name in source.files
-            base = source[name] if source is not None and known else draw(name, shape, self.config, self.cfg.seed)
+            base = (
+                source[name]
+                if source is not None and known
+                else draw(name, shape, self.config, self.cfg.seed)
+            )
             # What computed during training was the base in the run's precision: merge with exactly that.
             base = base.to(DTYPES[self.cfg.model.dtype.value])
             yield name, merged_tensor(name, base, self.cfg.adapter, masters, names)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(p.shape) for name, p in meta_model(self.config, self.info.head).named_parameters()}
+        return {
+            name: tuple(p.shape)
+            for name, p in meta_model(self.config, self.info.head).named_parameters()
+        }
 
     def adapter_shell(self) -> nn.Module:
         """The model with its adapter, without memory behind its parameters."""
         model = meta_model(self.config, self.info.head)
-        return adapters.attach(model, self.cfg.adapter, self.info.head, self.info.base, self.cfg.seed)
+        return adapters.attach(
+            model, self.cfg.adapter, self.info.head, self.info.base, self.cfg.seed
+        )
 
 
 def run(composed: Composed) -> int:
@@ -113,7 +135,9 @@ def run(composed: Composed) -> int:
     return EXIT_DONE
 
 
-def _export(source: Source, app: ExportAppConfig, verify: str, stage: Path, target: Path) -> dict[str, Any]:
+def _export(
+    source: Source, app: ExportAppConfig, verify: str, stage: Path, target: Path
+) -> dict[str, Any]:
     info, figures = source.info, None
     if app.kind == "adapter":
         _write_adapter(source, stage)
@@ -123,28 +147,42 @@ def _export(source: Source, app: ExportAppConfig, verify: str, stage: Path, targ
     else:
         error = write_model(source.tensors(), source.shapes(), info.dtype, stage, app.max_shard_gib)
         if error is not None:
-            raise RunFailed(f"the export could not be written: {error}", str(stage), "Free space, or choose out=DIR.")
+            raise RunFailed(
+                f"the export could not be written: {error}",
+                str(stage),
+                "Free space, or choose out=DIR.",
+            )
         if verify == "tensors":
             figures = verify_model(stage, source.cfg, source.config, info, source.checkpoint)
     assert app.kind
     reference = _reference(source, app.kind, stage) if verify == "outputs" else None
     tokenizer = load_tokenizer(_tokenizer(source.cfg))
-    return finish_export(stage, target, tokenizer, source.config, info, app.kind, reference, figures)
+    return finish_export(
+        stage, target, tokenizer, source.config, info, app.kind, reference, figures
+    )
 
 
 def _check(app: ExportAppConfig) -> str:
     """Problems that need no run; which verification is meant."""
     if not app.run or not app.kind:
-        raise UserError("run=RUN_DIR and kind=adapter|merged|full are both needed",
-                        remedy="python launch/export.py run=runs/quickstart/... kind=merged")
+        raise UserError(
+            "run=RUN_DIR and kind=adapter|merged|full are both needed",
+            remedy="python launch/export.py run=runs/quickstart/... kind=merged",
+        )
     if app.max_shard_gib <= 0:
-        raise UserError(f"max_shard_gib = {app.max_shard_gib} holds nothing", remedy="Try max_shard_gib=5.")
+        raise UserError(
+            f"max_shard_gib = {app.max_shard_gib} holds nothing", remedy="Try max_shard_gib=5."
+        )
     verify = VERIFY.get(str(app.verify).lower())
     if verify is None:
-        raise UserError(f"verify = {app.verify} is unknown", "verify", "Choose from outputs, tensors, none.")
+        raise UserError(
+            f"verify = {app.verify} is unknown", "verify", "Choose from outputs, tensors, none."
+        )
     if app.push_to_hub:
         if verify == "none":
-            raise UserError("only a verified export is uploaded", "verify", "Leave verify out, or push_to_hub.")
+            raise UserError(
+                "only a verified export is uploaded", "verify", "Leave verify out, or push_to_hub."
+            )
         check_hub(app.push_to_hub)
     return verify
 
@@ -154,10 +192,17 @@ def _check_kind(kind: str, cfg: Config) -> None:
     if kind not in KINDS:
         raise UserError(f"kind = {kind} is unknown", "kind", f"Choose from {', '.join(KINDS)}.")
     if full and kind != "full":
-        raise UserError(f"this run trained every weight: there is no adapter to export as {kind}", "kind",
-                        "Use kind=full.")
+        raise UserError(
+            f"this run trained every weight: there is no adapter to export as {kind}",
+            "kind",
+            "Use kind=full.",
+        )
     if not full and kind == "full":
-        raise UserError("this run trained an adapter", "kind", "Use kind=merged for a whole model, or kind=adapter.")
+        raise UserError(
+            "this run trained an adapter",
+            "kind",
+            "Use kind=merged for a whole model, or kind=adapter.",
+        )
     if kind == "merged":
         check_mergeable(cfg.adapter)
 
@@ -179,14 +224,35 @@ def _source(cfg: Config, app: ExportAppConfig, folder: Path, checkpoint: Path) -
     about, saved = about_of_run(folder), read_state(checkpoint)
     state, step = saved["state"], saved["state"]["step"]
     _, metrics = metrics_log.newest(folder, step)
-    facts = {"recipe": cfg.name, "training data": cfg.data.train,
-             "training data's fingerprint": saved["identity"].get("data"),
-             "evaluation data": cfg.data.eval, "steps": step, "tokens": state["tokens"], "seed": cfg.seed,
-             "checkpoint": checkpoint.name}
+    facts = {
+        "recipe": cfg.name,
+        "training data": cfg.data.train,
+        "training data's fingerprint": saved["identity"].get("data"),
+        "evaluation data": cfg.data.eval,
+        "steps": step,
+        "tokens": state["tokens"],
+        "seed": cfg.seed,
+        "checkpoint": checkpoint.name,
+    }
     dtype = (app.dtype or cfg.model.dtype).value
-    base = folder / "base" if cfg.model.init is Init.random else local_folder(cfg.model, download=False)
-    info = ExportInfo(cfg.name, head_of(cfg.task), _base_name(cfg, folder), dtype, about, plain_config(cfg)["task"],
-                      facts, metrics, real_conversations(cfg.task, cfg.data), cfg.model.revision, base)
+    base = (
+        folder / "base"
+        if cfg.model.init is Init.random
+        else local_folder(cfg.model, download=False)
+    )
+    info = ExportInfo(
+        cfg.name,
+        head_of(cfg.task),
+        _base_name(cfg, folder),
+        dtype,
+        about,
+        plain_config(cfg)["task"],
+        facts,
+        metrics,
+        real_conversations(cfg.task, cfg.data),
+        cfg.model.revision,
+        base,
+    )
     config = read_config(local_folder(cfg.model), cfg.model, about.get("num_labels"))
     return Source(cfg, folder, checkpoint, info, config)
 
@@ -194,18 +260,26 @@ def _source(cfg: Config, app: ExportAppConfig, folder: Path, checkpoint: Path) -
 def _write_adapter(source: Source, stage: Path) -> None:
     masters = Masters(source.checkpoint)
     shell = source.adapter_shell()
-    trained = {name: masters.read(name, "master", 0, p.numel()).view(p.shape).to(DTYPES[source.info.dtype])
-               for name, p in shell.named_parameters() if p.requires_grad}
+    trained = {
+        name: masters.read(name, "master", 0, p.numel()).view(p.shape).to(DTYPES[source.info.dtype])
+        for name, p in shell.named_parameters()
+        if p.requires_grad
+    }
     write_adapter(shell, trained, stage)
 
 
 def _reference(source: Source, kind: str, stage: Path) -> dict[str, Tensor]:
     """Outputs of the model as it was trained, in the export's precision, from a process that ends."""
-    texts, out = (stage.with_name(f"{stage.name}.{end}") for end in ("texts.json", "outputs.safetensors"))
+    texts, out = (
+        stage.with_name(f"{stage.name}.{end}") for end in ("texts.json", "outputs.safetensors")
+    )
     try:
         texts.write_text(json.dumps(reference_texts_of(source.folder)), encoding="utf-8")
-        fresh_process("finetune.export.reference_process", [str(source.checkpoint), kind, source.info.dtype, str(texts), str(out)],
-                      str(source.checkpoint))
+        fresh_process(
+            "finetune.export.reference_process",
+            [str(source.checkpoint), kind, source.info.dtype, str(texts), str(out)],
+            str(source.checkpoint),
+        )
         return load_file(out)
     finally:
         texts.unlink(missing_ok=True)

@@ -54,10 +54,21 @@ def run(composed: Composed) -> int:
     _check(cfg)
     asked = list(read_prompts(cfg))
     assert cfg.export_dir
-    speaker = load_speaker(cfg.export_dir, cfg.dtype, cfg.engine, cfg.base,
-                           lambda unloaded, head: _check_ids(unloaded, head, asked, cfg))
+    speaker = load_speaker(
+        cfg.export_dir,
+        cfg.dtype,
+        cfg.engine,
+        cfg.base,
+        lambda unloaded, head: _check_ids(unloaded, head, asked, cfg),
+    )
     _check_questions(cfg, speaker, asked)
-    if speaker.trained.head == "lm" and len(asked) == 1 and cfg.beams == 1 and not cfg.out and not cfg.prompts:
+    if (
+        speaker.trained.head == "lm"
+        and len(asked) == 1
+        and cfg.beams == 1
+        and not cfg.out
+        and not cfg.prompts
+    ):
         _stream(cfg, speaker, asked[0])
         return EXIT_DONE
     out = _open(cfg.out)
@@ -72,20 +83,32 @@ def run(composed: Composed) -> int:
 
 def _check(cfg: GenerateConfig) -> None:
     if not cfg.export_dir:
-        raise UserError("no model is given", "model", "Pass model=RUN_DIR/export, or model=asset:gptj_tiny.")
+        raise UserError(
+            "no model is given", "model", "Pass model=RUN_DIR/export, or model=asset:gptj_tiny."
+        )
     if cfg.max_new_tokens < 1:
-        raise UserError(f"max_new_tokens = {cfg.max_new_tokens} generates nothing", remedy="Try max_new_tokens=100.")
+        raise UserError(
+            f"max_new_tokens = {cfg.max_new_tokens} generates nothing",
+            remedy="Try max_new_tokens=100.",
+        )
     if not 0 <= cfg.temperature < math.inf or not 0 < cfg.top_p <= 1 or cfg.top_k < 0:
-        raise UserError("temperature and top_k must be at least 0 and top_p in (0, 1]",
-                        remedy="Try temperature=0.9 top_p=0.95.")
+        raise UserError(
+            "temperature and top_k must be at least 0 and top_p in (0, 1]",
+            remedy="Try temperature=0.9 top_p=0.95.",
+        )
     if cfg.batch < 1 or cfg.beams < 1:
         raise UserError("batch and beams must be at least 1", remedy="Try batch=8 beams=1.")
     for stop in stops(cfg):
         if escape := re.search(r"\\[nt]", stop):
-            print(f"note: stop = {stop} holds a backslash and the letter {escape[0][1]}, as typed; a newline is written "
-                  """stop='["\\n"]'""", file=sys.stderr)
+            print(
+                f"note: stop = {stop} holds a backslash and the letter {escape[0][1]}, as typed; a newline is written "
+                """stop='["\\n"]'""",
+                file=sys.stderr,
+            )
     if (cfg.question is None) != (cfg.context is None):
-        raise UserError("question and context go together", remedy="Pass question='...' context='...'.")
+        raise UserError(
+            "question and context go together", remedy="Pass question='...' context='...'."
+        )
 
 
 def read_prompts(cfg: GenerateConfig) -> Iterator[Asked]:
@@ -101,7 +124,11 @@ def read_prompts(cfg: GenerateConfig) -> Iterator[Asked]:
     elif cfg.prompts is None:
         text = sys.stdin.read().rstrip("\n")
         if not text:
-            raise UserError("there is no prompt", "prompt", "Pass prompt='...' or prompts=FILE, or pipe text in.")
+            raise UserError(
+                "there is no prompt",
+                "prompt",
+                "Pass prompt='...' or prompts=FILE, or pipe text in.",
+            )
         yield Asked("standard input", {"prompt": text})
     elif not Path(cfg.prompts).expanduser().is_file():
         raise UserError("there is no such file", str(cfg.prompts), "Check prompts=FILE.")
@@ -142,10 +169,15 @@ def _check_ids(speaker: Speaker, head: str, asked: list[Asked], cfg: GenerateCon
             except UserError as error:
                 raise UserError(error.problem, row.where, error.remedy) from None
             continue
-        texts = _texts(row, speaker) if head == "classify" else [
-            text for item in _questions(row) for text in (item.question, item.context)]
+        texts = (
+            _texts(row, speaker)
+            if head == "classify"
+            else [text for item in _questions(row) for text in (item.question, item.context)]
+        )
         for text in texts:
-            speaker.limit.check(speaker.tokenizer(text, add_special_tokens=False)["input_ids"], row.where)
+            speaker.limit.check(
+                speaker.tokenizer(text, add_special_tokens=False)["input_ids"], row.where
+            )
 
 
 def _check_questions(cfg: GenerateConfig, speaker: Speaker, asked: list[Asked]) -> None:
@@ -156,7 +188,11 @@ def _check_questions(cfg: GenerateConfig, speaker: Speaker, asked: list[Asked]) 
     """
     head = speaker.trained.head
     if cfg.chat and not speaker.chats:
-        raise UserError("this export was not trained on instructions: it has no template", "chat", "Leave chat out.")
+        raise UserError(
+            "this export was not trained on instructions: it has no template",
+            "chat",
+            "Leave chat out.",
+        )
     windows = speaker.task.encoder() if head == "qa" else None
     for row in asked:
         if head == "classify":
@@ -169,9 +205,12 @@ def _check_questions(cfg: GenerateConfig, speaker: Speaker, asked: list[Asked]) 
         else:
             room = speaker.positions - len(_ids(row, speaker, cfg))
             if room < cfg.max_new_tokens:
-                raise UserError(f"the prompt leaves room for {max(0, room)} of max_new_tokens = {cfg.max_new_tokens} "
-                                f"(the model has {speaker.positions} positions)", row.where,
-                                "Shorten it, or lower max_new_tokens.")
+                raise UserError(
+                    f"the prompt leaves room for {max(0, room)} of max_new_tokens = {cfg.max_new_tokens} "
+                    f"(the model has {speaker.positions} positions)",
+                    row.where,
+                    "Shorten it, or lower max_new_tokens.",
+                )
 
 
 def _texts(row: Asked, speaker: Speaker) -> list[str]:
@@ -183,14 +222,26 @@ def _texts(row: Asked, speaker: Speaker) -> list[str]:
         UserError: a text is absent, blank, or no text.
     """
     cfg = speaker.task.cfg
-    if not cfg.text_pair_field and get_field(row.record, cfg.text_field) is MISSING and "prompt" in row.record:
+    if (
+        not cfg.text_pair_field
+        and get_field(row.record, cfg.text_field) is MISSING
+        and "prompt" in row.record
+    ):
         return [full_text(row.record["prompt"], "the prompt", row.where)]
     try:
         return labelled_texts(row.record, cfg, row.where)
     except UserError as error:
-        fields = f"fields '{cfg.text_field}' and '{cfg.text_pair_field}'" if cfg.text_pair_field else f"field '{cfg.text_field}'"
-        raise UserError(error.problem, error.where, f"The model was trained on the {fields}: give it a file of rows with text "
-                        "there, prompts=FILE.jsonl.") from None
+        fields = (
+            f"fields '{cfg.text_field}' and '{cfg.text_pair_field}'"
+            if cfg.text_pair_field
+            else f"field '{cfg.text_field}'"
+        )
+        raise UserError(
+            error.problem,
+            error.where,
+            f"The model was trained on the {fields}: give it a file of rows with text "
+            "there, prompts=FILE.jsonl.",
+        ) from None
 
 
 def _questions(row: Asked) -> list[Question]:
@@ -202,8 +253,11 @@ def _questions(row: Asked) -> list[Question]:
     found: list[Question] = []
     for item in questions(without_answers(row.record), row.where):
         if isinstance(item, UserError):
-            raise UserError(f"this export answers questions: {item.problem}", item.where,
-                            "Pass question='...' context='...', or rows with these fields, prompts=FILE.jsonl.")
+            raise UserError(
+                f"this export answers questions: {item.problem}",
+                item.where,
+                "Pass question='...' context='...', or rows with these fields, prompts=FILE.jsonl.",
+            )
         found.append(item)
     return found
 
@@ -224,23 +278,36 @@ def _prompt(row: Asked, speaker: Speaker) -> Any:
     if speaker.chats:
         try:
             prompt = question(row.record, where, speaker.task.cfg)
-            refuse_eos(prompt if isinstance(prompt, list) else [], speaker.tokenizer.eos_token, where)
+            refuse_eos(
+                prompt if isinstance(prompt, list) else [], speaker.tokenizer.eos_token, where
+            )
         except UserError as error:
             field = speaker.task.cfg.prompt_field
-            raise UserError(error.problem, where, f'Write rows as in training, without the answer: {{"{field}": "..."}} or '
-                            '{"messages": [{"role": "user", "content": "..."}]}') from None
+            raise UserError(
+                error.problem,
+                where,
+                f'Write rows as in training, without the answer: {{"{field}": "..."}} or '
+                '{"messages": [{"role": "user", "content": "..."}]}',
+            ) from None
         return prompt
     if "messages" in row.record:
-        raise UserError("this export was not trained on conversations: it has no template", where,
-                        'Write {"prompt": "..."} instead of messages.')
+        raise UserError(
+            "this export was not trained on conversations: it has no template",
+            where,
+            'Write {"prompt": "..."} instead of messages.',
+        )
     for name in ("prompt", getattr(speaker.task.cfg, "text_field", "text"), "text"):
         if isinstance(get_field(row.record, name), str):
             return get_field(row.record, name)
-    raise UserError("the row has no text field 'prompt'", where, 'Write {"prompt": "..."} on each line.')
+    raise UserError(
+        "the row has no text field 'prompt'", where, 'Write {"prompt": "..."} on each line.'
+    )
 
 
 def _sampling(cfg: GenerateConfig) -> Sampling:
-    return Sampling(cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, cfg.beams, stops(cfg), cfg.seed)
+    return Sampling(
+        cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, cfg.beams, stops(cfg), cfg.seed
+    )
 
 
 def stops(cfg: GenerateConfig) -> list[str]:
@@ -275,7 +342,10 @@ def _answers(cfg: GenerateConfig, speaker: Speaker, asked: list[Asked]) -> Itera
             rows = asked[start : start + cfg.batch]
             ids = speaker.continue_ids([_ids(row, speaker, cfg) for row in rows], _sampling(cfg))
             for row, found in zip(rows, ids, strict=True):
-                yield {"prompt": _prompt(row, speaker), "text": finished_text(speaker.tokenizer, found, stops(cfg))}
+                yield {
+                    "prompt": _prompt(row, speaker),
+                    "text": finished_text(speaker.tokenizer, found, stops(cfg)),
+                }
 
 
 def _open(out: str | None) -> TextIO | None:
@@ -294,6 +364,11 @@ def _write(out: TextIO | None, row: Row, index: int, cfg: GenerateConfig) -> Non
     elif cfg.prompts is None and "text" in row:
         print(row["text"])
     elif cfg.prompts is None:
-        print(json.dumps({k: v for k, v in row.items() if k not in ("prompt", "question")}, ensure_ascii=False))
+        print(
+            json.dumps(
+                {k: v for k, v in row.items() if k not in ("prompt", "question")},
+                ensure_ascii=False,
+            )
+        )
     else:
         print(json.dumps({"index": index, **row}, ensure_ascii=False), flush=True)

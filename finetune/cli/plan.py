@@ -20,7 +20,10 @@ def run(composed: Composed) -> int:
     """Print the plan; exit code 0 when it fits, 1 when nothing does."""
     cfg = settle(composed)
     if cfg.plan.format not in ("table", "json"):
-        raise UserError(f"plan.format = {cfg.plan.format} is neither table nor json", remedy="Try plan.format=json.")
+        raise UserError(
+            f"plan.format = {cfg.plan.format} is neither table nor json",
+            remedy="Try plan.format=json.",
+        )
     machine = measure_machine(cfg.machine, nvme_path=cfg.zero.nvme_path)
     ranks = max(1, machine.gpus)
     labels = len(getattr(cfg.task, "labels", None) or []) or 2
@@ -34,6 +37,12 @@ def run(composed: Composed) -> int:
         try:
             draw(found, file)
         except (OSError, ValueError) as error:
-            raise UserError(f"the picture cannot be written: {error}", "plan.picture", "Try plan.picture=plan.png.") from None
-    print(json.dumps(found.to_json(), indent=1) if cfg.plan.format == "json" else render_table(found))
+            raise UserError(
+                f"the picture cannot be written: {error}",
+                "plan.picture",
+                "Try plan.picture=plan.png.",
+            ) from None
+    print(
+        json.dumps(found.to_json(), indent=1) if cfg.plan.format == "json" else render_table(found)
+    )
     return EXIT_DONE if found.fits else EXIT_FAILED

@@ -17,12 +17,22 @@ from finetune.reporting.page.files import CONFIG
 def run(composed: Composed) -> int:
     """Raises UserError: no run, or a directory that is none."""
     cfg: ReportConfig = composed.config
-    found = [folder for pattern in [*([cfg.run] if cfg.run else []), *cfg.runs] for folder in run_folders(pattern)]
+    found = [
+        folder
+        for pattern in [*([cfg.run] if cfg.run else []), *cfg.runs]
+        for folder in run_folders(pattern)
+    ]
     folders = list(dict.fromkeys(found))
     if not folders:
-        raise UserError("name a run", remedy="python launch/report.py run=runs/quickstart/...  or  'runs=[A,B]'")
+        raise UserError(
+            "name a run", remedy="python launch/report.py run=runs/quickstart/...  or  'runs=[A,B]'"
+        )
     if len(folders) == 1:
-        print(build_report(folders[0], out=Path(cfg.out) if cfg.out else None, recipe_of=recipe_config))
+        print(
+            build_report(
+                folders[0], out=Path(cfg.out) if cfg.out else None, recipe_of=recipe_config
+            )
+        )
     else:
         print(build_comparison(folders, Path(cfg.out or PAGE).expanduser().absolute()))
     return EXIT_DONE
@@ -35,11 +45,20 @@ def run_folders(pattern: str) -> list[Path]:
         UserError: there is none.
     """
     whole = Path(pattern).expanduser()  # a folder may be called run[1]
-    paths = [whole] if whole.exists() else [Path(path) for path in sorted(glob.glob(str(whole)), key=_natural)]
-    folders = [path.absolute() for path in paths if (path / METRICS).is_file() or (path / CONFIG).is_file()]
+    paths = (
+        [whole]
+        if whole.exists()
+        else [Path(path) for path in sorted(glob.glob(str(whole)), key=_natural)]
+    )
+    folders = [
+        path.absolute() for path in paths if (path / METRICS).is_file() or (path / CONFIG).is_file()
+    ]
     if not folders:
-        raise UserError("this is not a run directory: it holds neither config.yaml nor metrics.jsonl", pattern,
-                        "Pass run=DIR as training printed it.")
+        raise UserError(
+            "this is not a run directory: it holds neither config.yaml nor metrics.jsonl",
+            pattern,
+            "Pass run=DIR as training printed it.",
+        )
     return folders
 
 

@@ -185,6 +185,14 @@ class DoctorConfig:
     """Print one JSON object and nothing else; --json is short for it."""
 
 
-SCHEMAS = {"doctor": DoctorConfig,
-           "evaluate": EvaluateConfig, "export": ExportAppConfig, "generate": GenerateConfig, "serve": ServeConfig,
-           "convert": ConvertConfig, "report": ReportConfig, "train": Config, "plan": Config}
+SCHEMAS = {
+    "doctor": DoctorConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportAppConfig,
+    "generate": GenerateConfig,
+    "serve": ServeConfig,
+    "convert": ConvertConfig,
+    "report": ReportConfig,
+    "train": Config,
+    "plan": Config,
+}

@@ -26,19 +26,35 @@ def run(composed: Composed) -> int:
     assert cfg.export_dir
     speaker = load_speaker(cfg.export_dir, cfg.dtype, cfg.engine, cfg.base)
     if speaker.trained.head != "lm":
-        raise UserError(f"this export has the head '{speaker.trained.head}': it writes no text", "model",
-                        "Use launch/generate.py: it answers with labels and spans.")
+        raise UserError(
+            f"this export has the head '{speaker.trained.head}': it writes no text",
+            "model",
+            "Use launch/generate.py: it answers with labels and spans.",
+        )
     folder = Path(resolve(cfg.export_dir)).expanduser().absolute()
     name = cfg.name or (folder.parent.name if folder.name.startswith("export") else folder.name)
-    service = Service(speaker, name, token, Limits(cfg.max_tokens, cfg.max_texts), cfg.max_body_bytes, cfg.concurrency,
-                      cfg.host in LOOPBACK)
+    service = Service(
+        speaker,
+        name,
+        token,
+        Limits(cfg.max_tokens, cfg.max_texts),
+        cfg.max_body_bytes,
+        cfg.concurrency,
+        cfg.host in LOOPBACK,
+    )
     try:
         server = build_server(service, cfg.host, cfg.port)
     except OSError as error:
-        raise UserError(f"cannot listen on {cfg.host} port {cfg.port}: {error.strerror}", "port",
-                        f"Try port={cfg.port + 1}.") from None
+        raise UserError(
+            f"cannot listen on {cfg.host} port {cfg.port}: {error.strerror}",
+            "port",
+            f"Try port={cfg.port + 1}.",
+        ) from None
     shown = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
-    print(f"serving {name} at http://{shown}:{server.server_address[1]}/ (API under /v1); stop with Ctrl-C", flush=True)
+    print(
+        f"serving {name} at http://{shown}:{server.server_address[1]}/ (API under /v1); stop with Ctrl-C",
+        flush=True,
+    )
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -50,13 +66,21 @@ def run(composed: Composed) -> int:
 
 def _check(cfg: ServeConfig, token: str | None) -> None:
     if not cfg.export_dir:
-        raise UserError("no model is given", "model", "Pass model=RUN_DIR/export, or model=asset:gptj_tiny.")
+        raise UserError(
+            "no model is given", "model", "Pass model=RUN_DIR/export, or model=asset:gptj_tiny."
+        )
     if cfg.host not in LOOPBACK and not token:
-        raise UserError(f"host = {cfg.host} lets other machines in, and no token is set", "host",
-                        f"Set one: {TOKEN_VARIABLE}=... python launch/serve.py ..., or leave host out.")
+        raise UserError(
+            f"host = {cfg.host} lets other machines in, and no token is set",
+            "host",
+            f"Set one: {TOKEN_VARIABLE}=... python launch/serve.py ..., or leave host out.",
+        )
     if token and (len(token) < 16 or not token.isascii()):
-        raise UserError("the token is shorter than 16 characters or not ASCII", TOKEN_VARIABLE,
-                        "Make one: python -c 'import secrets; print(secrets.token_urlsafe(24))'")
+        raise UserError(
+            "the token is shorter than 16 characters or not ASCII",
+            TOKEN_VARIABLE,
+            "Make one: python -c 'import secrets; print(secrets.token_urlsafe(24))'",
+        )
     for key in ("max_tokens", "max_texts", "max_body_bytes", "concurrency"):
         if getattr(cfg, key) < 1:
             raise UserError(f"{key} = {getattr(cfg, key)} must be at least 1", key)

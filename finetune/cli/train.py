@@ -18,7 +18,9 @@ SCRIPT = ROOT / "launch" / "train.py"
 
 def train(argv: list[str]) -> int:
     """Exit code of `launch/train.py argv`; a run that failed ends the process here."""
-    if any(word in ("-m", "--multirun") for word in argv) and not PRINTS & {word.split("=")[0] for word in argv}:
+    if any(word in ("-m", "--multirun") for word in argv) and not PRINTS & {
+        word.split("=")[0] for word in argv
+    }:
         return run_sweep(argv)
     end_on_signals()
     try:
@@ -58,8 +60,11 @@ def _leave(code: int) -> None:
 
 def _train(composed: Composed) -> int:
     if composed.choices.get("sweep") != "grid":
-        raise UserError("a sweep needs -m", f"sweep={composed.choices['sweep']}",
-                        command(["python", "launch/train.py", "-m", *composed.overrides]))
+        raise UserError(
+            "a sweep needs -m",
+            f"sweep={composed.choices['sweep']}",
+            command(["python", "launch/train.py", "-m", *composed.overrides]),
+        )
     cfg = settle(composed)
     # Before DeepSpeed is imported: it logs while that happens.
     silence_libraries(cfg.verbose, int(os.environ.get("RANK", "0")))

@@ -20,9 +20,20 @@ POLL_SECONDS = 0.1
 class StepBatches:
     """Iterates over steps; each item is the list of this rank's batches of one step, one per micro-step."""
 
-    def __init__(self, collate: Callable[[list[int]], Batch], order: Order, *, global_batch: int, micro_batch: int,
-                 world_size: int, rank: int, start_step: int, end_step: int, end_position: int | None = None,
-                 prefetch: int = 2):
+    def __init__(
+        self,
+        collate: Callable[[list[int]], Batch],
+        order: Order,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        world_size: int,
+        rank: int,
+        start_step: int,
+        end_step: int,
+        end_position: int | None = None,
+        prefetch: int = 2,
+    ):
         self.collate, self.order = collate, order
         self.layout = (global_batch, micro_batch, world_size, rank, end_position)
         self.steps, self.prefetch = range(start_step, end_step), prefetch
@@ -46,7 +57,10 @@ class StepBatches:
     def step(self, step: int) -> list[Batch]:
         """The batches of one step, made here and now."""
         micro_steps = step_positions(step, *self.layout)
-        return [self.collate([self.order[position] for position in positions]) for positions in micro_steps]
+        return [
+            self.collate([self.order[position] for position in positions])
+            for positions in micro_steps
+        ]
 
     def close(self) -> None:
         """End the threads; a loop that still runs over this object ends before its next step."""
@@ -143,8 +157,14 @@ class Order:
         return int(self._permutation[index])
 
 
-def step_positions(step: int, global_batch: int, micro_batch: int, world_size: int, rank: int,
-                   end: int | None = None) -> list[list[int]]:
+def step_positions(
+    step: int,
+    global_batch: int,
+    micro_batch: int,
+    world_size: int,
+    rank: int,
+    end: int | None = None,
+) -> list[list[int]]:
     """Positions of each micro-batch of one rank in one step; steps count from 0.
 
     Global batch 8, micro-batch 2, two ranks, step 0 (accumulation 2):

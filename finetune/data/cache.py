@@ -39,16 +39,34 @@ from finetune.data.utf8 import DEFAULTS, FileOptions
 from finetune.errors import UserError
 from finetune.files import fsync
 
-__all__ = ["Column", "Encoder", "Example", "Store", "build_store", "default_cache_dir", "open_store"]
+__all__ = [
+    "Column",
+    "Encoder",
+    "Example",
+    "Store",
+    "build_store",
+    "default_cache_dir",
+    "open_store",
+]
 
 log = logging.getLogger(__name__)
 CHECKED_IDS = 1 << 24
 """Ids of a finished store that are compared with an embedding at once."""
 
 
-def build_store(spec: str, split: str, encoder: Encoder, *, cache_dir: Path | None = None, on_bad_row: str = "error",
-                max_bad_rows: int = 100, config: str | None = None, options: FileOptions = DEFAULTS,
-                progress: Progress | None = None, limit: TokenLimit | None = None) -> Store:
+def build_store(
+    spec: str,
+    split: str,
+    encoder: Encoder,
+    *,
+    cache_dir: Path | None = None,
+    on_bad_row: str = "error",
+    max_bad_rows: int = 100,
+    config: str | None = None,
+    options: FileOptions = DEFAULTS,
+    progress: Progress | None = None,
+    limit: TokenLimit | None = None,
+) -> Store:
     """The store of these data under this encoder, from the cache or built now.
 
     Args:
@@ -102,8 +120,16 @@ def _fingerprint(source: Source, encoder: Encoder, on_bad_row: str) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
-def _build(folder: Path, spec: str, source: Source, encoder: Encoder, rows: BadRows, fingerprint: str,
-           progress: Progress | None, limit: TokenLimit | None) -> None:
+def _build(
+    folder: Path,
+    spec: str,
+    source: Source,
+    encoder: Encoder,
+    rows: BadRows,
+    fingerprint: str,
+    progress: Progress | None,
+    limit: TokenLimit | None,
+) -> None:
     started = time.monotonic()
     writer = ColumnWriter(folder, encoder.columns)
     meter = Meter(source.total_bytes, writer, progress)
@@ -115,12 +141,27 @@ def _build(folder: Path, spec: str, source: Source, encoder: Encoder, rows: BadR
     except BaseException:
         writer.abandon()
         raise
-    stats = {"documents": documents, "left_out": rows.left_out, **writer.stats(), "bad_rows": rows.count,
-             "bad_row_messages": rows.messages, "seconds": round(time.monotonic() - started, 3)}
+    stats = {
+        "documents": documents,
+        "left_out": rows.left_out,
+        **writer.stats(),
+        "bad_rows": rows.count,
+        "bad_row_messages": rows.messages,
+        "seconds": round(time.monotonic() - started, 3),
+    }
     columns = {name: {"kind": c.kind, "dtype": c.dtype} for name, c in encoder.columns.items()}
     names = {name: list(table) for name, table in writer.names.items()}
-    write_meta(folder, {"fingerprint": fingerprint, "spec": spec, "columns": columns, "names": names, "sizes": sizes,
-                        "stats": stats})
+    write_meta(
+        folder,
+        {
+            "fingerprint": fingerprint,
+            "spec": spec,
+            "columns": columns,
+            "names": names,
+            "sizes": sizes,
+            "stats": stats,
+        },
+    )
     meter.show(force=True)
 
 
@@ -142,7 +183,9 @@ def _remove_leftovers(folder: Path) -> None:
     for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     if folder.exists():
-        log.warning("token cache %s is damaged (%s); building it again", folder, store_fault(folder))
+        log.warning(
+            "token cache %s is damaged (%s); building it again", folder, store_fault(folder)
+        )
         shutil.rmtree(folder)
 
 
@@ -159,10 +202,16 @@ def _temporary(folder: Path) -> Iterator[Path]:
     fsync(folder.parent)
 
 
-DISK_FAULTS = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up",
-               errno.EFBIG: "a file grew beyond the limit of this account", errno.EROFS: "the disk is read-only",
-               errno.EACCES: "the folder is not writable", errno.EPERM: "the folder is not writable",
-               errno.ENOTDIR: "part of this path is a file", errno.EEXIST: "part of this path is a file"}
+DISK_FAULTS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file grew beyond the limit of this account",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "the folder is not writable",
+    errno.EPERM: "the folder is not writable",
+    errno.ENOTDIR: "part of this path is a file",
+    errno.EEXIST: "part of this path is a file",
+}
 
 
 @contextmanager
@@ -172,5 +221,8 @@ def _disk_faults(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_FAULTS:
             raise
-        raise UserError(f"the token cache cannot be written: {DISK_FAULTS[error.errno]}", str(folder.parent),
-                        "Free some space, or try data.cache_dir=/a/larger/disk") from None
+        raise UserError(
+            f"the token cache cannot be written: {DISK_FAULTS[error.errno]}",
+            str(folder.parent),
+            "Free some space, or try data.cache_dir=/a/larger/disk",
+        ) from None

@@ -30,8 +30,14 @@ Progress = Callable[[int, int, int], None]
 """progress(done_bytes, total_bytes, tokens)"""
 
 
-def run(source: Source, encoder: Encoder, rows: BadRows, writer: ColumnWriter, meter: Meter,
-        limit: TokenLimit | None = None) -> int:
+def run(
+    source: Source,
+    encoder: Encoder,
+    rows: BadRows,
+    writer: ColumnWriter,
+    meter: Meter,
+    limit: TokenLimit | None = None,
+) -> int:
     """Pump all batches through the encoder; returns the number of good documents.
 
     Raises:
@@ -54,7 +60,9 @@ def run(source: Source, encoder: Encoder, rows: BadRows, writer: ColumnWriter, m
     return documents
 
 
-def _check_ids(limit: TokenLimit, batch: list[Row], encoded: Iterator[list[Example] | UserError]) -> None:
+def _check_ids(
+    limit: TokenLimit, batch: list[Row], encoded: Iterator[list[Example] | UserError]
+) -> None:
     for row in batch:
         result = row if isinstance(row, UserError) else next(encoded)
         if not isinstance(row, UserError) and not isinstance(result, UserError):
@@ -72,7 +80,9 @@ class BadRows:
         """Good rows that give no example: empty ones, and those that a weight of 0 leaves out."""
         self.messages: list[str] = []
 
-    def sift(self, batch: list[Row], encoded: Iterator[list[Example] | UserError]) -> tuple[list[Example], int]:
+    def sift(
+        self, batch: list[Row], encoded: Iterator[list[Example] | UserError]
+    ) -> tuple[list[Example], int]:
         """The batch's examples and how many of its records were good, in the order of the records."""
         examples: list[Example] = []
         accepted = 0
@@ -91,7 +101,10 @@ class BadRows:
     def nothing_left(self, spec: str, documents: int) -> UserError:
         shown = "".join(f"\n  {message}" for message in self.messages)
         bad = f", {self.count} bad rows:{shown}" if self.count else ""
-        return UserError(f"no example is left to train on ({documents} empty records or records of weight 0{bad})", spec)
+        return UserError(
+            f"no example is left to train on ({documents} empty records or records of weight 0{bad})",
+            spec,
+        )
 
     def _refuse(self, fault: UserError) -> None:
         if self.on_bad_row == "error":
@@ -109,8 +122,10 @@ def check_bad_rows(count: int, messages: list[str], cap: int) -> None:
     """
     if count > cap:
         shown = "".join(f"\n  {message}" for message in messages)
-        raise UserError(f"{count} bad rows, more than data.max_bad_rows={cap}; the first are:{shown}",
-                        remedy=f"Mend the data, or try data.max_bad_rows={max(100, 10 * cap)}.")
+        raise UserError(
+            f"{count} bad rows, more than data.max_bad_rows={cap}; the first are:{shown}",
+            remedy=f"Mend the data, or try data.max_bad_rows={max(100, 10 * cap)}.",
+        )
 
 
 class Meter:
@@ -127,7 +142,9 @@ class Meter:
         now = time.monotonic()
         if self._progress and (force or now >= self._next):
             self._next = now + PROGRESS_SECONDS
-            self._progress(min(self.done_bytes, self.total_bytes), self.total_bytes, self._writer.tokens)
+            self._progress(
+                min(self.done_bytes, self.total_bytes), self.total_bytes, self._writer.tokens
+            )
 
 
 @contextmanager
@@ -135,7 +152,9 @@ def _reading(source: Source, meter: Meter) -> Iterator[Iterator[list[Row]]]:
     """Batches of rows, read and parsed in a thread; a fault is raised where it stood among the rows."""
     queue: Queue[list[Row] | BaseException | None] = Queue(QUEUED_BATCHES)
     stop = Event()
-    thread = Thread(target=_read_into, args=(queue, stop, source, meter), name="store-reader", daemon=True)
+    thread = Thread(
+        target=_read_into, args=(queue, stop, source, meter), name="store-reader", daemon=True
+    )
     thread.start()
     try:
         yield _drain(queue)

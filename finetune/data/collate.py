@@ -37,22 +37,34 @@ def lm_batch(store: Store, rows: Rows, row_indices: Union[list[int], np.ndarray]
     if len(row_indices) == 0:
         return _empty_batch()
     segments = _segments(rows, np.asarray(row_indices, np.int64))
-    starts, lengths, examples = rows.starts[segments], rows.lengths[segments].astype(np.int64), rows.examples[segments]
+    starts, lengths, examples = (
+        rows.starts[segments],
+        rows.lengths[segments].astype(np.int64),
+        rows.examples[segments],
+    )
     ends = np.cumsum(lengths)
     positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
     index = positions + np.repeat(starts, lengths)
-    return {"ids": store.column("ids")[index].astype(np.int64), "positions": positions,
-            "cu_seqlens": np.concatenate([[0], ends]).astype(np.int32),
-            "labels": _labels(store, index, examples, lengths),
-            "examples": examples.astype(np.int64), "tokens": int(ends[-1])}
+    return {
+        "ids": store.column("ids")[index].astype(np.int64),
+        "positions": positions,
+        "cu_seqlens": np.concatenate([[0], ends]).astype(np.int32),
+        "labels": _labels(store, index, examples, lengths),
+        "examples": examples.astype(np.int64),
+        "tokens": int(ends[-1]),
+    }
 
 
 def _segments(rows: Rows, row_indices: np.ndarray) -> np.ndarray:
     first, last = rows.pointers[row_indices], rows.pointers[row_indices + 1]
-    return np.concatenate([np.arange(a, b) for a, b in zip(first.tolist(), last.tolist(), strict=True)])
+    return np.concatenate(
+        [np.arange(a, b) for a, b in zip(first.tolist(), last.tolist(), strict=True)]
+    )
 
 
-def _labels(store: Store, index: np.ndarray, examples: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def _labels(
+    store: Store, index: np.ndarray, examples: np.ndarray, lengths: np.ndarray
+) -> np.ndarray:
     target = index + 1
     valid = target < np.repeat(np.asarray(store.offsets)[examples + 1], lengths)
     target = np.where(valid, target, index)  # the store's very last token has nothing behind it
@@ -62,5 +74,11 @@ def _labels(store: Store, index: np.ndarray, examples: np.ndarray, lengths: np.n
 
 
 def _empty_batch() -> Batch:
-    return {"ids": np.zeros(1, np.int64), "positions": np.zeros(1, np.int64), "cu_seqlens": np.array([0, 1], np.int32),
-            "labels": np.full(1, IGNORE, np.int64), "examples": np.full(1, -1, np.int64), "tokens": 0}
+    return {
+        "ids": np.zeros(1, np.int64),
+        "positions": np.zeros(1, np.int64),
+        "cu_seqlens": np.array([0, 1], np.int32),
+        "labels": np.full(1, IGNORE, np.int64),
+        "examples": np.full(1, -1, np.int64),
+        "tokens": 0,
+    }

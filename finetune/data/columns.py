@@ -97,7 +97,7 @@ class Store:
 
     def blob(self, name: str, example: int) -> bytes:
         offsets = open_array(self.path / f"{name}.offsets.bin", "int64")
-        return self.column(name)[offsets[example]: offsets[example + 1]].tobytes()
+        return self.column(name)[offsets[example] : offsets[example + 1]].tobytes()
 
     def place(self, example: int) -> str:
         """Where an example came from, as exactly as the store knows: file:line, or its number."""
@@ -114,7 +114,11 @@ def open_store(path: Path) -> Store:
     """
     fault = store_fault(Path(path))
     if fault:
-        raise UserError(f"not a complete token cache ({fault})", str(path), "Delete the folder; it is built again.")
+        raise UserError(
+            f"not a complete token cache ({fault})",
+            str(path),
+            "Delete the folder; it is built again.",
+        )
     return Store(path)
 
 
@@ -127,7 +131,11 @@ def store_fault(path: Path) -> str | None:
     for name, expected in sizes.items():
         actual = (path / name).stat().st_size if (path / name).is_file() else -1
         if actual != expected:
-            return f"{name} is missing" if actual < 0 else f"{name} has {actual} bytes instead of {expected}"
+            return (
+                f"{name} is missing"
+                if actual < 0
+                else f"{name} has {actual} bytes instead of {expected}"
+            )
     return None
 
 
@@ -150,7 +158,9 @@ class ColumnWriter:
     def __init__(self, folder: Path, columns: dict[str, Column]):
         assert columns["ids"].kind == "token" and all(c.kind in KINDS for c in columns.values())
         self.folder, self.columns = folder, columns
-        self.names: dict[str, dict[str, int]] = {n: {} for n, c in columns.items() if c.kind == "category"}
+        self.names: dict[str, dict[str, int]] = {
+            n: {} for n, c in columns.items() if c.kind == "category"
+        }
         self.tokens, self.examples = 0, 0
         self.histogram = np.zeros(64, np.int64)
         self.tokens_by_name: dict[str, Counter] = {name: Counter() for name in self.names}
@@ -166,7 +176,9 @@ class ColumnWriter:
     def append(self, examples: list[Example]) -> None:
         if not examples:
             return
-        lengths = np.fromiter((len(example["ids"]) for example in examples), np.int64, len(examples))
+        lengths = np.fromiter(
+            (len(example["ids"]) for example in examples), np.int64, len(examples)
+        )
         assert lengths.min() > 0, "an encoder gave an example without tokens"
         self._put("offsets", self.tokens + np.cumsum(lengths))
         for name, column in self.columns.items():
@@ -179,8 +191,15 @@ class ColumnWriter:
     def stats(self) -> dict[str, Any]:
         """`lengths` counts examples of at most 1, 2, 4, 8, ... tokens (and more than the bin before)."""
         lengths = {str(2**k): int(n) for k, n in enumerate(self.histogram) if n}
-        by_name = {column: dict(counter.most_common()) for column, counter in self.tokens_by_name.items()}
-        return {"examples": self.examples, "tokens": self.tokens, "lengths": lengths, "tokens_by_name": by_name}
+        by_name = {
+            column: dict(counter.most_common()) for column, counter in self.tokens_by_name.items()
+        }
+        return {
+            "examples": self.examples,
+            "tokens": self.tokens,
+            "lengths": lengths,
+            "tokens_by_name": by_name,
+        }
 
     def close(self) -> dict[str, int]:
         with self._open:
@@ -203,7 +222,9 @@ class ColumnWriter:
     def _append_scalar(self, name: str, column: Column, values: list, lengths: np.ndarray) -> None:
         self._put(name, np.array(values, column.dtype))
 
-    def _append_category(self, name: str, column: Column, values: list, lengths: np.ndarray) -> None:
+    def _append_category(
+        self, name: str, column: Column, values: list, lengths: np.ndarray
+    ) -> None:
         table, counter = self.names[name], self.tokens_by_name[name]
         for value, length in zip(values, lengths.tolist(), strict=True):
             table.setdefault(value, len(table))
@@ -243,7 +264,9 @@ class WriterThread:
 
     def _run(self) -> None:
         while (examples := self._queue.get()) is not None:
-            if self._fault is None:  # after a fault go on reading: append must not block on a full queue
+            if (
+                self._fault is None
+            ):  # after a fault go on reading: append must not block on a full queue
                 try:
                     self.writer.append(examples)
                 except BaseException as error:

@@ -142,7 +142,9 @@ def _zstd(pieces: Iterator[bytes]) -> Iterator[bytes]:
             except zstandard.ZstdError as error:
                 raise BrokenStream(f"the zstd data is damaged ({error})") from None
             # decompressobj gives all that a piece expands to at once: of very repetitive data take smaller pieces.
-            step = min(ZSTD_STEP_BYTES, 2 * step, max(64, step * 4 * READ_BYTES // max(1, len(text))))
+            step = min(
+                ZSTD_STEP_BYTES, 2 * step, max(64, step * 4 * READ_BYTES // max(1, len(text)))
+            )
             yield text
             if frame.eof:
                 data, frame = frame.unused_data + data, None

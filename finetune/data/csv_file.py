@@ -38,7 +38,9 @@ SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*')
 TEXT_REMEDY = "If quotes are part of the text: data.quotes=text"
 
 
-def csv_rows(path: Path, count: Count | None = None, options: FileOptions = DEFAULTS) -> Iterator[Row]:
+def csv_rows(
+    path: Path, count: Count | None = None, options: FileOptions = DEFAULTS
+) -> Iterator[Row]:
     """Rows of the file; `where` is the line on which a row starts.
 
     Raises:
@@ -55,7 +57,7 @@ def csv_rows(path: Path, count: Count | None = None, options: FileOptions = DEFA
     source.held.clear()
     header = _header(source, layout)
     columns = Columns(header.width)
-    columns.learn(sample[layout.first_line + 1:], layout)
+    columns.learn(sample[layout.first_line + 1 :], layout)
     for held, values in _records(source, layout, columns):
         if isinstance(values, UserError):
             yield values
@@ -72,7 +74,9 @@ class _Header:
     """Columns in all: those behind the last name have none."""
 
 
-def _records(source: Lines, layout: Layout, columns: Columns) -> Iterator[tuple[list[Line], list[str] | UserError]]:
+def _records(
+    source: Lines, layout: Layout, columns: Columns
+) -> Iterator[tuple[list[Line], list[str] | UserError]]:
     """Lines and cells of each record, or what is wrong with it; blank lines are none."""
     reader = layout.parse(source)
     while True:
@@ -106,8 +110,11 @@ def _swallowed(where: str, below: int, certain: bool) -> UserError:
     verb = "swallows" if certain else "seems to swallow"
     remedy = 'Double quotes that belong to the text, and quote the cell: "say ""a"""'
     keys = f"{TEXT_REMEDY}; if the cell is right as it is: data.quotes=enclose"
-    fault = UserError(f"a quote opens here and {verb} {rows} behind it", where,
-                      f"{remedy}; {SKIP}\n  {keys}" if certain else f"{remedy}.\n  {keys}")
+    fault = UserError(
+        f"a quote opens here and {verb} {rows} behind it",
+        where,
+        f"{remedy}; {SKIP}\n  {keys}" if certain else f"{remedy}.\n  {keys}",
+    )
     if not certain:
         raise fault
     return fault
@@ -127,13 +134,22 @@ def _without_blanks(held: list[Line], layout: Layout) -> list[str] | None:
 def _fault(where: str, below: int, error: csv.Error) -> UserError:
     """The fault of a row; raised where more than the row itself was swallowed, which no policy may skip as one row."""
     if "unexpected end" in str(error) or "field limit" in str(error):
-        raise UserError("a quoted field is opened here and never closed", where,
-                        f'Close it, or double it: "". {TEXT_REMEDY}')
+        raise UserError(
+            "a quoted field is opened here and never closed",
+            where,
+            f'Close it, or double it: "". {TEXT_REMEDY}',
+        )
     if below:
-        raise UserError(f"a quoted field is opened here and ends wrongly {below} lines below ({error})", where,
-                        f'Double quotes that belong to the text: "say ""a""". {TEXT_REMEDY}')
-    return UserError(f"broken CSV: {error}", where,
-                     f'Double the quotes inside a quoted field: "say ""a"""; {SKIP}\n  {TEXT_REMEDY}')
+        raise UserError(
+            f"a quoted field is opened here and ends wrongly {below} lines below ({error})",
+            where,
+            f'Double quotes that belong to the text: "say ""a""". {TEXT_REMEDY}',
+        )
+    return UserError(
+        f"broken CSV: {error}",
+        where,
+        f'Double the quotes inside a quoted field: "say ""a"""; {SKIP}\n  {TEXT_REMEDY}',
+    )
 
 
 def _row(header: _Header, layout: Layout, held: list[Line], values: list[str]) -> Row:
@@ -146,12 +162,18 @@ def _row(header: _Header, layout: Layout, held: list[Line], values: list[str]) -
     unnamed = next((i for i in range(named, len(values)) if values[i].strip()), None)
     if len(values) < named or (unnamed is not None and unnamed >= header.width):
         lines = f" (of {len(held)} lines)" if len(held) > 1 else ""
-        return UserError(f"the row{lines} has {len(values)} fields, the header {named}", where,
-                         f'Quote fields that hold a {_name(layout.separator)} or a newline: "a, b"; {SKIP}')
+        return UserError(
+            f"the row{lines} has {len(values)} fields, the header {named}",
+            where,
+            f'Quote fields that hold a {_name(layout.separator)} or a newline: "a, b"; {SKIP}',
+        )
     if unnamed is not None:
         names = [*header.names, *(f"column{i + 1}" for i in range(named, header.width))]
-        return UserError(f"column {unnamed + 1} has no name, and here the text {values[unnamed][:40]!r}", where,
-                         f"Name it, so that no text is lost; the first line may be: {layout.separator.join(names)}\n  {SKIP}")
+        return UserError(
+            f"column {unnamed + 1} has no name, and here the text {values[unnamed][:40]!r}",
+            where,
+            f"Name it, so that no text is lost; the first line may be: {layout.separator.join(names)}\n  {SKIP}",
+        )
     if layout.padded:
         values = [value.strip() for value in values]
     return where, dict(zip(header.names, values, strict=False))
@@ -172,11 +194,17 @@ def _header(source: Lines, layout: Layout) -> _Header:
     while names and not names[-1]:
         names.pop()
     if not names and cells:
-        raise UserError("the first line names no column", where, "It must hold the names of the columns, e.g. text,label")
+        raise UserError(
+            "the first line names no column",
+            where,
+            "It must hold the names of the columns, e.g. text,label",
+        )
     names = [name or f"column{i}" for i, name in enumerate(names, 1)]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
-        raise UserError(f"the header names {', '.join(map(repr, doubled))} twice", where, "Rename a column.")
+        raise UserError(
+            f"the header names {', '.join(map(repr, doubled))} twice", where, "Rename a column."
+        )
     return _Header(names, width)
 
 
@@ -190,12 +218,18 @@ def _layout(path: Path, sample: list[Line], options: FileOptions) -> Layout | No
     if first_line == len(sample):
         return None
     sample = sample[first_line:]
-    separator = declared[1] if declared else _separator(path, [line.text.rstrip("\r\n") for line in sample])
+    separator = (
+        declared[1] if declared else _separator(path, [line.text.rstrip("\r\n") for line in sample])
+    )
     layout = Layout(path, separator, options.quotes, False, first_line)
     names = layout.split(sample[0])
     layout.padded = any(name != name.strip() for name in names)
     # A .tsv either quotes as the others do, or, as the format's own definition says, not at all.
-    if separator == "\t" and options.quotes == "auto" and _has_text_quotes(sample, layout, len(names)):
+    if (
+        separator == "\t"
+        and options.quotes == "auto"
+        and _has_text_quotes(sample, layout, len(names))
+    ):
         layout.quotes = "text"
     return layout
 
@@ -206,7 +240,10 @@ def _separator(path: Path, texts: list[str]) -> str:
     present = [mark for mark in marks if mark in texts[0]]
     if not present or present[0] == "\t":
         return present[0] if present else marks[0]
-    return max(present, key=lambda mark: sum(line.count(mark) == texts[0].count(mark) for line in texts[1:]))
+    return max(
+        present,
+        key=lambda mark: sum(line.count(mark) == texts[0].count(mark) for line in texts[1:]),
+    )
 
 
 def _has_text_quotes(sample: list[Line], layout: Layout, width: int) -> bool:

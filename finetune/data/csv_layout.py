@@ -43,9 +43,13 @@ class Layout:
         return f"{self.path}:{line.number}"
 
     def parse(self, source: Iterator[str], padded: bool | None = None) -> Iterator[list[str]]:
-        return csv.reader(source, strict=True, delimiter=self.separator,
-                          quoting=csv.QUOTE_NONE if self.quotes == "text" else csv.QUOTE_MINIMAL,
-                          skipinitialspace=self.padded if padded is None else padded)
+        return csv.reader(
+            source,
+            strict=True,
+            delimiter=self.separator,
+            quoting=csv.QUOTE_NONE if self.quotes == "text" else csv.QUOTE_MINIMAL,
+            skipinitialspace=self.padded if padded is None else padded,
+        )
 
     def split(self, line: Line) -> list[str]:
         """The cells of a line on which quotes mean nothing."""
@@ -128,8 +132,11 @@ class Columns:
         """
         if self.width < 2 or len(held) < 2 or layout.quotes == "enclose":
             return "no"
-        few = {j: seen for j, seen in enumerate(self._values)
-               if seen and self.rows >= 3 and ("" in seen) < len(seen) <= self.rows // 2 + 1}
+        few = {
+            j: seen
+            for j, seen in enumerate(self._values)
+            if seen and self.rows >= 3 and ("" in seen) < len(seen) <= self.rows // 2 + 1
+        }
         own = values if values and len(values) == self.width else None
         head = layout.split(held[0])
         # The column of the stray quote itself may hold any text, unless it is one of labels.
@@ -154,7 +161,9 @@ class Columns:
         return "perhaps" if exact and unsure else "no"
 
     def _is_exact(self, cells: list[str]) -> bool:
-        return len(cells) == self.width and all(cell and not cell[0].isspace() for cell in cells[1:])
+        return len(cells) == self.width and all(
+            cell and not cell[0].isspace() for cell in cells[1:]
+        )
 
     def _fits(self, cells: list[str], few: dict[int, set[str]], own: list[str] | None) -> bool:
         """Return whether the cells of a line are known, or the record's own, in all columns of few values.

@@ -58,12 +58,26 @@ class ClassifyEncoder:
         plain: texts are read as plain transformers reads them (`PlainText`), not as drawn above; None: as drawn.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, cfg: ClassifyConfig, names: list[str] | None,
-                 by_index: bool, plain: PlainText | None = None):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        cfg: ClassifyConfig,
+        names: list[str] | None,
+        by_index: bool,
+        plain: PlainText | None = None,
+    ):
         self.cfg, self.labels = cfg, LabelReader(cfg, names, by_index)
-        label = Column("scalar", "float64") if cfg.problem == "regression" else Column("category", "int32")
-        self.columns = {"ids": Column("token", ids_dtype(tokenizer)), "label": label, "where": Column("blob", "uint8"),
-                        "cut": Column("scalar", "int32")}
+        label = (
+            Column("scalar", "float64")
+            if cfg.problem == "regression"
+            else Column("category", "int32")
+        )
+        self.columns = {
+            "ids": Column("token", ids_dtype(tokenizer)),
+            "label": label,
+            "where": Column("blob", "uint8"),
+            "cut": Column("scalar", "int32"),
+        }
         self._texts = TextTokenizer(tokenizer)
         self._eos = cast(int, tokenizer.eos_token_id)
         self._separator = self._texts([SEPARATOR])[0]
@@ -71,9 +85,21 @@ class ClassifyEncoder:
 
     def fingerprint(self) -> str:
         cfg = self.cfg
-        return digest("classify-3", self._texts.fingerprint, self.labels.names, self.labels.by_index, cfg.text_field,
-                      cfg.text_pair_field, cfg.label_field, cfg.label_separator, cfg.weight_field, cfg.problem,
-                      cfg.truncation, cfg.max_length, *([self._plain.pad] if self._plain else []))
+        return digest(
+            "classify-3",
+            self._texts.fingerprint,
+            self.labels.names,
+            self.labels.by_index,
+            cfg.text_field,
+            cfg.text_pair_field,
+            cfg.label_field,
+            cfg.label_separator,
+            cfg.weight_field,
+            cfg.problem,
+            cfg.truncation,
+            cfg.max_length,
+            *([self._plain.pad] if self._plain else []),
+        )
 
     def encode(self, batch: list[tuple[str, dict]]) -> list[list[Example] | UserError]:
         rows = [self._row(where, record) for where, record in batch]
@@ -85,8 +111,17 @@ class ClassifyEncoder:
                 results.append([] if row is None else row)
                 continue
             ids, cut = next(encoded)
-            example = {"ids": ids, "label": row[1], "where": where.encode("utf-8", "backslashreplace"), "cut": cut}
-            results.append([example] if ids else UserError("the text is empty: there is no token to judge", where, MEND))
+            example = {
+                "ids": ids,
+                "label": row[1],
+                "where": where.encode("utf-8", "backslashreplace"),
+                "cut": cut,
+            }
+            results.append(
+                [example]
+                if ids
+                else UserError("the text is empty: there is no token to judge", where, MEND)
+            )
         return results
 
     def text_ids(self, texts: list[list[str]]) -> list[tuple[list[int], int]]:
@@ -100,7 +135,12 @@ class ClassifyEncoder:
         """Texts and label; what is wrong with the row; or None where its weight leaves it out."""
         cfg = self.cfg
         try:
-            if not counts(record, cfg.weight_field, (cfg.text_field, cfg.text_pair_field, cfg.label_field), where):
+            if not counts(
+                record,
+                cfg.weight_field,
+                (cfg.text_field, cfg.text_pair_field, cfg.label_field),
+                where,
+            ):
                 return None
             return labelled_texts(record, cfg, where), self.labels.read(record, where)
         except UserError as error:
@@ -110,7 +150,10 @@ class ClassifyEncoder:
         """Ids of one or two texts with eos, at most `max_length`, and how many were cut."""
         glue = self._separator if len(parts) == 2 else []
         room = self.cfg.max_length - 1 - len(glue)
-        kept = [cut_text(ids, n, self.cfg.truncation) for ids, n in zip(parts, shares(parts, room), strict=True)]
+        kept = [
+            cut_text(ids, n, self.cfg.truncation)
+            for ids, n in zip(parts, shares(parts, room), strict=True)
+        ]
         lost = sum(map(len, parts)) - sum(map(len, kept))
         joined = kept[0] if len(kept) == 1 else [*kept[0], *glue, *kept[1]]
         return [*joined, self._eos], lost
@@ -146,7 +189,11 @@ class PlainText:
     def ids(self, texts: list[str], max_length: int) -> tuple[list[int], int]:
         """Ids of one text or of a pair, and how many tokens were cut."""
         whole = self.tokenizer(*texts)["input_ids"]
-        ids = whole if len(whole) <= max_length else self.tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]
+        ids = (
+            whole
+            if len(whole) <= max_length
+            else self.tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]
+        )
         cut = len(whole) - len(ids)
         if self.pad is not None and ids:
             last = max((place for place, token in enumerate(ids) if token != self.pad), default=0)
@@ -169,14 +216,19 @@ def cut_text(ids: list[int], room: int, truncation: str) -> list[int]:
     if len(ids) <= room:
         return ids
     tail = room // 2 if truncation == "head_tail" else 0
-    return ids[: room - tail] + ids[len(ids) - tail:]
+    return ids[: room - tail] + ids[len(ids) - tail :]
 
 
 class LabelReader:
     """Field -> label of the configured problem, or what is wrong with it."""
 
     def __init__(self, cfg: ClassifyConfig, names: list[str] | None, by_index: bool):
-        self.field, self.problem, self.names, self.by_index = cfg.label_field, cfg.problem, names, by_index
+        self.field, self.problem, self.names, self.by_index = (
+            cfg.label_field,
+            cfg.problem,
+            names,
+            by_index,
+        )
         keys = [label_key(name) for name in names or []]
         self.counted = by_index and not any(map(_is_integer, keys))  # else an integer is a name
         self._truth = next((truth for truth in TRUTHS if sorted(truth) == sorted(keys)), None)
@@ -197,9 +249,13 @@ class LabelReader:
 
     def _single(self, value: Any, where: str) -> str:
         if isinstance(value, list):
-            raise self._wrong_type(value, "a name or an integer", where, "Try task.problem=multi_label.")
+            raise self._wrong_type(
+                value, "a name or an integer", where, "Try task.problem=multi_label."
+            )
         if isinstance(value, float) and not value.is_integer():
-            raise self._wrong_type(value, "a name or an integer", where, "Try task.problem=regression.")
+            raise self._wrong_type(
+                value, "a name or an integer", where, "Try task.problem=regression."
+            )
         return self._known(value, where)
 
     def _multi(self, value: Any, where: str) -> str:
@@ -210,12 +266,16 @@ class LabelReader:
         if not isinstance(value, list):
             mark = next((word for word, mark in SEPARATORS.items() if mark in str(value)), "comma")
             remedy = "Try task.problem=single_label, or for cells such as 'a,b' "
-            raise self._wrong_type(value, "an array of labels", where, f"{remedy}task.label_separator={mark}.")
+            raise self._wrong_type(
+                value, "an array of labels", where, f"{remedy}task.label_separator={mark}."
+            )
         self._refuse_zeros_and_ones(value, where)
         names = sorted(self._known(item, where) for item in value)
         twice = next((a for a, b in pairwise(names) if a == b), None)
         if twice is not None:
-            raise UserError(f"field '{self.field}' names label '{twice}' twice", where, NO_ZEROS_AND_ONES)
+            raise UserError(
+                f"field '{self.field}' names label '{twice}' twice", where, NO_ZEROS_AND_ONES
+            )
         return json.dumps(names, ensure_ascii=False)
 
     def _refuse_zeros_and_ones(self, values: list, where: str) -> None:
@@ -227,14 +287,21 @@ class LabelReader:
             return
         whole = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
         if not whole or (self.counted and len(values) == len(self.names or [])):
-            raise UserError(f"field '{self.field}' is {shown(json.dumps(values))[1:-1]}: zeros and ones, not labels", where,
-                            NO_ZEROS_AND_ONES)
+            raise UserError(
+                f"field '{self.field}' is {shown(json.dumps(values))[1:-1]}: zeros and ones, not labels",
+                where,
+                NO_ZEROS_AND_ONES,
+            )
 
     def _number(self, value: Any, where: str) -> float:
         try:
             number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
-            remedy = MEND if isinstance(value, str) and not value.strip() else "Try task.problem=single_label."
+            remedy = (
+                MEND
+                if isinstance(value, str) and not value.strip()
+                else "Try task.problem=single_label."
+            )
             raise self._wrong_type(value, "a number", where, remedy) from None
         if not abs(number) <= FLOAT32_MAX:
             raise self._wrong_type(value, "a finite number", where, MEND)
@@ -251,20 +318,36 @@ class LabelReader:
             return name
         key = label_key(name)
         alike = [other for other in self.names if label_key(other) == key]
-        place = self.names[int(key)] if self.counted and key.isdecimal() and int(key) < len(self.names) else None
+        place = (
+            self.names[int(key)]
+            if self.counted and key.isdecimal() and int(key) < len(self.names)
+            else None
+        )
         truth = next((pair[key] for pair in TRUTHS if key in pair), None)
         if not alike and self._truth and truth is not None:
             alike = [other for other in self.names if self._truth[label_key(other)] is truth]
             if place and place not in alike and "yes" in self._truth:
                 alike = [place]  # integers count in [yes, no] as in any list
             elif place and place not in alike:
-                raise UserError(f"label {name} could be '{alike[0]}' by its meaning and '{place}' by its place in "
-                                f"task.labels", where, "Try task.labels=[false,true], or write true and false.")
+                raise UserError(
+                    f"label {name} could be '{alike[0]}' by its meaning and '{place}' by its place in "
+                    f"task.labels",
+                    where,
+                    "Try task.labels=[false,true], or write true and false.",
+                )
         if len(alike) > 1:
-            raise UserError(f"label '{name}' could be {_quoted(alike)}", where, f"Spell it as one of them; {SKIP}")
+            raise UserError(
+                f"label '{name}' could be {_quoted(alike)}",
+                where,
+                f"Spell it as one of them; {SKIP}",
+            )
         if not alike and isinstance(value, bool) and self.by_index:
-            raise UserError(f"label {name} is a boolean, and none of task.labels = {_quoted(self.names)} says which of "
-                            "them it is", where, "Try task.labels=[false,true], or write the names into the data.")
+            raise UserError(
+                f"label {name} is a boolean, and none of task.labels = {_quoted(self.names)} says which of "
+                "them it is",
+                where,
+                "Try task.labels=[false,true], or write the names into the data.",
+            )
         if not alike and place is None:
             raise unseen(name, self.names, self.by_index, where)
         return alike[0] if alike else cast(str, place)
@@ -285,11 +368,15 @@ class LabelReader:
         """The remedy proposes no field that is a text already."""
         others = {name: value for name, value in record.items() if name not in self._texts}
         remedy = field_error(others, self.field, where, "task.label_field").remedy
-        return UserError(field_error(record, self.field, where, "task.label_field").problem, where, remedy)
+        return UserError(
+            field_error(record, self.field, where, "task.label_field").problem, where, remedy
+        )
 
     def _wrong_type(self, value: Any, wanted: str, where: str, remedy: str) -> UserError:
         quoted = f" {shown(str(value))}" if isinstance(value, (str, float, int)) else ""
-        return UserError(f"field '{self.field}' is {json_type(value)}{quoted}, not {wanted}", where, remedy)
+        return UserError(
+            f"field '{self.field}' is {json_type(value)}{quoted}, not {wanted}", where, remedy
+        )
 
 
 NO_ZEROS_AND_ONES = f"List the labels that apply, not zeros and ones for all of them; {SKIP}"
@@ -311,21 +398,28 @@ def refuse_double_spellings(names: list[str], label_field: str) -> None:
     for _, same in groupby(sorted(names, key=label_key), key=label_key):
         spellings = sorted(same)
         if len(spellings) > 1:
-            raise UserError(f"labels {_quoted(spellings)} differ in their spelling alone: are they one label?",
-                            f"task.label_field={label_field}",
-                            "Spell them alike in the data; if they differ, name all labels: task.labels=[...]")
+            raise UserError(
+                f"labels {_quoted(spellings)} differ in their spelling alone: are they one label?",
+                f"task.label_field={label_field}",
+                "Spell them alike in the data; if they differ, name all labels: task.labels=[...]",
+            )
 
 
 def _quoted(names: list[str]) -> str:
     """The first names as messages list them."""
-    return ", ".join(f"'{n}'" for n in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return ", ".join(f"'{n}'" for n in names[:8]) + (
+        f" and {len(names) - 8} more" if len(names) > 8 else ""
+    )
 
 
 def unseen(name: str, names: list[str], by_index: bool, where: str) -> UserError:
     """The label is none of those that the head has outputs for."""
     origin = "task.labels has" if by_index else "the training data have"
-    return UserError(f"label '{name}' is unknown: {origin} {_quoted(names)}", where,
-                     f"Mend the row, or name all labels: task.labels=[...]; {SKIP}")
+    return UserError(
+        f"label '{name}' is unknown: {origin} {_quoted(names)}",
+        where,
+        f"Mend the row, or name all labels: task.labels=[...]; {SKIP}",
+    )
 
 
 def sort_names(names: list[str]) -> list[str]:

@@ -35,15 +35,33 @@ WORD_END = re.compile(r"[^\W_](?=[ \n])")
 class TextEncoder:
     """Documents -> columns `ids` (with a closing eos) and `subset`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text_field: str, subset_field: str | None,
-                 weight_field: str | None = None):
-        self.text_field, self.subset_field, self.weight_field = text_field, subset_field, weight_field
-        self.columns = {"ids": Column("token", ids_dtype(tokenizer)), "subset": Column("category", "int32")}
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_field: str,
+        subset_field: str | None,
+        weight_field: str | None = None,
+    ):
+        self.text_field, self.subset_field, self.weight_field = (
+            text_field,
+            subset_field,
+            weight_field,
+        )
+        self.columns = {
+            "ids": Column("token", ids_dtype(tokenizer)),
+            "subset": Column("category", "int32"),
+        }
         self._texts = TextTokenizer(tokenizer)
         self._eos = cast(int, tokenizer.eos_token_id)
 
     def fingerprint(self) -> str:
-        parts = ["clm-2", self._texts.fingerprint, self.text_field, self.subset_field, self.weight_field]
+        parts = [
+            "clm-2",
+            self._texts.fingerprint,
+            self.text_field,
+            self.subset_field,
+            self.weight_field,
+        ]
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
     def encode(self, batch: list[tuple[str, dict]]) -> list[list[Example] | UserError]:
@@ -72,8 +90,11 @@ class TextEncoder:
         if text is MISSING:
             return field_error(record, self.text_field, where, "task.text_field")
         if not isinstance(text, str):
-            return UserError(f"field '{self.text_field}' is {json_type(text)}, not a string", where,
-                             "Mend the row, or data.on_bad_row=skip leaves such rows out.")
+            return UserError(
+                f"field '{self.text_field}' is {json_type(text)}, not a string",
+                where,
+                "Mend the row, or data.on_bad_row=skip leaves such rows out.",
+            )
         return text
 
     def _subset(self, record: dict) -> str:
@@ -123,7 +144,10 @@ class TextTokenizer:
         return self._backend.encode(text, add_special_tokens=False).offsets
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            encoding.ids
+            for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
 
 def ids_dtype(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -134,9 +158,13 @@ def ids_dtype(tokenizer: PreTrainedTokenizerBase) -> str:
 def _splits_at_spaces(model: Any) -> bool:
     """Whether a text may be cut before a space without changing its ids: GPT-2's byte-level pattern, unnormalised."""
     split, added = model.pre_tokenizer, model.get_added_tokens_decoder().values()
-    return (type(split).__name__ == "ByteLevel" and model.normalizer is None
-            and not split.add_prefix_space and split.use_regex
-            and not any(t.lstrip or t.rstrip or " " in t.content or "\n" in t.content for t in added))
+    return (
+        type(split).__name__ == "ByteLevel"
+        and model.normalizer is None
+        and not split.add_prefix_space
+        and split.use_regex
+        and not any(t.lstrip or t.rstrip or " " in t.content or "\n" in t.content for t in added)
+    )
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -146,7 +174,7 @@ def _pieces(text: str) -> Iterator[str]:
         found = WORD_END.search(text, start + PIECE_CHARACTERS)
         if found is None:
             break
-        yield text[start: found.end()]
+        yield text[start : found.end()]
         start = found.end()
     yield text[start:]
 

@@ -43,19 +43,33 @@ class InstructEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, cfg: InstructConfig, template: Template):
         self.cfg, self.template = cfg, template
-        self.columns = {"ids": Column("token", ids_dtype(tokenizer)), "scored": Column("token", "uint8"),
-                        "cut": Column("scalar", "int32"), "where": Column("blob", "uint8")}
+        self.columns = {
+            "ids": Column("token", ids_dtype(tokenizer)),
+            "scored": Column("token", "uint8"),
+            "cut": Column("scalar", "int32"),
+            "where": Column("blob", "uint8"),
+        }
         self._texts = TextTokenizer(tokenizer)
         self._eos = cast(int, tokenizer.eos_token_id)
 
     def fingerprint(self) -> str:
         cfg = self.cfg
-        return digest("instruct-3", self._texts.fingerprint, self.template.text, cfg.format, cfg.prompt_field,
-                      cfg.completion_field, cfg.weight_field, cfg.max_length)
+        return digest(
+            "instruct-3",
+            self._texts.fingerprint,
+            self.template.text,
+            cfg.format,
+            cfg.prompt_field,
+            cfg.completion_field,
+            cfg.weight_field,
+            cfg.max_length,
+        )
 
     def encode(self, batch: list[tuple[str, dict]]) -> list[list[Example] | UserError]:
         rows = [self._pieces(where, record) for where, record in batch]
-        ids = iter(self._texts([piece for row in rows if isinstance(row, tuple) for piece in row[0]]))
+        ids = iter(
+            self._texts([piece for row in rows if isinstance(row, tuple) for piece in row[0]])
+        )
         results: list[list[Example] | UserError] = []
         for (where, _), row in zip(batch, rows, strict=True):
             if not isinstance(row, tuple):
@@ -80,9 +94,15 @@ class InstructEncoder:
             messages, scored = read
             refuse_eos(messages, self.template.eos, where)
             pieces = self.template.pieces(messages, where)
-            answers = [(m["content"], kept) for m, kept in zip(messages, scored, strict=True) if m["role"] == "assistant"]
-            marks = [_spread(kept, content, text) if isinstance(kept, list) else kept
-                     for (content, kept), text in zip(answers, pieces[1::2], strict=True)]
+            answers = [
+                (m["content"], kept)
+                for m, kept in zip(messages, scored, strict=True)
+                if m["role"] == "assistant"
+            ]
+            marks = [
+                _spread(kept, content, text) if isinstance(kept, list) else kept
+                for (content, kept), text in zip(answers, pieces[1::2], strict=True)
+            ]
             return pieces, marks
         except UserError as error:
             return error
@@ -91,23 +111,42 @@ class InstructEncoder:
         """Which ids of a completion, the closing eos included, are scored: those of whose characters all are."""
         if not isinstance(scored, list):
             return [True] * size
-        return [*(all(scored[first: max(behind, first + 1)]) for first, behind in self._texts.offsets(text)), scored[-1]]
+        return [
+            *(
+                all(scored[first : max(behind, first + 1)])
+                for first, behind in self._texts.offsets(text)
+            ),
+            scored[-1],
+        ]
 
     def _examples(self, where: str, turns: list[Turn]) -> list[Example] | UserError:
         if not turns[0][0]:
-            return UserError("the prompt is empty: the completion's first token would have nothing before it", where,
-                             "Text without prompts trains with task=clm.")
+            return UserError(
+                "the prompt is empty: the completion's first token would have nothing before it",
+                where,
+                "Text without prompts trains with task=clm.",
+            )
         longest = max(len(completion) for _, completion, _ in turns)
         if longest >= self.cfg.max_length:
-            return UserError(f"a completion has {longest} tokens with its eos; task.max_length = "
-                             f"{self.cfg.max_length} leaves {self.cfg.max_length - 1}", where,
-                             f"Shorten it, or raise task.max_length to {longest + 1} (2048 at most); {SKIP}")
-        ids = np.fromiter((i for prompt, completion, _ in turns for i in (*prompt, *completion)), np.int64)
-        scored = np.concatenate([[0] * len(prompt) + flags for prompt, _, flags in turns]).astype(np.int64)
+            return UserError(
+                f"a completion has {longest} tokens with its eos; task.max_length = "
+                f"{self.cfg.max_length} leaves {self.cfg.max_length - 1}",
+                where,
+                f"Shorten it, or raise task.max_length to {longest + 1} (2048 at most); {SKIP}",
+            )
+        ids = np.fromiter(
+            (i for prompt, completion, _ in turns for i in (*prompt, *completion)), np.int64
+        )
+        scored = np.concatenate([[0] * len(prompt) + flags for prompt, _, flags in turns]).astype(
+            np.int64
+        )
         ends = list(accumulate(len(prompt) + len(completion) for prompt, completion, _ in turns))
         cuts = windows(ends, self.cfg.max_length)
         before = [0, *(end for _, _, end in cuts)]
-        found = [_window(ids, scored, *cut, max(0, cut[0] - end)) for cut, end in zip(cuts, before, strict=False)]
+        found = [
+            _window(ids, scored, *cut, max(0, cut[0] - end))
+            for cut, end in zip(cuts, before, strict=False)
+        ]
         return [example | {"where": where.encode("utf-8", "backslashreplace")} for example in found]
 
 
@@ -118,7 +157,7 @@ def _spread(scored: list[bool], content: str, text: str) -> list[bool]:
     """
     kept = content.strip()
     first = len(content) - len(content.lstrip())
-    inner = scored[first: first + len(kept)]
+    inner = scored[first : first + len(kept)]
     at = text.find(kept)
     return [inner[0]] * at + inner + [inner[-1]] * (len(text) - at - len(kept))
 
@@ -140,7 +179,9 @@ def windows(ends: list[int], max_length: int) -> list[tuple[int, int, int]]:
     return found
 
 
-def chat_template_differs(tokenizer: PreTrainedTokenizerBase, template: Template, messages: list[Message]) -> str | None:
+def chat_template_differs(
+    tokenizer: PreTrainedTokenizerBase, template: Template, messages: list[Message]
+) -> str | None:
     """How `apply_chat_template` of an export's tokenizer departs from what training read; None where it does not.
 
     Compares the whole conversation and what stands before each answer. Where the texts are equal, ids can differ at the
@@ -150,25 +191,38 @@ def chat_template_differs(tokenizer: PreTrainedTokenizerBase, template: Template
     for kept, asks in [*((messages[:i], True) for i in ends), (messages[: ends[-1] + 1], False)]:
         trained = prompt_ids(template, tokenizer, kept)
         try:
-            there = cast(list, tokenizer.apply_chat_template(kept, add_generation_prompt=asks, return_dict=False))
+            there = cast(
+                list,
+                tokenizer.apply_chat_template(kept, add_generation_prompt=asks, return_dict=False),
+            )
         except RENDER_FAULTS as error:
             return f"an error ({error})"
         if there != trained:
-            at = next((n for n, (a, b) in enumerate(zip(trained, there, strict=False)) if a != b), 0)
-            ours, theirs = ([tokenizer.decode([i]) for i in ids[at: at + 3]] for ids in (trained, there))
+            at = next(
+                (n for n, (a, b) in enumerate(zip(trained, there, strict=False)) if a != b), 0
+            )
+            ours, theirs = (
+                [tokenizer.decode([i]) for i in ids[at : at + 3]] for ids in (trained, there)
+            )
             return f"{theirs} where training read {ours}"
     return None
 
 
-def prompt_ids(template: Template, tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message]) -> list[int]:
+def prompt_ids(
+    template: Template, tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message]
+) -> list[int]:
     """What a model reads before it answers: the ids that training put before a completion."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     pieces = tokenizer(template.pieces(messages, "prompt"), add_special_tokens=False)["input_ids"]
     eos = cast(int, tokenizer.eos_token_id)
-    return [i for n, piece in enumerate(cast(list, pieces)) for i in (*piece, *([eos] if n % 2 else []))]
+    return [
+        i for n, piece in enumerate(cast(list, pieces)) for i in (*piece, *([eos] if n % 2 else []))
+    ]
 
 
-def _window(ids: np.ndarray, scored: np.ndarray, begin: int, scored_from: int, end: int, lost: int) -> Example:
+def _window(
+    ids: np.ndarray, scored: np.ndarray, begin: int, scored_from: int, end: int, lost: int
+) -> Example:
     """`lost`: tokens in front of it that no example has."""
     flags = scored[begin:end].copy()
     flags[: max(0, scored_from - begin)] = 0
@@ -179,5 +233,8 @@ def refuse_eos(messages: list[Message], eos: str, where: str) -> None:
     """Raise UserError where a text holds the token that ends turns."""
     for message in messages:
         if eos and eos in message["content"]:
-            raise UserError(f"the {message['role']}'s text {shown(message['content'])} holds '{eos}', which ends turns",
-                            where, f"Remove it: it is added behind every completion; {SKIP}")
+            raise UserError(
+                f"the {message['role']}'s text {shown(message['content'])} holds '{eos}', which ends turns",
+                where,
+                f"Remove it: it is added behind every completion; {SKIP}",
+            )

@@ -47,16 +47,26 @@ class QaEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, cfg: QaConfig):
         self.cfg = cfg
         scalar, token = Column("scalar", "int32"), Column("token", "int32")
-        self.columns = {"ids": Column("token", ids_dtype(tokenizer)), "char_start": token, "char_end": token,
-                        "context_at": scalar, "start": scalar, "end": scalar, "window": scalar, "answers": scalar,
-                        "question": Column("blob", "uint8")}
+        self.columns = {
+            "ids": Column("token", ids_dtype(tokenizer)),
+            "char_start": token,
+            "char_end": token,
+            "context_at": scalar,
+            "start": scalar,
+            "end": scalar,
+            "window": scalar,
+            "answers": scalar,
+            "question": Column("blob", "uint8"),
+        }
         self._fingerprint = tokenizer_fingerprint(tokenizer)
         self._tokens = _OffsetTokenizer(tokenizer)
         self._eos = cast(int, tokenizer.eos_token_id)
         self._separator = self._tokens([SEPARATOR])[0].ids
 
     def fingerprint(self) -> str:
-        return digest("qa-4", self._fingerprint, self.cfg.max_length, self.cfg.stride, self.cfg.weight_field)
+        return digest(
+            "qa-4", self._fingerprint, self.cfg.max_length, self.cfg.stride, self.cfg.weight_field
+        )
 
     def encode(self, batch: list[tuple[str, dict]]) -> list[list[Example] | UserError]:
         return [self._row(where, record) for where, record in batch]
@@ -75,7 +85,9 @@ class QaEncoder:
         examples: list[Example] = []
         for question, tokens in zip(asked, self._tokens([q.question for q in asked]), strict=True):
             try:
-                examples += self._windows(question, [*tokens.ids, *self._separator], encoded[question.context])
+                examples += self._windows(
+                    question, [*tokens.ids, *self._separator], encoded[question.context]
+                )
             except UserError as error:
                 faults.append(error)
         return PartlyBad(examples, faults) if faults else examples
@@ -83,31 +95,61 @@ class QaEncoder:
     def _windows(self, question: Question, prefix: list[int], context: Any) -> list[Example]:
         ids, chars = context.ids, np.array(context.offsets, np.int32).reshape(-1, 2)
         room = self._room(question, prefix, len(ids))
-        spans = [token_span(chars, start + len(text) - len(text.lstrip()), start + len(text.rstrip()))
-                 for start, text in question.answers]
-        return [self._window(question, prefix, ids[begin: begin + room], chars[begin: begin + room], number,
-                             [(first - begin, last - begin) for first, last in spans])
-                for number, begin in enumerate(window_starts(len(ids), room, self.cfg.stride))]
+        spans = [
+            token_span(chars, start + len(text) - len(text.lstrip()), start + len(text.rstrip()))
+            for start, text in question.answers
+        ]
+        return [
+            self._window(
+                question,
+                prefix,
+                ids[begin : begin + room],
+                chars[begin : begin + room],
+                number,
+                [(first - begin, last - begin) for first, last in spans],
+            )
+            for number, begin in enumerate(window_starts(len(ids), room, self.cfg.stride))
+        ]
 
-    def _window(self, question: Question, prefix: list[int], ids: list[int], chars: np.ndarray, number: int,
-                spans: list[tuple[int, int]]) -> Example:
+    def _window(
+        self,
+        question: Question,
+        prefix: list[int],
+        ids: list[int],
+        chars: np.ndarray,
+        number: int,
+        spans: list[tuple[int, int]],
+    ) -> Example:
         at, size = len(prefix), len(prefix) + len(ids) + 1
         null = size - 1
-        start, end = next(((at + a, at + b) for a, b in spans if a >= 0 and b < len(ids)), (null, null))
+        start, end = next(
+            ((at + a, at + b) for a, b in spans if a >= 0 and b < len(ids)), (null, null)
+        )
         starts, ends = np.zeros(size, np.int32), np.zeros(size, np.int32)
         starts[at:null], ends[at:null] = chars[:, 0], chars[:, 1]
-        return {"ids": np.array([*prefix, *ids, self._eos]), "char_start": starts, "char_end": ends, "context_at": at,
-                "start": start, "end": end, "window": number, "answers": len(spans),
-                "question": b"" if number else _describe(question)}
+        return {
+            "ids": np.array([*prefix, *ids, self._eos]),
+            "char_start": starts,
+            "char_end": ends,
+            "context_at": at,
+            "start": start,
+            "end": end,
+            "window": number,
+            "answers": len(spans),
+            "question": b"" if number else _describe(question),
+        }
 
     def _room(self, question: Question, prefix: list[int], context_length: int) -> int:
         """Context tokens that fit beside the question and the null slot."""
         room = self.cfg.max_length - len(prefix) - 1
         if room < 1 or (context_length > room and room <= self.cfg.stride):
-            raise UserError(f"the question has {len(prefix) - len(self._separator)} tokens: task.max_length = "
-                            f"{self.cfg.max_length} leaves {max(0, room)} for the context, of which windows share "
-                            f"task.stride = {self.cfg.stride}", question.where,
-                            f"Shorten it, raise task.max_length (2048 at most) or lower task.stride; {SKIP}")
+            raise UserError(
+                f"the question has {len(prefix) - len(self._separator)} tokens: task.max_length = "
+                f"{self.cfg.max_length} leaves {max(0, room)} for the context, of which windows share "
+                f"task.stride = {self.cfg.stride}",
+                question.where,
+                f"Shorten it, raise task.max_length (2048 at most) or lower task.stride; {SKIP}",
+            )
         return room
 
 
@@ -144,5 +186,12 @@ def window_starts(length: int, room: int, stride: int) -> list[int]:
 
 
 def _describe(question: Question) -> bytes:
-    return json.dumps({"id": question.id, "where": question.where, "context": question.context,
-                       "answers": [text for _, text in question.answers]}, ensure_ascii=False).encode()
+    return json.dumps(
+        {
+            "id": question.id,
+            "where": question.where,
+            "context": question.context,
+            "answers": [text for _, text in question.answers],
+        },
+        ensure_ascii=False,
+    ).encode()

@@ -59,7 +59,9 @@ def parsed_cell(value: Any) -> Any:
     return value
 
 
-def counts(record: dict, weight_field: str | None, others: Sequence[str | None], where: str) -> bool:
+def counts(
+    record: dict, weight_field: str | None, others: Sequence[str | None], where: str
+) -> bool:
     """Tell whether a row takes part, by the training weight that it may carry: 1 does, 0 is left out.
 
     Args:
@@ -79,15 +81,18 @@ def counts(record: dict, weight_field: str | None, others: Sequence[str | None],
     if math.isnan(weight) or weight == 1:
         return True
     if weight != 0:
-        raise UserError(f"field '{weight_field}' is {value}: a row takes part (1) or is left out (0), losses are not "
-                        "weighed row by row", where,
-                        f"Write 0 or 1, or set task.weight_field=null if it is no training weight; {SKIP}")
+        raise UserError(
+            f"field '{weight_field}' is {value}: a row takes part (1) or is left out (0), losses are not "
+            "weighed row by row",
+            where,
+            f"Write 0 or 1, or set task.weight_field=null if it is no training weight; {SKIP}",
+        )
     return False
 
 
 def shown(text: str, length: int = 40) -> str:
     """A text as error messages quote it, cut in its middle."""
-    return repr(text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 2:]}")
+    return repr(text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 2 :]}")
 
 
 def digest(*parts: Any) -> str:

@@ -28,19 +28,47 @@ COMPRESSIONS = ("", ".gz", ".zst")
 SUFFIXES = (*(text + packed for text in TEXT_FORMATS for packed in COMPRESSIONS), ".parquet")
 KNOWN = f"Known are {' '.join(TEXT_FORMATS)}, each also with .gz or .zst behind it, and .parquet."
 
-METADATA = re.compile(r"(dataset_infos?|dataset_dict|state)\.json|(readme|licen[cs]e|notice)\.txt", re.IGNORECASE)
+METADATA = re.compile(
+    r"(dataset_infos?|dataset_dict|state)\.json|(readme|licen[cs]e|notice)\.txt", re.IGNORECASE
+)
 """Files of a known format that tell about the data."""
-BESIDE = re.compile(r"_.*|(readme|licen[cs]e|copying|notice|authors|citation|changelog|contributing|makefile|\w+sums?)(\..*)?"
-                    r"|.*\.(py|sh|ipynb|ya?ml|toml|md5|sha\d+|crc|sig|asc|lock)", re.IGNORECASE)
+BESIDE = re.compile(
+    r"_.*|(readme|licen[cs]e|copying|notice|authors|citation|changelog|contributing|makefile|\w+sums?)(\..*)?"
+    r"|.*\.(py|sh|ipynb|ya?ml|toml|md5|sha\d+|crc|sig|asc|lock)",
+    re.IGNORECASE,
+)
 """Files of unknown format that commonly lie beside data: left out without a word."""
 NO_DATA_FOLDERS = {"__MACOSX", "__pycache__", "_delta_log", "_temporary"}
-HELD_OUT = re.compile(r"(^|[/_.-])(test|eval|evaluation|val|valid|validation|dev|held_?out)([/_.-]|\d|$)", re.IGNORECASE)
+HELD_OUT = re.compile(
+    r"(^|[/_.-])(test|eval|evaluation|val|valid|validation|dev|held_?out)([/_.-]|\d|$)",
+    re.IGNORECASE,
+)
 SIGNATURES = [
-    (b"PK\x03\x04", "a zip archive or an Excel workbook", "Unpack it: unzip {}; save a workbook as CSV."),
-    (b"BZh", "a bzip2 archive", "Unpack it: bzip2 -dc < {} > {}.unpacked, and name it after its format."),
-    (b"\xfd7zXZ\0", "an xz archive", "Unpack it: xz -dc < {} > {}.unpacked, and name it after its format."),
-    (b"ARROW1", "an Arrow file", "Give the folder that `save_to_disk` made, or write it as .parquet."),
-    (b"SQLite format 3", "an SQLite database", "Export its table: sqlite3 -header -csv {} 'select * from TABLE' > table.csv"),
+    (
+        b"PK\x03\x04",
+        "a zip archive or an Excel workbook",
+        "Unpack it: unzip {}; save a workbook as CSV.",
+    ),
+    (
+        b"BZh",
+        "a bzip2 archive",
+        "Unpack it: bzip2 -dc < {} > {}.unpacked, and name it after its format.",
+    ),
+    (
+        b"\xfd7zXZ\0",
+        "an xz archive",
+        "Unpack it: xz -dc < {} > {}.unpacked, and name it after its format.",
+    ),
+    (
+        b"ARROW1",
+        "an Arrow file",
+        "Give the folder that `save_to_disk` made, or write it as .parquet.",
+    ),
+    (
+        b"SQLite format 3",
+        "an SQLite database",
+        "Export its table: sqlite3 -header -csv {} 'select * from TABLE' > table.csv",
+    ),
 ]
 PARQUET = b"PAR1"
 FULL_HASH_BYTES = 64 << 20
@@ -71,12 +99,18 @@ def find_files(spec: str) -> Files | None:
         files = _in_directory(path)
     elif path.exists():
         files = Files([path], chosen=True)
-    elif glob.has_magic(spec) and (matches := sorted(p for p in map(Path, glob.glob(spec, recursive=True)) if p.is_file())):
+    elif glob.has_magic(spec) and (
+        matches := sorted(p for p in map(Path, glob.glob(spec, recursive=True)) if p.is_file())
+    ):
         files = _sorted_out(matches, spec)
     elif "," in spec:
         files = _listed(spec)
     elif glob.has_magic(spec):
-        raise UserError("no file matches this pattern", spec, "Quote it against the shell: 'data.train=corpus/*.jsonl'")
+        raise UserError(
+            "no file matches this pattern",
+            spec,
+            "Quote it against the shell: 'data.train=corpus/*.jsonl'",
+        )
     else:
         return None
     for file in files.paths:
@@ -89,7 +123,9 @@ def find_files(spec: str) -> Files | None:
 def suffix(path: Path) -> str | None:
     """The known format suffix of a file name, e.g. `.jsonl.zst`."""
     name = path.name.lower()
-    return next((known for known in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(known)), None)
+    return next(
+        (known for known in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(known)), None
+    )
 
 
 def notes_on(files: Files, training: bool) -> list[str]:
@@ -97,34 +133,49 @@ def notes_on(files: Files, training: bool) -> list[str]:
     notes = []
     if files.left_out:
         kinds = " ".join(sorted({path.suffix or "no suffix" for path in files.left_out}))
-        notes.append(f"left out, of unknown format ({kinds}): {_count(files.left_out)}, {_names(files.left_out)}")
+        notes.append(
+            f"left out, of unknown format ({kinds}): {_count(files.left_out)}, {_names(files.left_out)}"
+        )
     for same in _same_content(files.paths):
         if same[0].stat().st_size:
             notes.append(f"read although their content is the same: {_count(same)}, {_names(same)}")
     by_stem: dict[str, set[str]] = {}
     for path in files.paths:
         by_stem.setdefault(str(path)[: -len(suffix(path) or "")], set()).add(suffix(path) or "")
-    several = [f"{stem}{{{','.join(sorted(kinds))}}}" for stem, kinds in by_stem.items() if len(kinds) > 1]
+    several = [
+        f"{stem}{{{','.join(sorted(kinds))}}}" for stem, kinds in by_stem.items() if len(kinds) > 1
+    ]
     if several:
-        notes.append(f"read although the same name is there in several formats: {', '.join(several[:5])}")
+        notes.append(
+            f"read although the same name is there in several formats: {', '.join(several[:5])}"
+        )
     if training and not files.chosen:
         root = os.path.commonpath([path.parent for path in files.paths])
         held_out = [path for path in files.paths if HELD_OUT.search(str(path.relative_to(root)))]
         if held_out and len(held_out) < len(files.paths):
-            notes.append(f"trained on although named like held-out data: {_count(held_out)}, {_names(held_out)}; "
-                         "name the training files alone to leave them out")
+            notes.append(
+                f"trained on although named like held-out data: {_count(held_out)}, {_names(held_out)}; "
+                "name the training files alone to leave them out"
+            )
     return notes
 
 
 def shared(train: Files, held_out: Files) -> list[str]:
     """A note where files of the evaluation are training files too, by path or by content."""
     trained = set(train.paths)
-    same = {path for group in _same_content([*train.paths, *held_out.paths]) if trained & set(group) for path in group}
+    same = {
+        path
+        for group in _same_content([*train.paths, *held_out.paths])
+        if trained & set(group)
+        for path in group
+    }
     both = [path for path in held_out.paths if path in trained or path in same]
     if not both:
         return []
-    return [f"trained on as well: {len(both)} of {_count(held_out.paths)}, {_names(both)}; "
-            "figures on these rows tell how well the model remembers them, not how well it does on new ones"]
+    return [
+        f"trained on as well: {len(both)} of {_count(held_out.paths)}, {_names(both)}; "
+        "figures on these rows tell how well the model remembers them, not how well it does on new ones"
+    ]
 
 
 def nearby(path: Path) -> str:
@@ -133,7 +184,9 @@ def nearby(path: Path) -> str:
     if not folder.is_dir():
         return f"The directory {folder} does not exist either."
     names = sorted(p.name for p in folder.iterdir() if suffix(p))
-    close = max(names, key=lambda name: SequenceMatcher(None, name, path.name).ratio(), default=None)
+    close = max(
+        names, key=lambda name: SequenceMatcher(None, name, path.name).ratio(), default=None
+    )
     return f"Nearest in {folder}: {close}" if close else f"{folder} holds no data file."
 
 
@@ -143,12 +196,18 @@ def address_error(spec: str) -> UserError:
     remedy = f"Copy it to this machine and give the file. {KNOWN}"
     if scheme == "file":
         remedy = f"Try data.train=/{rest.partition('/')[2]}"
-    elif scheme == "hf" or (id_ := re.fullmatch(r"(www\.)?huggingface\.co/datasets/([\w.-]+/[\w.-]+?)/?", rest)):
+    elif scheme == "hf" or (
+        id_ := re.fullmatch(r"(www\.)?huggingface\.co/datasets/([\w.-]+/[\w.-]+?)/?", rest)
+    ):
         name = re.sub(r"^datasets/", "", rest) if scheme == "hf" else id_[2]
         remedy = f"Try data.train={'/'.join(name.split('/')[:2])}"
     elif scheme in ("http", "https"):
         # A page of these two shows a file; the file itself has another address.
-        direct = re.sub(r"(huggingface\.co/.*?)/blob/", r"\1/resolve/", re.sub(r"(github\.com/.*?)/blob/", r"\1/raw/", spec))
+        direct = re.sub(
+            r"(huggingface\.co/.*?)/blob/",
+            r"\1/resolve/",
+            re.sub(r"(github\.com/.*?)/blob/", r"\1/raw/", spec),
+        )
         name = Path(rest.partition("?")[0]).name or "data.jsonl"
         remedy = f"Download it: curl -fL -o {shlex.quote(name)} {shlex.quote(direct)}\n  Then data.train={name}"
     return UserError("this is an address; data are read from files on this machine", spec, remedy)
@@ -158,8 +217,12 @@ def identity(path: Path) -> list:
     """Changes whenever a file does: path, size, time of change and a hash of its content or its two ends."""
     try:
         status = path.stat()
-        return [str(path.absolute()), status.st_size, status.st_mtime_ns,
-                _sample_hash(path, status.st_size, status.st_ctime_ns)]
+        return [
+            str(path.absolute()),
+            status.st_size,
+            status.st_mtime_ns,
+            _sample_hash(path, status.st_size, status.st_ctime_ns),
+        ]
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror or error}", str(path)) from None
 
@@ -170,7 +233,9 @@ def check_format(path: Path) -> None:
         UserError: the file's name ends with none of the known suffixes.
     """
     if suffix(path) is None:
-        raise UserError(f"unknown format '{''.join(path.suffixes[-2:]) or 'no suffix'}'", str(path), KNOWN)
+        raise UserError(
+            f"unknown format '{''.join(path.suffixes[-2:]) or 'no suffix'}'", str(path), KNOWN
+        )
 
 
 def _in_directory(path: Path) -> Files:
@@ -180,12 +245,18 @@ def _in_directory(path: Path) -> Files:
 def _sorted_out(paths: list[Path], spec: str) -> Files:
     """The data among files that no one named one by one."""
     data = [path for path in paths if suffix(path) and not METADATA.fullmatch(path.name)]
-    unknown = [path for path in paths if not suffix(path) and not BESIDE.fullmatch(path.name) and path.name[0] != "."]
+    unknown = [
+        path
+        for path in paths
+        if not suffix(path) and not BESIDE.fullmatch(path.name) and path.name[0] != "."
+    ]
     if data:
         return Files(data, unknown)
     if unknown and glob.has_magic(spec):
         check_format(unknown[0])
-    raise UserError(f"no data file in this directory or below ({len(paths)} other entries)", spec, KNOWN)
+    raise UserError(
+        f"no data file in this directory or below ({len(paths)} other entries)", spec, KNOWN
+    )
 
 
 def _entries(folder: Path) -> Iterator[Path]:
@@ -197,14 +268,24 @@ def _entries(folder: Path) -> Iterator[Path]:
     seen = set()
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in NO_DATA_FOLDERS)
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and name not in NO_DATA_FOLDERS
+        )
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
         if hub_datasets.is_saved_dataset(Path(root)):
-            raise UserError("a `datasets` folder lies in this directory", root, f"Name it itself: data.train={root}")
-        yield from (path for name in files if not name.startswith(".") and (path := Path(root) / name).is_file())
+            raise UserError(
+                "a `datasets` folder lies in this directory",
+                root,
+                f"Name it itself: data.train={root}",
+            )
+        yield from (
+            path
+            for name in files
+            if not name.startswith(".") and (path := Path(root) / name).is_file()
+        )
 
 
 def _listed(spec: str) -> Files:
@@ -213,14 +294,21 @@ def _listed(spec: str) -> Files:
     for part in filter(None, map(str.strip, spec.split(","))):
         files = find_files(part)
         if files is None:
-            raise UserError(f"there is no such file or directory: {part}", spec,
-                            f"{nearby(Path(os.path.expanduser(resolve(part))))} Commas separate several files.")
+            raise UserError(
+                f"there is no such file or directory: {part}",
+                spec,
+                f"{nearby(Path(os.path.expanduser(resolve(part))))} Commas separate several files.",
+            )
         together.paths += files.paths
         together.left_out += files.left_out
         together.chosen = together.chosen and files.chosen
     twice = sorted({str(path) for path in together.paths if together.paths.count(path) > 1})
     if twice or not together.paths:
-        raise UserError(f"{twice[0]} is named twice" if twice else "no file is named", spec, "Name each file once.")
+        raise UserError(
+            f"{twice[0]} is named twice" if twice else "no file is named",
+            spec,
+            "Name each file once.",
+        )
     return together
 
 
@@ -235,12 +323,18 @@ def _refuse_content(path: Path) -> None:
     head = head_of(path)
     for start, kind, remedy in SIGNATURES:
         if head.startswith(start):
-            raise UserError(f"this file is {kind}, not {suffix(path)}", str(path),
-                            remedy.replace("{}", shlex.quote(str(path))))
+            raise UserError(
+                f"this file is {kind}, not {suffix(path)}",
+                str(path),
+                remedy.replace("{}", shlex.quote(str(path))),
+            )
     page = re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html)\b", head, re.IGNORECASE)
     if page and not (suffix(path) or "").startswith(".txt"):
-        raise UserError("this file is a web page (HTML), not data", str(path),
-                        "Download the file itself, not the page that shows it.")
+        raise UserError(
+            "this file is a web page (HTML), not data",
+            str(path),
+            "Download the file itself, not the page that shows it.",
+        )
 
 
 def _refuse_packed_twice(paths: list[Path]) -> None:
@@ -250,9 +344,12 @@ def _refuse_packed_twice(paths: list[Path]) -> None:
         name = re.sub(r"\.(gz|zst)$", "", str(path), flags=re.IGNORECASE)
         if name in plain:
             one, other = plain[name], path
-            raise UserError(f"{one.name} and {other.name} are probably the same data, which would be read twice",
-                            str(path.parent), f"Keep one of them here, e.g.: mv {shlex.quote(str(other))} "
-                            f"{shlex.quote(str(other) + '.bak')}")
+            raise UserError(
+                f"{one.name} and {other.name} are probably the same data, which would be read twice",
+                str(path.parent),
+                f"Keep one of them here, e.g.: mv {shlex.quote(str(other))} "
+                f"{shlex.quote(str(other) + '.bak')}",
+            )
         plain[name] = path
 
 

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any, Union
 
 from finetune.data.compressed_files import BrokenStream, Count, show_line
-from finetune.data.utf8 import DEFAULTS, SKIP, FileOptions, Line, broken_file, invalid_utf8, lines, text_chunks
+from finetune.data.utf8 import (
+    DEFAULTS,
+    SKIP,
+    FileOptions,
+    Line,
+    broken_file,
+    invalid_utf8,
+    lines,
+    text_chunks,
+)
 from finetune.errors import UserError
 
 Row = Union[tuple[str, dict], UserError]
@@ -24,7 +33,9 @@ DOCUMENT_BYTES = 32 << 20
 PARQUET_ROWS = 256
 
 
-def jsonl_rows(path: Path, count: Count | None = None, options: FileOptions = DEFAULTS) -> Iterator[Row]:
+def jsonl_rows(
+    path: Path, count: Count | None = None, options: FileOptions = DEFAULTS
+) -> Iterator[Row]:
     for line in lines(path, count, options.encoding):
         if line.data and not line.data.isspace():
             yield parse_line(path, line)
@@ -37,26 +48,39 @@ def parse_line(path: Path, line: Line) -> Row:
     except UnicodeDecodeError as error:
         return invalid_utf8(path, where, error)
     except (ValueError, RecursionError) as error:
-        cut = "" if line.complete else "; the line has no newline, so the file may have been cut off"
-        return UserError(f"broken JSON: {_json_fault(error)}{cut}", where, f"Fix it ({show_line(path, line.number)}); {SKIP}")
+        cut = (
+            "" if line.complete else "; the line has no newline, so the file may have been cut off"
+        )
+        return UserError(
+            f"broken JSON: {_json_fault(error)}{cut}",
+            where,
+            f"Fix it ({show_line(path, line.number)}); {SKIP}",
+        )
     return check_object(record, where, surrogates=b"\\u" in line.data)
 
 
 def check_object(record: Any, where: str, surrogates: bool = True) -> Row:
     """The row, if it is an object whose strings are valid Unicode (JSON may escape half a surrogate pair)."""
     if not isinstance(record, dict):
-        return UserError(f"the row is {json_type(record)}, not an object", where,
-                         f'Each row must look like {{"text": "..."}}; {SKIP}')
+        return UserError(
+            f"the row is {json_type(record)}, not an object",
+            where,
+            f'Each row must look like {{"text": "..."}}; {SKIP}',
+        )
     try:
         if surrogates:
             json.dumps(record, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])
-        return UserError(f"a string holds half a surrogate pair ({half}), which is no character", where, SKIP)
+        return UserError(
+            f"a string holds half a surrogate pair ({half}), which is no character", where, SKIP
+        )
     return where, record
 
 
-def txt_rows(path: Path, count: Count | None = None, options: FileOptions = DEFAULTS) -> Iterator[Row]:
+def txt_rows(
+    path: Path, count: Count | None = None, options: FileOptions = DEFAULTS
+) -> Iterator[Row]:
     """The file as one document, or documents of at most about 32 MiB that end at a newline; white space is none."""
     parts: list[bytes] = []
     size, good, start = 0, 0, 1
@@ -65,7 +89,9 @@ def txt_rows(path: Path, count: Count | None = None, options: FileOptions = DEFA
             good += chunk.count(b"\n")
             parts.append(chunk)
             size += len(chunk)
-            if size >= DOCUMENT_BYTES and (cut := chunk.rfind(b"\n") + 1 or _character_start(chunk)):
+            if size >= DOCUMENT_BYTES and (
+                cut := chunk.rfind(b"\n") + 1 or _character_start(chunk)
+            ):
                 parts[-1] = chunk[:cut]
                 document = b"".join(parts)
                 yield _document(path, document, start)
@@ -77,7 +103,9 @@ def txt_rows(path: Path, count: Count | None = None, options: FileOptions = DEFA
         yield _document(path, b"".join(parts), start)
 
 
-def parquet_rows(path: Path, count: Count | None = None, options: FileOptions = DEFAULTS) -> Iterator[Row]:
+def parquet_rows(
+    path: Path, count: Count | None = None, options: FileOptions = DEFAULTS
+) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -92,8 +120,11 @@ def parquet_rows(path: Path, count: Count | None = None, options: FileOptions = 
                 index += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).split("\n")[0]
-        raise UserError(f"not a readable parquet file ({reason}); {index} rows were read", str(path),
-                        "Download or copy it again and compare its size with the source.") from None
+        raise UserError(
+            f"not a readable parquet file ({reason}); {index} rows were read",
+            str(path),
+            "Download or copy it again and compare its size with the source.",
+        ) from None
 
 
 def arrow_rows(batch: Any, name: str, start: int) -> Iterator[Row]:
@@ -104,7 +135,11 @@ def arrow_rows(batch: Any, name: str, start: int) -> Iterator[Row]:
     binary = any("binary" in str(column.type) for column in batch.schema)
     try:
         records = batch.to_pylist()
-    except (ValueError, OverflowError, KeyError):  # invalid UTF-8; dates and time zones that Python does not know
+    except (
+        ValueError,
+        OverflowError,
+        KeyError,
+    ):  # invalid UTF-8; dates and time zones that Python does not know
         records = [_arrow_row(batch, i, f"{name}[{start + i}]") for i in range(batch.num_rows)]
     for i, record in enumerate(records):
         if isinstance(record, UserError):
@@ -127,8 +162,16 @@ def _with_text(value: Any) -> Any:
 
 def json_type(value: Any) -> str:
     """A value's type in JSON's words."""
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "an array",
-             dict: "an object", bytes: "bytes that are no UTF-8 text", type(None): "null"}
+    names = {
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "an array",
+        dict: "an object",
+        bytes: "bytes that are no UTF-8 text",
+        type(None): "null",
+    }
     return names.get(type(value), type(value).__name__)
 
 
@@ -157,10 +200,15 @@ def _arrow_row(batch: Any, i: int, where: str) -> dict | UserError:
     try:
         return batch.slice(i, 1).to_pylist()[0]
     except UnicodeDecodeError as error:
-        return UserError(f"a string column holds invalid UTF-8: byte 0x{error.object[error.start]:02x}", where,
-                         f"Write the file again with valid text in it; {SKIP}")
+        return UserError(
+            f"a string column holds invalid UTF-8: byte 0x{error.object[error.start]:02x}",
+            where,
+            f"Write the file again with valid text in it; {SKIP}",
+        )
     except (ValueError, OverflowError, KeyError) as error:
-        return UserError(f"a value cannot be read ({error})", where, f"Fix or drop the column; {SKIP}")
+        return UserError(
+            f"a value cannot be read ({error})", where, f"Fix or drop the column; {SKIP}"
+        )
 
 
 Reader = Callable[[Path, Union[Count, None], FileOptions], Iterator[Row]]

@@ -41,10 +41,16 @@ class DatasetSource:
 
     def __init__(self, spec: str, split: str, config: str | None = None):
         self.spec = spec
-        self.dataset = _from_disk(spec, split) if Path(spec).exists() else _from_hub(spec, split, config)
+        self.dataset = (
+            _from_disk(spec, split) if Path(spec).exists() else _from_hub(spec, split, config)
+        )
         if len(self.dataset) == 0:
             raise UserError(f"split '{split}' is empty", spec)
-        self._names = {name: names for name, feature in self.dataset.features.items() if (names := _class_names(feature))}
+        self._names = {
+            name: names
+            for name, feature in self.dataset.features.items()
+            if (names := _class_names(feature))
+        }
         self.dataset = self.dataset.with_format("arrow")
         self.total_bytes = max(1, int(self.dataset.data.nbytes))
         self.identity = [spec, split, self.dataset._fingerprint, len(self.dataset)]
@@ -88,8 +94,12 @@ def _from_disk(spec: str, split: str) -> Any:
 
     try:
         loaded = load_from_disk(spec)
-    except Exception as error:  # pyarrow, json, OSError and KeyError all appear for a damaged folder
-        raise UserError(f"this datasets folder cannot be opened ({_first_line(error)})", spec) from None
+    except (
+        Exception
+    ) as error:  # pyarrow, json, OSError and KeyError all appear for a damaged folder
+        raise UserError(
+            f"this datasets folder cannot be opened ({_first_line(error)})", spec
+        ) from None
     if not isinstance(loaded, DatasetDict):
         return loaded
     if split not in loaded:
@@ -107,11 +117,17 @@ def _from_hub(spec: str, split: str, config: str | None) -> Any:
     except Exception as error:  # the hub's, requests' and datasets' classes have no common base
         if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
             reason = " ".join(str(error).split())
-            raise UserError(f"this data set has several configurations, or not this one ({reason[:300]})", spec,
-                            "Try data.config=NAME.") from None
+            raise UserError(
+                f"this data set has several configurations, or not this one ({reason[:300]})",
+                spec,
+                "Try data.config=NAME.",
+            ) from None
         if "Unknown split" in str(error):
-            raise UserError(f"there is no split '{split}' ({_first_line(error)})", spec,
-                            "Try data.split=... (training) or data.eval_split=... (evaluation).") from None
+            raise UserError(
+                f"there is no split '{split}' ({_first_line(error)})",
+                spec,
+                "Try data.split=... (training) or data.eval_split=... (evaluation).",
+            ) from None
         raise _hub_error(spec, error, offline, reachable) from None
 
 
@@ -140,8 +156,11 @@ def _reachable() -> bool:
         return True
     url = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     answers: list[bool] = []
-    probe = Thread(target=_connect, args=(url.hostname, url.port or (80 if url.scheme == "http" else 443), answers),
-                   daemon=True)
+    probe = Thread(
+        target=_connect,
+        args=(url.hostname, url.port or (80 if url.scheme == "http" else 443), answers),
+        daemon=True,
+    )
     probe.start()
     probe.join(PROBE_SECONDS + 1)
     return bool(answers)
@@ -157,18 +176,31 @@ def _connect(host: str, port: int, answers: list[bool]) -> None:
 
 def _hub_error(spec: str, error: Exception, offline: str | None, reachable: bool) -> UserError:
     if offline:
-        return UserError(f"there is no such file here, and as a hub id it is not in the cache while {offline} is set",
-                         spec, f"Unset {offline}, or: {LOCAL}")
+        return UserError(
+            f"there is no such file here, and as a hub id it is not in the cache while {offline} is set",
+            spec,
+            f"Unset {offline}, or: {LOCAL}",
+        )
     if not reachable:
-        return UserError("there is no such file here, and the Hugging Face hub cannot be reached to look for it there",
-                         spec, LOCAL)
-    return UserError(f"there is no such file here, and the hub has no such data set ({_first_line(error)})", spec,
-                     "Check the spelling; private data sets need `hf auth login`.")
+        return UserError(
+            "there is no such file here, and the Hugging Face hub cannot be reached to look for it there",
+            spec,
+            LOCAL,
+        )
+    return UserError(
+        f"there is no such file here, and the hub has no such data set ({_first_line(error)})",
+        spec,
+        "Check the spelling; private data sets need `hf auth login`.",
+    )
 
 
 def _no_split(spec: str, split: str, splits: list[str]) -> UserError:
     key = "data.split" if split != "validation" else "data.eval_split"
-    return UserError(f"there is no split '{split}'; there is {', '.join(splits)}", spec, f"Try {key}={splits[0]}.")
+    return UserError(
+        f"there is no split '{split}'; there is {', '.join(splits)}",
+        spec,
+        f"Try {key}={splits[0]}.",
+    )
 
 
 def _first_line(error: Exception) -> str:

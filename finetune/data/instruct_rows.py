@@ -30,8 +30,17 @@ from finetune.data.utf8 import SKIP
 from finetune.errors import UserError
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-                  "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant"}
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+}
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython", "environment")
 LAYOUTS = "prompt, messages, alpaca and sharegpt"
 TRAINED = ("weight", "train", "training", "trainable", "loss", "loss_mask")
@@ -40,7 +49,9 @@ MASKED = ("masked",)
 """Marks that say 1 or true where a turn is not scored: torchtune's."""
 DETAILS = ("train_detail", "training_detail")
 """Axolotl's marks of parts of a turn: [{"begin_offset", "end_offset", "train"}, ..], both ends included, in characters."""
-LIKE_A_MARK = re.compile(r"(^|_)(weights?|train|trained|training|trainable|loss|losses|mask|masked|masking)(_|$)")
+LIKE_A_MARK = re.compile(
+    r"(^|_)(weights?|train|trained|training|trainable|loss|losses|mask|masked|masking)(_|$)"
+)
 SCORED = "scored"
 """Key of a read message that carries its mark, until `conversation` takes it out."""
 
@@ -49,7 +60,9 @@ Scored = Union[bool, list[bool]]
 """Whether a turn is scored; or which characters of its content are."""
 
 
-def conversation(record: dict, where: str, cfg: InstructConfig) -> tuple[list[Message], list[Scored]] | None:
+def conversation(
+    record: dict, where: str, cfg: InstructConfig
+) -> tuple[list[Message], list[Scored]] | None:
     """The row's messages, the last of them a scored one of the assistant, and which are scored.
 
     Returns:
@@ -66,13 +79,20 @@ def conversation(record: dict, where: str, cfg: InstructConfig) -> tuple[list[Me
         return None
     messages = READERS[layout](record, where, cfg)
     if all(message["role"] != "assistant" for message in messages):
-        raise UserError("the conversation has no turn of the assistant: nothing can be scored", where, MEND)
+        raise UserError(
+            "the conversation has no turn of the assistant: nothing can be scored", where, MEND
+        )
     _check_order(messages, where)
     marks = [message.pop(SCORED, True) for message in messages]
-    scored: list[Scored] = [mark if m["role"] == "assistant" else False for m, mark in zip(messages, marks, strict=True)]
+    scored: list[Scored] = [
+        mark if m["role"] == "assistant" else False for m, mark in zip(messages, marks, strict=True)
+    ]
     if not any(scored):
-        raise UserError("no turn of the conversation is scored: all of the assistant's are marked as left out", where,
-                        f"Mark one of them with \"weight\": 1; {SKIP}")
+        raise UserError(
+            "no turn of the conversation is scored: all of the assistant's are marked as left out",
+            where,
+            f'Mark one of them with "weight": 1; {SKIP}',
+        )
     last = max(i for i, kept in enumerate(scored) if kept)
     return messages[: last + 1], scored[: last + 1]
 
@@ -88,9 +108,21 @@ def question(record: dict, where: str, cfg: InstructConfig) -> str | list[Messag
         UserError: the row asks nothing, or breaks its layout's rules.
     """
     layout = layout_of(record, cfg) if cfg.format == "auto" else cfg.format
-    asks = {"messages": "messages", "sharegpt": "conversations", "alpaca": "instruction", "prompt": cfg.prompt_field}
+    asks = {
+        "messages": "messages",
+        "sharegpt": "conversations",
+        "alpaca": "instruction",
+        "prompt": cfg.prompt_field,
+    }
     if layout is None or get_field(record, asks[layout]) in (MISSING, None):
-        layout = next((name for name, field in asks.items() if get_field(record, field) not in (MISSING, None)), "prompt")
+        layout = next(
+            (
+                name
+                for name, field in asks.items()
+                if get_field(record, field) not in (MISSING, None)
+            ),
+            "prompt",
+        )
     if layout == "alpaca":
         messages = [*_system(record, where), _instruction(record, where)]
     elif layout == "prompt":
@@ -107,8 +139,11 @@ def question(record: dict, where: str, cfg: InstructConfig) -> str | list[Messag
         message.pop(SCORED, None)
     _check_order(messages, where)
     if messages[-1]["role"] != "user":
-        raise UserError("the conversation ends with the assistant: it asks nothing", where,
-                        "Leave out the assistant's last turn.")
+        raise UserError(
+            "the conversation ends with the assistant: it asks nothing",
+            where,
+            "Leave out the assistant's last turn.",
+        )
     return messages[0]["content"] if len(messages) == 1 and "input" not in messages[0] else messages
 
 
@@ -119,8 +154,12 @@ def check_format(name: str) -> None:
 
 def layout_of(record: dict, cfg: InstructConfig) -> str | None:
     """The first layout all of whose fields the row has, better not as null: tables of mixed rows fill gaps with it."""
-    fields = {"prompt": (cfg.prompt_field, cfg.completion_field), "messages": ("messages",),
-              "sharegpt": ("conversations",), "alpaca": ("instruction", "output")}
+    fields = {
+        "prompt": (cfg.prompt_field, cfg.completion_field),
+        "messages": ("messages",),
+        "sharegpt": ("conversations",),
+        "alpaca": ("instruction", "output"),
+    }
     for absent in ((MISSING, None), (MISSING,)):
         for name, needed in fields.items():
             if not any(get_field(record, field) in absent for field in needed):
@@ -130,19 +169,33 @@ def layout_of(record: dict, cfg: InstructConfig) -> str | None:
 
 def _unknown_layout(record: dict, where: str, cfg: InstructConfig) -> UserError:
     present = ", ".join(f"'{name}'" for name in list(record)[:12]) or "no field at all"
-    prompt = next((n for n in ("prompt", "instruction", "question", "input") if n in record), "FIELD")
-    completion = next((n for n in ("completion", "response", "answer", "output") if n in record), "FIELD")
-    return UserError(f"the row is none of {LAYOUTS}; it has {present}", where,
-                     f"Try task.format=prompt task.prompt_field={prompt} task.completion_field={completion}.")
+    prompt = next(
+        (n for n in ("prompt", "instruction", "question", "input") if n in record), "FIELD"
+    )
+    completion = next(
+        (n for n in ("completion", "response", "answer", "output") if n in record), "FIELD"
+    )
+    return UserError(
+        f"the row is none of {LAYOUTS}; it has {present}",
+        where,
+        f"Try task.format=prompt task.prompt_field={prompt} task.completion_field={completion}.",
+    )
 
 
 def _prompt(record: dict, where: str, cfg: InstructConfig) -> list[Message]:
-    parts = [(field, parsed_cell(get_field(record, field))) for field in (cfg.prompt_field, cfg.completion_field)]
+    parts = [
+        (field, parsed_cell(get_field(record, field)))
+        for field in (cfg.prompt_field, cfg.completion_field)
+    ]
     if all(_are_turns(value) for _, value in parts):
-        turns = [message for field, value in parts for message in _list(value, field, where, "role")]
+        turns = [
+            message for field, value in parts for message in _list(value, field, where, "role")
+        ]
         return _with_system(record, turns, where)
     prompt = text_field(record, cfg.prompt_field, where, "task.prompt_field")
-    return _system(record, where) + _pair(prompt, text_field(record, cfg.completion_field, where, "task.completion_field"))
+    return _system(record, where) + _pair(
+        prompt, text_field(record, cfg.completion_field, where, "task.completion_field")
+    )
 
 
 def _alpaca(record: dict, where: str, cfg: InstructConfig) -> list[Message]:
@@ -155,18 +208,31 @@ def _instruction(record: dict, where: str) -> Message:
     """The user's turn of an alpaca row."""
     instruction = text_field(record, "instruction", where, "task.format=prompt task.prompt_field")
     if record.get("history"):
-        raise UserError("field 'history' holds earlier turns, which the layout alpaca has no place for", where,
-                        f"Write the conversation as messages; {SKIP}")
+        raise UserError(
+            "field 'history' holds earlier turns, which the layout alpaca has no place for",
+            where,
+            f"Write the conversation as messages; {SKIP}",
+        )
     extra = record.get("input")
     if extra is not None and not isinstance(extra, str):
         raise UserError(f"field 'input' is {json_type(extra)}, not a string", where, MEND)
     if not extra or not extra.strip():
         return {"role": "user", "content": instruction}
-    return {"role": "user", "content": f"{instruction}\n\n{extra}", "instruction": instruction, "input": extra}
+    return {
+        "role": "user",
+        "content": f"{instruction}\n\n{extra}",
+        "instruction": instruction,
+        "input": extra,
+    }
 
 
 def _are_turns(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and any(key in value[0] for key in STYLES)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and isinstance(value[0], dict)
+        and any(key in value[0] for key in STYLES)
+    )
 
 
 def _with_system(record: dict, turns: list[Message], where: str) -> list[Message]:
@@ -198,7 +264,9 @@ def _turns(record: dict, where: str, field: str, style: str) -> list[Message]:
     turns = record.get(field, MISSING)
     if turns is MISSING:
         present = ", ".join(f"'{name}'" for name in list(record)[:12])
-        raise UserError(f"field '{field}' is missing; this record has {present}", where, "Try task.format=auto.")
+        raise UserError(
+            f"field '{field}' is missing; this record has {present}", where, "Try task.format=auto."
+        )
     return _list(turns, field, where, style)
 
 
@@ -216,7 +284,14 @@ def _list(turns: Any, field: str, where: str, style: str) -> list[Message]:
 def _turn(turn: Any, name: str, where: str, style: str) -> Message:
     if not isinstance(turn, dict):
         raise UserError(f"{name} is {json_type(turn)}, not an object", where, MEND)
-    style = next((key for key, (text_key, _) in STYLES.items() if turn.get(key) is not None and text_key in turn), style)
+    style = next(
+        (
+            key
+            for key, (text_key, _) in STYLES.items()
+            if turn.get(key) is not None and text_key in turn
+        ),
+        style,
+    )
     text_key, roles = STYLES[style]
     missing = [key for key in (style, text_key) if key not in turn]
     if missing:
@@ -224,15 +299,23 @@ def _turn(turn: Any, name: str, where: str, style: str) -> Message:
         raise UserError(f"{name} has no '{missing[0]}'; it has {present}", where, MEND)
     role = turn[style]
     if not isinstance(role, str) or role not in roles:
-        raise UserError(f"{name} has the unknown {style} {role!r}", where, _role_hint(str(role), roles))
-    message: Message = {"role": roles[role], "content": full_text(_joined(turn[text_key]), f"{name}.{text_key}", where)}
+        raise UserError(
+            f"{name} has the unknown {style} {role!r}", where, _role_hint(str(role), roles)
+        )
+    message: Message = {
+        "role": roles[role],
+        "content": full_text(_joined(turn[text_key]), f"{name}.{text_key}", where),
+    }
     mark: Scored | None = _mark(turn, name, where)
     detail = _detail(turn, message["content"], name, where)
     if detail and mark is not False:
         mark = detail if any(detail) else False
     if mark and message["role"] != "assistant":
-        raise UserError(f"{name} is the {message['role']}'s and marked as scored; only the assistant's turns are", where,
-                        f"Remove the mark; {SKIP}")
+        raise UserError(
+            f"{name} is the {message['role']}'s and marked as scored; only the assistant's turns are",
+            where,
+            f"Remove the mark; {SKIP}",
+        )
     return message if mark is None else message | {SCORED: mark}
 
 
@@ -247,15 +330,23 @@ def _mark(turn: dict, name: str, where: str) -> bool | None:
         if value is None or key in DETAILS or not LIKE_A_MARK.search(str(key).lower()):
             continue
         if key not in (*TRAINED, *MASKED):
-            raise UserError(f"{name} has '{key}', which looks like a mark of what is scored and is not known", where,
-                            f'Write "weight": 0 into turns that are not to be scored, or rename \'{key}\'; {SKIP}')
+            raise UserError(
+                f"{name} has '{key}', which looks like a mark of what is scored and is not known",
+                where,
+                f"Write \"weight\": 0 into turns that are not to be scored, or rename '{key}'; {SKIP}",
+            )
         answer = _yes_or_no(value)
         if answer is None:
-            raise UserError(f"{name}.{key} is {shown(str(value))[1:-1]}: a turn is scored (1) or not (0), nothing between",
-                            where, f"Write 0 or 1; {SKIP}")
+            raise UserError(
+                f"{name}.{key} is {shown(str(value))[1:-1]}: a turn is scored (1) or not (0), nothing between",
+                where,
+                f"Write 0 or 1; {SKIP}",
+            )
         marks[key] = answer != (key in MASKED)
     if len(set(marks.values())) > 1:
-        raise UserError(f"{name} is marked as scored and as not scored: {', '.join(marks)}", where, MEND)
+        raise UserError(
+            f"{name} is marked as scored and as not scored: {', '.join(marks)}", where, MEND
+        )
     return next(iter(marks.values()), None)
 
 
@@ -266,12 +357,25 @@ def _detail(turn: dict, content: str, name: str, where: str) -> list[bool] | Non
         return None
     scored = [False] * len(content)
     for part in turn[key] if isinstance(turn[key], list) else [None]:
-        begin, end, train = (part.get(k) for k in ("begin_offset", "end_offset", "train")) if isinstance(part, dict) else [None] * 3
+        begin, end, train = (
+            (part.get(k) for k in ("begin_offset", "end_offset", "train"))
+            if isinstance(part, dict)
+            else [None] * 3
+        )
         answer = _yes_or_no(train)
-        if type(begin) is not int or type(end) is not int or not 0 <= begin <= end < len(content) or answer is None:
-            raise UserError(f"{name}.{key} has {shown(str(part))[1:-1]}; a part is {{\"begin_offset\", \"end_offset\", \"train\"}}, "
-                            f"characters 0 to {len(content) - 1}, both ends included", where, MEND)
-        scored[begin: end + 1] = [answer] * (end + 1 - begin)
+        if (
+            type(begin) is not int
+            or type(end) is not int
+            or not 0 <= begin <= end < len(content)
+            or answer is None
+        ):
+            raise UserError(
+                f'{name}.{key} has {shown(str(part))[1:-1]}; a part is {{"begin_offset", "end_offset", "train"}}, '
+                f"characters 0 to {len(content) - 1}, both ends included",
+                where,
+                MEND,
+            )
+        scored[begin : end + 1] = [answer] * (end + 1 - begin)
     return scored
 
 
@@ -279,27 +383,38 @@ def _left_out(record: dict, where: str, cfg: InstructConfig) -> bool:
     """Tell whether marks of the whole row leave it out."""
     if not counts(record, cfg.weight_field, (cfg.prompt_field, cfg.completion_field), where):
         return True
-    return any(_yes_or_no(record.get(key)) is False for key in ("train", "training", "trainable", "loss"))
+    return any(
+        _yes_or_no(record.get(key)) is False for key in ("train", "training", "trainable", "loss")
+    )
 
 
 def _yes_or_no(value: Any) -> bool | None:
     """True or false, 1 or 0, however they are written."""
     text = str(value).strip().lower()
-    return {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(text)
+    return {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(
+        text
+    )
 
 
 def _role_hint(role: str, roles: dict[str, str]) -> str:
     if role in TOOL_ROLES:
         return f"Known are {', '.join(roles)}: fold what tools say into the user's words; {SKIP}"
     near = get_close_matches(role.lower(), roles, 1)
-    return f"Perhaps '{near[0]}' was meant; {SKIP}" if near else f"Known are {', '.join(roles)}; {SKIP}"
+    return (
+        f"Perhaps '{near[0]}' was meant; {SKIP}"
+        if near
+        else f"Known are {', '.join(roles)}; {SKIP}"
+    )
 
 
 def _joined(content: Any) -> Any:
     """The text of content that is a list of text parts, {"type": "text", "text": ..}; anything else as it is."""
     if not isinstance(content, list) or not content:
         return content
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    texts = [
+        part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        for part in content
+    ]
     return "".join(texts) if all(isinstance(text, str) for text in texts) else content
 
 
@@ -310,15 +425,24 @@ def _check_order(messages: list[Message], where: str) -> None:
         raise UserError(f"turn {at + 1} is a system message; only the first may be", where, MEND)
     turns = roles[1:] if roles[0] == "system" else roles
     if turns[:1] == ["assistant"]:
-        raise UserError("the conversation starts with the assistant: there is no prompt to answer", where, MEND)
+        raise UserError(
+            "the conversation starts with the assistant: there is no prompt to answer", where, MEND
+        )
     for i, (first, second) in enumerate(pairwise(turns)):
         if first == second:
             at = i + 1 + len(roles) - len(turns)
-            raise UserError(f"turns {at} and {at + 1} are both of the {first}", where,
-                            f"Join them into one, or mend their order; {SKIP}")
+            raise UserError(
+                f"turns {at} and {at + 1} are both of the {first}",
+                where,
+                f"Join them into one, or mend their order; {SKIP}",
+            )
 
 
 STYLES = {"role": ("content", ROLES), "from": ("value", SHAREGPT_ROLES)}
 """Key of the role -> key of the text, and the known roles."""
 READERS: dict[str, Callable[[dict, str, InstructConfig], list[Message]]] = {
-    "prompt": _prompt, "messages": _messages, "alpaca": _alpaca, "sharegpt": _sharegpt}
+    "prompt": _prompt,
+    "messages": _messages,
+    "alpaca": _alpaca,
+    "sharegpt": _sharegpt,
+}

@@ -30,10 +30,12 @@ FOLDER = Path(__file__).parent / "templates"
 Message = dict[str, Any]
 """role (system, user or assistant) and content; of Alpaca rows also instruction and input, which content joins."""
 _TURNS: list[Message] = [
-    {"role": "system", "content": "A system message."}, {"role": "user", "content": "A question."},
-    {"role": "assistant", "content": "An answer."}, {"role": "user", "content": "Both\n\nof them", "instruction": "Both",
-                                                     "input": "of them"},
-    {"role": "assistant", "content": "Another one."}]
+    {"role": "system", "content": "A system message."},
+    {"role": "user", "content": "A question."},
+    {"role": "assistant", "content": "An answer."},
+    {"role": "user", "content": "Both\n\nof them", "instruction": "Both", "input": "of them"},
+    {"role": "assistant", "content": "Another one."},
+]
 TRIALS = [_TURNS[a:b] for a in (1, 0) for b in (5, 4, 3, 2)]
 """Conversations on which a template is tried out, with and without a system message, ending with either side."""
 WITH_EOS = """{%- macro conversation(messages, add_generation_prompt) +%}TEMPLATE{%+ endmacro -%}
@@ -52,7 +54,14 @@ WITH_EOS = """{%- macro conversation(messages, add_generation_prompt) +%}TEMPLAT
 {%- endif -%}
 """
 """`Template.pieces` as a chat template, for templates that leave eos to the encoder or write more behind the last one."""
-RENDER_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+RENDER_FAULTS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+)
 
 
 class Template:
@@ -68,8 +77,11 @@ class Template:
         try:
             self._template = _environment().from_string(text)
         except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"template '{name}' is no valid Jinja: {error.message}", f"line {error.lineno}",
-                            "Mend it, or try task.template=alpaca.") from None
+            raise UserError(
+                f"template '{name}' is no valid Jinja: {error.message}",
+                f"line {error.lineno}",
+                "Mend it, or try task.template=alpaca.",
+            ) from None
         self.pieces(TRIALS[2], "task.template")
         self.chat_template = self._chat_template()
         """What an export carries: rendered whole, it writes the pieces in turn, with eos behind every completion."""
@@ -91,7 +103,9 @@ class Template:
                 written = self._behind(prompt, through, where)
                 completion, _, rest = written.partition(self.eos) if self.eos else (written, "", "")
                 if message["content"].strip() not in completion:
-                    raise self._fault(f"leaves out the assistant's words {shown(message['content'])}", where)
+                    raise self._fault(
+                        f"leaves out the assistant's words {shown(message['content'])}", where
+                    )
                 pieces += [carried + self._behind(done, prompt, where), completion]
                 done, carried = through, rest
         if messages[-1]["role"] != "assistant":
@@ -110,35 +124,58 @@ class Template:
                 pieces = self.pieces(messages, "task.template")
             except UserError:  # no system messages, or one turn only
                 continue
-            wanted.append((messages, "".join(p + self.eos if n % 2 else p for n, p in enumerate(pieces))))
+            wanted.append(
+                (messages, "".join(p + self.eos if n % 2 else p for n, p in enumerate(pieces)))
+            )
         # Jinja drops one newline at the end of a template, but not of a macro.
         for text in (self.text, WITH_EOS.replace("TEMPLATE", self.text.removesuffix("\n"), 1)):
             try:
                 template = _environment().from_string(text)
-                if all(self._render(messages, messages[-1]["role"] != "assistant", "task.template", template) == whole
-                       for messages, whole in wanted):
+                if all(
+                    self._render(
+                        messages, messages[-1]["role"] != "assistant", "task.template", template
+                    )
+                    == whole
+                    for messages, whole in wanted
+                ):
                     return text
             except (UserError, jinja2.TemplateError):
                 continue
-        raise self._fault("cannot be exported: nothing that transformers renders from it is what training would read",
-                          "task.template")
+        raise self._fault(
+            "cannot be exported: nothing that transformers renders from it is what training would read",
+            "task.template",
+        )
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool, where: str,
-                template: jinja2.Template | None = None) -> str:
+    def _render(
+        self,
+        messages: list[Message],
+        add_generation_prompt: bool,
+        where: str,
+        template: jinja2.Template | None = None,
+    ) -> str:
         try:
-            return (template or self._template).render(messages=messages, add_generation_prompt=add_generation_prompt,
-                                         eos_token=self.eos, bos_token=self._bos, tools=None, documents=None)
+            return (template or self._template).render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                eos_token=self.eos,
+                bos_token=self._bos,
+                tools=None,
+                documents=None,
+            )
         except RENDER_FAULTS as error:
             raise self._fault(f"fails: {str(error) or type(error).__name__}", where) from None
 
     def _behind(self, beginning: str, text: str, where: str) -> str:
         if not text.startswith(beginning):
             raise self._fault("writes earlier turns differently when later ones follow", where)
-        return text[len(beginning):]
+        return text[len(beginning) :]
 
     def _fault(self, problem: str, where: str) -> UserError:
-        return UserError(f"template '{self.name}' {problem}", where,
-                         f"Mend the template, or try task.template=alpaca. {MEND}")
+        return UserError(
+            f"template '{self.name}' {problem}",
+            where,
+            f"Mend the template, or try task.template=alpaca. {MEND}",
+        )
 
 
 def load_template(spec: str, eos: str, bos: str = "") -> Template:
@@ -148,8 +185,11 @@ def load_template(spec: str, eos: str, bos: str = "") -> Template:
         return Template(spec, shipped.read_text(encoding="utf-8"), eos, bos)
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in FOLDER.glob("*.jinja")))
-        raise UserError(f"there is no template '{spec}' and no such file", "task.template",
-                        f"Choose from {names}, or give a file with a Jinja chat template.")
+        raise UserError(
+            f"there is no template '{spec}' and no such file",
+            "task.template",
+            f"Choose from {names}, or give a file with a Jinja chat template.",
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -159,8 +199,9 @@ def load_template(spec: str, eos: str, bos: str = "") -> Template:
 
 def _environment() -> ImmutableSandboxedEnvironment:
     """As transformers compiles chat templates; the same file must read the same here and there."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=[_Generation, jinja2.ext.loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _no_clock
     environment.filters["tojson"] = _tojson
@@ -175,9 +216,17 @@ def _no_clock(pattern: str) -> Any:
     raise jinja2.TemplateError("strftime_now: a model that is trained on today's date learns it")
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
     """transformers', which escapes nothing for HTML as Jinja's own does."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 class _Generation(jinja2.ext.Extension):

@@ -23,7 +23,9 @@ HEAD_BYTES = 16 << 20
 SHAPES = 'A .json file is one array [...], one object {"data": [...]}, or one object per line.'
 
 
-def json_rows(path: Path, count: Count | None = None, options: FileOptions = DEFAULTS) -> Iterator[Row]:
+def json_rows(
+    path: Path, count: Count | None = None, options: FileOptions = DEFAULTS
+) -> Iterator[Row]:
     if _is_jsonl(path, options):
         return jsonl_rows(path, count, options)
     return _document_rows(path, count, options)
@@ -133,7 +135,9 @@ class _Window:
     def take(self, character: str) -> None:
         found = self.peek()
         if found != character:
-            raise self.fault(f"broken JSON: expected '{character}', found {repr(found) if found else 'the end'}")
+            raise self.fault(
+                f"broken JSON: expected '{character}', found {repr(found) if found else 'the end'}"
+            )
         self.at += 1
 
     def value(self) -> Any:
@@ -166,14 +170,20 @@ class _Window:
         if isinstance(error, json.JSONDecodeError):
             # `_grow` has moved `start` to 0 meanwhile.
             self.at = error.pos - start
-            cut = " (the file is cut off)" if "Unterminated" in error.msg or self.at >= len(self.text.rstrip()) else ""
+            cut = (
+                " (the file is cut off)"
+                if "Unterminated" in error.msg or self.at >= len(self.text.rstrip())
+                else ""
+            )
             return self.fault(f"broken JSON: {error.msg}{cut}")
-        return self.fault(f"broken JSON: {'nested too deeply' if isinstance(error, RecursionError) else error}")
+        return self.fault(
+            f"broken JSON: {'nested too deeply' if isinstance(error, RecursionError) else error}"
+        )
 
     def _grow(self, characters: int) -> bool:
         """Forget what was read and append at least `characters`; False at the end of the file."""
         self.line += self.text.count("\n", 0, self.at)
-        parts, size = [self.text[self.at:]], 0
+        parts, size = [self.text[self.at :]], 0
         self.at = self._seen = self._seen_lines = 0
         while size < max(1, characters) and not self.ended:
             parts.append(self._next_text())

@@ -60,7 +60,9 @@ def one_per_row(offsets: np.ndarray) -> Rows:
     """Row i is example i."""
     offsets = np.asarray(offsets)
     n = len(offsets) - 1
-    return Rows(offsets[:-1].copy(), np.diff(offsets).astype(np.int32), np.arange(n), np.arange(n + 1))
+    return Rows(
+        offsets[:-1].copy(), np.diff(offsets).astype(np.int32), np.arange(n), np.arange(n + 1)
+    )
 
 
 def best_fit(offsets: np.ndarray, max_length: int) -> Rows:
@@ -95,11 +97,13 @@ def _assign(lengths: np.ndarray, max_length: int) -> np.ndarray:
     distinct, starts = np.unique(-lengths[order], return_index=True)
     ends = np.append(starts[1:], len(order))
     rooms = _Rooms(max_length)
-    for length, start, end in zip((-distinct).tolist(), starts.tolist(), ends.tolist(), strict=True):
+    for length, start, end in zip(
+        (-distinct).tolist(), starts.tolist(), ends.tolist(), strict=True
+    ):
         while length > 0 and start < end:
             rows, each = rooms.take(length, end - start)
             placed = np.repeat(rows, each)[: end - start]
-            row_of[order[start: start + len(placed)]] = placed
+            row_of[order[start : start + len(placed)]] = placed
             start += len(placed)
             rooms.give_back(rows, each, length, len(placed))
     return row_of

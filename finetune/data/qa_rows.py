@@ -19,8 +19,10 @@ from finetune.data.formats import json_type
 from finetune.data.utf8 import SKIP
 from finetune.errors import UserError
 
-LAYOUTS = ('A row is a SQuAD article {"title", "paragraphs": [...]} or a question '
-           '{"id", "context", "question", "answers": {"text": [..], "answer_start": [..]}}')
+LAYOUTS = (
+    'A row is a SQuAD article {"title", "paragraphs": [...]} or a question '
+    '{"id", "context", "question", "answers": {"text": [..], "answer_start": [..]}}'
+)
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,11 @@ def questions(record: dict, where: str) -> Iterator[Union[Question, UserError]]:
             yield _flat(record, where)
         else:
             present = ", ".join(f"'{name}'" for name in list(record)[:12]) or "no field at all"
-            raise UserError(f"the row is neither an article nor a question; it has {present}", where,
-                            f"{LAYOUTS}; {SKIP}")
+            raise UserError(
+                f"the row is neither an article nor a question; it has {present}",
+                where,
+                f"{LAYOUTS}; {SKIP}",
+            )
     except UserError as error:
         yield error
 
@@ -59,8 +64,12 @@ def without_answers(record: dict) -> dict:
     for paragraph in record["paragraphs"]:
         entries = paragraph.get("qas") if isinstance(paragraph, dict) else None
         if isinstance(entries, list):
-            kept = [{k: entry[k] for k in ("id", "question") if k in entry} | {"answers": []} if isinstance(entry, dict)
-                    else entry for entry in entries]
+            kept = [
+                {k: entry[k] for k in ("id", "question") if k in entry} | {"answers": []}
+                if isinstance(entry, dict)
+                else entry
+                for entry in entries
+            ]
             paragraph = paragraph | {"qas": kept}
         paragraphs.append(paragraph)
     return record | {"paragraphs": paragraphs}
@@ -84,15 +93,27 @@ def _checked(entry: Any, context: str, place: str, number: int) -> Question | Us
         name = _get(entry, "id", f"{place} question {number}", default=f"question {number}")
         where = f"{place} id {name}"
         impossible = entry.get("is_impossible")
-        given = [] if impossible is True and "answers" not in entry else _get(entry, "answers", where)
+        given = (
+            [] if impossible is True and "answers" not in entry else _get(entry, "answers", where)
+        )
         annotated = _list(given, "'answers'", where)
-        answers = [_annotation(answer, where) for answer in annotated if not _is_none(answer, impossible is True)]
+        answers = [
+            _annotation(answer, where)
+            for answer in annotated
+            if not _is_none(answer, impossible is True)
+        ]
         if impossible is True and answers:
-            raise UserError(f"is_impossible is true, yet there is the answer {shown(answers[0][1])}", where,
-                            f"Empty 'answers', or set is_impossible to false; {SKIP}")
+            raise UserError(
+                f"is_impossible is true, yet there is the answer {shown(answers[0][1])}",
+                where,
+                f"Empty 'answers', or set is_impossible to false; {SKIP}",
+            )
         if impossible is False and not answers:
-            raise UserError("is_impossible is false, yet 'answers' is empty", where,
-                            f"Add the answer, or set is_impossible to true; {SKIP}")
+            raise UserError(
+                "is_impossible is false, yet 'answers' is empty",
+                where,
+                f"Add the answer, or set is_impossible to true; {SKIP}",
+            )
         return _question(where, str(name), context, _get(entry, "question", where), answers)
     except UserError as error:
         return error
@@ -103,16 +124,24 @@ def _flat(record: dict, where: str) -> Question:
     place = f"{where} id {name}" if name is not None else where
     context = full_text(_get(record, "context", place), "'context'", place)
     answers = parsed_cell(_get(record, "answers", place))
-    pairs = ([_annotation(answer, place) for answer in answers if not _is_none(answer)] if isinstance(answers, list)
-             else _columns(answers, place))
-    return _question(place, str(where if name is None else name), context, _get(record, "question", place), pairs)
+    pairs = (
+        [_annotation(answer, place) for answer in answers if not _is_none(answer)]
+        if isinstance(answers, list)
+        else _columns(answers, place)
+    )
+    return _question(
+        place, str(where if name is None else name), context, _get(record, "question", place), pairs
+    )
 
 
 def _columns(answers: Any, where: str) -> list[dict[str, Any]]:
     """Annotations of the flat layout, where texts and starts are two lists."""
     if not isinstance(answers, dict):
-        raise UserError(f"'answers' is {json_type(answers)}, not an object", where,
-                        f'It must look like {{"text": ["Paris"], "answer_start": [17]}}, or hold empty lists; {SKIP}')
+        raise UserError(
+            f"'answers' is {json_type(answers)}, not an object",
+            where,
+            f'It must look like {{"text": ["Paris"], "answer_start": [17]}}, or hold empty lists; {SKIP}',
+        )
     texts = _list(_get(answers, "text", where), "'answers.text'", where)
     starts = _list(_get(answers, "answer_start", where), "'answers.answer_start'", where)
     if len(texts) != len(starts):
@@ -141,7 +170,9 @@ def _annotation(answer: Any, where: str) -> tuple[int, str]:
     return start, full_text(_get(answer, "text", where), "an answer's 'text'", where)
 
 
-def _question(where: str, name: str, context: str, question: Any, answers: list[tuple[int, str]]) -> Question:
+def _question(
+    where: str, name: str, context: str, question: Any, answers: list[tuple[int, str]]
+) -> Question:
     for start, text in answers:
         _check_answer(context, start, text, where)
     return Question(where, name, context, full_text(question, "'question'", where), answers)
@@ -150,10 +181,13 @@ def _question(where: str, name: str, context: str, question: Any, answers: list[
 def _check_answer(context: str, start: int, text: str, where: str) -> None:
     if start >= 0 and context.startswith(text, start):
         return
-    found = context[start: start + len(text)] if 0 <= start < len(context) else None
+    found = context[start : start + len(text)] if 0 <= start < len(context) else None
     there = f"{shown(found)} there" if found is not None else f"{len(context)} characters"
-    raise UserError(f"answer {shown(text)} does not stand at answer_start = {start}; the context has {there}", where,
-                    f"{_advice(context, start, text)}; {SKIP}")
+    raise UserError(
+        f"answer {shown(text)} does not stand at answer_start = {start}; the context has {there}",
+        where,
+        f"{_advice(context, start, text)}; {SKIP}",
+    )
 
 
 def _advice(context: str, start: int, text: str) -> str:
@@ -184,7 +218,9 @@ _REQUIRED = object()
 
 def _get(entry: Any, key: str, where: str, default: Any = _REQUIRED) -> Any:
     if not isinstance(entry, dict):
-        raise UserError(f"where an object with '{key}' should be is {json_type(entry)}", where, MEND)
+        raise UserError(
+            f"where an object with '{key}' should be is {json_type(entry)}", where, MEND
+        )
     if key not in entry and default is _REQUIRED:
         present = ", ".join(f"'{name}'" for name in list(entry)[:12]) or "nothing"
         raise UserError(f"'{key}' is missing; there is {present}", where, MEND)

@@ -38,17 +38,27 @@ from finetune.data.utf8 import DEFAULTS, FileOptions
 from finetune.errors import UserError
 
 FORMATS: dict[str, Reader] = {
-    ".jsonl": jsonl_rows, ".ndjson": jsonl_rows, ".jsonlines": jsonl_rows, ".json": json_rows, ".csv": csv_rows,
-    ".tsv": csv_rows, ".parquet": parquet_rows, ".txt": txt_rows,
+    ".jsonl": jsonl_rows,
+    ".ndjson": jsonl_rows,
+    ".jsonlines": jsonl_rows,
+    ".json": json_rows,
+    ".csv": csv_rows,
+    ".tsv": csv_rows,
+    ".parquet": parquet_rows,
+    ".txt": txt_rows,
 }
-READERS: dict[str, Reader] = {known: FORMATS[re.sub(r"\.(gz|zst)$", "", known)] for known in SUFFIXES}
+READERS: dict[str, Reader] = {
+    known: FORMATS[re.sub(r"\.(gz|zst)$", "", known)] for known in SUFFIXES
+}
 MISSING = object()
 """What `get_field` returns for an absent field."""
 READING = "files-2"
 """Part of a source's identity: when files are read in another way, old caches are built again."""
 
 
-def read(spec: str, split: str, count: Count | None = None, options: FileOptions = DEFAULTS) -> Iterator[Row]:
+def read(
+    spec: str, split: str, count: Count | None = None, options: FileOptions = DEFAULTS
+) -> Iterator[Row]:
     """All rows of a spec in order; `count` is told the bytes read of the files.
 
     Raises:
@@ -57,7 +67,9 @@ def read(spec: str, split: str, count: Count | None = None, options: FileOptions
     return open_source(spec, split, options=options).rows(count)
 
 
-def open_source(spec: str, split: str, config: str | None = None, options: FileOptions = DEFAULTS) -> Source:
+def open_source(
+    spec: str, split: str, config: str | None = None, options: FileOptions = DEFAULTS
+) -> Source:
     """What a spec stands for; `split` matters to `datasets` folders and hub ids only, `config` to hub ids."""
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", spec):
         raise address_error(spec)
@@ -83,7 +95,12 @@ class FileSource:
     @property
     def identity(self) -> list:
         """Changes whenever a file, or the way in which it is read, does."""
-        return [READING, self.options.encoding, self.options.quotes, *map(identity, self.files.paths)]
+        return [
+            READING,
+            self.options.encoding,
+            self.options.quotes,
+            *map(identity, self.files.paths),
+        ]
 
     def rows(self, count: Count | None = None) -> Iterator[Row]:
         for path in self.files.paths:
@@ -92,9 +109,12 @@ class FileSource:
                 empty = False
                 yield row
             if empty:
-                yield UserError("the file holds no record", str(path),
-                                f"It has {path.stat().st_size} bytes: fill it, or remove it; "
-                                "data.on_bad_row=skip leaves it out.")
+                yield UserError(
+                    "the file holds no record",
+                    str(path),
+                    f"It has {path.stat().st_size} bytes: fill it, or remove it; "
+                    "data.on_bad_row=skip leaves it out.",
+                )
 
 
 Source = Union[FileSource, hub_datasets.DatasetSource]
@@ -107,16 +127,22 @@ def file_options(data: DataConfig) -> FileOptions:
 def data_notes(data: DataConfig) -> dict[str, list[str]]:
     """What people should know about the files of a run, by train and eval. Opens nothing that is not a file here."""
     train = None
-    with suppress(UserError):  # an evaluation may be long after the training, whose data need not be here any more
+    with suppress(
+        UserError
+    ):  # an evaluation may be long after the training, whose data need not be here any more
         train = _local_files(data.train)
     held_out = _local_files(data.eval)
-    notes: dict[str, list[str]] = {"train": notes_on(train, training=True) if train else [],
-                                   "eval": notes_on(held_out, training=False) if held_out else []}
+    notes: dict[str, list[str]] = {
+        "train": notes_on(train, training=True) if train else [],
+        "eval": notes_on(held_out, training=False) if held_out else [],
+    }
     if train and held_out:
         notes["eval"] += shared(train, held_out)
     elif data.eval and data.train == data.eval and data.split == data.eval_split:
-        notes["eval"].append("trained on as well: all of it; figures on these rows tell how well the model remembers "
-                             "them, not how well it does on new ones")
+        notes["eval"].append(
+            "trained on as well: all of it; figures on these rows tell how well the model remembers "
+            "them, not how well it does on new ones"
+        )
     return notes
 
 
@@ -147,7 +173,9 @@ def field_error(record: dict, field: str, where: str, option_key: str) -> UserEr
     present = ", ".join(f"'{name}'" for name in fields[:12]) or "no field at all"
     texts = [name for name in fields if isinstance(get_field(record, name), str)]
     best = max(texts or fields, key=lambda name: _plausible(name, field, record), default=None)
-    remedy = f"Try {option_key}={best}." if best else f"Set {option_key} to the field that holds it."
+    remedy = (
+        f"Try {option_key}={best}." if best else f"Set {option_key} to the field that holds it."
+    )
     return UserError(f"field '{field}' is missing; this record has {present}.", where, remedy)
 
 
@@ -163,10 +191,22 @@ def _field_names(record: dict, prefix: str = "") -> list[str]:
 
 
 # What data sets call the same thing; a shared group makes a field plausible.
-_KIN = [{"text", "content", "body", "document", "article", "sentence", "raw_content", "headline", "review"},
-        {"completion", "response", "output", "answer", "target", "chosen", "task_output"},
-        {"prompt", "instruction", "input", "question", "query", "task_prompt"},
-        {"label", "labels", "class", "category", "target", "sentiment", "is_sarcastic"}]
+_KIN = [
+    {
+        "text",
+        "content",
+        "body",
+        "document",
+        "article",
+        "sentence",
+        "raw_content",
+        "headline",
+        "review",
+    },
+    {"completion", "response", "output", "answer", "target", "chosen", "task_output"},
+    {"prompt", "instruction", "input", "question", "query", "task_prompt"},
+    {"label", "labels", "class", "category", "target", "sentiment", "is_sarcastic"},
+]
 
 
 def _plausible(name: str, wanted: str, record: dict) -> tuple[bool, float, int]:
@@ -185,4 +225,8 @@ def _reader(path: Path) -> Reader:
 def _may_be_hub_id(spec: str) -> bool:
     """`name` or `org/name`; where a folder `org` is here, a file in it was meant."""
     path = Path(spec)
-    return suffix(path) is None and hub_datasets.looks_like_hub_id(spec) and ("/" not in spec or not path.parent.is_dir())
+    return (
+        suffix(path) is None
+        and hub_datasets.looks_like_hub_id(spec)
+        and ("/" not in spec or not path.parent.is_dir())
+    )

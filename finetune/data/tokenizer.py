@@ -42,8 +42,11 @@ def load_tokenizer(path: str | None) -> PreTrainedTokenizerBase:
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         missing = "fast form (tokenizer.json)"
     if missing:
-        raise UserError(f"this tokenizer has no {missing}", path,
-                        "Try model.tokenizer=null for the tokenizer of GPT-J that ships with the project.")
+        raise UserError(
+            f"this tokenizer has no {missing}",
+            path,
+            "Try model.tokenizer=null for the tokenizer of GPT-J that ships with the project.",
+        )
     return tokenizer
 
 
@@ -89,13 +92,19 @@ class TokenLimit:
         """
         beyond = next((int(token) for token in ids if token >= self.rows), None)
         if beyond is not None:
-            raise UserError(f"the tokenizer's {self.tokenizer.convert_ids_to_tokens(beyond)!r} has id {beyond}, and the "
-                            f"model's embedding has {self.rows} rows, 0 to {self.rows - 1}", where, self.remedy)
+            raise UserError(
+                f"the tokenizer's {self.tokenizer.convert_ids_to_tokens(beyond)!r} has id {beyond}, and the "
+                f"model's embedding has {self.rows} rows, 0 to {self.rows - 1}",
+                where,
+                self.remedy,
+            )
 
 
 def token_limit(tokenizer: PreTrainedTokenizerBase, rows: int, remedy: str) -> TokenLimit | None:
     """The check that texts need before the model reads them; None where every id of the tokenizer has a row."""
-    return TokenLimit(tokenizer, rows, remedy) if max(tokenizer.get_vocab().values()) >= rows else None
+    return (
+        TokenLimit(tokenizer, rows, remedy) if max(tokenizer.get_vocab().values()) >= rows else None
+    )
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -121,8 +130,13 @@ def _load_auto(path: str) -> PreTrainedTokenizerBase:
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError or tokenizers' bare Exception
+    except (
+        Exception
+    ) as error:  # transformers raises OSError, ValueError, KeyError or tokenizers' bare Exception
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"no tokenizer can be loaded from here ({type(error).__name__}: {reason})", path,
-                        "Give a directory with tokenizer.json, or model.tokenizer=null for the tokenizer of GPT-J that "
-                        "ships with the project; a hub id needs the network or a filled Hugging Face cache.") from None
+        raise UserError(
+            f"no tokenizer can be loaded from here ({type(error).__name__}: {reason})",
+            path,
+            "Give a directory with tokenizer.json, or model.tokenizer=null for the tokenizer of GPT-J that "
+            "ships with the project; a hub id needs the network or a filled Hugging Face cache.",
+        ) from None

@@ -76,8 +76,11 @@ def text_chunks(path: Path, count: Count | None = None, encoding: str = "utf-8")
         fault = error
     head = b"".join(first)
     if head.startswith((GZIP, ZSTD)):
-        raise UserError("this file is compressed twice", str(path),
-                        f"Decompress it once: {decompress_command(path)} > {renamed(path, 'once')}")
+        raise UserError(
+            "this file is compressed twice",
+            str(path),
+            f"Decompress it once: {decompress_command(path)} > {renamed(path, 'once')}",
+        )
     if encoding in UTF8_NAMES:
         _refuse_utf16(path, head)
         yield from [head.removeprefix(UTF8_BOM)] if head.startswith(UTF8_BOM) else first
@@ -98,10 +101,15 @@ def _recoded(path: Path, pieces: Iterator[bytes], encoding: str) -> Iterator[byt
             text = decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
             number += error.object[: error.start].decode(encoding, errors="ignore").count("\n")
-            raise UserError(f"this is not {encoding}: byte 0x{error.object[error.start]:02x} has no meaning in it",
-                            f"{path}:{number}", "data.encoding must name the encoding of these files.") from None
+            raise UserError(
+                f"this is not {encoding}: byte 0x{error.object[error.start]:02x} has no meaning in it",
+                f"{path}:{number}",
+                "data.encoding must name the encoding of these files.",
+            ) from None
         number += text.count("\n")
-        yield (text if started else text.removeprefix("\ufeff")).encode("utf-8", errors="surrogatepass")
+        yield (text if started else text.removeprefix("\ufeff")).encode(
+            "utf-8", errors="surrogatepass"
+        )
         started = started or bool(text)
 
 
@@ -134,14 +142,20 @@ def lines(path: Path, count: Count | None = None, encoding: str = "utf-8") -> It
 
 def broken_file(path: Path, fault: BrokenStream, good_lines: int) -> UserError:
     last = f"the last good line is {good_lines}" if good_lines else "no line of it can be read"
-    return UserError(f"{fault}; {last}", f"{path}:{good_lines + 1}",
-                     "Download or copy it again and compare its size or checksum with the source; "
-                     f"to keep what is readable, decompress the first {good_lines} lines to another file.")
+    return UserError(
+        f"{fault}; {last}",
+        f"{path}:{good_lines + 1}",
+        "Download or copy it again and compare its size or checksum with the source; "
+        f"to keep what is readable, decompress the first {good_lines} lines to another file.",
+    )
 
 
 def _line_too_long(path: Path, number: int) -> UserError:
-    return UserError(f"a line is longer than {gib(LINE_LIMIT_BYTES)}", f"{path}:{number}",
-                     "One record per line is expected; if the file is one JSON array, name it .json.")
+    return UserError(
+        f"a line is longer than {gib(LINE_LIMIT_BYTES)}",
+        f"{path}:{number}",
+        "One record per line is expected; if the file is one JSON array, name it .json.",
+    )
 
 
 def invalid_utf8(path: Path, where: str, error: UnicodeDecodeError) -> UserError:
@@ -153,38 +167,62 @@ def invalid_utf8(path: Path, where: str, error: UnicodeDecodeError) -> UserError
     problem = f"invalid UTF-8: byte 0x{byte:02x} at position {error.start}"
     guess = _guessed(path, path.stat().st_size, path.stat().st_mtime_ns)
     line_start = error.object.rfind(b"\n", 0, error.start) + 1
-    line = error.object[line_start: error.object.find(b"\n", error.start) if b"\n" in error.object[error.start:] else None]
+    line = error.object[
+        line_start : error.object.find(b"\n", error.start)
+        if b"\n" in error.object[error.start :]
+        else None
+    ]
     if guess == "utf-8":
-        return UserError(f"{problem}; other lines of this file are valid UTF-8", where,
-                         f"Fix this line ({show_line(path, int(where.rpartition(':')[2]))}); {SKIP}"
-                         if where.rpartition(":")[2].isdigit() else f"Fix this line; {SKIP}")
+        return UserError(
+            f"{problem}; other lines of this file are valid UTF-8",
+            where,
+            f"Fix this line ({show_line(path, int(where.rpartition(':')[2]))}); {SKIP}"
+            if where.rpartition(":")[2].isdigit()
+            else f"Fix this line; {SKIP}",
+        )
     if guess:
         try:
             at = error.start - line_start
             text = line.decode(guess).strip()
-            shown = text if len(text) <= 60 else line[max(0, at - 20): at + 20].decode(guess, errors="ignore").strip()
-            return UserError(f"{problem}; read as {guess} it says {shown!r}", where, encoding_remedy(path, guess))
+            shown = (
+                text
+                if len(text) <= 60
+                else line[max(0, at - 20) : at + 20].decode(guess, errors="ignore").strip()
+            )
+            return UserError(
+                f"{problem}; read as {guess} it says {shown!r}", where, encoding_remedy(path, guess)
+            )
         except UnicodeDecodeError:
             pass
-    return UserError(f"{problem}; its encoding cannot be told", where,
-                     f"Ask the source of the file, or: file -i {shlex.quote(str(path))}\n"
-                     f"  Then try data.encoding=NAME; {SKIP}")
+    return UserError(
+        f"{problem}; its encoding cannot be told",
+        where,
+        f"Ask the source of the file, or: file -i {shlex.quote(str(path))}\n"
+        f"  Then try data.encoding=NAME; {SKIP}",
+    )
 
 
 def encoding_remedy(path: Path, encoding: str) -> str:
     """The key, and the command for programs without it."""
     command = f"{decompress_command(path)} | iconv" if compression(path) else "iconv"
     source = "" if compression(path) else f" {shlex.quote(str(path))}"
-    return (f"To train or evaluate on it: data.encoding={encoding.lower()}. Or convert the file:\n"
-            f"    {command} -f {_iconv_name(encoding)} -t UTF-8{source} > {renamed(path, 'utf8')}")
+    return (
+        f"To train or evaluate on it: data.encoding={encoding.lower()}. Or convert the file:\n"
+        f"    {command} -f {_iconv_name(encoding)} -t UTF-8{source} > {renamed(path, 'utf8')}"
+    )
 
 
 def _iconv_name(encoding: str) -> str:
     return encoding.upper().replace("UTF-16-", "UTF-16")
 
 
-SCRIPTS = [("cp1251", "[\u0410-\u044f\u0401\u0451]", 0.9), ("koi8-r", "[\u0410-\u044f\u0401\u0451]", 0.9),
-           ("euc-kr", "[\uac00-\ud7a3]", 0.9), ("euc-jp", "[\u3040-\u30ff]", 0.3), ("shift_jis", "[\u3040-\u30ff]", 0.3)]
+SCRIPTS = [
+    ("cp1251", "[\u0410-\u044f\u0401\u0451]", 0.9),
+    ("koi8-r", "[\u0410-\u044f\u0401\u0451]", 0.9),
+    ("euc-kr", "[\uac00-\ud7a3]", 0.9),
+    ("euc-jp", "[\u3040-\u30ff]", 0.3),
+    ("shift_jis", "[\u3040-\u30ff]", 0.3),
+]
 """Encoding, its own characters, and the share of them among the characters beyond ASCII that makes it certain."""
 
 
@@ -213,12 +251,20 @@ def _guessed(path: Path, size: int, changed: int) -> str | None:
     runs = re.findall(rb"[\x80-\xff]+", data)
     letters = len(re.findall(rb"[A-Za-z]", data))
     # Western languages: single letters beyond ASCII among many that are ASCII.
-    if runs and _decodes(data, "cp1252") and sum(map(len, runs)) < 1.5 * len(runs) and letters > 2 * len(runs):
+    if (
+        runs
+        and _decodes(data, "cp1252")
+        and sum(map(len, runs)) < 1.5 * len(runs)
+        and letters > 2 * len(runs)
+    ):
         return "cp1252"
     for name, characters, share in SCRIPTS:
         if _decodes(data, name):
             beyond = re.findall(r"[^\x00-\x7f]", data.decode(name))
-            cased = name not in ("cp1251", "koi8-r") or sum(c.islower() for c in beyond) > len(beyond) / 2
+            cased = (
+                name not in ("cp1251", "koi8-r")
+                or sum(c.islower() for c in beyond) > len(beyond) / 2
+            )
             if cased and len(re.findall(characters, "".join(beyond))) >= share * len(beyond):
                 return name
     return None
@@ -242,7 +288,9 @@ def _refuse_utf16(path: Path, head: bytes) -> None:
         name = "utf-16-le" if head[1::2].count(0) > head[::2].count(0) else "utf-16-be"
     else:
         return
-    raise UserError(f"this file is {name.upper()}, not UTF-8", f"{path}:1", encoding_remedy(path, name))
+    raise UserError(
+        f"this file is {name.upper()}, not UTF-8", f"{path}:1", encoding_remedy(path, name)
+    )
 
 
 def _refuse_utf8(path: Path, first: bytes, encoding: str) -> None:
@@ -252,6 +300,9 @@ def _refuse_utf8(path: Path, first: bytes, encoding: str) -> None:
     except UnicodeDecodeError:
         return
     if not text.isascii():
-        raise UserError(f"this file is UTF-8, which data.encoding={encoding} would garble", str(path),
-                        "Leave data.encoding out, and convert those files that are not UTF-8: "
-                        f"iconv -f {_iconv_name(encoding)} -t UTF-8 OLD > NEW")
+        raise UserError(
+            f"this file is UTF-8, which data.encoding={encoding} would garble",
+            str(path),
+            "Leave data.encoding out, and convert those files that are not UTF-8: "
+            f"iconv -f {_iconv_name(encoding)} -t UTF-8 OLD > NEW",
+        )

@@ -22,8 +22,18 @@ from finetune.export.safetensors_writer import ShardWriter, write_json
 from finetune.gptj.load import DTYPES, Weights, meta_model, read_config
 from finetune.gptj.model import ARCHITECTURES
 
-KEPT = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-        "added_tokens.json", "chat_template.jinja", "generation_config.json", "README.md", "finetune.json")
+KEPT = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "README.md",
+    "finetune.json",
+)
 ORIGINAL = {"n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64}
 """GPT-J-6B, whose heads need not be told."""
 
@@ -47,49 +57,81 @@ def open_hf(folder: Path) -> Checkpoint:
     names = sorted(weights.files)
     head = "classify" if "score.weight" in names else "qa" if "qa_outputs.weight" in names else "lm"
     shapes = {name: weights.shape(name) for name in names}
-    return Checkpoint(config, head, shapes, weights.__getitem__, weights["transformer.ln_f.weight"].dtype)
+    return Checkpoint(
+        config, head, shapes, weights.__getitem__, weights["transformer.ln_f.weight"].dtype
+    )
 
 
-def open_mesh(folder: Path, config_file: str | None, n_head: int | None, rotary_dim: int | None) -> Checkpoint:
+def open_mesh(
+    folder: Path, config_file: str | None, n_head: int | None, rotary_dim: int | None
+) -> Checkpoint:
     """A checkpoint of mesh-transformer-jax; heads come from its config file or from `n_head` and `rotary_dim`."""
     reader = MeshReader(folder)
-    known = {"n_embd": reader.width, "n_layer": reader.layers, "n_inner": reader.inner, "vocab_size": reader.vocabulary}
+    known = {
+        "n_embd": reader.width,
+        "n_layer": reader.layers,
+        "n_inner": reader.inner,
+        "vocab_size": reader.vocabulary,
+    }
     heads = _heads(config_file, n_head, rotary_dim, known)
-    config = GPTJConfig(**known, **heads, n_positions=2048, bos_token_id=50256, eos_token_id=50256,
-                        tie_word_embeddings=False)
+    config = GPTJConfig(
+        **known,
+        **heads,
+        n_positions=2048,
+        bos_token_id=50256,
+        eos_token_id=50256,
+        tie_word_embeddings=False,
+    )
     shapes = {name: tuple(p.shape) for name, p in meta_model(config, "lm").named_parameters()}
 
     def read(name: str) -> Tensor:
         tensor = reader.read(name)
         if tuple(tensor.shape) != shapes[name]:
-            raise UserError(f"{name} is {tuple(tensor.shape)}, GPT-J's would be {shapes[name]}", str(folder))
+            raise UserError(
+                f"{name} is {tuple(tensor.shape)}, GPT-J's would be {shapes[name]}", str(folder)
+            )
         return tensor
 
     return Checkpoint(config, "lm", shapes, read, reader.dtype, reader.step)
 
 
-def _heads(config_file: str | None, n_head: int | None, rotary_dim: int | None, known: dict[str, int]) -> dict[str, int]:
+def _heads(
+    config_file: str | None, n_head: int | None, rotary_dim: int | None, known: dict[str, int]
+) -> dict[str, int]:
     """The numbers that arrays do not tell."""
     if config_file:
         try:
             values = json.loads(Path(config_file).expanduser().read_text(encoding="utf-8"))
             found = {"n_head": int(values["n_heads"]), "rotary_dim": int(values["pe_rotary_dims"])}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"not a mesh-transformer-jax config: {error!r}", config_file,
-                            "It needs n_heads and pe_rotary_dims.") from None
+            raise UserError(
+                f"not a mesh-transformer-jax config: {error!r}",
+                config_file,
+                "It needs n_heads and pe_rotary_dims.",
+            ) from None
     elif n_head and rotary_dim:
         found = {"n_head": n_head, "rotary_dim": rotary_dim}
     elif known["n_embd"] == ORIGINAL["n_embd"] and known["n_layer"] == ORIGINAL["n_layer"]:
         found = {key: ORIGINAL[key] for key in ("n_head", "rotary_dim")}
     else:
-        raise UserError("the arrays do not tell the number of heads, and this is not GPT-J-6B", "n_head",
-                        "Pass config=6B_roto_256.json (the training's own file), or n_head=N rotary_dim=N.")
-    if known["n_embd"] % found["n_head"] or found["rotary_dim"] > known["n_embd"] // found["n_head"]:
-        raise UserError(f"{found} do not fit a width of {known['n_embd']}", "n_head", "Check both numbers.")
+        raise UserError(
+            "the arrays do not tell the number of heads, and this is not GPT-J-6B",
+            "n_head",
+            "Pass config=6B_roto_256.json (the training's own file), or n_head=N rotary_dim=N.",
+        )
+    if (
+        known["n_embd"] % found["n_head"]
+        or found["rotary_dim"] > known["n_embd"] // found["n_head"]
+    ):
+        raise UserError(
+            f"{found} do not fit a width of {known['n_embd']}", "n_head", "Check both numbers."
+        )
     return found
 
 
-def write_hf(source: Checkpoint, folder: Path, stage: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+def write_hf(
+    source: Checkpoint, folder: Path, stage: Path, dtype: torch.dtype, shard_bytes: int
+) -> None:
     """Write a Hugging Face directory of safetensors files of at most `shard_bytes` each into `stage`."""
     writer = ShardWriter(stage, source.shapes, dtype, shard_bytes)
     for name in source.shapes:
@@ -102,29 +144,46 @@ def write_hf(source: Checkpoint, folder: Path, stage: Path, dtype: torch.dtype, 
         if (folder / name).is_file() and not (name == "README.md" and about.is_file()):
             shutil.copyfile(folder / name, stage / name)
     if about.is_file():
-        write_json(stage / about.name, json.loads(about.read_text(encoding="utf-8")) | {"dtype": short})
+        write_json(
+            stage / about.name, json.loads(about.read_text(encoding="utf-8")) | {"dtype": short}
+        )
     tokenizer = load_tokenizer(str(folder))
     if not (stage / "tokenizer.json").exists():
         tokenizer.save_pretrained(str(stage))
     file = folder / "config.json"
-    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else config_values(
-        source.config, "lm", "", short, {}, tokenizer)
+    values: dict[str, Any] = (
+        json.loads(file.read_text(encoding="utf-8"))
+        if file.is_file()
+        else config_values(source.config, "lm", "", short, {}, tokenizer)
+    )
     values.pop("torch_dtype", None)
-    values |= {"dtype": str(dtype).removeprefix("torch."), "architectures": [ARCHITECTURES[source.head]]}
+    values |= {
+        "dtype": str(dtype).removeprefix("torch."),
+        "architectures": [ARCHITECTURES[source.head]],
+    }
     write_json(stage / "config.json", values)
 
 
-def write_mesh(source: Checkpoint, stage: Path, dtype: torch.dtype, count: int, step: int | None) -> None:
+def write_mesh(
+    source: Checkpoint, stage: Path, dtype: torch.dtype, count: int, step: int | None
+) -> None:
     """Write a slim checkpoint of mesh-transformer-jax, cut for `count` cores, into `stage`; step None: the source's."""
     config = source.config
     if source.head != "lm" or "lm_head.bias" not in source.shapes:
         raise UserError("mesh-transformer-jax has language models only", "source", "Use to=hf.")
     inner = config.n_inner or 4 * config.n_embd
     if any(n % count for n in (config.vocab_size, config.n_embd, config.n_head, inner)):
-        raise UserError(f"shards = {count} does not divide vocabulary {config.vocab_size}, width {config.n_embd}, "
-                        f"{config.n_head} heads and inner width {inner}", "shards", "Try shards=1.")
+        raise UserError(
+            f"shards = {count} does not divide vocabulary {config.vocab_size}, width {config.n_embd}, "
+            f"{config.n_head} heads and inner width {inner}",
+            "shards",
+            "Try shards=1.",
+        )
     writer = MeshWriter(stage, config.n_layer, count, dtype)
-    writer.write(lambda name: _cast(name, source.read(name), dtype), step if step is not None else source.step)
+    writer.write(
+        lambda name: _cast(name, source.read(name), dtype),
+        step if step is not None else source.step,
+    )
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,13 +193,22 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         RunFailed: fp16 cannot hold a value.
     """
     cast = tensor.to(dtype)
-    if dtype == torch.float16 and bool(torch.isinf(cast).any()) and not bool(torch.isinf(tensor).any()):
-        raise RunFailed(f"{name} has values up to {float(tensor.abs().max()):.3g}, beyond fp16's 65504", "dtype",
-                        "Use dtype=bf16.")
+    if (
+        dtype == torch.float16
+        and bool(torch.isinf(cast).any())
+        and not bool(torch.isinf(tensor).any())
+    ):
+        raise RunFailed(
+            f"{name} has values up to {float(tensor.abs().max()):.3g}, beyond fp16's 65504",
+            "dtype",
+            "Use dtype=bf16.",
+        )
     return cast
 
 
-def compare(source: Checkpoint, written: Callable[[str], Tensor], dtype: torch.dtype, stage: Path) -> None:
+def compare(
+    source: Checkpoint, written: Callable[[str], Tensor], dtype: torch.dtype, stage: Path
+) -> None:
     """Compare what was read back with the source, bit by bit.
 
     Raises:
@@ -150,5 +218,8 @@ def compare(source: Checkpoint, written: Callable[[str], Tensor], dtype: torch.d
     for name in source.shapes:
         a, b = source.read(name).to(dtype).contiguous(), written(name).contiguous()
         if a.shape != b.shape or b.dtype != dtype or not torch.equal(a.view(bits), b.view(bits)):
-            raise RunFailed(f"{name} read back from the target is not what was written", str(stage),
-                            "The disk may be failing; try another target.")
+            raise RunFailed(
+                f"{name} read back from the target is not what was written",
+                str(stage),
+                "The disk may be failing; try another target.",
+            )

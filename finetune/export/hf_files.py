@@ -40,10 +40,15 @@ def tokenizer_for(tokenizer, head: str, task: dict[str, Any], rows: int, pads: b
     """
     tokenizer = copy.deepcopy(tokenizer)
     if head == "lm":
-        if tokenizer.pad_token_id in (None, tokenizer.eos_token_id) and tokenizer.get_vocab().get(PAD, rows) < rows:
+        if (
+            tokenizer.pad_token_id in (None, tokenizer.eos_token_id)
+            and tokenizer.get_vocab().get(PAD, rows) < rows
+        ):
             tokenizer.pad_token = PAD
         if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
-            tokenizer.pad_token = tokenizer.eos_token  # attention masks hide it, and nothing looks for it
+            tokenizer.pad_token = (
+                tokenizer.eos_token
+            )  # attention masks hide it, and nothing looks for it
     elif not pads or not set_padding(tokenizer, rows):
         tokenizer.pad_token = None
     tokenizer.padding_side = "left" if head == "lm" else "right"
@@ -51,8 +56,12 @@ def tokenizer_for(tokenizer, head: str, task: dict[str, Any], rows: int, pads: b
         _close_with_eos(tokenizer, task.get("pair_separator") or task.get("separator") or "\n")
         tokenizer.model_max_length = task.get("max_length") or tokenizer.model_max_length
     if task.get("template_text"):
-        template = Template(task.get("template") or "chat", task["template_text"], tokenizer.eos_token,
-                            tokenizer.bos_token or "")
+        template = Template(
+            task.get("template") or "chat",
+            task["template_text"],
+            tokenizer.eos_token,
+            tokenizer.bos_token or "",
+        )
         tokenizer.chat_template = template.chat_template
     return tokenizer
 
@@ -97,12 +106,22 @@ def _token_of_no_text(state: dict[str, Any], vocabulary: dict[str, int], rows: i
     """
     before = state["pre_tokenizer"] or {}
     steps = {step["type"] for step in [before, *before.get("pretokenizers", [])] if "type" in step}
-    if state["model"]["type"] != "BPE" or "ByteLevel" not in steps or state["model"].get("byte_fallback"):
+    if (
+        state["model"]["type"] != "BPE"
+        or "ByteLevel" not in steps
+        or state["model"].get("byte_fallback")
+    ):
         return None
     merged = {character for pair in state["model"]["merges"] for part in pair for character in part}
     added = {token["content"] for token in state["added_tokens"]}
-    return next((name for name in NO_TEXT_BYTES
-                 if vocabulary.get(name, rows) < rows and name not in merged and name not in added), None)
+    return next(
+        (
+            name
+            for name in NO_TEXT_BYTES
+            if vocabulary.get(name, rows) < rows and name not in merged and name not in added
+        ),
+        None,
+    )
 
 
 def _close_with_eos(tokenizer, separator: str) -> None:
@@ -114,10 +133,14 @@ def _close_with_eos(tokenizer, separator: str) -> None:
     eos = tokenizer.eos_token
     pair = " ".join(["$A", *glue.tokens, "$B:1", f"{eos}:1"])
     special = dict(zip(glue.tokens, glue.ids, strict=True)) | {eos: tokenizer.eos_token_id}
-    backend.post_processor = TemplateProcessing(single=f"$A {eos}", pair=pair, special_tokens=list(special.items()))
+    backend.post_processor = TemplateProcessing(
+        single=f"$A {eos}", pair=pair, special_tokens=list(special.items())
+    )
 
 
-def config_values(config, head: str, base: str, dtype: str, task: dict[str, Any], tokenizer) -> dict[str, Any]:
+def config_values(
+    config, head: str, base: str, dtype: str, task: dict[str, Any], tokenizer
+) -> dict[str, Any]:
     """config.json of an exported model.
 
     Args:
@@ -128,8 +151,12 @@ def config_values(config, head: str, base: str, dtype: str, task: dict[str, Any]
     values = config.to_dict()
     for name in ("transformers_version", "_attn_implementation_autoset", "num_labels"):
         values.pop(name, None)
-    values |= {"architectures": [ARCHITECTURES[head]], "dtype": DTYPE_NAMES[dtype], "use_cache": True,
-               "_name_or_path": base}
+    values |= {
+        "architectures": [ARCHITECTURES[head]],
+        "dtype": DTYPE_NAMES[dtype],
+        "use_cache": True,
+        "_name_or_path": base,
+    }
     if head == "classify":
         values |= _label_values(task, config.num_labels)
     if head != "lm":
@@ -139,21 +166,40 @@ def config_values(config, head: str, base: str, dtype: str, task: dict[str, Any]
 
 
 def _label_values(task: dict[str, Any], count: int) -> dict[str, Any]:
-    problem = {"single_label": "single_label_classification", "multi_label": "multi_label_classification",
-               "regression": "regression"}.get(task.get("problem", ""))
+    problem = {
+        "single_label": "single_label_classification",
+        "multi_label": "multi_label_classification",
+        "regression": "regression",
+    }.get(task.get("problem", ""))
     names = task.get("labels") or [f"LABEL_{i}" for i in range(count)]
-    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)},
-            "problem_type": problem}
+    return {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+        "problem_type": problem,
+    }
 
 
 def generation_values(config, tokenizer) -> dict[str, Any]:
     """generation_config.json: where text starts, ends, and what fills batches."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return {"bos_token_id": config.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}
+    return {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": pad,
+    }
 
 
-def write_small_files(folder: Path, config, head: str, base: str, dtype: str, task: dict[str, Any], tokenizer,
-                      with_config: bool, pads: bool = True) -> bool:
+def write_small_files(
+    folder: Path,
+    config,
+    head: str,
+    base: str,
+    dtype: str,
+    task: dict[str, Any],
+    tokenizer,
+    with_config: bool,
+    pads: bool = True,
+) -> bool:
     """Tokenizer, and with `with_config` config.json (and generation_config.json of a language model).
 
     Args:

@@ -23,8 +23,11 @@ def check_hub(repo: str) -> None:
         if repo.count("/") != 1:
             raise HFValidationError("a name has the form ORG/NAME")
     except HFValidationError as error:
-        raise UserError(f"'{repo}' is no repository name: {str(error).splitlines()[0]}", "push_to_hub",
-                        "Try push_to_hub=your-name/model-name.") from None
+        raise UserError(
+            f"'{repo}' is no repository name: {str(error).splitlines()[0]}",
+            "push_to_hub",
+            "Try push_to_hub=your-name/model-name.",
+        ) from None
 
 
 def push(folder: Path, repo: str, private: bool, base: str | None = None) -> str:
@@ -41,13 +44,20 @@ def push(folder: Path, repo: str, private: bool, base: str | None = None) -> str
 
     try:
         if get_token() is None:
-            raise RunFailed(f"there is no hub token. {_would(folder, repo, private)}", "push_to_hub",
-                            f"{LOGIN} {_again(folder, repo)}")
+            raise RunFailed(
+                f"there is no hub token. {_would(folder, repo, private)}",
+                "push_to_hub",
+                f"{LOGIN} {_again(folder, repo)}",
+            )
         changed = _with_base(folder, base)
         api = HfApi()
         url = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message="Upload from finetune-gptj",
-                          ignore_patterns=list(changed))
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=str(folder),
+            commit_message="Upload from finetune-gptj",
+            ignore_patterns=list(changed),
+        )
         for name, text in changed.items():
             api.upload_file(repo_id=repo, path_in_repo=name, path_or_fileobj=text.encode())
         return str(url)
@@ -55,8 +65,11 @@ def push(folder: Path, repo: str, private: bool, base: str | None = None) -> str
         raise
     except Exception as error:  # of the hub, of its HTTP library, of the network: no common class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RunFailed(f"the hub did not take it: {reason[:200]}. {_would(folder, repo, private)}", "push_to_hub",
-                        _again(folder, repo)) from None
+        raise RunFailed(
+            f"the hub did not take it: {reason[:200]}. {_would(folder, repo, private)}",
+            "push_to_hub",
+            _again(folder, repo),
+        ) from None
 
 
 def push_or_explain(folder: Path, cfg: ExportConfig) -> str:
@@ -77,15 +90,23 @@ def _with_base(folder: Path, base: str | None) -> dict[str, str]:
     if not local or not Path(local).is_absolute():
         return {}
     if not base:
-        raise RunFailed(f"the adapter's base is {local}, a folder that nobody else has", "push_to_hub",
-                        "Say what others know it as: hub_base=EleutherAI/gpt-j-6b; or push kind=merged.")
+        raise RunFailed(
+            f"the adapter's base is {local}, a folder that nobody else has",
+            "push_to_hub",
+            "Say what others know it as: hub_base=EleutherAI/gpt-j-6b; or push kind=merged.",
+        )
     found = {}
-    for name, key in (("adapter_config.json", "base_model_name_or_path"), ("finetune.json", "base")):
+    for name, key in (
+        ("adapter_config.json", "base_model_name_or_path"),
+        ("finetune.json", "base"),
+    ):
         if (folder / name).is_file():
             values = json.loads((folder / name).read_text(encoding="utf-8"))
             found[name] = json.dumps(values | {key: base}, indent=2) + "\n"
     card = folder / "README.md"
-    return found | ({card.name: card.read_text(encoding="utf-8").replace(local, base)} if card.is_file() else {})
+    return found | (
+        {card.name: card.read_text(encoding="utf-8").replace(local, base)} if card.is_file() else {}
+    )
 
 
 def _would(folder: Path, repo: str, private: bool) -> str:

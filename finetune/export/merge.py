@@ -32,7 +32,9 @@ def merged_tensor(name: str, base: Tensor, cfg: AdapterConfig, masters, names: s
     head = f"{PREFIX}{module}.modules_to_save.default.{leaf}"
     if head in names:
         return masters.read(head, "master", 0, base.numel()).view(base.shape)
-    if leaf != "weight":  # (IA)3 scales a bias only where it scales outputs: GPT-J's attention has no biases
+    if (
+        leaf != "weight"
+    ):  # (IA)3 scales a bias only where it scales outputs: GPT-J's attention has no biases
         return base
     match cfg:
         case LoraConfig():
@@ -49,17 +51,27 @@ def check_mergeable(cfg: AdapterConfig) -> None:
         UserError: this kind of adapter has no equivalent weights (prompt and prefix tuning).
     """
     if not isinstance(cfg, (LoraConfig, Ia3Config)):
-        raise UserError("prompts and prefixes are inputs, not weights: they cannot be merged", "kind", "Use kind=adapter.")
+        raise UserError(
+            "prompts and prefixes are inputs, not weights: they cannot be merged",
+            "kind",
+            "Use kind=adapter.",
+        )
 
 
 def _lora(module: str, base: Tensor, cfg: LoraConfig, masters, names: set[str]) -> Tensor:
     if f"{module}.lora_A.default.weight" not in names:
         return base
     out, width = base.shape
-    a = masters.read(f"{module}.lora_A.default.weight", "master", 0, cfg.rank * width).view(cfg.rank, width)
-    b = masters.read(f"{module}.lora_B.default.weight", "master", 0, out * cfg.rank).view(out, cfg.rank)
+    a = masters.read(f"{module}.lora_A.default.weight", "master", 0, cfg.rank * width).view(
+        cfg.rank, width
+    )
+    b = masters.read(f"{module}.lora_B.default.weight", "master", 0, out * cfg.rank).view(
+        out, cfg.rank
+    )
     scale = cfg.alpha / (math.sqrt(cfg.rank) if cfg.rslora else cfg.rank)
-    merged = base.to(torch.float32, copy=True).addmm_(b, a, alpha=scale)  # in place: one such tensor at a time
+    merged = base.to(torch.float32, copy=True).addmm_(
+        b, a, alpha=scale
+    )  # in place: one such tensor at a time
     if not cfg.dora:
         return merged
     magnitude = masters.read(f"{module}.lora_magnitude_vector.default.weight", "master", 0, out)

@@ -40,11 +40,16 @@ PIECES = 16
 """Files of one shard."""
 ROWS, COLUMNS, SUM, FIRST = "rows", "columns", "sum", "first"
 LAYER = [
-    ("linear/w", "attn.q_proj.weight", COLUMNS), ("linear_1/w", "attn.v_proj.weight", COLUMNS),
-    ("linear_2/w", "attn.k_proj.weight", COLUMNS), ("linear_3/w", "attn.out_proj.weight", ROWS),
-    ("linear_4/b", "mlp.fc_in.bias", COLUMNS), ("linear_4/w", "mlp.fc_in.weight", COLUMNS),
-    ("linear_5/b", "mlp.fc_out.bias", SUM), ("linear_5/w", "mlp.fc_out.weight", ROWS),
-    ("replicated_layer_norm/offset", "ln_1.bias", FIRST), ("replicated_layer_norm/scale", "ln_1.weight", FIRST),
+    ("linear/w", "attn.q_proj.weight", COLUMNS),
+    ("linear_1/w", "attn.v_proj.weight", COLUMNS),
+    ("linear_2/w", "attn.k_proj.weight", COLUMNS),
+    ("linear_3/w", "attn.out_proj.weight", ROWS),
+    ("linear_4/b", "mlp.fc_in.bias", COLUMNS),
+    ("linear_4/w", "mlp.fc_in.weight", COLUMNS),
+    ("linear_5/b", "mlp.fc_out.bias", SUM),
+    ("linear_5/w", "mlp.fc_out.weight", ROWS),
+    ("replicated_layer_norm/offset", "ln_1.bias", FIRST),
+    ("replicated_layer_norm/scale", "ln_1.weight", FIRST),
 ]
 EMBEDDING_BIAS = "(embedding bias)"
 """The one leaf that GPT-J in torch has no parameter for."""
@@ -65,8 +70,14 @@ def leaves(layers: int) -> list[Leaf]:
     found = [Leaf(EMBEDDING_BIAS, SUM), Leaf("transformer.wte.weight", ROWS)]
     for layer in sorted(range(layers), key=str):
         found += [Leaf(f"transformer.h.{layer}.{name}", how) for _, name, how in LAYER]
-    return [*found, Leaf("lm_head.bias", COLUMNS), Leaf("lm_head.weight", COLUMNS),
-            Leaf("transformer.ln_f.bias", FIRST), Leaf("transformer.ln_f.weight", FIRST), Leaf("step", FIRST)]
+    return [
+        *found,
+        Leaf("lm_head.bias", COLUMNS),
+        Leaf("lm_head.weight", COLUMNS),
+        Leaf("transformer.ln_f.bias", FIRST),
+        Leaf("transformer.ln_f.weight", FIRST),
+        Leaf("step", FIRST),
+    ]
 
 
 def transposed(name: str) -> bool:
@@ -92,12 +103,18 @@ class MeshReader:
         self.places = _places(self.shards[0])
         for shard in self.shards[1:]:
             if _places(shard) != self.places:
-                raise UserError("this shard holds other arrays than shard_0", str(shard), "Copy the checkpoint again.")
+                raise UserError(
+                    "this shard holds other arrays than shard_0",
+                    str(shard),
+                    "Copy the checkpoint again.",
+                )
         self.layers, skipped = self._layers()
         self.leaves = {leaf.name: (leaf, skipped + i) for i, leaf in enumerate(leaves(self.layers))}
         self.width = self._part(0, self.leaves[EMBEDDING_BIAS][1]).shape[0]
         self.vocabulary = self._part(0, self.leaves["transformer.wte.weight"][1]).shape[0] * count
-        self.inner = self._part(0, self.leaves["transformer.h.0.mlp.fc_in.bias"][1]).shape[0] * count
+        self.inner = (
+            self._part(0, self.leaves["transformer.h.0.mlp.fc_in.bias"][1]).shape[0] * count
+        )
         self.dtype = self.read("transformer.ln_f.weight").dtype
 
     @property
@@ -107,7 +124,10 @@ class MeshReader:
     def read(self, name: str) -> Tensor:
         """One whole tensor in torch's layout; sums are made in fp32 and rounded once."""
         leaf, index = self.leaves[name]
-        parts = [_tensor(self._part(shard, index)) for shard in range(len(self.shards) if leaf.how != FIRST else 1)]
+        parts = [
+            _tensor(self._part(shard, index))
+            for shard in range(len(self.shards) if leaf.how != FIRST else 1)
+        ]
         whole = _join(parts, leaf.how)
         if name == "transformer.wte.weight":
             bias = self.read(EMBEDDING_BIAS)
@@ -130,12 +150,17 @@ class MeshReader:
         slim = self._part(0, 0).ndim == 1
         if slim and (total - 7) % 10 == 0:
             return (total - 7) // 10, 0
-        for scalars in range(1, 5):  # counters of the optimizer; then both averages of every parameter
+        for scalars in range(
+            1, 5
+        ):  # counters of the optimizer; then both averages of every parameter
             layers, rest = divmod(total - 19 - scalars, 30)
             if not slim and rest == 0 and layers > 0:
                 return layers, total - (10 * layers + 7)
-        raise UserError(f"{total} arrays are neither a slim nor a full GPT-J checkpoint", str(self.folder),
-                        "A slim checkpoint has 10 for each layer and 7 more.")
+        raise UserError(
+            f"{total} arrays are neither a slim nor a full GPT-J checkpoint",
+            str(self.folder),
+            "A slim checkpoint has 10 for each layer and 7 more.",
+        )
 
 
 def _places(shard: Path) -> list[tuple[str, str]]:
@@ -147,8 +172,11 @@ def _places(shard: Path) -> list[tuple[str, str]]:
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
         except (OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"cannot be read: {error}", str(path),
-                            f"Every shard has {PIECES} files; copy it again.") from None
+            raise UserError(
+                f"cannot be read: {error}",
+                str(path),
+                f"Every shard has {PIECES} files; copy it again.",
+            ) from None
         found += [(path.name, f"arr_{n}") for n in range(len(names))]
     return found
 
@@ -195,11 +223,15 @@ class MeshWriter:
         for leaf in self.order:
             if leaf.name == "step":
                 parts = [np.array(step, np.int32)] * self.count
-            elif leaf.name == EMBEDDING_BIAS:  # torch has it inside wte; -0.0 adds nothing, not even to a sign
+            elif (
+                leaf.name == EMBEDDING_BIAS
+            ):  # torch has it inside wte; -0.0 adds nothing, not even to a sign
                 width = tensor_of("transformer.ln_f.bias").shape[0]
                 parts = [_array(torch.full((width,), -0.0, dtype=self.dtype))] * self.count
             else:
-                parts = [_array(part) for part in self._cut(leaf, tensor_of(leaf.name).to(self.dtype))]
+                parts = [
+                    _array(part) for part in self._cut(leaf, tensor_of(leaf.name).to(self.dtype))
+                ]
             self._put(parts)
         self._close()
 
@@ -227,7 +259,11 @@ class MeshWriter:
         for i in range(self.count):
             shard = self.folder / f"shard_{i}"
             shard.mkdir(parents=True, exist_ok=True)
-            self.open.append(zipfile.ZipFile(shard / f"{self.piece}.npz", "w", zipfile.ZIP_STORED, allowZip64=True))
+            self.open.append(
+                zipfile.ZipFile(
+                    shard / f"{self.piece}.npz", "w", zipfile.ZIP_STORED, allowZip64=True
+                )
+            )
 
     def _close(self) -> None:
         for archive in self.open:

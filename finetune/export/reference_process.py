@@ -26,14 +26,25 @@ def main(checkpoint: Path, kind: str, dtype: str, texts: Path, out: Path) -> Non
 
     run_dir = checkpoint.parent.parent
     cfg = load_config(run_dir)
-    if kind == "adapter":  # whoever loads the adapter loads the base in this precision; a merge has the run's
+    if (
+        kind == "adapter"
+    ):  # whoever loads the adapter loads the base in this precision; a merge has the run's
         cfg.model.dtype = Dtype(dtype)
     device = torch.device("cpu")
-    module = load_run(cfg, checkpoint, head_of(cfg.task), about_of_run(run_dir).get("num_labels"), device,
-                      Dtype(dtype))
+    module = load_run(
+        cfg,
+        checkpoint,
+        head_of(cfg.task),
+        about_of_run(run_dir).get("num_labels"),
+        device,
+        Dtype(dtype),
+    )
     module = readable(module, Dtype(dtype), device)
     head, eos = head_of(cfg.task), load_tokenizer(tokenizer_of(cfg.model)).eos_token_id
-    save_file(reference_outputs(module, json.loads(texts.read_text(encoding="utf-8")), head, eos, device), out)
+    save_file(
+        reference_outputs(module, json.loads(texts.read_text(encoding="utf-8")), head, eos, device),
+        out,
+    )
     print(json.dumps({"parameters": sum(p.numel() for p in module.parameters())}))
 
 

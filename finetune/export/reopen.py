@@ -1,7 +1,7 @@
 """Models that were trained before: from a run's checkpoint, or from an export. No DeepSpeed.
 
-    run_dir/config.yaml -> Config ; base weights + masters of the newest valid checkpoint -> module
-    export/finetune.json -> what the export is ; base + adapter, or the whole model -> module
+run_dir/config.yaml -> Config ; base weights + masters of the newest valid checkpoint -> module
+export/finetune.json -> what the export is ; base + adapter, or the whole model -> module
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from finetune.assets.paths import asset
-from finetune.checkpointing.format import find_resume, read_state, saved_masters, step_folder, verify
+from finetune.checkpointing.format import (
+    find_resume,
+    read_state,
+    saved_masters,
+    step_folder,
+    verify,
+)
 from finetune.config import (
     GPTJ_POSITIONS,
     HEADS,
@@ -68,8 +74,11 @@ def load_config(run_dir: Path) -> Config:
     """
     file = run_dir / "config.yaml"
     if not file.is_file():
-        raise UserError("there is no config.yaml: not a run directory", str(run_dir),
-                        "Pass run=DIR as training printed it.")
+        raise UserError(
+            "there is no config.yaml: not a run directory",
+            str(run_dir),
+            "Pass run=DIR as training printed it.",
+        )
     values = read_yaml(file)
     assert isinstance(values, dict)
     task, trained = values.pop("task"), values.pop("adapter")
@@ -114,7 +123,11 @@ def checkpoint_of(path: Path) -> tuple[Path, Path]:
     if path.parent.name == "checkpoints":
         reason = verify(path)
         if reason:
-            raise UserError(f"the checkpoint is damaged: {reason}", "run", "Name another step, or the run directory.")
+            raise UserError(
+                f"the checkpoint is damaged: {reason}",
+                "run",
+                "Name another step, or the run directory.",
+            )
         return path.parent.parent, path
     found = find_resume(str(path), path, lambda text: None)
     assert found is not None
@@ -180,16 +193,29 @@ def check_base(cfg: Config, checkpoint: Path) -> None:
         UserError: the base is not what it was.
     """
     trained_on = read_state(checkpoint)["identity"].get("weights")
-    if cfg.model.init is not Init.pretrained or isinstance(cfg.adapter, FullConfig) or not trained_on:
+    if (
+        cfg.model.init is not Init.pretrained
+        or isinstance(cfg.adapter, FullConfig)
+        or not trained_on
+    ):
         return
     folder = local_folder(cfg.model)
     if weights_identity(folder) != trained_on:
-        raise UserError("these are not the weights that this adapter was trained on", str(folder),
-                        "Put the base back as it was when the run began.")
+        raise UserError(
+            "these are not the weights that this adapter was trained on",
+            str(folder),
+            "Put the base back as it was when the run began.",
+        )
 
 
-def load_run(cfg: Config, checkpoint: Path, head: str, num_labels: int | None, device: torch.device,
-             dtype: Dtype | None = None) -> nn.Module:
+def load_run(
+    cfg: Config,
+    checkpoint: Path,
+    head: str,
+    num_labels: int | None,
+    device: torch.device,
+    dtype: Dtype | None = None,
+) -> nn.Module:
     """The module of a run as it was at `checkpoint`, in evaluation mode.
 
     Args:
@@ -218,14 +244,26 @@ def read_about(folder: Path, base: str | None = None) -> dict[str, Any]:
     """
     is_adapter = (folder / "adapter_config.json").is_file()
     if base and not is_adapter:
-        raise UserError("base names an adapter's base model, and this is no adapter", str(folder), "Leave base out.")
-    for name in (ABOUT, "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "config.json"):
+        raise UserError(
+            "base names an adapter's base model, and this is no adapter",
+            str(folder),
+            "Leave base out.",
+        )
+    for name in (
+        ABOUT,
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "adapter_model.bin",
+        "config.json",
+    ):
         refuse_pointer(folder / name)
     if (folder / ABOUT).is_file():
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         if is_adapter:
             named = _json(folder / "adapter_config.json").get("base_model_name_or_path")
-            moved = Path(about["base"]).is_absolute() and not Path(about["base"]).is_dir()  # trained elsewhere
+            moved = (
+                Path(about["base"]).is_absolute() and not Path(about["base"]).is_dir()
+            )  # trained elsewhere
             name = base or (named if moved else None) or about["base"]
             about["base"] = str(base_folder(name, about.get("revision"), folder))
             check_same_base(Path(about["base"]), about["head"], about.get("base_weights"))
@@ -236,14 +274,18 @@ def read_about(folder: Path, base: str | None = None) -> dict[str, Any]:
         values = _json(folder / "config.json")
         head = HEADS.get((values.get("architectures") or [""])[0], "lm")
         return {"base": str(folder), "kind": "full", **_foreign(values, head)}
-    raise UserError("neither an export nor a GPT-J checkpoint", str(folder), "Pass model=RUN_DIR/export.")
+    raise UserError(
+        "neither an export nor a GPT-J checkpoint", str(folder), "Pass model=RUN_DIR/export."
+    )
 
 
 def _json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{file.name} is missing", str(file.parent), "A checkpoint directory needs it.") from None
+        raise UserError(
+            f"{file.name} is missing", str(file.parent), "A checkpoint directory needs it."
+        ) from None
     except ValueError as error:
         raise UserError(f"not JSON: {error}", str(file), "Download the file again.") from None
 
@@ -259,13 +301,19 @@ def base_folder(name: str | None, revision: str | None, adapter: Path) -> Path:
     """
     file = str(adapter / "adapter_config.json")
     if not name:
-        raise UserError("the adapter does not name its base model (base_model_name_or_path is null)", file,
-                        "Say which it is: base=DIR, or base=EleutherAI/gpt-j-6b.")
+        raise UserError(
+            "the adapter does not name its base model (base_model_name_or_path is null)",
+            file,
+            "Say which it is: base=DIR, or base=EleutherAI/gpt-j-6b.",
+        )
     try:
         return local_folder(ModelConfig(path=name, revision=revision, init=Init.pretrained))
     except UserError as error:
-        raise UserError(f"the adapter's base model, {name}, is not at hand: {error.problem}", file,
-                        "Say where it lies: base=DIR, with its config.json and weights.") from None
+        raise UserError(
+            f"the adapter's base model, {name}, is not at hand: {error.problem}",
+            file,
+            "Say where it lies: base=DIR, with its config.json and weights.",
+        ) from None
 
 
 def check_same_base(folder: Path, head: str, record: dict[str, str] | None) -> None:
@@ -279,8 +327,11 @@ def check_same_base(folder: Path, head: str, record: dict[str, str] | None) -> N
         UserError: the weights in `folder` are others.
     """
     if record and not same_base(folder, head, record):
-        raise UserError("these are not the weights that this adapter was trained on", str(folder),
-                        "Put the base back as it was when the run began, or say where it lies: base=DIR.")
+        raise UserError(
+            "these are not the weights that this adapter was trained on",
+            str(folder),
+            "Put the base back as it was when the run began, or say where it lies: base=DIR.",
+        )
 
 
 def _foreign_adapter(folder: Path, base: str | None) -> dict[str, Any]:
@@ -288,11 +339,17 @@ def _foreign_adapter(folder: Path, base: str | None) -> dict[str, Any]:
     file = folder / "adapter_config.json"
     values = _json(file)
     head = adapter_head(values, str(file))
-    home = base_folder(base or values.get("base_model_name_or_path"), values.get("revision"), folder)
+    home = base_folder(
+        base or values.get("base_model_name_or_path"), values.get("revision"), folder
+    )
     model = _json(home / "config.json")
     # A head that was saved with the adapter is described beside it, if anywhere.
     own = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    model |= {key: own[key] for key in ("id2label", "problem_type", "pad_token_id") if own.get(key) is not None}
+    model |= {
+        key: own[key]
+        for key in ("id2label", "problem_type", "pad_token_id")
+        if own.get(key) is not None
+    }
     if head != "lm":
         outputs = _head_outputs(folder, home, head)
         if head == "classify" and len(model.get("id2label") or {}) != outputs:
@@ -308,7 +365,14 @@ def _head_outputs(folder: Path, home: Path, head: str) -> int:
     """
     name = {"classify": "score", "qa": "qa_outputs"}[head]
     stored = re.compile(rf"(^|\.){name}\.(modules_to_save\.(default\.)?)?weight$")
-    file = next((f for f in (folder / "adapter_model.safetensors", folder / "adapter_model.bin") if f.is_file()), None)
+    file = next(
+        (
+            f
+            for f in (folder / "adapter_model.safetensors", folder / "adapter_model.bin")
+            if f.is_file()
+        ),
+        None,
+    )
     tensors = open_shard(file) if file else {}
     for key in tensors.keys():  # noqa: SIM118 - not always a dict
         if stored.search(key):
@@ -316,8 +380,11 @@ def _head_outputs(folder: Path, home: Path, head: str) -> int:
     weights = Weights(home)
     if f"{name}.weight" in weights.files:
         return weights.shape(f"{name}.weight")[0]
-    raise UserError(f"the adapter was trained with the head '{name}', and neither its file nor its base holds that head",
-                    str(folder), f"Save it with the adapter: modules_to_save=[{name}] in its LoraConfig.")
+    raise UserError(
+        f"the adapter was trained with the head '{name}', and neither its file nor its base holds that head",
+        str(folder),
+        f"Save it with the adapter: modules_to_save=[{name}] in its LoraConfig.",
+    )
 
 
 def _foreign(values: dict[str, Any], head: str) -> dict[str, Any]:
@@ -326,9 +393,13 @@ def _foreign(values: dict[str, Any], head: str) -> dict[str, Any]:
     Args:
         values: of its config.json.
     """
-    dtype = {"float32": "fp32", "float16": "fp16"}.get(values.get("dtype") or values.get("torch_dtype"), "bf16")
-    settings = {"kind": "clm" if head == "lm" else head,
-                "max_length": min(GPTJ_POSITIONS, values.get("n_positions") or GPTJ_POSITIONS)}
+    dtype = {"float32": "fp32", "float16": "fp16"}.get(
+        values.get("dtype") or values.get("torch_dtype"), "bf16"
+    )
+    settings = {
+        "kind": "clm" if head == "lm" else head,
+        "max_length": min(GPTJ_POSITIONS, values.get("n_positions") or GPTJ_POSITIONS),
+    }
     about = {"head": head, "dtype": dtype, "task": {}, "settings": settings}
     if head == "classify":
         about["task"], problem = _foreign_labels(values)
@@ -339,11 +410,18 @@ def _foreign(values: dict[str, Any], head: str) -> dict[str, Any]:
 
 def _foreign_labels(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a classifier of transformers' own says of its outputs: (as ClassifyTask.describe, task settings)."""
-    names = [name for _, name in sorted((values.get("id2label") or {}).items(), key=lambda item: int(item[0]))]
+    names = [
+        name
+        for _, name in sorted((values.get("id2label") or {}).items(), key=lambda item: int(item[0]))
+    ]
     names = names or [f"LABEL_{i}" for i in range(values.get("num_labels") or 2)]
     if values.get("problem_type") == "regression" or len(names) == 1:
         return {"num_labels": 1}, {"problem": "regression"}
-    problem = "multi_label" if values.get("problem_type") == "multi_label_classification" else "single_label"
+    problem = (
+        "multi_label"
+        if values.get("problem_type") == "multi_label_classification"
+        else "single_label"
+    )
     task = {"problem": problem, "labels": names, "labels_by_index": True, "num_labels": len(names)}
     return task, {"problem": problem}
 
@@ -352,8 +430,10 @@ def foreign_note(about: dict[str, Any]) -> str | None:
     """What people must know of a model that was not trained here; None where nothing has to be guessed."""
     if about["head"] != "qa" or about["task"]:
         return None
-    return ("note: this question answerer was not trained here, and its files do not tell how it reads: it gets question, "
-            "newline, context, eos, with 'no answer' at the eos, as in this project's training")
+    return (
+        "note: this question answerer was not trained here, and its files do not tell how it reads: it gets question, "
+        "newline, context, eos, with 'no answer' at the eos, as in this project's training"
+    )
 
 
 def model_folder(folder: Path, about: dict[str, Any]) -> Path:
@@ -367,7 +447,9 @@ def virtual_tokens_of(folder: Path) -> int:
     return int(_json(file).get("num_virtual_tokens") or 0) if file.is_file() else 0
 
 
-def load_export(folder: Path, dtype: Dtype | None, device: torch.device, base: str | None = None) -> Trained:
+def load_export(
+    folder: Path, dtype: Dtype | None, device: torch.device, base: str | None = None
+) -> Trained:
     """Open an adapter on its base, or a whole model, in evaluation mode on the training GPT-J.
 
     Args:
@@ -379,21 +461,38 @@ def load_export(folder: Path, dtype: Dtype | None, device: torch.device, base: s
     about = read_about(folder, base)
     precision = dtype or Dtype(about["dtype"])
     is_adapter = (folder / "adapter_config.json").is_file()
-    config = ModelConfig(path=about["base"] if is_adapter else str(folder), dtype=precision, init=Init.pretrained)
-    module: Any = build_model(config, about["head"], device=device, seed=0, num_labels=about["task"].get("num_labels"))
+    config = ModelConfig(
+        path=about["base"] if is_adapter else str(folder), dtype=precision, init=Init.pretrained
+    )
+    module: Any = build_model(
+        config, about["head"], device=device, seed=0, num_labels=about["task"].get("num_labels")
+    )
     if is_adapter:
         from peft import PeftModel
 
         module = flat(PeftModel.from_pretrained(module, str(folder), autocast_adapter_dtype=False))
-        module = module.to(device=device, dtype=next(module.get_base_model().transformer.h.parameters()).dtype)
+        module = module.to(
+            device=device, dtype=next(module.get_base_model().transformer.h.parameters()).dtype
+        )
     if dtype is None:
         module = readable(module, precision, device)
-    return Trained(module.eval(), about["head"], precision.value, about["base"], about["task"], about["settings"])
+    return Trained(
+        module.eval(),
+        about["head"],
+        precision.value,
+        about["base"],
+        about["task"],
+        about["settings"],
+    )
 
 
 def readable(module: nn.Module, dtype: Dtype, device: torch.device) -> nn.Module:
     """The same weights in fp32 where the CPU only emulates bf16; every bf16 number is an fp32 number."""
     if dtype is not Dtype.bf16 or not emulates_bf16(device):
         return module
-    print(f"{SLOW_BF16}; this model is read in fp32 (dtype=bf16 keeps it in bf16)", file=sys.stderr, flush=True)
+    print(
+        f"{SLOW_BF16}; this model is read in fp32 (dtype=bf16 keeps it in bf16)",
+        file=sys.stderr,
+        flush=True,
+    )
     return module.float()

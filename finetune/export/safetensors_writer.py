@@ -40,7 +40,11 @@ class ShardWriter:
     def add(self, name: str, tensor: Tensor) -> None:
         """Write the next tensor, rounded to the writer's precision."""
         assert self._waiting and name == self._waiting[0], f"{name} comes out of order"
-        assert tuple(tensor.shape) == self.shapes[name], (name, tuple(tensor.shape), self.shapes[name])
+        assert tuple(tensor.shape) == self.shapes[name], (
+            name,
+            tuple(tensor.shape),
+            self.shapes[name],
+        )
         self._waiting.popleft()
         if self._shard + 1 < len(self.shards) and name == self.shards[self._shard + 1][0]:
             self._next_file()
@@ -48,18 +52,26 @@ class ShardWriter:
 
     def close(self) -> None:
         """Finish the last file and write the index."""
-        assert not self._waiting, f"{len(self._waiting)} tensors never came, the next is {self._waiting[0]}"
+        assert not self._waiting, (
+            f"{len(self._waiting)} tensors never came, the next is {self._waiting[0]}"
+        )
         if self._file is not None:
             self._file.close()
         if len(self.shards) > 1:
             total = sum(math.prod(shape) for shape in self.shapes.values()) * self.dtype.itemsize
-            weight_map = {name: self._name(i) for i, names in enumerate(self.shards) for name in names}
+            weight_map = {
+                name: self._name(i) for i, names in enumerate(self.shards) for name in names
+            }
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_json(self.folder / "model.safetensors.index.json", index)
 
     def _name(self, shard: int) -> str:
         count = len(self.shards)
-        return "model.safetensors" if count == 1 else f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
+        return (
+            "model.safetensors"
+            if count == 1
+            else f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
+        )
 
     def _next_file(self) -> None:
         if self._file is not None:
@@ -69,7 +81,11 @@ class ShardWriter:
         end = 0
         for name in self.shards[self._shard]:
             begin, end = end, end + math.prod(self.shapes[name]) * self.dtype.itemsize
-            header[name] = {"dtype": CODES[self.dtype], "shape": list(self.shapes[name]), "data_offsets": [begin, end]}
+            header[name] = {
+                "dtype": CODES[self.dtype],
+                "shape": list(self.shapes[name]),
+                "data_offsets": [begin, end],
+            }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the values start at a multiple of 8
         self._file = (self.folder / self._name(self._shard)).open("wb")

@@ -13,7 +13,11 @@ import json
 import sys
 from pathlib import Path
 
-TOLERANCE = {"float32": (2e-5, 2e-3, 0.999), "bfloat16": (0.05, 0.5, 0.9), "float16": (0.01, 0.1, 0.97)}
+TOLERANCE = {
+    "float32": (2e-5, 2e-3, 0.999),
+    "bfloat16": (0.05, 0.5, 0.9),
+    "float16": (0.01, 0.1, 0.97),
+}
 """dtype -> (mean and largest difference over the outputs' standard deviation, least arg-max agreement). The largest one
 finds a single wrong row of the head, which the mean over 50400 does not show."""
 
@@ -28,8 +32,11 @@ def open_export(folder: Path):
     import transformers
 
     about = json.loads((folder / "finetune.json").read_text(encoding="utf-8"))
-    kind = {"lm": "AutoModelForCausalLM", "classify": "AutoModelForSequenceClassification",
-            "qa": "AutoModelForQuestionAnswering"}[about["head"]]
+    kind = {
+        "lm": "AutoModelForCausalLM",
+        "classify": "AutoModelForSequenceClassification",
+        "qa": "AutoModelForQuestionAnswering",
+    }[about["head"]]
     auto = getattr(transformers, kind)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[about["dtype"]]
     if (folder / "adapter_config.json").exists():
@@ -37,14 +44,26 @@ def open_export(folder: Path):
 
         values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         # A head needs the export's config: number of labels, and the padding token.
-        extra = {"config": transformers.AutoConfig.from_pretrained(str(folder))} if (folder / "config.json").exists() else {}
-        model = auto.from_pretrained(values["base_model_name_or_path"], revision=values.get("revision") or "main",
-                                     dtype=dtype, attn_implementation="eager", **extra)
+        extra = (
+            {"config": transformers.AutoConfig.from_pretrained(str(folder))}
+            if (folder / "config.json").exists()
+            else {}
+        )
+        model = auto.from_pretrained(
+            values["base_model_name_or_path"],
+            revision=values.get("revision") or "main",
+            dtype=dtype,
+            attn_implementation="eager",
+            **extra,
+        )
         model = PeftModel.from_pretrained(model, str(folder)).to(dtype)
     else:
-        model, told = auto.from_pretrained(str(folder), dtype=dtype, attn_implementation="eager",
-                                           output_loading_info=True)
-        wrong = {key: sorted(told[key])[:4] for key in ("missing_keys", "unexpected_keys") if told[key]}
+        model, told = auto.from_pretrained(
+            str(folder), dtype=dtype, attn_implementation="eager", output_loading_info=True
+        )
+        wrong = {
+            key: sorted(told[key])[:4] for key in ("missing_keys", "unexpected_keys") if told[key]
+        }
         if wrong:
             raise ValueError(f"the files do not hold the model: {wrong}")
     return model.eval(), about["head"]
@@ -62,7 +81,9 @@ def outputs(model, head: str, ids):
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     layer = {"lm": "lm_head", "classify": "score", "qa": "qa_outputs"}[head]
     seen: list = []
-    hook = getattr(inner, layer).register_forward_hook(lambda module, given, output: seen.append(output[0]))
+    hook = getattr(inner, layer).register_forward_hook(
+        lambda module, given, output: seen.append(output[0])
+    )
     adapter = getattr(model, "active_peft_config", None)
     if adapter is not None and adapter.peft_type == "PREFIX_TUNING" and head != "lm":
         _with_prefix(model, inner, ids)
@@ -111,20 +132,32 @@ def compare(folder: Path, reference: Path) -> dict:
     spread = a.std().clamp(min=1e-12)
     relative, largest = float(difference.mean() / spread), float(difference.max() / spread)
     finite = bool(torch.isfinite(b).all())
-    fits = all(mean / float(spread) <= PADDED_MEAN * mean_limit and most / float(spread) <= max_limit
-               for mean, most in padded.values())
+    fits = all(
+        mean / float(spread) <= PADDED_MEAN * mean_limit and most / float(spread) <= max_limit
+        for mean, most in padded.values()
+    )
     return {
-        "equal": finite and relative <= mean_limit and largest <= max_limit and fits
-                 and (agreement >= agreement_limit or relative < 1e-5),
-        "max_difference": float(difference.max()), "mean_difference": float(difference.mean()),
-        "relative_difference": relative, "argmax_agreement": agreement, "positions": a.shape[0], "dtype": dtype,
+        "equal": finite
+        and relative <= mean_limit
+        and largest <= max_limit
+        and fits
+        and (agreement >= agreement_limit or relative < 1e-5),
+        "max_difference": float(difference.max()),
+        "mean_difference": float(difference.mean()),
+        "relative_difference": relative,
+        "argmax_agreement": agreement,
+        "positions": a.shape[0],
+        "dtype": dtype,
         "arithmetic": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "tensors": sum(1 for _ in model.parameters()), "parameters": sum(p.numel() for p in model.parameters()),
+        "tensors": sum(1 for _ in model.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "padded_max_difference": {side: most for side, (_, most) in padded.items()},
     }
 
 
-def padded_difference(folder: Path, model, head: str, saved: dict) -> dict[str, tuple[float, float]]:
+def padded_difference(
+    folder: Path, model, head: str, saved: dict
+) -> dict[str, tuple[float, float]]:
     """Mean and largest difference of the short texts in a padded batch from each alone, by the side that is padded.
 
     A classifier is compared in what it returns, which transformers pools by itself; the other heads at every token.
@@ -136,7 +169,9 @@ def padded_difference(folder: Path, model, head: str, saved: dict) -> dict[str, 
     from transformers import AutoTokenizer
 
     count = sum(name.startswith("short_ids.") for name in saved)
-    rows, alone = ([saved[f"short_{kind}.{i}"] for i in range(count)] for kind in ("ids", "outputs"))
+    rows, alone = (
+        [saved[f"short_{kind}.{i}"] for i in range(count)] for kind in ("ids", "outputs")
+    )
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     if head != "lm":
         _check_eos(tokenizer, [ids.tolist() for ids in rows])
@@ -153,7 +188,11 @@ def padded_difference(folder: Path, model, head: str, saved: dict) -> dict[str, 
         if head == "classify":
             differences = [result.logits[i].float() - alone[i][-1] for i in range(count)]
         else:
-            values = result.logits if head == "lm" else torch.stack([result.start_logits, result.end_logits], -1)
+            values = (
+                result.logits
+                if head == "lm"
+                else torch.stack([result.start_logits, result.end_logits], -1)
+            )
             real = batch["attention_mask"].bool()
             differences = [(values[i][real[i]].float() - alone[i]).flatten() for i in range(count)]
         difference = torch.cat(differences).abs().nan_to_num(torch.inf)
@@ -165,8 +204,13 @@ def _check_eos(tokenizer, rows: list[list[int]]) -> None:
     for ids in rows:
         text = tokenizer.decode(ids[:-1])
         # Ids that a text was cut off from need not be those of the text they spell.
-        if tokenizer(text, add_special_tokens=False)["input_ids"] == ids[:-1] and tokenizer(text)["input_ids"] != ids:
-            raise ValueError(f"the tokenizer gives {tokenizer(text)['input_ids'][-3:]} at the end, training gave {ids[-3:]}")
+        if (
+            tokenizer(text, add_special_tokens=False)["input_ids"] == ids[:-1]
+            and tokenizer(text)["input_ids"] != ids
+        ):
+            raise ValueError(
+                f"the tokenizer gives {tokenizer(text)['input_ids'][-3:]} at the end, training gave {ids[-3:]}"
+            )
 
 
 def _agreement(wanted: list, found: list, head: str) -> float:

@@ -45,12 +45,16 @@ def verify_adapter(folder: Path, shell: nn.Module, masters, dtype: torch.dtype) 
         if not parameter.requires_grad:
             continue
         key = name.replace(".modules_to_save.default", "").replace(".default", "")
-        key = key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")  # peft's files leave it out
+        key = key.replace(
+            "lora_magnitude_vector.weight", "lora_magnitude_vector"
+        )  # peft's files leave it out
         wanted = masters.read(name, "master", 0, parameter.numel()).view(parameter.shape).to(dtype)
         _compare(key, written.pop(key, None), wanted, 0.0, folder)
     if written:
-        raise RunFailed(f"the adapter's file holds tensors that were not trained: {', '.join(list(written)[:4])}",
-                        str(folder))
+        raise RunFailed(
+            f"the adapter's file holds tensors that were not trained: {', '.join(list(written)[:4])}",
+            str(folder),
+        )
     return {"verified": True, "method": "tensors", "tensors": count}
 
 
@@ -73,18 +77,33 @@ def verify_model(folder: Path, cfg: Config, config, info, checkpoint: Path) -> d
         shape = tuple(parameter.shape)
         trained = name if isinstance(cfg.adapter, FullConfig) else _head_key(name)
         if trained in names:
-            wanted, limit = masters.read(trained, "master", 0, parameter.numel()).view(shape).to(dtype), 0.0
+            wanted, limit = (
+                masters.read(trained, "master", 0, parameter.numel()).view(shape).to(dtype),
+                0.0,
+            )
         else:
             known = source is not None and name in source.files
-            base = source[name] if source is not None and known else draw(name, shape, config, cfg.seed)
+            base = (
+                source[name]
+                if source is not None and known
+                else draw(name, shape, config, cfg.seed)
+            )
             base = base.to(DTYPES[cfg.model.dtype.value])
             wanted, limit = _folded(name, base, cfg.adapter, masters, names), EPSILON[dtype]
         found = written[name] if name in written.files else None
         worst = max(worst, _compare(name, found, wanted, limit, folder))
     extra = set(written.files) - set(parameters)
     if extra:
-        raise RunFailed(f"the export holds tensors that the model has not: {', '.join(sorted(extra)[:4])}", str(folder))
-    return {"verified": True, "method": "tensors", "tensors": len(parameters), "largest_relative_difference": worst}
+        raise RunFailed(
+            f"the export holds tensors that the model has not: {', '.join(sorted(extra)[:4])}",
+            str(folder),
+        )
+    return {
+        "verified": True,
+        "method": "tensors",
+        "tensors": len(parameters),
+        "largest_relative_difference": worst,
+    }
 
 
 def _head_key(name: str) -> str:
@@ -95,7 +114,9 @@ def _head_key(name: str) -> str:
 def _folded(name: str, base: Tensor, cfg: AdapterConfig, masters, names: set[str]) -> Tensor:
     """What peft makes of one matrix and its adapter in fp32."""
     module, _, leaf = name.rpartition(".")
-    mine = {n.removeprefix(f"{PREFIX}{module}."): n for n in names if n.startswith(f"{PREFIX}{module}.")}
+    mine = {
+        n.removeprefix(f"{PREFIX}{module}."): n for n in names if n.startswith(f"{PREFIX}{module}.")
+    }
     if leaf != "weight" or not mine:
         return base
     short = module.rpartition(".")[2]
@@ -108,7 +129,9 @@ def _folded(name: str, base: Tensor, cfg: AdapterConfig, masters, names: set[str
         for key, parameter in wrapped.named_parameters():
             own = key.removeprefix(f"{PREFIX}{short}.")
             if own in mine:
-                parameter.copy_(masters.read(mine[own], "master", 0, parameter.numel()).view(parameter.shape))
+                parameter.copy_(
+                    masters.read(mine[own], "master", 0, parameter.numel()).view(parameter.shape)
+                )
     return getattr(wrapped.merge_and_unload(), short).weight.detach()  # type: ignore[operator]
 
 
@@ -123,6 +146,9 @@ def _compare(name: str, found: Tensor | None, wanted: Tensor, limit: float, fold
         difference = max(difference, step if math.isfinite(step) else math.inf)
     difference /= max(largest, 1e-30)
     if not difference <= limit:
-        raise RunFailed(f"the export's tensor {name} differs from what was trained by {difference:.3g} of its largest "
-                        f"value, more than {limit:.3g}", str(folder))
+        raise RunFailed(
+            f"the export's tensor {name} differs from what was trained by {difference:.3g} of its largest "
+            f"value, more than {limit:.3g}",
+            str(folder),
+        )
     return difference

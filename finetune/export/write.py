@@ -34,7 +34,15 @@ from finetune.errors import RunFailed, UserError
 from finetune.export.hf_files import write_small_files
 from finetune.export.model_card import model_card
 from finetune.export.safetensors_writer import Shapes, ShardWriter, file_sha256, write_json
-from finetune.gptj.load import DTYPES, base_record, draw, local_folder, meta_model, read_config, tokenizer_of
+from finetune.gptj.load import (
+    DTYPES,
+    base_record,
+    draw,
+    local_folder,
+    meta_model,
+    read_config,
+    tokenizer_of,
+)
 from finetune.process import LAUNCHER_VARIABLES
 from finetune.sharding.engine import Engine
 
@@ -78,7 +86,10 @@ def reference_texts(store: Store) -> list[list[int]]:
     """The beginnings of some training examples: real text to compare trained and exported model on."""
     ids, offsets = store.column("ids"), store.offsets
     chosen = list(range(0, len(store), max(1, len(store) // REFERENCE_TEXTS)))[:REFERENCE_TEXTS]
-    return [ids[offsets[i] : min(offsets[i + 1], offsets[i] + REFERENCE_TOKENS)].tolist() for i in chosen]
+    return [
+        ids[offsets[i] : min(offsets[i + 1], offsets[i] + REFERENCE_TOKENS)].tolist()
+        for i in chosen
+    ]
 
 
 def real_conversations(task: TaskConfig, data: DataConfig) -> list[list[Message]]:
@@ -105,7 +116,11 @@ def compare_chat_template(folder: Path, info: ExportInfo) -> str:
     tokenizer = load_tokenizer(str(folder))
     eos, bos = str(tokenizer.eos_token), str(tokenizer.bos_token or "")
     template = Template(info.task["template"], info.task["template_text"], eos, bos)
-    answered = [messages for messages in TRIALS if any(message["role"] == "assistant" for message in messages)]
+    answered = [
+        messages
+        for messages in TRIALS
+        if any(message["role"] == "assistant" for message in messages)
+    ]
     count, differences = 0, []
     for messages in [*info.conversations, *answered]:
         if any(template.eos in message["content"] for message in messages):  # refused by training
@@ -125,12 +140,16 @@ def short_texts(texts: list[list[int]], head: str, eos: int) -> list[list[int]]:
     """Beginnings of the reference texts, of unequal lengths, as a padded batch holds them: closed with the eos that the
     heads of classification and question answering read."""
     lengths = [max(1, SHORT_TOKENS // (i + 1)) for i in range(len(texts))]
-    cut = [[token for token in ids if token != eos][:length] for ids, length in zip(texts, lengths, strict=True)]
+    cut = [
+        [token for token in ids if token != eos][:length]
+        for ids, length in zip(texts, lengths, strict=True)
+    ]
     return [[*ids, eos] if head != "lm" or not ids else ids for ids in cut]
 
 
-def reference_outputs(module: nn.Module, texts: list[list[int]], head: str, eos: int, device: torch.device
-                      ) -> dict[str, Tensor]:
+def reference_outputs(
+    module: nn.Module, texts: list[list[int]], head: str, eos: int, device: torch.device
+) -> dict[str, Tensor]:
     """Trained model's outputs on each text alone, {"ids.0": (T,), "outputs.0": (T, V)}, and on the `short_texts` as
     "short_ids.0" and "short_outputs.0". Collective at stage 3."""
     was_training = module.training
@@ -147,14 +166,25 @@ def reference_outputs(module: nn.Module, texts: list[list[int]], head: str, eos:
     return found
 
 
-def export_run(engine: Engine, tokenizer, info: ExportInfo, cfg: ExportConfig, texts: list[list[int]], target: Path,
-               world: World) -> dict[str, Any]:
+def export_run(
+    engine: Engine,
+    tokenizer,
+    info: ExportInfo,
+    cfg: ExportConfig,
+    texts: list[list[int]],
+    target: Path,
+    world: World,
+) -> dict[str, Any]:
     """Write and verify the adapter (or the whole model) that `engine` trained; the figures of export.json. Collective.
 
     Raises:
         RunFailed: the export is empty or not equal to the trained model; nothing is left at `target`.
     """
-    reference = reference_outputs(engine.module, texts, info.head, tokenizer.eos_token_id, world.device) if cfg.verify else None
+    reference = (
+        reference_outputs(engine.module, texts, info.head, tokenizer.eos_token_id, world.device)
+        if cfg.verify
+        else None
+    )
     adapter = hasattr(engine.module, "peft_config")
     stage = world.on_main(lambda: fresh_stage(target))
     tensors = engine.full_parameters(trained_only=adapter)
@@ -162,19 +192,26 @@ def export_run(engine: Engine, tokenizer, info: ExportInfo, cfg: ExportConfig, t
         kept = {name: t.to("cpu", copy=True) for name, t in tensors if world.main or t is None}
         world.on_main(lambda: write_adapter(engine.module, kept, stage))
     else:
-        shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+        shapes = {
+            name: tuple(getattr(p, "ds_shape", p.shape))
+            for name, p in engine.module.named_parameters()
+        }
         error = write_model(tensors, shapes, info.dtype, stage, cfg.max_shard_gib, write=world.main)
         _raise_any(world, error)
     kind = "adapter" if adapter else "full"
     config = engine.module.config
-    return world.on_main(lambda: finish_export(stage, target, tokenizer, config, info, kind, reference))
+    return world.on_main(
+        lambda: finish_export(stage, target, tokenizer, config, info, kind, reference)
+    )
 
 
 def _raise_any(world: World, error: Exception | None) -> None:
     errors = [e for e in world.gather(str(error) if error else None) if e]
     if errors:
-        raise RunFailed(f"the export could not be written: {errors[0]}", remedy="Free some space and export again: "
-                        "python launch/export.py run=RUN kind=full")
+        raise RunFailed(
+            f"the export could not be written: {errors[0]}",
+            remedy="Free some space and export again: python launch/export.py run=RUN kind=full",
+        )
 
 
 def fresh_stage(target: Path) -> Path:
@@ -195,14 +232,23 @@ def write_adapter(model: nn.Module, trained: dict[str, Tensor], folder: Path) ->
         model.save_pretrained(str(folder), state_dict=trained, safe_serialization=True)  # type: ignore[operator]
     except (OSError, SafetensorError) as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise RunFailed(f"the export could not be written: {error}", str(folder.parent),
-                        "Free some space and export again: python launch/export.py run=RUN kind=adapter") from None
+        raise RunFailed(
+            f"the export could not be written: {error}",
+            str(folder.parent),
+            "Free some space and export again: python launch/export.py run=RUN kind=adapter",
+        ) from None
     (folder / "README.md").unlink(missing_ok=True)
     (folder / ADAPTER_FILE).chmod(0o644)  # safetensors makes files that only their owner can read
 
 
-def write_model(tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, dtype: str, folder: Path, shard_gib: float,
-                write: bool = True) -> OSError | None:
+def write_model(
+    tensors: Iterable[tuple[str, Tensor]],
+    shapes: Shapes,
+    dtype: str,
+    folder: Path,
+    shard_gib: float,
+    write: bool = True,
+) -> OSError | None:
     """Sharded safetensors, one tensor in memory at a time; `write` False only takes part in the gathering.
 
     Returns:
@@ -211,7 +257,9 @@ def write_model(tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, dtype: st
     """
     error: OSError | None = None
     try:
-        writer = ShardWriter(folder, shapes, DTYPES[dtype], int(shard_gib * 2**30)) if write else None
+        writer = (
+            ShardWriter(folder, shapes, DTYPES[dtype], int(shard_gib * 2**30)) if write else None
+        )
     except OSError as problem:
         writer, error = None, problem
     for name, tensor in tensors:
@@ -228,7 +276,9 @@ def write_model(tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, dtype: st
     return error
 
 
-def write_random_base(cfg: ModelConfig, head: str, seed: int, folder: Path, num_labels: int | None) -> None:
+def write_random_base(
+    cfg: ModelConfig, head: str, seed: int, folder: Path, num_labels: int | None
+) -> None:
     """The model that `model.init=random` started from, drawn again tensor by tensor."""
     target, folder = folder, fresh_stage(folder)
     config = read_config(local_folder(cfg), cfg, num_labels)
@@ -239,13 +289,30 @@ def write_random_base(cfg: ModelConfig, head: str, seed: int, folder: Path, num_
         raise RunFailed(f"the base model could not be written: {error}", str(folder))
     from finetune.data.tokenizer import load_tokenizer
 
-    write_small_files(folder, config, head, "", cfg.dtype.value, {}, load_tokenizer(tokenizer_of(cfg)), with_config=True)
+    write_small_files(
+        folder,
+        config,
+        head,
+        "",
+        cfg.dtype.value,
+        {},
+        load_tokenizer(tokenizer_of(cfg)),
+        with_config=True,
+    )
     shutil.rmtree(target, ignore_errors=True)
     os.replace(folder, target)
 
 
-def finish_export(stage: Path, target: Path, tokenizer, config, info: ExportInfo, kind: str,
-                  reference: dict[str, Tensor] | None, figures: dict[str, Any] | None = None) -> dict[str, Any]:
+def finish_export(
+    stage: Path,
+    target: Path,
+    tokenizer,
+    config,
+    info: ExportInfo,
+    kind: str,
+    reference: dict[str, Tensor] | None,
+    figures: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Small files, card and proof; then the staging folder becomes `target`. Returns export.json's figures.
 
     Args:
@@ -257,29 +324,65 @@ def finish_export(stage: Path, target: Path, tokenizer, config, info: ExportInfo
         RunFailed: the export is empty, does not load, or is not equal; `target` is as it was before.
     """
     try:
-        prompted = kind == "adapter" and info.head == "classify" and _peft_type(stage) == "PROMPT_TUNING"
+        prompted = (
+            kind == "adapter" and info.head == "classify" and _peft_type(stage) == "PROMPT_TUNING"
+        )
         # peft hands a prompted text on as embeddings, in which transformers cannot tell padding: it pools the last place.
-        pads = write_small_files(stage, config, info.head, info.base, info.dtype, info.task, tokenizer,
-                                 with_config=kind != "adapter" or info.head != "lm", pads=not prompted)
+        pads = write_small_files(
+            stage,
+            config,
+            info.head,
+            info.base,
+            info.dtype,
+            info.task,
+            tokenizer,
+            with_config=kind != "adapter" or info.head != "lm",
+            pads=not prompted,
+        )
         found: dict[str, Any] = {"kind": kind, "verified": False, "pads": pads, **(figures or {})}
-        about = {"head": info.head, "dtype": info.dtype, "base": info.base, "kind": kind, "task": info.task,
-                 "settings": info.settings}
+        about = {
+            "head": info.head,
+            "dtype": info.dtype,
+            "base": info.base,
+            "kind": kind,
+            "task": info.task,
+            "settings": info.settings,
+        }
         if kind == "adapter":
             found |= check_adapter(stage)
             assert info.base_folder
-            about |= {"revision": info.revision, "base_weights": base_record(info.base_folder, info.head)}
+            about |= {
+                "revision": info.revision,
+                "base_weights": base_record(info.base_folder, info.head),
+            }
             file = stage / "adapter_config.json"
-            write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"revision": info.revision})
+            write_json(
+                file, json.loads(file.read_text(encoding="utf-8")) | {"revision": info.revision}
+            )
         if info.task.get("template_text"):
             found["chat_template"] = compare_chat_template(stage, info)
         write_json(stage / "finetune.json", about)
         if reference is not None:
             found |= verify_export(stage, reference)
-        found["files"] = {file.name: file_sha256(file) for file in sorted(stage.glob("*.safetensors"))}
+        found["files"] = {
+            file.name: file_sha256(file) for file in sorted(stage.glob("*.safetensors"))
+        }
         write_json(stage / "export.json", found)
         chat = bool(info.task.get("template_text"))
-        card = model_card(info.name, info.head, kind, info.base, info.dtype, info.facts, info.metrics, found,
-                          found["files"], chat, getattr(config, "_name_or_path", None) or "", info.revision)
+        card = model_card(
+            info.name,
+            info.head,
+            kind,
+            info.base,
+            info.dtype,
+            info.facts,
+            info.metrics,
+            found,
+            found["files"],
+            chat,
+            getattr(config, "_name_or_path", None) or "",
+            info.revision,
+        )
         (stage / "README.md").write_text(card, encoding="utf-8")
         _replace(stage, target)
         return found
@@ -314,11 +417,19 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     updates = [name for name in tensors if "lora_A" in name or "lora_B" in name]
     zero = [name for name in updates if not tensors[name].any()]
     if not tensors or empty:
-        raise RunFailed(f"the exported adapter is empty: {', '.join(empty[:4]) or 'no tensors'}", str(folder))
+        raise RunFailed(
+            f"the exported adapter is empty: {', '.join(empty[:4]) or 'no tensors'}", str(folder)
+        )
     if zero:
-        raise RunFailed(f"{len(zero)} of {len(updates)} LoRA matrices of the exported adapter are all zero, so nothing was "
-                        f"trained there: {', '.join(zero[:4])}", str(folder), "Check optim.lr, train.steps and the data.")
-    return {"adapter_tensors": len(tensors)} | ({"lora_tensors": len(updates), "lora_nonzero": len(updates)} if updates else {})
+        raise RunFailed(
+            f"{len(zero)} of {len(updates)} LoRA matrices of the exported adapter are all zero, so nothing was "
+            f"trained there: {', '.join(zero[:4])}",
+            str(folder),
+            "Check optim.lr, train.steps and the data.",
+        )
+    return {"adapter_tensors": len(tensors)} | (
+        {"lora_tensors": len(updates), "lora_nonzero": len(updates)} if updates else {}
+    )
 
 
 def verify_export(folder: Path, reference: dict[str, Tensor]) -> dict[str, Any]:
@@ -330,7 +441,9 @@ def verify_export(folder: Path, reference: dict[str, Tensor]) -> dict[str, Any]:
     file = folder.with_name(f"{folder.name}.reference.safetensors")
     save_file(reference, file)
     try:
-        figures = json.loads(fresh_process("finetune.export.verify", [str(folder), str(file)], str(folder)))
+        figures = json.loads(
+            fresh_process("finetune.export.verify", [str(folder), str(file)], str(folder))
+        )
     finally:
         file.unlink(missing_ok=True)
     if not figures["equal"]:
@@ -344,8 +457,13 @@ def fresh_process(module: str, words: list[str], where: str) -> str:
     Raises:
         RunFailed: it failed; the message is its last line.
     """
-    done = subprocess.run([sys.executable, "-m", module, *words], capture_output=True, text=True,
-                          env=_fresh_environment(), check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", module, *words],
+        capture_output=True,
+        text=True,
+        env=_fresh_environment(),
+        check=False,
+    )
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
@@ -366,4 +484,8 @@ def refuse_overwrite(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise UserError("this is a file", str(target), "Choose another with out=DIR.")
     if target.exists() and any(target.iterdir()) and not (target / "export.json").exists():
-        raise UserError("the directory is not empty and not an export", str(target), "Choose another with out=DIR.")
+        raise UserError(
+            "the directory is not empty and not an export",
+            str(target),
+            "Choose another with out=DIR.",
+        )

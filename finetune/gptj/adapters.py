@@ -8,7 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from finetune.config import AdapterConfig, FullConfig, Ia3Config, LoraConfig, PrefixConfig, PromptConfig
+from finetune.config import (
+    AdapterConfig,
+    FullConfig,
+    Ia3Config,
+    LoraConfig,
+    PrefixConfig,
+    PromptConfig,
+)
 from finetune.gptj.prompt_tuning import flat
 from finetune.planning import parameter_groups as grouping
 from finetune.planning.shape import target_modules
@@ -48,7 +55,9 @@ def _peft_gathers(model: nn.Module) -> Iterator[None]:
         return
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    known = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # held only weakly by transformers
+    known = HfDeepSpeedConfig(
+        {"zero_optimization": {"stage": 3}}
+    )  # held only weakly by transformers
     try:
         yield
     finally:
@@ -69,18 +78,30 @@ def peft_config(cfg: AdapterConfig, head: str | None, targets: list[str] | None 
     match cfg:
         case LoraConfig():
             return peft.LoraConfig(
-                task_type=task, r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout,  # type: ignore[arg-type]
-                target_modules=targets or target_modules(cfg.targets), use_rslora=cfg.rslora, use_dora=cfg.dora,
+                task_type=task,
+                r=cfg.rank,
+                lora_alpha=cfg.alpha,
+                lora_dropout=cfg.dropout,  # type: ignore[arg-type]
+                target_modules=targets or target_modules(cfg.targets),
+                use_rslora=cfg.rslora,
+                use_dora=cfg.dora,
                 modules_to_save=heads,
             )
         case Ia3Config():
             names = targets or target_modules(cfg.targets)
-            return peft.IA3Config(task_type=task, target_modules=names, modules_to_save=heads,
-                                  feedforward_modules=[n for n in names if n.startswith("fc_")])
+            return peft.IA3Config(
+                task_type=task,
+                target_modules=names,
+                modules_to_save=heads,
+                feedforward_modules=[n for n in names if n.startswith("fc_")],
+            )
         case PromptConfig():
             # The embeddings of random words: from noise, prompts learn far more slowly (arXiv:2104.08691, section 3.2).
-            return peft.PromptTuningConfig(task_type=task, num_virtual_tokens=cfg.virtual_tokens,  # type: ignore[arg-type]
-                                           prompt_tuning_init="SAMPLE_VOCAB")
+            return peft.PromptTuningConfig(
+                task_type=task,
+                num_virtual_tokens=cfg.virtual_tokens,  # type: ignore[arg-type]
+                prompt_tuning_init="SAMPLE_VOCAB",
+            )
         case PrefixConfig():
             return peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=cfg.virtual_tokens)  # type: ignore[arg-type]
         case _:
@@ -90,7 +111,10 @@ def peft_config(cfg: AdapterConfig, head: str | None, targets: list[str] | None 
 def count(model: nn.Module) -> dict[str, int]:
     """Parameters in all and trained, also when ZeRO-3 has partitioned them."""
     sizes = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in model.parameters()]
-    return {"total": sum(n for n, _ in sizes), "trainable": sum(n for n, trained in sizes if trained)}
+    return {
+        "total": sum(n for n, _ in sizes),
+        "trainable": sum(n for n, trained in sizes if trained),
+    }
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

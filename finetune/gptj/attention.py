@@ -64,7 +64,9 @@ def pick_attention(requested: str, device_type: str, dtype: torch.dtype) -> str:
     return "eager" if requested == "eager" else "sdpa"
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, dropout: float = 0.0) -> Tensor:
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, packed: Packed, dropout: float = 0.0
+) -> Tensor:
     """Causal attention inside each document of a flat batch.
 
     Args:
@@ -85,7 +87,9 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, dropout: f
         return _run(attend, q, k, v, *runs[0], dropout)
     sizes = [length * count for length, count in runs]
     parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-    return torch.cat([_run(attend, *part, *run, dropout) for part, run in zip(parts, runs, strict=True)])
+    return torch.cat(
+        [_run(attend, *part, *run, dropout) for part, run in zip(parts, runs, strict=True)]
+    )
 
 
 @lru_cache(maxsize=1)
@@ -99,14 +103,18 @@ def _causal_argument() -> dict:
     return {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
 
 
-def _run(attend, q: Tensor, k: Tensor, v: Tensor, length: int, count: int, dropout: float) -> Tensor:
+def _run(
+    attend, q: Tensor, k: Tensor, v: Tensor, length: int, count: int, dropout: float
+) -> Tensor:
     """`count` documents of `length` tokens each as one batched call: (count, heads, length, head_dim)."""
     q, k, v = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     out = attend(q, k, v, dropout_p=dropout, is_causal=True)
     return out.transpose(1, 2).reshape(count * length, out.shape[1], out.shape[3])
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = True) -> Tensor:
+def _eager(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = True
+) -> Tensor:
     """Scores in fp32 and a T x T matrix, as Hugging Face's eager GPT-J computes it: the reference to compare with."""
     scores = q.float() @ k.float().transpose(-1, -2) / q.shape[-1] ** 0.5
     if is_causal:
@@ -121,7 +129,10 @@ def rope_tables(positions: Tensor, rotary_dim: int) -> Tensor:
     theta_j = 10000^(-2j / rotary_dim), arXiv:2104.09864; computed once per forward from positions (N,) that
     restart with each document.
     """
-    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.int64, device=positions.device).float() / rotary_dim
+    exponent = (
+        torch.arange(0, rotary_dim, 2, dtype=torch.int64, device=positions.device).float()
+        / rotary_dim
+    )
     angles = positions.float()[:, None] * (1.0 / 10000**exponent)
     return torch.polar(torch.ones_like(angles), angles)[:, None]
 

@@ -41,11 +41,17 @@ def to_library_model(module: nn.Module) -> nn.Module:
     device = base.transformer.wte.weight.device
     with torch.device(device):
         model.transformer.rotary_emb = GPTJRotaryEmbedding(config)  # type: ignore[union-attr]
-    model.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id
+    )
     if module is not base:
         import peft
 
-        model = peft.PeftModel(model, module.active_peft_config, low_cpu_mem_usage=True,  # type: ignore[arg-type]
-                               autocast_adapter_dtype=False)
+        model = peft.PeftModel(
+            model,
+            module.active_peft_config,
+            low_cpu_mem_usage=True,  # type: ignore[arg-type]
+            autocast_adapter_dtype=False,
+        )
     model.load_state_dict(module.state_dict(), assign=True)
     return model.eval()

@@ -34,8 +34,18 @@ LEGACY = re.compile(r"(\.attn\.(bias|masked_bias|embed_positions)|\.rotary_emb\.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
-PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "tokenizer*",
-            "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
+PATTERNS = [
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.bin",
+    "*.bin.index.json",
+    "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+]
 MAPPED_BYTES = 1 << 26
 """Bytes read from mapped files after which they are mapped anew."""
 PIECES, PIECE_BYTES = 128, 1 << 16
@@ -69,7 +79,9 @@ class Weights:
             self._stored |= {_full_name(name): name for name in handle.keys()}  # noqa: SIM118 - not always a dict
             if _in_memory(file):
                 self._whole.add(file)
-                self._shapes |= {_full_name(name): tuple(tensor.shape) for name, tensor in handle.items()}
+                self._shapes |= {
+                    _full_name(name): tuple(tensor.shape) for name, tensor in handle.items()
+                }
 
     def _handle(self, file: Path):
         if file not in self._open:
@@ -79,8 +91,12 @@ class Weights:
         return self._open[file]
 
     def __getitem__(self, name: str) -> Tensor:
-        if self._touched > MAPPED_BYTES:  # pages that were read stay resident for as long as a file is mapped
-            self._open = {file: handle for file, handle in self._open.items() if file in self._whole}
+        if (
+            self._touched > MAPPED_BYTES
+        ):  # pages that were read stay resident for as long as a file is mapped
+            self._open = {
+                file: handle for file, handle in self._open.items() if file in self._whole
+            }
             self._touched = 0
         handle = self._handle(self.files[name])
         stored = self._stored[name]
@@ -118,8 +134,11 @@ def _name_to_file(folder: Path, handle: Callable[[Path], Any]) -> dict[str, Path
         if (folder / single).is_file():
             file = folder / single
             return {name: file for name in handle(file).keys()}  # noqa: SIM118 - not always a dict
-    raise UserError("there are no weights here: neither model.safetensors nor pytorch_model.bin, sharded or not",
-                    str(folder), "Point model.path at a GPT-J checkpoint, or start fresh with model.init=random.")
+    raise UserError(
+        "there are no weights here: neither model.safetensors nor pytorch_model.bin, sharded or not",
+        str(folder),
+        "Point model.path at a GPT-J checkpoint, or start fresh with model.init=random.",
+    )
 
 
 def _read_index(folder: Path, index: Path) -> dict[str, Path]:
@@ -127,15 +146,22 @@ def _read_index(folder: Path, index: Path) -> dict[str, Path]:
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, UnicodeDecodeError) as error:
-        raise UserError(f"not a weight index: {error}", str(index), "Download the file again.") from None
+        raise UserError(
+            f"not a weight index: {error}", str(index), "Download the file again."
+        ) from None
     files = {}
     for name, file in names.items():
         path = folder / file
         if Path(file).name != file:
-            raise UserError(f"the index sends '{name}' to '{file}', outside its own directory", str(index),
-                            "Refused: an index may only name files beside it.")
+            raise UserError(
+                f"the index sends '{name}' to '{file}', outside its own directory",
+                str(index),
+                "Refused: an index may only name files beside it.",
+            )
         if not path.is_file():
-            raise UserError(f"the shard {file} is missing", str(index), "Download the missing file.")
+            raise UserError(
+                f"the shard {file} is missing", str(index), "Download the missing file."
+            )
         files[name] = path
     return files
 
@@ -171,11 +197,19 @@ def open_shard(file: Path):
             return safe_open(str(file), framework="pt")
         return torch.load(file, map_location="cpu", mmap=not _in_memory(file), weights_only=True)
     except (SafetensorError, RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
-        raise UserError(f"cannot be read, truncated or corrupt: {str(error).splitlines()[0]}", str(file),
-                        "Download or copy the file again and compare its size and hash.") from None
-    except Exception as error:  # pickle.UnpicklingError: weights_only refused what the file would run
-        raise UserError(f"refused: {str(error).splitlines()[0]}", str(file),
-                        "Convert the checkpoint to safetensors with a tool you trust.") from None
+        raise UserError(
+            f"cannot be read, truncated or corrupt: {str(error).splitlines()[0]}",
+            str(file),
+            "Download or copy the file again and compare its size and hash.",
+        ) from None
+    except (
+        Exception
+    ) as error:  # pickle.UnpicklingError: weights_only refused what the file would run
+        raise UserError(
+            f"refused: {str(error).splitlines()[0]}",
+            str(file),
+            "Convert the checkpoint to safetensors with a tool you trust.",
+        ) from None
 
 
 def _in_memory(file: Path) -> bool:
@@ -206,13 +240,20 @@ def local_folder(cfg: ModelConfig, download: bool = True) -> Path:
 
     patterns = ["config.json"] if cfg.init is Init.random else PATTERNS
     try:
-        return Path(snapshot_download(cfg.path, revision=cfg.revision, allow_patterns=patterns,
-                                      local_files_only=not download))
+        return Path(
+            snapshot_download(
+                cfg.path,
+                revision=cfg.revision,
+                allow_patterns=patterns,
+                local_files_only=not download,
+            )
+        )
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"the weights of {cfg.path} are neither on this machine nor can they be downloaded ({reason[:160]})"
-            if download else f"the weights of {cfg.path} are not on this machine",
+            if download
+            else f"the weights of {cfg.path} are not on this machine",
             "model.path",
             "Copy a checkpoint directory here and pass model.path=DIR; or download it where there is a network:\n"
             f"    hf download {cfg.path}\n"
@@ -228,7 +269,11 @@ def tokenizer_of(cfg: ModelConfig) -> str:
 def weights_identity(folder: Path) -> str:
     """A hash that changes with the weights: names and sizes of the files, and `PIECES` pieces of each, both ends included."""
     digest = hashlib.blake2b(digest_size=8)
-    for file in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json"):
+    for file in sorted(
+        p
+        for p in folder.iterdir()
+        if p.suffix in (".safetensors", ".bin") or p.name == "config.json"
+    ):
         last = max(0, file.stat().st_size - PIECE_BYTES)
         digest.update(repr((file.name, file.stat().st_size)).encode())
         with file.open("rb") as f:
@@ -254,7 +299,10 @@ def base_record(folder: Path, head: str) -> dict[str, str]:
 
 def same_base(folder: Path, head: str, record: dict[str, str]) -> bool:
     """Whether the weights in `folder` are those of the record; their values are read only where the files are others."""
-    return weights_identity(folder) == record["files"] or base_record(folder, head)["values"] == record["values"]
+    return (
+        weights_identity(folder) == record["files"]
+        or base_record(folder, head)["values"] == record["values"]
+    )
 
 
 def read_config(folder: Path, cfg: ModelConfig, num_labels: int | None = None) -> GPTJConfig:
@@ -268,12 +316,17 @@ def read_config(folder: Path, cfg: ModelConfig, num_labels: int | None = None) -
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError("config.json is missing", str(folder), "A checkpoint directory needs it.") from None
+        raise UserError(
+            "config.json is missing", str(folder), "A checkpoint directory needs it."
+        ) from None
     except ValueError as error:
         raise UserError(f"not JSON: {error}", str(file), "Download the file again.") from None
     if values.get("model_type") != "gptj":
-        raise UserError(f"model_type is '{values.get('model_type')}', not 'gptj'", str(file),
-                        "This project trains GPT-J only.")
+        raise UserError(
+            f"model_type is '{values.get('model_type')}', not 'gptj'",
+            str(file),
+            "This project trains GPT-J only.",
+        )
     config = GPTJConfig.from_dict(values)
     for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
         if getattr(cfg, name) is not None:
@@ -284,9 +337,18 @@ def read_config(folder: Path, cfg: ModelConfig, num_labels: int | None = None) -
     return config
 
 
-def build_model(cfg: ModelConfig, head: str, *, device: torch.device, seed: int, num_labels: int | None = None,
-                partition: AbstractContextManager | None = None, place: Place | None = None, reads: bool = True,
-                progress: Callable[[int], None] | None = None) -> nn.Module:
+def build_model(
+    cfg: ModelConfig,
+    head: str,
+    *,
+    device: torch.device,
+    seed: int,
+    num_labels: int | None = None,
+    partition: AbstractContextManager | None = None,
+    place: Place | None = None,
+    reads: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> nn.Module:
     """A GPT-J with its weights, in `cfg.dtype` on `device`.
 
     Args:
@@ -299,18 +361,28 @@ def build_model(cfg: ModelConfig, head: str, *, device: torch.device, seed: int,
     folder = local_folder(cfg)
     config = read_config(folder, cfg, num_labels)
     dtype = DTYPES[cfg.dtype.value]
-    with _no_init(), (partition or torch.device("meta")), _default_dtype(dtype if partition else torch.float32):
+    with (
+        _no_init(),
+        partition or torch.device("meta"),
+        _default_dtype(dtype if partition else torch.float32),
+    ):
         model = HEADS[head](copy_config(config))
     source = Weights(folder) if cfg.init is Init.pretrained and reads else None
     names = dict(model.named_parameters())
     if source is not None:
-        _check_names(source, {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in names.items()}, folder)
+        _check_names(
+            source, {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in names.items()}, folder
+        )
     done = 0
     for name, parameter in names.items():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         tensor = None
         if reads:
-            tensor = source[name] if source is not None and name in source.files else draw(name, shape, config, seed)
+            tensor = (
+                source[name]
+                if source is not None and name in source.files
+                else draw(name, shape, config, seed)
+            )
         if place is not None:
             place(parameter, None if tensor is None else tensor.to(dtype))
         else:
@@ -336,10 +408,17 @@ def _check_names(source: Weights, wanted: dict[str, tuple[int, ...]], folder: Pa
     heads = ("lm_head.", "score.", "qa_outputs.")
     missing = [n for n in wanted if n not in source.files and not (n.startswith(heads[1:]))]
     extra = [n for n in source.files if n not in wanted and not n.startswith(heads)]
-    shapes = [f"{n} is {source.shape(n)}, the config says {s}" for n, s in wanted.items()
-              if n in source.files and source.shape(n) != s]
+    shapes = [
+        f"{n} is {source.shape(n)}, the config says {s}"
+        for n, s in wanted.items()
+        if n in source.files and source.shape(n) != s
+    ]
     lines = []
-    for title, items in (("missing", missing), ("not GPT-J's", extra), ("of another shape", shapes)):
+    for title, items in (
+        ("missing", missing),
+        ("not GPT-J's", extra),
+        ("of another shape", shapes),
+    ):
         if items:
             more = f" ... and {len(items) - 8} more" if len(items) > 8 else ""
             lines.append(f"{len(items)} tensors are {title}: {', '.join(items[:8])}{more}")

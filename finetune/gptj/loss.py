@@ -33,7 +33,9 @@ class LMHead(nn.Linear):
     Being inside the module's forward matters under ZeRO-3: that is where its weight is gathered.
     """
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, per_token: bool = False) -> Tensor:
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None = None, per_token: bool = False
+    ) -> Tensor:
         """Logits (.., V); with labels (N,): the fp32 sum of losses; per_token: fp32 losses (N,), 0 where ignored."""
         if labels is None:
             return F.linear(hidden, self.weight, self.bias)
@@ -42,7 +44,9 @@ class LMHead(nn.Linear):
         return chunked_cross_entropy(hidden, self.weight, self.bias, labels)
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+) -> Tensor:
     """Sum over scored tokens of -log softmax(hidden @ weight.T + bias)[label], fp32 scalar.
 
     Args:
@@ -84,7 +88,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scored = _scored(labels)
         whole = want_weight and 0 < len(scored) * weight.element_size() <= 4 * weight.shape[1]
         d_hidden = torch.zeros_like(hidden) if want_hidden else None
-        d_weight = None if whole or not want_weight else torch.empty_like(weight, dtype=torch.float32)
+        d_weight = (
+            None if whole or not want_weight else torch.empty_like(weight, dtype=torch.float32)
+        )
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
         part = logits = None
         chunks = _chunks(scored, len(scored) if whole else LOSS_CHUNK)
@@ -100,7 +106,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 _add_weight_gradient(d_weight, logits, part, first=i == 0)
         if d_weight is not None and not chunks:
             d_weight.zero_()
-        ctx.save_for_backward(d_hidden, d_weight, d_bias, *((logits, part) if whole else (None, None)))
+        ctx.save_for_backward(
+            d_hidden, d_weight, d_bias, *((logits, part) if whole else (None, None))
+        )
         ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
         return total
 
@@ -120,7 +128,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         )
 
 
-def _logits_to_gradient(logits: Tensor, bias: Tensor | None, targets: Tensor, d_bias: Tensor | None) -> Tensor:
+def _logits_to_gradient(
+    logits: Tensor, bias: Tensor | None, targets: Tensor, d_bias: Tensor | None
+) -> Tensor:
     """Overwrite logits (C, V), still without bias, by softmax - onehot(targets (C, 1)); returns the sum of losses.
 
     A few rows at a time in fp32; the bias is added there too, where it costs least.
@@ -149,7 +159,9 @@ def _probabilities(logits: Tensor, bias: Tensor | None, targets: Tensor, out: Te
         loss = -out.gather(1, targets).sum()
         out.exp_()
         return loss
-    torch.softmax(out, -1, out=out)  # half the exponentials: the logarithm is taken of the targets' alone
+    torch.softmax(
+        out, -1, out=out
+    )  # half the exponentials: the logarithm is taken of the targets' alone
     chosen = out.gather(1, targets)
     if chosen.min() < TINY:
         exact = logits.float() if bias is None else logits + bias

@@ -17,7 +17,14 @@ from transformers import GPTJConfig
 from transformers.activations import ACT2FN
 from transformers.models.gptj.modeling_gptj import GPTJPreTrainedModel as HFPreTrainedModel
 
-from finetune.gptj.attention import Packed, pack, packed_attention, pick_attention, rope_tables, rotate
+from finetune.gptj.attention import (
+    Packed,
+    pack,
+    packed_attention,
+    pick_attention,
+    rope_tables,
+    rotate,
+)
 from finetune.gptj.loss import LMHead
 from finetune.gptj.recompute import made_again, run_block
 from finetune.gptj.virtual_tokens import Virtual, prefixed_attention
@@ -36,7 +43,9 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width, bias=False)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x: Tensor, rope: Tensor, packed: Packed, prefix: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Tensor, packed: Packed, prefix: Tensor | None = None
+    ) -> Tensor:
         batch, length, width = x.shape
         flat = x.view(-1, width)
         q = rotate(self.q_proj(flat), rope, self.heads)
@@ -56,7 +65,11 @@ class MLP(nn.Module):
         inner = config.n_inner or 4 * config.n_embd
         self.fc_in = nn.Linear(config.n_embd, inner)
         self.fc_out = nn.Linear(inner, config.n_embd)
-        self.act = nn.GELU("tanh") if config.activation_function in TANH_GELU else ACT2FN[config.activation_function]
+        self.act = (
+            nn.GELU("tanh")
+            if config.activation_function in TANH_GELU
+            else ACT2FN[config.activation_function]
+        )
         self.dropout = nn.Dropout(config.resid_pdrop)
         self.keep_inner = True
 
@@ -77,7 +90,9 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: Tensor, packed: Packed, prefix: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Tensor, packed: Packed, prefix: Tensor | None = None
+    ) -> Tensor:
         normed = self.ln_1(x)
         return self.attn(normed, rope, packed, prefix) + self.mlp(normed) + x
 
@@ -143,7 +158,9 @@ class Transformer(PreTrained):
             position_ids = torch.arange(length, device=input_ids.device).repeat(rows)
             input_ids = input_ids.reshape(1, -1)
         if position_ids is None:
-            raise TypeError("position_ids are needed with cu_seqlens: they restart with every document")
+            raise TypeError(
+                "position_ids are needed with cu_seqlens: they restart with every document"
+            )
         x = self.wte(input_ids)
         if virtual is not None:
             x, position_ids, cu_seqlens = virtual.enter(x, position_ids, cu_seqlens)

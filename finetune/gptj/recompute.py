@@ -26,7 +26,9 @@ def run_block(kind: bool | str, block: Callable[..., Tensor], x: Tensor, *rest) 
         return checkpoint(block, x, *rest, use_reentrant=False)
     if kind == "offload":
         if not x.requires_grad:
-            x = x.detach().requires_grad_()  # below a reentrant checkpoint nothing trains unless its input does
+            x = (
+                x.detach().requires_grad_()
+            )  # below a reentrant checkpoint nothing trains unless its input does
         with save_on_cpu(pin_memory=x.is_cuda):
             return checkpoint(_with_constants(block, rest), x, *_learned(rest), use_reentrant=True)
     return block(x, *rest)
@@ -38,12 +40,20 @@ def _learned(rest: tuple) -> list[Tensor]:
 
 def _with_constants(block: Callable[..., Tensor], rest: tuple) -> Callable[..., Tensor]:
     """`block` of the tensors that learn alone: others would be copied to the host once per block."""
-    constants = [None if isinstance(value, Tensor) and value.requires_grad else value for value in rest]
+    constants = [
+        None if isinstance(value, Tensor) and value.requires_grad else value for value in rest
+    ]
     learns = [isinstance(value, Tensor) and value.requires_grad for value in rest]
 
     def run(x: Tensor, *learned: Tensor) -> Tensor:
         given = iter(learned)
-        return block(x, *(next(given) if learn else value for learn, value in zip(learns, constants, strict=True)))
+        return block(
+            x,
+            *(
+                next(given) if learn else value
+                for learn, value in zip(learns, constants, strict=True)
+            ),
+        )
 
     return run
 
@@ -61,7 +71,11 @@ class made_again(saved_tensors_hooks):
         storage, count, source = made.untyped_storage().data_ptr(), made.numel(), x.detach()
 
         def pack(saved: Tensor) -> Tensor | tuple[Tensor, torch.Size]:
-            same = saved.numel() == count and saved.untyped_storage().data_ptr() == storage and saved.is_contiguous()
+            same = (
+                saved.numel() == count
+                and saved.untyped_storage().data_ptr() == storage
+                and saved.is_contiguous()
+            )
             return (source, saved.shape) if same else saved
 
         def unpack(packed: Tensor | tuple[Tensor, torch.Size]) -> Tensor:

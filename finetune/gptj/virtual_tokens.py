@@ -33,7 +33,9 @@ class Virtual:
     def count(self) -> int:
         return self.prompt.shape[0] if self.prompt is not None else self.prefix.shape[2]  # type: ignore[union-attr]
 
-    def enter(self, x: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def enter(
+        self, x: Tensor, position_ids: Tensor, cu_seqlens: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings, positions and boundaries that the body computes with: (1, M, D), (1, M) and (S+1,).
 
         Args:
@@ -52,20 +54,33 @@ class Virtual:
         """Hidden states of the text alone, flat (1, N, D)."""
         if self.prompt is None:
             return hidden
-        return remove(hidden[0], self.count, [length - self.count for length in packed.lengths])[None]
+        return remove(hidden[0], self.count, [length - self.count for length in packed.lengths])[
+            None
+        ]
 
     def layer(self, index: int) -> Tensor | None:
         return None if self.prefix is None else self.prefix[index]
 
 
-def prefixed_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, prefix: Tensor, dropout: float) -> Tensor:
+def prefixed_attention(
+    q: Tensor, k: Tensor, v: Tensor, packed: Packed, prefix: Tensor, dropout: float
+) -> Tensor:
     """Causal attention in which each document of (N, heads, head_dim) sees `prefix` (2, V, heads, head_dim) too."""
     keys, values = prefix.to(k.dtype)
     lengths, count = packed.lengths, len(keys)
-    steps = count * torch.arange(len(lengths) + 1, dtype=torch.int32, device=packed.cu_seqlens.device)
-    wide = Packed(tuple(length + count for length in lengths), packed.cu_seqlens + steps, packed.kind)
-    out = packed_attention(insert(q, torch.zeros_like(keys), lengths), insert(k, keys, lengths),
-                           insert(v, values, lengths), wide, dropout)
+    steps = count * torch.arange(
+        len(lengths) + 1, dtype=torch.int32, device=packed.cu_seqlens.device
+    )
+    wide = Packed(
+        tuple(length + count for length in lengths), packed.cu_seqlens + steps, packed.kind
+    )
+    out = packed_attention(
+        insert(q, torch.zeros_like(keys), lengths),
+        insert(k, keys, lengths),
+        insert(v, values, lengths),
+        wide,
+        dropout,
+    )
     return remove(out, count, lengths)
 
 

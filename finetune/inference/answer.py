@@ -1,7 +1,7 @@
 """What a classification or question answering model says about one text, encoded as in training.
 
-    text             -> ids, eos -> the head at the last        -> label and probabilities, labels, or a number
-    question, context -> windows -> the head at every context token -> the best span, or that there is no answer
+text             -> ids, eos -> the head at the last        -> label and probabilities, labels, or a number
+question, context -> windows -> the head at every context token -> the best span, or that there is no answer
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from finetune.tasks.classify import ClassifyTask, decide
 from finetune.tasks.qa import NOTHING, QaTask, best_spans
 
 
-def classify_text(model: nn.Module, task: ClassifyTask, texts: list[str], device: torch.device) -> dict[str, Any]:
+def classify_text(
+    model: nn.Module, task: ClassifyTask, texts: list[str], device: torch.device
+) -> dict[str, Any]:
     """Label (or labels, or number) of one text or a pair, with each label's probability."""
     ids = task.text_ids(texts)
     outputs = _head_outputs(model, ids, device)[-1:]
@@ -25,18 +27,28 @@ def classify_text(model: nn.Module, task: ClassifyTask, texts: list[str], device
         return {"value": verdict}
     probabilities = outputs[0].sigmoid() if task.multi else outputs[0].softmax(-1)
     names = task.names or []
-    return {"labels" if task.multi else "label": verdict,
-            "probabilities": {name: round(p, 6) for name, p in zip(names, probabilities.tolist(), strict=True)}}
+    return {
+        "labels" if task.multi else "label": verdict,
+        "probabilities": {
+            name: round(p, 6) for name, p in zip(names, probabilities.tolist(), strict=True)
+        },
+    }
 
 
-def answer_question(model: nn.Module, task: QaTask, question: str, context: str,
-                    device: torch.device) -> dict[str, Any]:
+def answer_question(
+    model: nn.Module, task: QaTask, question: str, context: str, device: torch.device
+) -> dict[str, Any]:
     """The best span of `context` with its place in characters and its score against no answer.
 
     Raises:
         UserError: the question leaves no room for the context.
     """
-    record = {"id": "0", "question": question, "context": context, "answers": {"text": [], "answer_start": []}}
+    record = {
+        "id": "0",
+        "question": question,
+        "context": context,
+        "answers": {"text": [], "answer_start": []},
+    }
     examples = task.encoder().encode([("question", record)])[0]
     if isinstance(examples, UserError):
         raise examples
@@ -44,17 +56,29 @@ def answer_question(model: nn.Module, task: QaTask, question: str, context: str,
     for example in examples:
         outputs = _head_outputs(model, [int(i) for i in example["ids"]], device)
         at = int(example["context_at"])
-        first, last, scores = best_spans(outputs[at:].cpu().numpy(), task.cfg.n_best, task.cfg.max_answer_tokens)
-        places = [(int(example["char_start"][at + a]), int(example["char_end"][at + b])) for a, b in zip(first, last, strict=True)]
-        for value, (begin, end) in zip(scores.tolist(), places, strict=True):  # best first; blanks are no answer
+        first, last, scores = best_spans(
+            outputs[at:].cpu().numpy(), task.cfg.n_best, task.cfg.max_answer_tokens
+        )
+        places = [
+            (int(example["char_start"][at + a]), int(example["char_end"][at + b]))
+            for a, b in zip(first, last, strict=True)
+        ]
+        for value, (begin, end) in zip(
+            scores.tolist(), places, strict=True
+        ):  # best first; blanks are no answer
             if value > best and context[begin:end].strip():
                 best, place = value, (begin, end)
                 break
     span = context[place[0] : place[1]]
     start = place[0] + len(span) - len(span.lstrip())
     silent = task.unanswerable and -best > task.cfg.null_threshold
-    return {"answer": "" if silent else span.strip(), "start": start, "end": start + len(span.strip()),
-            "score": round(best, 4), "best_span": span.strip()}
+    return {
+        "answer": "" if silent else span.strip(),
+        "start": start,
+        "end": start + len(span.strip()),
+        "score": round(best, 4),
+        "best_span": span.strip(),
+    }
 
 
 def _head_outputs(model: nn.Module, ids: list[int], device: torch.device) -> torch.Tensor:

@@ -15,15 +15,26 @@ from finetune.errors import UserError
 def refuse_engine(folder: Path, about: dict[str, Any]) -> None:
     """Raise UserError for an export that DeepSpeed-Inference cannot take: another head, or an adapter that is input."""
     if about["head"] != "lm":
-        raise UserError(f"DeepSpeed-Inference serves language models; this export has the head '{about['head']}'", "engine",
-                        "Leave engine out.")
+        raise UserError(
+            f"DeepSpeed-Inference serves language models; this export has the head '{about['head']}'",
+            "engine",
+            "Leave engine out.",
+        )
     file = folder / "adapter_config.json"
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["peft_type"] in ("PROMPT_TUNING", "PREFIX_TUNING"):
-        raise UserError("prompts and prefixes cannot be folded into the weights, which DeepSpeed-Inference needs", "engine",
-                        "Leave engine out.")
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["peft_type"] in (
+        "PROMPT_TUNING",
+        "PREFIX_TUNING",
+    ):
+        raise UserError(
+            "prompts and prefixes cannot be folded into the weights, which DeepSpeed-Inference needs",
+            "engine",
+            "Leave engine out.",
+        )
 
 
-def accelerated(module: nn.Module, folder: Path, about: dict[str, Any], device: torch.device) -> nn.Module:
+def accelerated(
+    module: nn.Module, folder: Path, about: dict[str, Any], device: torch.device
+) -> nn.Module:
     """The export as `deepspeed.init_inference` serves it: adapter folded in, kernels injected where DeepSpeed has them.
 
     Args:
@@ -37,11 +48,17 @@ def accelerated(module: nn.Module, folder: Path, about: dict[str, Any], device: 
     module.to("meta")
     torch.cuda.empty_cache()
     adapter = (folder / "adapter_config.json").is_file()
-    model = AutoModelForCausalLM.from_pretrained(about["base"] if adapter else str(folder), dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        about["base"] if adapter else str(folder), dtype=dtype
+    )
     if adapter:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
-    served = deepspeed.init_inference(model.to(device), dtype=dtype, replace_with_kernel_inject=True,
-                                      max_out_tokens=model.config.n_positions)
+    served = deepspeed.init_inference(
+        model.to(device),
+        dtype=dtype,
+        replace_with_kernel_inject=True,
+        max_out_tokens=model.config.n_positions,
+    )
     return served.module

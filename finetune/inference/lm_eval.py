@@ -32,16 +32,35 @@ def check_suite(tasks: list[str], task_dir: str | None) -> None:
         import accelerate  # noqa: F401
         import lm_eval  # noqa: F401
     except ImportError as error:
-        raise UserError(f"suite=lm_eval needs an extra package: {error}", "suite",
-                        "Install it: pip install -e '.[eval]'") from None
+        raise UserError(
+            f"suite=lm_eval needs an extra package: {error}",
+            "suite",
+            "Install it: pip install -e '.[eval]'",
+        ) from None
     if not tasks:
-        raise UserError("suite=lm_eval needs tasks", "tasks", "Try tasks=lambada_openai, or tasks=[piqa,hellaswag].")
+        raise UserError(
+            "suite=lm_eval needs tasks",
+            "tasks",
+            "Try tasks=lambada_openai, or tasks=[piqa,hellaswag].",
+        )
     if task_dir and not Path(task_dir).expanduser().is_dir():
-        raise UserError(f"there is no directory {task_dir}", "task_dir", "It holds lm-eval's task yaml files.")
+        raise UserError(
+            f"there is no directory {task_dir}", "task_dir", "It holds lm-eval's task yaml files."
+        )
 
 
-def run_suite(model: nn.Module, tokenizer, tasks: list[str], task_dir: str | None, *, fewshot: int | None,
-              limit: float | None, batch: int, seed: int, chat: bool) -> dict[str, Any]:
+def run_suite(
+    model: nn.Module,
+    tokenizer,
+    tasks: list[str],
+    task_dir: str | None,
+    *,
+    fewshot: int | None,
+    limit: float | None,
+    batch: int,
+    seed: int,
+    chat: bool,
+) -> dict[str, Any]:
     """lm-eval's figures: {"version": .., "tasks": {task: {metric: value}}, "samples": {task: number}}.
 
     Args:
@@ -64,10 +83,17 @@ def run_suite(model: nn.Module, tokenizer, tasks: list[str], task_dir: str | Non
     manager = TaskManager(include_path=include)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
-        raise UserError(f"lm-eval has no task {', '.join(unknown)}", "tasks",
-                        "List them: lm-eval ls tasks. Own tasks: task_dir=FOLDER with their yaml files.")
+        raise UserError(
+            f"lm-eval has no task {', '.join(unknown)}",
+            "tasks",
+            "List them: lm-eval ls tasks. Own tasks: task_dir=FOLDER with their yaml files.",
+        )
     if chat and not tokenizer.chat_template:
-        raise UserError("this model's tokenizer has no chat template", "chat", "Exports of task=instruct have one.")
+        raise UserError(
+            "this model's tokenizer has no chat template",
+            "chat",
+            "Exports of task=instruct have one.",
+        )
     kind = HFLM
     if takes_virtual_tokens(model):
         kind = _flat_lm(HFLM)
@@ -76,18 +102,41 @@ def run_suite(model: nn.Module, tokenizer, tasks: list[str], task_dir: str | Non
     judged = kind(pretrained=model, tokenizer=tokenizer, batch_size=batch, backend="causal")  # type: ignore[arg-type]
     try:
         found = lm_eval.simple_evaluate(
-            model=judged, tasks=manager.match_tasks(tasks), num_fewshot=fewshot, limit=limit, task_manager=manager,
-            bootstrap_iters=1000, log_samples=False, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
-            fewshot_random_seed=seed, apply_chat_template=chat)
+            model=judged,
+            tasks=manager.match_tasks(tasks),
+            num_fewshot=fewshot,
+            limit=limit,
+            task_manager=manager,
+            bootstrap_iters=1000,
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+            apply_chat_template=chat,
+        )
     except Exception as error:  # data sets that are not there, broken yaml, ...: no common class
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise RunFailed(f"lm-eval failed ({type(error).__name__}: {reason[:300]})", "tasks",
-                        "Without a network only tasks with local data work: task_dir=FOLDER.") from None
+        raise RunFailed(
+            f"lm-eval failed ({type(error).__name__}: {reason[:300]})",
+            "tasks",
+            "Without a network only tasks with local data work: task_dir=FOLDER.",
+        ) from None
     assert found is not None
     samples = {task: counts["effective"] for task, counts in found["n-samples"].items()}
-    return {"tasks": {task: _plain(row) for task, row in found["results"].items()},
-            "settings": {task: {"version": lm_eval.__version__, "fewshot": fewshot, "limit": limit, "chat": chat,
-                                "samples": samples.get(task)} for task in found["results"]}}
+    return {
+        "tasks": {task: _plain(row) for task, row in found["results"].items()},
+        "settings": {
+            task: {
+                "version": lm_eval.__version__,
+                "fewshot": fewshot,
+                "limit": limit,
+                "chat": chat,
+                "samples": samples.get(task),
+            }
+            for task in found["results"]
+        },
+    }
 
 
 def _flat_lm(base: type) -> type:
@@ -101,11 +150,17 @@ def _flat_lm(base: type) -> type:
 
         def _model_generate(self, context, max_length, stop, attention_mask, **options):
             temperature = options.get("temperature", 0.0) if options.get("do_sample") else 0.0
-            how = Sampling(max_length - context.shape[1], temperature, options.get("top_p", 1.0), stop=stop)
-            prompts = [ids[mask.bool()].tolist() for ids, mask in zip(context, attention_mask, strict=True)]
+            how = Sampling(
+                max_length - context.shape[1], temperature, options.get("top_p", 1.0), stop=stop
+            )
+            prompts = [
+                ids[mask.bool()].tolist() for ids, mask in zip(context, attention_mask, strict=True)
+            ]
             rows = continue_flat(self.model, self.tokenizer, prompts, how, self.device)
             width, eos = max(map(len, rows), default=0), self.tokenizer.eos_token_id
-            new = torch.tensor([row + [eos] * (width - len(row)) for row in rows], dtype=context.dtype)
+            new = torch.tensor(
+                [row + [eos] * (width - len(row)) for row in rows], dtype=context.dtype
+            )
             return torch.cat([context, new.to(context.device)], 1)
 
     return FlatLM
@@ -113,5 +168,8 @@ def _flat_lm(base: type) -> type:
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     """Metric -> value; lm-eval's names are "metric,filter", of which the filter "none" says nothing."""
-    return {key.removesuffix(",none"): value for key, value in row.items()
-            if key not in SKIPPED and isinstance(value, (int, float))}
+    return {
+        key.removesuffix(",none"): value
+        for key, value in row.items()
+        if key not in SKIPPED and isinstance(value, (int, float))
+    }

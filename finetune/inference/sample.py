@@ -62,14 +62,20 @@ class StopTexts(StoppingCriteria):
     """
 
     def __init__(self, tokenizer, stops: Sequence[str], prompt_tokens: int):
-        self.tokenizer, self.stops, self.start = tokenizer, [stop for stop in stops if stop], prompt_tokens
+        self.tokenizer, self.stops, self.start = (
+            tokenizer,
+            [stop for stop in stops if stop],
+            prompt_tokens,
+        )
         # No token stands for less than a byte, so a stop string that just ended lies within its last tokens.
         self.window = max((len(stop.encode()) for stop in self.stops), default=0) + 1
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         new = input_ids[:, self.start :][:, -self.window :].tolist()
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return torch.tensor([any(stop in text for stop in self.stops) for text in texts], device=input_ids.device)
+        return torch.tensor(
+            [any(stop in text for stop in self.stops) for text in texts], device=input_ids.device
+        )
 
 
 class GumbelNoise(LogitsProcessor):
@@ -78,7 +84,9 @@ class GumbelNoise(LogitsProcessor):
     def __init__(self, prompts: list[list[int]], seed: int):
         keys = [zlib.crc32(np.asarray(ids, np.int64).tobytes()) for ids in prompts]
         # torch's CPU generator takes 32 bits of its seed.
-        self.generators = [torch.Generator().manual_seed(key ^ (seed * 2654435761 % 2**32)) for key in keys]
+        self.generators = [
+            torch.Generator().manual_seed(key ^ (seed * 2654435761 % 2**32)) for key in keys
+        ]
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows alone."""
@@ -86,7 +94,9 @@ class GumbelNoise(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         width = scores.shape[1]
-        rows = [torch.empty(width).exponential_(generator=generator) for generator in self.generators]
+        rows = [
+            torch.empty(width).exponential_(generator=generator) for generator in self.generators
+        ]
         return scores.float() - torch.stack(rows).to(scores.device).log()
 
 
@@ -103,8 +113,14 @@ def _choice(how: Sampling, noise: GumbelNoise) -> LogitsProcessorList:
     return processors
 
 
-def continue_ids(model: nn.Module, tokenizer, prompts: list[list[int]], how: Sampling, device: torch.device,
-                 streamer=None) -> list[list[int]]:
+def continue_ids(
+    model: nn.Module,
+    tokenizer,
+    prompts: list[list[int]],
+    how: Sampling,
+    device: torch.device,
+    streamer=None,
+) -> list[list[int]]:
     """Ids behind each prompt, without eos.
 
     Args:
@@ -116,17 +132,37 @@ def continue_ids(model: nn.Module, tokenizer, prompts: list[list[int]], how: Sam
     longest = max(map(len, prompts))
     ids = torch.tensor([[eos] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    stops = {"stopping_criteria": StoppingCriteriaList([StopTexts(tokenizer, how.stop, longest)])} if how.stop else {}
+    stops = (
+        {"stopping_criteria": StoppingCriteriaList([StopTexts(tokenizer, how.stop, longest)])}
+        if how.stop
+        else {}
+    )
     with torch.no_grad():
         out = model.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=mask, max_new_tokens=how.max_new_tokens, use_cache=True, do_sample=False,
-            num_beams=how.beams, pad_token_id=eos, eos_token_id=eos, streamer=streamer,
-            logits_processor=_choice(how, GumbelNoise(prompts, how.seed)), **stops)
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=how.max_new_tokens,
+            use_cache=True,
+            do_sample=False,
+            num_beams=how.beams,
+            pad_token_id=eos,
+            eos_token_id=eos,
+            streamer=streamer,
+            logits_processor=_choice(how, GumbelNoise(prompts, how.seed)),
+            **stops,
+        )
     return [row[: row.index(eos)] if eos in row else row for row in out[:, longest:].tolist()]
 
 
-def continue_flat(model: nn.Module, tokenizer, prompts: list[list[int]], how: Sampling, device: torch.device,
-                  streamer=None, agree: Callable[[list[int]], list[int]] = list) -> list[list[int]]:
+def continue_flat(
+    model: nn.Module,
+    tokenizer,
+    prompts: list[list[int]],
+    how: Sampling,
+    device: torch.device,
+    streamer=None,
+    agree: Callable[[list[int]], list[int]] = list,
+) -> list[list[int]]:
     """The same by the training forward, which computes the whole text anew for every token.
 
     Args:
@@ -137,8 +173,11 @@ def continue_flat(model: nn.Module, tokenizer, prompts: list[list[int]], how: Sa
         UserError: beam search needs a cache.
     """
     if how.beams > 1:
-        raise UserError("adapters of virtual tokens are read without a cache, which beam search needs", "beams",
-                        "Leave beams out.")
+        raise UserError(
+            "adapters of virtual tokens are read without a cache, which beam search needs",
+            "beams",
+            "Leave beams out.",
+        )
     eos, start = tokenizer.eos_token_id, [len(prompt) for prompt in prompts]
     noise = GumbelNoise(prompts, how.seed)
     choice, stop = _choice(how, noise), StopTexts(tokenizer, how.stop, 0)
@@ -155,8 +194,12 @@ def continue_flat(model: nn.Module, tokenizer, prompts: list[list[int]], how: Sa
             ids = torch.tensor([i for row in live for i in texts[row]], device=device)
             positions = torch.cat([torch.arange(int(n), device=device) for n in lengths])
             with torch.no_grad():
-                scores = model(input_ids=ids[None], position_ids=positions[None],
-                               cu_seqlens=torch.cat([ends.new_zeros(1), ends]), keep=ends.long().to(device) - 1)
+                scores = model(
+                    input_ids=ids[None],
+                    position_ids=positions[None],
+                    cu_seqlens=torch.cat([ends.new_zeros(1), ends]),
+                    keep=ends.long().to(device) - 1,
+                )
             chosen = agree(choice(ids[None], scores.float()).argmax(-1).tolist())
             for row, token in zip(live, chosen, strict=True):
                 texts[row].append(token)
@@ -176,12 +219,22 @@ def continue_flat(model: nn.Module, tokenizer, prompts: list[list[int]], how: Sa
         model.train(was_training)
     if streamer is not None:
         streamer.end()
-    return [text[n : -1 if text[-1] == eos and len(text) > n else None] for text, n in zip(texts, start, strict=True)]
+    return [
+        text[n : -1 if text[-1] == eos and len(text) > n else None]
+        for text, n in zip(texts, start, strict=True)
+    ]
 
 
-def sample_texts(model: nn.Module, tokenizer, prompts: list[str], max_new_tokens: int, seed: int, device: torch.device,
-                 encode: Callable[[str], list[int]] | None = None,
-                 agree: Callable[[list[int]], list[int]] = list) -> list[str]:
+def sample_texts(
+    model: nn.Module,
+    tokenizer,
+    prompts: list[str],
+    max_new_tokens: int,
+    seed: int,
+    device: torch.device,
+    encode: Callable[[str], list[int]] | None = None,
+    agree: Callable[[list[int]], list[int]] = list,
+) -> list[str]:
     """Continuations of `prompts` by a model in training, without the prompts, at temperature 0.9 and top_p 0.95.
 
     Args:
@@ -223,8 +276,15 @@ class Streamer(TextStreamer):
             self.stopped = True
             ready, self.held = self.held[: min(ends)], ""
         else:
-            keep = 0 if stream_end else max((n for stop in self.stops for n in _overlaps(self.held, stop)), default=0)
-            ready, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+            keep = (
+                0
+                if stream_end
+                else max((n for stop in self.stops for n in _overlaps(self.held, stop)), default=0)
+            )
+            ready, self.held = (
+                self.held[: len(self.held) - keep],
+                self.held[len(self.held) - keep :],
+            )
         if ready:
             self.emit(ready)
 

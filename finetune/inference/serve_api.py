@@ -21,8 +21,23 @@ from finetune.inference.speaker import Speaker
 Json = dict[str, Any]
 COMPLETION_TOKENS = 16
 """What OpenAI's completions generate where max_tokens is not given."""
-REFUSED = ("logprobs", "top_logprobs", "tools", "functions", "logit_bias", "response_format", "suffix", "echo",
-           "frequency_penalty", "presence_penalty", "top_k", "min_p", "min_tokens", "ignore_eos", "stop_token_ids")
+REFUSED = (
+    "logprobs",
+    "top_logprobs",
+    "tools",
+    "functions",
+    "logit_bias",
+    "response_format",
+    "suffix",
+    "echo",
+    "frequency_penalty",
+    "presence_penalty",
+    "top_k",
+    "min_p",
+    "min_tokens",
+    "ignore_eos",
+    "stop_token_ids",
+)
 """Parameters that would change the answer and are not implemented; refused when they ask for something."""
 NEUTRAL = (None, 0, 0.0, False, "", [], {}, {"type": "text"})
 
@@ -41,7 +56,8 @@ class Refused(Exception):
 
     def body(self) -> Json:
         kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
-            self.status, "invalid_request_error" if self.status < 500 else "server_error")
+            self.status, "invalid_request_error" if self.status < 500 else "server_error"
+        )
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": None}}
 
 
@@ -75,7 +91,10 @@ def read_request(body: Any, chat: bool, speaker: Speaker, limits: Limits) -> Req
     if not isinstance(body, dict):
         raise Refused(400, "the body must be a JSON object")
     if chat and not speaker.chats:
-        raise Refused(400, "this model was not trained on instructions: it has no chat template; use /v1/completions")
+        raise Refused(
+            400,
+            "this model was not trained on instructions: it has no chat template; use /v1/completions",
+        )
     try:
         json.dumps(body, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -89,8 +108,12 @@ def read_request(body: Any, chat: bool, speaker: Speaker, limits: Limits) -> Req
             raise Refused(400, f"'{name}' is not supported", name)
     n = _number(body, "n", 1, int, 1, 10**9)
     if len(prompts) * n > limits.max_texts:
-        raise Refused(400, f"{len(prompts)} prompts x n = {n} exceed the {limits.max_texts} texts that this server "
-                      f"allows; started with max_texts={len(prompts) * n} it allows them", "n")
+        raise Refused(
+            400,
+            f"{len(prompts)} prompts x n = {n} exceed the {limits.max_texts} texts that this server "
+            f"allows; started with max_texts={len(prompts) * n} it allows them",
+            "n",
+        )
     stream = _flag(body, "stream")
     if stream and len(prompts) * n > 1:
         raise Refused(400, "only one text can be streamed: one prompt, n = 1", "stream")
@@ -108,39 +131,59 @@ def _asks(name: str, value: Any) -> bool:
 
 
 def _new_tokens(body: Json, chat: bool, room: int, limits: Limits) -> int:
-    name = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-    default = min(limits.max_tokens, max(room, 1)) if chat else min(COMPLETION_TOKENS, limits.max_tokens)
+    name = (
+        "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+    )
+    default = (
+        min(limits.max_tokens, max(room, 1)) if chat else min(COMPLETION_TOKENS, limits.max_tokens)
+    )
     new = _number(body, name, default, int, 1, 10**9)
     if new > room:
-        raise Refused(400, f"the prompt leaves room for {max(room, 0)} tokens, {name} = {new}", name)
+        raise Refused(
+            400, f"the prompt leaves room for {max(room, 0)} tokens, {name} = {new}", name
+        )
     if new > limits.max_tokens:
-        raise Refused(400, f"{name} = {new} exceeds the {limits.max_tokens} that this server allows; "
-                      f"started with max_tokens={new} it allows it", name)
+        raise Refused(
+            400,
+            f"{name} = {new} exceeds the {limits.max_tokens} that this server allows; "
+            f"started with max_tokens={new} it allows it",
+            name,
+        )
     return new
 
 
 def _sampling(body: Json, new: int, choice: int) -> Sampling:
     stop = body.get("stop")
     stops = [stop] if isinstance(stop, str) else stop or []
-    fitting = isinstance(stops, list) and all(isinstance(s, str) and 0 < len(s) <= 200 for s in stops)
+    fitting = isinstance(stops, list) and all(
+        isinstance(s, str) and 0 < len(s) <= 200 for s in stops
+    )
     if not fitting or len(stops) > 4:
-        raise Refused(400, "'stop' must be a string or at most 4 strings of at most 200 characters", "stop")
+        raise Refused(
+            400, "'stop' must be a string or at most 4 strings of at most 200 characters", "stop"
+        )
     seed = body.get("seed")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise Refused(400, "'seed' must be an integer", "seed")
     seed = uuid.uuid4().int % 2**31 if seed is None else seed
     temperature = _number(body, "temperature", 1.0, float, 0.0, 2.0)
     top_p = _number(body, "top_p", 1.0, float, 0.0, 1.0)
-    return Sampling(new, temperature if top_p > 0 else 0.0, top_p or 1.0, stop=stops, seed=seed + choice)
+    return Sampling(
+        new, temperature if top_p > 0 else 0.0, top_p or 1.0, stop=stops, seed=seed + choice
+    )
 
 
 def _prompt_ids(body: Json, speaker: Speaker) -> list[list[int]]:
     prompt = body.get("prompt")
-    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(_is_id(p) for p in prompt)):
+    if isinstance(prompt, str) or (
+        isinstance(prompt, list) and prompt and all(_is_id(p) for p in prompt)
+    ):
         prompt = [prompt]
     if not isinstance(prompt, list) or not prompt:
         raise Refused(400, "'prompt' must be a string, an array of strings, or token ids", "prompt")
-    size = min(len(speaker.tokenizer), speaker.limit.rows) if speaker.limit else len(speaker.tokenizer)
+    size = (
+        min(len(speaker.tokenizer), speaker.limit.rows) if speaker.limit else len(speaker.tokenizer)
+    )
     found = []
     for item in prompt:
         if isinstance(item, str):
@@ -151,7 +194,9 @@ def _prompt_ids(body: Json, speaker: Speaker) -> list[list[int]]:
         elif isinstance(item, list) and item and all(_is_id(i) and 0 <= i < size for i in item):
             found.append(item)
         else:
-            raise Refused(400, "'prompt' must be a string, an array of strings, or token ids", "prompt")
+            raise Refused(
+                400, "'prompt' must be a string, an array of strings, or token ids", "prompt"
+            )
     return found
 
 
@@ -171,18 +216,42 @@ def _chat_ids(body: Json, speaker: Speaker) -> list[int]:
 def _message(message: Any) -> dict[str, str]:
     content = message.get("content") if isinstance(message, dict) else None
     if isinstance(content, list):  # the parts of newer clients
-        parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-        content = "".join(parts) if len(parts) == len(content) and all(isinstance(p, str) for p in parts) else None
-    if not isinstance(content, str) or message.get("role") not in ("system", "developer", "user", "assistant"):
-        raise Refused(400, "a message needs a role (system, user, assistant) and a text as content", "messages")
-    return {"role": "system" if message["role"] == "developer" else message["role"], "content": content}
+        parts = [
+            part.get("text")
+            for part in content
+            if isinstance(part, dict) and part.get("type") == "text"
+        ]
+        content = (
+            "".join(parts)
+            if len(parts) == len(content) and all(isinstance(p, str) for p in parts)
+            else None
+        )
+    if not isinstance(content, str) or message.get("role") not in (
+        "system",
+        "developer",
+        "user",
+        "assistant",
+    ):
+        raise Refused(
+            400,
+            "a message needs a role (system, user, assistant) and a text as content",
+            "messages",
+        )
+    return {
+        "role": "system" if message["role"] == "developer" else message["role"],
+        "content": content,
+    }
 
 
 def _number(body: Json, name: str, default: Any, kind: type, low: float, high: float) -> Any:
     value = body.get(name)
     if value is None:
         return default
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
+    number = (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and -math.inf < value < math.inf
+    )
     if not number or (kind is int and value != int(value)):
         raise Refused(400, f"'{name}' must be a number", name)
     if not low <= value <= high:
@@ -213,13 +282,18 @@ class Reply:
         self.new_tokens = 0
         """Tokens generated so far, of all texts."""
         self.kind = "chat.completion" if request.chat else "text_completion"
-        self.head = {"id": f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex[:24]}",
-                     "created": int(time.time()), "model": model}
+        self.head = {
+            "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex[:24]}",
+            "created": int(time.time()),
+            "model": model,
+        }
 
     def whole(self, speaker: Speaker) -> Json:
         """Generate everything; the response object."""
         choices = []
-        for i, (ids, how) in enumerate(zip(self.request.prompts, self.request.samplings, strict=True)):
+        for i, (ids, how) in enumerate(
+            zip(self.request.prompts, self.request.samplings, strict=True)
+        ):
             found = speaker.continue_ids([ids], how)[0]
             self.new_tokens += len(found)
             text = finished_text(speaker.tokenizer, found, how.stop)
@@ -231,7 +305,9 @@ class Reply:
         ids, how = self.request.prompts[0], self.request.samplings[0]
         if self.request.chat:
             send(self._chunk({"role": "assistant", "content": ""}, None))
-        streamer = Streamer(speaker.tokenizer, how.stop, lambda text: send(self._chunk(self._delta(text), None)))
+        streamer = Streamer(
+            speaker.tokenizer, how.stop, lambda text: send(self._chunk(self._delta(text), None))
+        )
         found = speaker.continue_ids([ids], how, streamer)[0]
         self.new_tokens = len(found)
         send(self._chunk({} if self.request.chat else self._delta(""), finish(speaker, found, how)))
@@ -239,11 +315,18 @@ class Reply:
             send({**self.head, "object": self._chunk_kind(), "choices": [], "usage": self.usage()})
 
     def usage(self) -> Json:
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.new_tokens,
-                "total_tokens": self.prompt_tokens + self.new_tokens}
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.new_tokens,
+            "total_tokens": self.prompt_tokens + self.new_tokens,
+        }
 
     def _choice(self, index: int, text: str, reason: str) -> Json:
-        content = {"message": {"role": "assistant", "content": text}} if self.request.chat else {"text": text}
+        content = (
+            {"message": {"role": "assistant", "content": text}}
+            if self.request.chat
+            else {"text": text}
+        )
         return {"index": index, **content, "logprobs": None, "finish_reason": reason}
 
     def _delta(self, text: str) -> Json:
@@ -260,5 +343,7 @@ class Reply:
 
 def finish(speaker: Speaker, ids: list[int], how: Sampling) -> str:
     """OpenAI's word for why a text ended: "length" or "stop" (eos, or a stop string)."""
-    cut = len(finished_text(speaker.tokenizer, ids, how.stop)) < len(finished_text(speaker.tokenizer, ids, ()))
+    cut = len(finished_text(speaker.tokenizer, ids, how.stop)) < len(
+        finished_text(speaker.tokenizer, ids, ())
+    )
     return "length" if len(ids) >= how.max_new_tokens and not cut else "stop"

@@ -56,7 +56,9 @@ def build_server(service: Service, host: str, port: int) -> ThreadingHTTPServer:
     """A listening server; `serve_forever` answers. OSError where the address is taken."""
     kind = type("Handler", (Handler,), {"service": service})
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    server = type("Server", (ThreadingHTTPServer,), {"daemon_threads": True, "address_family": family})
+    server = type(
+        "Server", (ThreadingHTTPServer,), {"daemon_threads": True, "address_family": family}
+    )
     return server((host, port), kind)
 
 
@@ -86,14 +88,30 @@ class Handler(BaseHTTPRequestHandler):
 
     def _log(self, note: str = "") -> None:
         """Write time, method, path, status, tokens and seconds to stderr: no query, no body, no generated text."""
-        path = urlsplit(getattr(self, "path", None) or "-").path[:100].encode("unicode_escape").decode()
-        tokens = f"{self.reply.prompt_tokens} + {self.reply.new_tokens} tokens  " if self.reply else ""
+        path = (
+            urlsplit(getattr(self, "path", None) or "-")
+            .path[:100]
+            .encode("unicode_escape")
+            .decode()
+        )
+        tokens = (
+            f"{self.reply.prompt_tokens} + {self.reply.new_tokens} tokens  " if self.reply else ""
+        )
         seconds = time.monotonic() - self.started
-        print(f"{time.strftime('%H:%M:%S')}  {self.command or '-'} {path}  {self.status}  {tokens}{seconds:.2f} s{note}",
-              file=sys.stderr, flush=True)
+        print(
+            f"{time.strftime('%H:%M:%S')}  {self.command or '-'} {path}  {self.status}  {tokens}{seconds:.2f} s{note}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _guarded(self, answer) -> None:
-        self.began, self.status, self.reply, self.started, note = False, 0, None, time.monotonic(), ""
+        self.began, self.status, self.reply, self.started, note = (
+            False,
+            0,
+            None,
+            time.monotonic(),
+            "",
+        )
         try:
             self._check_host()
             answer(urlsplit(self.path).path)
@@ -119,8 +137,13 @@ class Handler(BaseHTTPRequestHandler):
             self._json(200, {"status": "ok"})
         elif path in ("/v1/models", f"/v1/models/{self.service.name}"):
             self._check_token()
-            model = {"id": self.service.name, "object": "model", "created": self.service.created,
-                     "owned_by": "finetune-gptj", "chat": self.service.speaker.chats}
+            model = {
+                "id": self.service.name,
+                "object": "model",
+                "created": self.service.created,
+                "owned_by": "finetune-gptj",
+                "chat": self.service.speaker.chats,
+            }
             self._json(200, {"object": "list", "data": [model]} if path == "/v1/models" else model)
         else:
             raise Refused(404, f"there is nothing at {path[:100]}")
@@ -133,7 +156,9 @@ class Handler(BaseHTTPRequestHandler):
         service = self.service
         asked = body.get("model") if isinstance(body, dict) else None
         if asked not in (None, "", service.name):
-            raise Refused(404, f"there is no model '{str(asked)[:100]}'; this is '{service.name}'", "model")
+            raise Refused(
+                404, f"there is no model '{str(asked)[:100]}'; this is '{service.name}'", "model"
+            )
         request = read_request(body, path.startswith("/v1/chat"), service.speaker, service.limits)
         reply = self.reply = Reply(request, service.name)
         # The place is free before the client learns that its answer is whole: it may ask again at once.
@@ -151,8 +176,11 @@ class Handler(BaseHTTPRequestHandler):
         """Wait until the model is free; turned away where `concurrency` requests wait already."""
         service = self.service
         if not service.places.acquire(blocking=False):
-            raise Refused(429, f"{service.concurrency} requests are waiting already, as many as this server allows "
-                          "(its key concurrency); try again later")
+            raise Refused(
+                429,
+                f"{service.concurrency} requests are waiting already, as many as this server allows "
+                "(its key concurrency); try again later",
+            )
         try:
             with service.model_lock:
                 yield
@@ -166,7 +194,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Cache-Control", "no-cache")
         self.send_header("Connection", "close")
         self.end_headers()
-        reply.stream(self.service.speaker, lambda chunk: self._event(json.dumps(chunk, ensure_ascii=False)))
+        reply.stream(
+            self.service.speaker, lambda chunk: self._event(json.dumps(chunk, ensure_ascii=False))
+        )
 
     def _event(self, data: str) -> None:
         self.wfile.write(f"data: {data}\n\n".encode())
@@ -199,8 +229,11 @@ class Handler(BaseHTTPRequestHandler):
         if length < 0:
             raise Refused(400, f"Content-Length is {length}")
         if length > self.service.max_body:
-            raise Refused(413, f"the body has {length} bytes, {self.service.max_body} are allowed; started with "
-                          f"max_body_bytes={length} the server allows it")
+            raise Refused(
+                413,
+                f"the body has {length} bytes, {self.service.max_body} are allowed; started with "
+                f"max_body_bytes={length} the server allows it",
+            )
         try:
             return json.loads(self.rfile.read(length))
         except (ValueError, RecursionError):

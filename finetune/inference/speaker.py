@@ -14,15 +14,24 @@ from finetune import dist, process
 from finetune.assets.paths import resolve
 from finetune.data.tokenizer import TokenLimit, load_tokenizer, token_limit
 from finetune.errors import UserError
-from finetune.export.reopen import Trained, foreign_note, load_export, model_folder, read_about, typed_task
+from finetune.export.reopen import (
+    Trained,
+    foreign_note,
+    load_export,
+    model_folder,
+    read_about,
+    typed_task,
+)
 from finetune.gptj.library import takes_virtual_tokens, to_library_model
 from finetune.inference.deepspeed_inference import accelerated, refuse_engine
 from finetune.inference.sample import Sampling, continue_flat, continue_ids
 from finetune.planning.shape import load_shape
 from finetune.tasks.build import build_task
 
-TOO_LARGE = ("Write the text without it, or give the model the rows: model.resize_token_embeddings(len(tokenizer)) in "
-             "transformers, and train them.")
+TOO_LARGE = (
+    "Write the text without it, or give the model the rows: model.resize_token_embeddings(len(tokenizer)) in "
+    "transformers, and train them."
+)
 
 
 @dataclass
@@ -45,7 +54,9 @@ class Speaker:
         """Positions for text: a prompt or prefix adapter's virtual tokens take theirs."""
         module: Any = self.trained.module
         learned = getattr(module, "active_peft_config", None)
-        taken = learned.num_virtual_tokens if learned is not None and learned.is_prompt_learning else 0
+        taken = (
+            learned.num_virtual_tokens if learned is not None and learned.is_prompt_learning else 0
+        )
         return int(module.config.n_positions) - taken
 
     def ids(self, prompt: Any, chat: bool) -> list[int]:
@@ -57,18 +68,27 @@ class Speaker:
         if chat:
             ids = self.task.prompt_ids(prompt)
         else:
-            ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"] or [self.tokenizer.eos_token_id]
+            ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"] or [
+                self.tokenizer.eos_token_id
+            ]
         if self.limit:
             self.limit.check(ids, "the prompt")
         return ids
 
-    def continue_ids(self, prompts: list[list[int]], how: Sampling, streamer=None) -> list[list[int]]:
+    def continue_ids(
+        self, prompts: list[list[int]], how: Sampling, streamer=None
+    ) -> list[list[int]]:
         go_on = continue_flat if takes_virtual_tokens(self.trained.module) else continue_ids
         return go_on(self.trained.module, self.tokenizer, prompts, how, self.device, streamer)
 
 
-def load_speaker(export_dir: str, dtype, engine: str = "torch", base: str | None = None,
-                 first: Callable[[Speaker, str], None] = lambda speaker, head: None) -> Speaker:
+def load_speaker(
+    export_dir: str,
+    dtype,
+    engine: str = "torch",
+    base: str | None = None,
+    first: Callable[[Speaker, str], None] = lambda speaker, head: None,
+) -> Speaker:
     """Open an export (adapter, merged or full) or any GPT-J checkpoint for use.
 
     Args:
@@ -82,7 +102,9 @@ def load_speaker(export_dir: str, dtype, engine: str = "torch", base: str | None
     if engine not in ("torch", "deepspeed"):
         raise UserError(f"engine = {engine} is unknown", "engine", "Choose from torch, deepspeed.")
     if engine == "deepspeed" and device.type != "cuda":
-        raise UserError("DeepSpeed-Inference needs a GPU; this machine has none", "engine", "Leave engine out.")
+        raise UserError(
+            "DeepSpeed-Inference needs a GPU; this machine has none", "engine", "Leave engine out."
+        )
     if device.type == "cpu":
         dist.use_cores(0, 1)
     folder = Path(resolve(export_dir)).expanduser().absolute()
@@ -96,7 +118,9 @@ def load_speaker(export_dir: str, dtype, engine: str = "torch", base: str | None
     tokenizer = load_tokenizer(str(folder))
     task = build_task(typed_task(about["settings"]), tokenizer, packing=True)
     task.prepare(None, about["task"])
-    limit = token_limit(tokenizer, load_shape(str(model_folder(folder, about))).vocab_size, TOO_LARGE)
+    limit = token_limit(
+        tokenizer, load_shape(str(model_folder(folder, about))).vocab_size, TOO_LARGE
+    )
     unloaded = Speaker(None, tokenizer, task, device, limit)  # type: ignore[arg-type]
     first(unloaded, about["head"])
     trained = load_export(folder, dtype, device, base)

@@ -81,13 +81,17 @@ def _block_elements(job: Job) -> int:
     if isinstance(adapter, LoraConfig):
         elements += _lora_elements(job, adapter) - _made_again(job)
     if isinstance(adapter, Ia3Config):  # each rescaled activation is kept as it was before
-        elements += sum({"fc_out": inner, "fc_in": inner}.get(name, d) for name in adapter_targets(adapter))
+        elements += sum(
+            {"fc_out": inner, "fc_in": inner}.get(name, d) for name in adapter_targets(adapter)
+        )
     return elements
 
 
 def _made_again(job: Job) -> int:
     """Elements per token that selective checkpointing makes again: `fc_out`'s input, where a weight's gradient needs it."""
-    needed = job.full or (isinstance(job.adapter, LoraConfig) and "fc_out" in adapter_targets(job.adapter))
+    needed = job.full or (
+        isinstance(job.adapter, LoraConfig) and "fc_out" in adapter_targets(job.adapter)
+    )
     return job.shape.n_inner if needed and job.work.checkpointing == "selective" else 0
 
 
@@ -107,7 +111,9 @@ def _reads_attention(job: Job) -> bool:
     """Whether `out_proj` keeps its input. On a CPU documents of different lengths are attended to one by one, and
     what they are joined to is one tensor more; the kernel for GPUs takes them all at once."""
     adapter = job.adapter
-    return job.full or (isinstance(adapter, (LoraConfig, Ia3Config)) and "out_proj" in adapter_targets(adapter))
+    return job.full or (
+        isinstance(adapter, (LoraConfig, Ia3Config)) and "out_proj" in adapter_targets(adapter)
+    )
 
 
 def _lora_elements(job: Job, adapter: LoraConfig) -> int:
@@ -150,4 +156,6 @@ def loss_bytes(job: Job) -> int:
 
 def _logits_bytes(job: Job, tokens: int) -> int:
     """Logits of some tokens in the model's precision; they become their own gradient, some rows at a time in fp32."""
-    return job.shape.vocab_size * (job.work.element_bytes * tokens + 4 * min(tokens, SOFTMAX_ROWS[job.on_gpu]))
+    return job.shape.vocab_size * (
+        job.work.element_bytes * tokens + 4 * min(tokens, SOFTMAX_ROWS[job.on_gpu])
+    )

@@ -13,7 +13,13 @@ from typing import Any, Optional
 
 from finetune.config import Config, Dtype, LoraConfig, Offload
 from finetune.errors import UserError, gib
-from finetune.planning.estimate import Estimate, checkpoint_bytes, estimate, export_bytes, load_host_bytes
+from finetune.planning.estimate import (
+    Estimate,
+    checkpoint_bytes,
+    estimate,
+    export_bytes,
+    load_host_bytes,
+)
 from finetune.planning.job import Job, Option, Work
 from finetune.planning.machine import GIB, Machine
 from finetune.planning.shape import ModelShape
@@ -113,11 +119,26 @@ def build_job(cfg: Config, machine: Machine, shape: ModelShape, world_size: int)
     """The values of `cfg` that bytes depend on; `train.micro_batch=auto` starts from one sequence."""
     train = cfg.train
     micro = 1 if train.micro_batch == "auto" else int(train.micro_batch)
-    work = Work(micro, cfg.task.max_length, 1, cfg.model.dtype.value, train.packing, train.activation_checkpointing)
+    work = Work(
+        micro,
+        cfg.task.max_length,
+        1,
+        cfg.model.dtype.value,
+        train.packing,
+        train.activation_checkpointing,
+    )
     kept = cfg.checkpoint.keep + 1 if cfg.checkpoint.every else 1
     evaluated = train.eval_batch * cfg.task.max_length if cfg.data.eval else 0
     job = Job(
-        shape, cfg.adapter, work, world_size, machine, train.global_batch, cfg.zero.bucket_elements, evaluated, kept
+        shape,
+        cfg.adapter,
+        work,
+        world_size,
+        machine,
+        train.global_batch,
+        cfg.zero.bucket_elements,
+        evaluated,
+        kept,
     )
     return job.with_micro_batch(micro)
 
@@ -132,7 +153,9 @@ def choose(job: Job, wanted: list[Option], auto_micro_batch: bool = False) -> tu
         found = estimate(candidate, option)
         if found.fits:
             return found, candidate
-    return min((estimate(job, option) for option in wanted), key=lambda found: _overshoot(job, found)), job
+    return min(
+        (estimate(job, option) for option in wanted), key=lambda found: _overshoot(job, found)
+    ), job
 
 
 def largest_micro_batch(job: Job, option: Option) -> Optional[int]:
@@ -150,8 +173,13 @@ def _divisors(number: int) -> Iterator[int]:
 
 def _overshoot(job: Job, found: Estimate) -> float:
     """How many times the scarcest memory is needed."""
-    if found.short in ("disk", "nvme"):  # no option saves disk: it stands behind what memory decides
-        return found.disk_bytes / max(1, job.machine.nvme_bytes or 0 if found.short == "nvme" else job.machine.disk_bytes)
+    if found.short in (
+        "disk",
+        "nvme",
+    ):  # no option saves disk: it stands behind what memory decides
+        return found.disk_bytes / max(
+            1, job.machine.nvme_bytes or 0 if found.short == "nvme" else job.machine.disk_bytes
+        )
     host = found.host_bytes / max(1, job.machine.host_bytes)
     return max(host, found.gpu_bytes / max(1, job.machine.gpu_bytes)) if job.on_gpu else host
 
@@ -174,7 +202,11 @@ def missing(job: Job, found: Estimate) -> str:
     machine = job.machine
     need, have, where = {
         "gpu": (found.gpu_bytes, machine.gpu_bytes, "on the GPU"),
-        "host": (max(found.host_bytes, load_host_bytes(job, found.option)), machine.host_bytes, "of host memory"),
+        "host": (
+            max(found.host_bytes, load_host_bytes(job, found.option)),
+            machine.host_bytes,
+            "of host memory",
+        ),
         "disk": (found.disk_bytes, machine.disk_bytes, "on disk"),
         "nvme": (found.disk_bytes, machine.nvme_bytes or 0, "on nvme"),
     }.get(found.short, (0, 0, "more"))
@@ -228,26 +260,39 @@ def _replicates(job: Job) -> bool:
 
 def _matches(option: Option, optimizer: str, params: str) -> bool:
     """`none` is also what nobody set, so it constrains nothing; anything else was asked for."""
-    return optimizer in ("none", option.offload_optimizer) and params in ("none", option.offload_params)
+    return optimizer in ("none", option.offload_optimizer) and params in (
+        "none",
+        option.offload_params,
+    )
 
 
 def refuse(cfg: Config, machine: Machine) -> None:
     """Raise UserError for what DeepSpeed cannot do."""
     zero = cfg.zero
     if cfg.model.dtype is Dtype.fp16 and machine.gpus == 0:
-        raise UserError("fp16 training needs a GPU", "model.dtype", "Try model.dtype=bf16 or model.dtype=fp32.")
+        raise UserError(
+            "fp16 training needs a GPU", "model.dtype", "Try model.dtype=bf16 or model.dtype=fp32."
+        )
     if zero.stage not in ("auto", 3, "3") and zero.offload_params is not Offload.none:
         raise UserError(
-            f"zero.offload_params={zero.offload_params.value} needs stage 3, not {zero.stage}", "", "Try zero=stage3."
+            f"zero.offload_params={zero.offload_params.value} needs stage 3, not {zero.stage}",
+            "",
+            "Try zero=stage3.",
         )
     if zero.stage in (0, "0") and zero.offload_optimizer is not Offload.none:
-        raise UserError("stage 0 cannot offload the optimizer", "zero.offload_optimizer", "Try zero=stage1.")
+        raise UserError(
+            "stage 0 cannot offload the optimizer", "zero.offload_optimizer", "Try zero=stage1."
+        )
     if zero.stage not in ("auto", 3, "3") and zero.offload_optimizer is Offload.nvme:
         raise UserError(
-            f"zero.offload_optimizer=nvme needs stage 3, not {zero.stage}", "", "Try zero=stage3, or offload it to cpu."
+            f"zero.offload_optimizer=nvme needs stage 3, not {zero.stage}",
+            "",
+            "Try zero=stage3, or offload it to cpu.",
         )
     if Offload.nvme in (zero.offload_optimizer, zero.offload_params) and not zero.nvme_path:
-        raise UserError("nvme offload needs a folder", "zero.nvme_path", "Try zero.nvme_path=/local/nvme.")
+        raise UserError(
+            "nvme offload needs a folder", "zero.nvme_path", "Try zero.nvme_path=/local/nvme."
+        )
 
 
 # What to change: overrides that make a misfit fit, or that a fitting plan has room for, each with its numbers.
@@ -293,8 +338,16 @@ def _smaller(cfg: Config, job: Job, planned: Plan) -> Iterator[tuple[str, Job]]:
 
 
 def _words(option: Option) -> str:
-    offloads = (("offload_optimizer", option.offload_optimizer), ("offload_params", option.offload_params))
-    return " ".join([f"zero={option.zero}", *(f"zero.{key}={place}" for key, place in offloads if place != "none")])
+    offloads = (
+        ("offload_optimizer", option.offload_optimizer),
+        ("offload_params", option.offload_params),
+    )
+    return " ".join(
+        [
+            f"zero={option.zero}",
+            *(f"zero.{key}={place}" for key, place in offloads if place != "none"),
+        ]
+    )
 
 
 def _room(job: Job, chosen: Estimate) -> Iterator[str]:
@@ -304,7 +357,9 @@ def _room(job: Job, chosen: Estimate) -> Iterator[str]:
         yield f"train.micro_batch={micro} fits too"
     for kind, gain in ((False, "saves a forward"), ("selective", "saves nearly a forward")):
         if job.work.rebuilds:
-            lighter = _estimate(replace(job, work=replace(job.work, checkpointing=kind)), [chosen.option])
+            lighter = _estimate(
+                replace(job, work=replace(job.work, checkpointing=kind)), [chosen.option]
+            )
             if lighter:
                 yield f"train.activation_checkpointing={str(kind).lower()} fits too ({_numbers(job, lighter)}) and {gain}"
                 return
@@ -334,11 +389,17 @@ def _changes(cfg: Config, job: Job) -> Iterator[tuple[str, Job]]:
     lighter = replace(job, work=replace(work, checkpointing=True))
     yield "zero=auto", job
     if not work.checkpointing:
-        yield "train.activation_checkpointing=selective", replace(job, work=replace(work, checkpointing="selective"))
+        yield (
+            "train.activation_checkpointing=selective",
+            replace(job, work=replace(work, checkpointing="selective")),
+        )
     if not work.rebuilds:
         yield "train.activation_checkpointing=true", lighter
     if work.checkpointing is True and job.on_gpu:
-        yield "train.activation_checkpointing=offload", replace(job, work=replace(work, checkpointing="offload"))
+        yield (
+            "train.activation_checkpointing=offload",
+            replace(job, work=replace(work, checkpointing="offload")),
+        )
     if work.micro_batch > 1:
         yield "train.micro_batch=1", job.with_micro_batch(1)
     if work.max_length > 512:
@@ -349,12 +410,17 @@ def _changes(cfg: Config, job: Job) -> Iterator[tuple[str, Job]]:
     if job.full:
         yield "adapter=lora", replace(job, adapter=LoraConfig())
     if job.full and not work.rebuilds:
-        yield "adapter=lora train.activation_checkpointing=true", replace(lighter, adapter=LoraConfig())
+        yield (
+            "adapter=lora train.activation_checkpointing=true",
+            replace(lighter, adapter=LoraConfig()),
+        )
     if work.micro_batch > 1 and not work.rebuilds:
         yield "train.activation_checkpointing=true train.micro_batch=1", lighter.with_micro_batch(1)
     if job.full and work.micro_batch > 1:
-        yield "adapter=lora train.activation_checkpointing=true train.micro_batch=1", replace(
-            lighter, adapter=LoraConfig()).with_micro_batch(1)
+        yield (
+            "adapter=lora train.activation_checkpointing=true train.micro_batch=1",
+            replace(lighter, adapter=LoraConfig()).with_micro_batch(1),
+        )
 
 
 def _best(cfg: Config, job: Job) -> Optional[Estimate]:
@@ -363,7 +429,9 @@ def _best(cfg: Config, job: Job) -> Optional[Estimate]:
 
 def _auto_options(cfg: Config, job: Job) -> list[Option]:
     """Everything `zero=auto` would try, whatever the configuration asks for."""
-    free = replace(cfg.zero, stage="auto", offload_optimizer=Offload.none, offload_params=Offload.none)
+    free = replace(
+        cfg.zero, stage="auto", offload_optimizer=Offload.none, offload_params=Offload.none
+    )
     return wanted_options(replace(cfg, zero=free), job)
 
 
@@ -376,7 +444,9 @@ def _enough_gpus(cfg: Config, job: Job) -> Optional[str]:
     """The smallest number of GPUs like these that is enough without any other change."""
     gpus = job.machine.gpus + 1
     while gpus <= MOST_GPUS:
-        machine = replace(job.machine, gpus=gpus, gpus_per_node=min(gpus, max(8, job.machine.gpus_per_node)))
+        machine = replace(
+            job.machine, gpus=gpus, gpus_per_node=min(gpus, max(8, job.machine.gpus_per_node))
+        )
         bigger = replace(job, machine=machine).with_ranks(gpus)
         found = _best(cfg, bigger)
         if found:
@@ -389,7 +459,10 @@ def _enough_memory(cfg: Config, job: Job) -> str:
     """The smallest memory, in whole GiB, of a machine without GPUs that is enough without any other change."""
     unlimited = replace(job, machine=replace(job.machine, host_bytes=2**60))
     options = {option: estimate(unlimited, option) for option in _auto_options(cfg, unlimited)}
-    need = {option: max(found.host_bytes, load_host_bytes(unlimited, option)) for option, found in options.items()}
+    need = {
+        option: max(found.host_bytes, load_host_bytes(unlimited, option))
+        for option, found in options.items()
+    }
     least = min(need, key=lambda option: need[option])
     return f"machine.host_gib={-(-need[least] // GIB)} (free, on such a machine): {least}"
 

@@ -75,7 +75,10 @@ class Estimate:
 
 
 def estimate(job: Job, option: Option) -> Estimate:
-    states = max((model_states(job, option, rank) for rank in _ranks(job, option)), key=lambda s: s.peak_gradients)
+    states = max(
+        (model_states(job, option, rank) for rank in _ranks(job, option)),
+        key=lambda s: s.peak_gradients,
+    )
     acts, buffers = activations(job), buffer_bytes(job, option)
     peak = _peak(job, option, states, acts, buffers)
     fixed = _fixed_bytes(job, option, states, peak)
@@ -112,16 +115,34 @@ def _peak(job: Job, option: Option, states: States, acts: Activations, buffers: 
     last_block = states.peak_gradients + acts.block + acts.transient
     step = max(states.gradients, states.kept_gradients) + states.step_bytes
     evaluation = states.kept_gradients + acts.evaluation + (buffers if option.stage == 3 else 0)
-    return states.weights + states.optimizer + max(buffers + max(loss, first_block, last_block), step, evaluation)
+    return (
+        states.weights
+        + states.optimizer
+        + max(buffers + max(loss, first_block, last_block), step, evaluation)
+    )
 
 
-def _parts(states: States, acts: Activations, buffers: int, peak: int, fixed: int) -> dict[str, int]:
+def _parts(
+    states: States, acts: Activations, buffers: int, peak: int, fixed: int
+) -> dict[str, int]:
     """Split the peak. Weights, gradients and optimizer are whole; the others get what they add on top of them."""
-    whole = {"weights": states.weights, "gradients": states.peak_gradients, "optimizer": states.optimizer}
+    whole = {
+        "weights": states.weights,
+        "gradients": states.peak_gradients,
+        "optimizer": states.optimizer,
+    }
     room = peak - sum(whole.values())
     logits = min(acts.loss, room)
-    kept = min(max(acts.kept + acts.block + acts.transient, acts.evaluation), max(0, room - logits - buffers))
-    return {**whole, "activations": kept, "logits": logits, "workspace": room - logits - kept + fixed}
+    kept = min(
+        max(acts.kept + acts.block + acts.transient, acts.evaluation),
+        max(0, room - logits - buffers),
+    )
+    return {
+        **whole,
+        "activations": kept,
+        "logits": logits,
+        "workspace": room - logits - kept + fixed,
+    }
 
 
 def buffer_bytes(job: Job, option: Option) -> int:
@@ -134,12 +155,18 @@ def buffer_bytes(job: Job, option: Option) -> int:
     if option.stage == 0:
         return element * min(trained, STAGE0_BUCKET_ELEMENTS) if job.world_size > 1 else 0
     if option.stage == 3:
-        return element * (bucket + 2 * min(bucket, trained) + 2 * largest) + gathered_bytes(job, option)
+        return element * (bucket + 2 * min(bucket, trained) + 2 * largest) + gathered_bytes(
+            job, option
+        )
     if uses_bf16_optimizer(job, option):
         return element * largest
     staged = job.work.accumulation_bytes if option.stage == 1 else element
     fp32_copy = 4 * largest if job.work.accumulation_bytes != element else 0
-    return staged * bucket * (2 if overlap else 1) + element * (largest + min(bucket, trained)) + fp32_copy
+    return (
+        staged * bucket * (2 if overlap else 1)
+        + element * (largest + min(bucket, trained))
+        + fp32_copy
+    )
 
 
 def gathered_bytes(job: Job, option: Option) -> int:
@@ -147,15 +174,22 @@ def gathered_bytes(job: Job, option: Option) -> int:
     if job.world_size == 1 and option.offload_params == "none":
         return 0
     total = job.shape.total(job.adapter)
-    reused = LIVE_ELEMENTS // 2  # a block is kept if its backward comes within the reuse distance of its forward
-    live = max(reused, job.shape.layer_parameters() + job.shape.vocab_size * job.shape.n_embd) + job.bucket_elements
+    reused = (
+        LIVE_ELEMENTS // 2
+    )  # a block is kept if its backward comes within the reuse distance of its forward
+    live = (
+        max(reused, job.shape.layer_parameters() + job.shape.vocab_size * job.shape.n_embd)
+        + job.bucket_elements
+    )
     return job.work.element_bytes * min(total, live)
 
 
 def _fixed_bytes(job: Job, option: Option, states: States, peak: int) -> int:
     """Memory beside the tensors: the allocator's slack, and on a GPU context and communicators."""
     if job.on_gpu:
-        return int(GPU_SLACK * peak) + CUDA_CONTEXT_BYTES + (NCCL_BYTES if job.world_size > 1 else 0)
+        return (
+            int(GPU_SLACK * peak) + CUDA_CONTEXT_BYTES + (NCCL_BYTES if job.world_size > 1 else 0)
+        )
     if option.stage < 3:
         resting = states.weights + states.optimizer + states.peak_gradients
         passing = CPU_STAGE2_PASSING_SLACK if option.stage == 2 else CPU_PASSING_SLACK
@@ -201,7 +235,9 @@ def rounding_bytes(blocks: tuple[int, ...]) -> int:
 
 
 def _round_limit() -> float:
-    settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    settings = (
+        os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    )
     found = re.search(r"pinned_max_round_threshold_mb:(\d+)", settings)
     return int(found[1]) * MIB if found else float("inf")
 
@@ -218,10 +254,15 @@ def export_bytes(job: Job) -> int:
 
 def load_host_bytes(job: Job, option: Option) -> int:
     """Host memory of one node until the engine stands: what stays there, one tensor in fp32, DeepSpeed's repacking."""
-    kept = 0 if job.on_gpu and option.offload_params == "none" else model_states(job, option).weights
+    kept = (
+        0 if job.on_gpu and option.offload_params == "none" else model_states(job, option).weights
+    )
     readers = 1 if option.stage == 3 else job.ranks_per_node
     largest = 4 * job.shape.vocab_size * job.shape.n_embd
-    return job.ranks_per_node * (process_bytes(job) + kept + _repacking_bytes(job, option)) + readers * largest
+    return (
+        job.ranks_per_node * (process_bytes(job) + kept + _repacking_bytes(job, option))
+        + readers * largest
+    )
 
 
 def _repacking_bytes(job: Job, option: Option) -> int:

@@ -98,7 +98,9 @@ class Job:
         micro = micro_batch or self.work.micro_batch
         accumulation = max(1, self.global_batch // (micro * world_size))
         return replace(
-            self, world_size=world_size, work=replace(self.work, micro_batch=micro, accumulation=accumulation)
+            self,
+            world_size=world_size,
+            work=replace(self.work, micro_batch=micro, accumulation=accumulation),
         )
 
     @property
@@ -134,7 +136,9 @@ class Job:
         flat buffers."""
         shapes = [shape for _, shape in self.shape.trainable_tensors(self.adapter)]
         kinds = [[prod(s) for s in shapes if len(s) >= 2], [prod(s) for s in shapes if len(s) < 2]]
-        return [[numels[i] for i in run] for numels in kinds for run in parameter_groups.cut(numels)]
+        return [
+            [numels[i] for i in run] for numels in kinds for run in parameter_groups.cut(numels)
+        ]
 
     @cached_property
     def frozen_numels(self) -> list[int]:
@@ -161,7 +165,9 @@ def accumulation(cfg: Config, world_size: int) -> int:
         near = max(1, round(total / (micro * ranks))) * micro * ranks
         raise UserError(
             f"train.global_batch = {total} is not a multiple of train.micro_batch x ranks = {micro} x {ranks} = "
-            f"{micro * ranks}", remedy=f"Try train.global_batch={near}" + _smaller_micro(total, ranks, micro) + ".")
+            f"{micro * ranks}",
+            remedy=f"Try train.global_batch={near}" + _smaller_micro(total, ranks, micro) + ".",
+        )
     return total // (micro * ranks)
 
 

@@ -67,19 +67,32 @@ def measure_machine(
     for name in ("gpus", "gpus_per_node", "gpu_gib", "host_gib", "disk_gib"):
         value = getattr(config, name)
         if value is not None and value < 0:
-            raise UserError(f"machine.{name} = {value} is less than none", remedy=f"Leave machine.{name} out to measure it.")
+            raise UserError(
+                f"machine.{name} = {value} is less than none",
+                remedy=f"Leave machine.{name} out to measure it.",
+            )
     given = config.gpus is not None and config.gpu_gib is not None
     free = gpu_free_bytes() if cuda and not given else []
-    measured = (world_size or len(free)) if free else 0  # one GPU per rank; a launched run may span nodes like this one
+    measured = (
+        (world_size or len(free)) if free else 0
+    )  # one GPU per rank; a launched run may span nodes like this one
     gpus = config.gpus if config.gpus is not None else measured
     gpu_bytes = _bytes(config.gpu_gib, min(free[:gpus], default=0)) if gpus else 0
     if gpus and not gpu_bytes:
         raise UserError(
-            "there is no GPU here to measure", "machine.gpu_gib", "Try machine.gpu_gib=80 or machine=a100_80."
+            "there is no GPU here to measure",
+            "machine.gpu_gib",
+            "Try machine.gpu_gib=80 or machine=a100_80.",
         )
     elsewhere = given and not world_size
     disk = _bytes(config.disk_gib, UNKNOWN_DISK if elsewhere else disk_free_bytes(run_dir))
-    nvme = UNKNOWN_DISK if nvme_path and elsewhere else disk_free_bytes(nvme_path) if nvme_path else None
+    nvme = (
+        UNKNOWN_DISK
+        if nvme_path and elsewhere
+        else disk_free_bytes(nvme_path)
+        if nvme_path
+        else None
+    )
     per_node = max(1, min(gpus, config.gpus_per_node or len(free) or 8))
     machine = Machine(
         gpus,
@@ -111,7 +124,11 @@ def _describe(machine: Machine) -> str:
 
 
 class _NvmlMemory(ctypes.Structure):
-    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+    _fields_ = (
+        ("total", ctypes.c_ulonglong),
+        ("free", ctypes.c_ulonglong),
+        ("used", ctypes.c_ulonglong),
+    )
 
 
 def gpu_free_bytes() -> list[int]:
@@ -167,7 +184,9 @@ def _free(available: int) -> int:
     free = [
         available,
         _cgroup_free(CGROUP_V2, "memory.max", "memory.current", "inactive_file"),
-        _cgroup_free(CGROUP_V1, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        _cgroup_free(
+            CGROUP_V1, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        ),
     ]
     return min(value for value in free if value is not None)
 

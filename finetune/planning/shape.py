@@ -14,7 +14,14 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Union
 
-from finetune.config import AdapterConfig, FullConfig, Ia3Config, LoraConfig, PrefixConfig, PromptConfig
+from finetune.config import (
+    AdapterConfig,
+    FullConfig,
+    Ia3Config,
+    LoraConfig,
+    PrefixConfig,
+    PromptConfig,
+)
 from finetune.errors import UserError
 from finetune.files import refuse_pointer
 
@@ -68,11 +75,17 @@ class ModelShape:
         raw, where = (source, "") if isinstance(source, Mapping) else _read_json(Path(source))
         if raw.get("model_type") != "gptj":
             raise UserError(
-                f"model_type is {raw.get('model_type')!r}, not 'gptj'", where, "Only GPT-J models can be trained here."
+                f"model_type is {raw.get('model_type')!r}, not 'gptj'",
+                where,
+                "Only GPT-J models can be trained here.",
             )
         missing = [key for key in ("n_embd", "n_layer", "n_head", "vocab_size") if key not in raw]
         if missing:
-            raise UserError(f"the model's config lacks {', '.join(missing)}", where, "Download config.json again.")
+            raise UserError(
+                f"the model's config lacks {', '.join(missing)}",
+                where,
+                "Download config.json again.",
+            )
         d = raw["n_embd"]
         return cls(
             n_embd=d,
@@ -111,7 +124,10 @@ class ModelShape:
         for layer in range(self.n_layer):
             for name, shape in self.block_tensors():
                 yield f"transformer.h.{layer}.{name}", shape
-        yield from (("transformer.ln_f.weight", (self.n_embd,)), ("transformer.ln_f.bias", (self.n_embd,)))
+        yield from (
+            ("transformer.ln_f.weight", (self.n_embd,)),
+            ("transformer.ln_f.bias", (self.n_embd,)),
+        )
         yield from self.head_tensors()
 
     def largest(self) -> int:
@@ -157,15 +173,23 @@ class ModelShape:
         if isinstance(adapter, PromptConfig):
             yield "prompt_encoder.default.embedding.weight", (adapter.virtual_tokens, self.n_embd)
         if isinstance(adapter, PrefixConfig):
-            yield "prompt_encoder.default.embedding.weight", (adapter.virtual_tokens, 2 * self.n_layer * self.n_embd)
+            yield (
+                "prompt_encoder.default.embedding.weight",
+                (adapter.virtual_tokens, 2 * self.n_layer * self.n_embd),
+            )
 
-    def _module_adapter(self, layer: int, name: str, adapter: Union[LoraConfig, Ia3Config]) -> Iterator[Tensor]:
+    def _module_adapter(
+        self, layer: int, name: str, adapter: Union[LoraConfig, Ia3Config]
+    ) -> Iterator[Tensor]:
         out_features, in_features = self.linear_shape(name)
         part = "mlp" if name.startswith("fc") else "attn"
         module = f"{PEFT_PREFIX}transformer.h.{layer}.{part}.{name}"
         if isinstance(adapter, Ia3Config):
             # peft rescales the input of feed-forward modules and the output of the others.
-            yield f"{module}.ia3_l.default", (1, in_features) if name.startswith("fc_") else (out_features, 1)
+            yield (
+                f"{module}.ia3_l.default",
+                (1, in_features) if name.startswith("fc_") else (out_features, 1),
+            )
             return
         yield f"{module}.lora_A.default.weight", (adapter.rank, in_features)
         yield f"{module}.lora_B.default.weight", (out_features, adapter.rank)
@@ -189,22 +213,30 @@ class ModelShape:
 
     def trainable_tensors(self, adapter: AdapterConfig) -> Iterator[Tensor]:
         """(name, shape) of what the optimizer updates."""
-        yield from self.tensors() if isinstance(adapter, FullConfig) else self.adapter_tensors(adapter)
+        yield from (
+            self.tensors() if isinstance(adapter, FullConfig) else self.adapter_tensors(adapter)
+        )
 
     def trainable(self, adapter: AdapterConfig) -> int:
         return sum(prod(shape) for _, shape in self.trainable_tensors(adapter))
 
     def total(self, adapter: AdapterConfig) -> int:
         """Parameters of model and adapter together."""
-        return self.trainable(adapter) + sum(prod(shape) for _, shape in self.frozen_tensors(adapter))
+        return self.trainable(adapter) + sum(
+            prod(shape) for _, shape in self.frozen_tensors(adapter)
+        )
 
     # ------------------------------------------------------------------ arithmetic
 
     def matmul_parameters(self) -> int:
         """Parameters that a token is multiplied with: all matrices except the embedding, which is only looked up."""
-        return sum(prod(shape) for name, shape in self.tensors() if len(shape) == 2 and "wte" not in name)
+        return sum(
+            prod(shape) for name, shape in self.tensors() if len(shape) == 2 and "wte" not in name
+        )
 
-    def flops_per_token(self, length: int, adapter: AdapterConfig, checkpointing: bool = False) -> Flops:
+    def flops_per_token(
+        self, length: int, adapter: AdapterConfig, checkpointing: bool = False
+    ) -> Flops:
         """FLOPs of one token in a sequence of `length` tokens.
 
         With P the matmul parameters, d = n_embd, L layers and A the adapter's parameters:
@@ -230,20 +262,26 @@ def adapter_targets(adapter: Union[LoraConfig, Ia3Config]) -> list[str]:
     if targets == "all-linear":
         return list(LINEARS)
     names = (
-        [name.strip() for name in targets.split(",")] if isinstance(targets, str) else [str(name) for name in targets]
+        [name.strip() for name in targets.split(",")]
+        if isinstance(targets, str)
+        else [str(name) for name in targets]
     )
     unknown = [name for name in names if name not in LINEARS]
     return [name for name in LINEARS if name in names] + unknown
 
 
-def load_shape(path: str, head: str = "lm", num_labels: int = 2, revision: Union[str, None] = None) -> ModelShape:
+def load_shape(
+    path: str, head: str = "lm", num_labels: int = 2, revision: Union[str, None] = None
+) -> ModelShape:
     """The shape of a checkpoint directory, a shipped asset, a hub id in the local cache, or GPT-J-6B by its id.
 
     Raises:
         UserError: no config.json can be found without a network, or it is not a GPT-J's.
     """
     if path.startswith("asset:"):
-        return ModelShape.from_config(_existing(ASSETS / path.removeprefix("asset:")), head, num_labels)
+        return ModelShape.from_config(
+            _existing(ASSETS / path.removeprefix("asset:")), head, num_labels
+        )
     if Path(path).expanduser().exists():
         return ModelShape.from_config(Path(path).expanduser(), head, num_labels)
     cached = _cached_config(path, revision)
@@ -261,16 +299,22 @@ def load_shape(path: str, head: str = "lm", num_labels: int = 2, revision: Union
 def _existing(directory: Path) -> Path:
     if not directory.exists():
         names = ", ".join(
-            f"asset:{entry.name}" for entry in sorted(ASSETS.glob("*")) if (entry / "config.json").exists()
+            f"asset:{entry.name}"
+            for entry in sorted(ASSETS.glob("*"))
+            if (entry / "config.json").exists()
         )
         raise UserError(
-            f"no asset {directory.name!r} ships with the project", "model.path", f"Models that do: {names}."
+            f"no asset {directory.name!r} ships with the project",
+            "model.path",
+            f"Models that do: {names}.",
         )
     return directory
 
 
 def _cached_config(repo_id: str, revision: Union[str, None]) -> Union[str, None]:
-    from huggingface_hub import try_to_load_from_cache  # here: half a second that local directories need not pay
+    from huggingface_hub import (
+        try_to_load_from_cache,
+    )  # here: half a second that local directories need not pay
     from huggingface_hub.errors import HFValidationError
 
     try:
@@ -287,10 +331,14 @@ def _read_json(path: Path) -> tuple[dict[str, Any], str]:
         return json.loads(path.read_text()), str(path)
     except FileNotFoundError:
         raise UserError(
-            "there is no config.json", str(path.parent), "model.path must name a Hugging Face checkpoint."
+            "there is no config.json",
+            str(path.parent),
+            "model.path must name a Hugging Face checkpoint.",
         ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the model's config: {error}", str(path), "Download config.json again.") from None
+        raise UserError(
+            f"cannot read the model's config: {error}", str(path), "Download config.json again."
+        ) from None
 
 
 # GPT-J's module names as users may type them. No torch.
@@ -303,11 +351,18 @@ def target_modules(targets: Any) -> list[str]:
     Raises:
         UserError: a name that GPT-J does not have.
     """
-    names = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else [str(t) for t in targets]
+    names = (
+        [t.strip() for t in targets.split(",")]
+        if isinstance(targets, str)
+        else [str(t) for t in targets]
+    )
     if names == ["all-linear"]:
         return list(MODULES)
     unknown = [name for name in names if name not in MODULES]
     if unknown or not names:
-        raise UserError(f"GPT-J has no module '{', '.join(unknown)}'", "adapter.targets",
-                        f"Choose from {', '.join(MODULES)}, or all-linear.")
+        raise UserError(
+            f"GPT-J has no module '{', '.join(unknown)}'",
+            "adapter.targets",
+            f"Choose from {', '.join(MODULES)}, or all-linear.",
+        )
     return names

@@ -10,7 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
-from finetune.config import AdapterConfig, Config, FullConfig, LoraConfig, ModelConfig, TaskConfig, TrainConfig
+from finetune.config import (
+    AdapterConfig,
+    Config,
+    FullConfig,
+    LoraConfig,
+    ModelConfig,
+    TaskConfig,
+    TrainConfig,
+)
 from finetune.errors import gib
 from finetune.planning.choose import Plan, plan
 from finetune.planning.estimate import PARTS, Estimate
@@ -59,7 +67,17 @@ def plural(count: int, noun: str) -> str:
 
 def _options_table(plan: Plan) -> list[str]:
     device = "GPU" if plan.job.on_gpu else "rank"
-    head = ["", "stage", "states", "weights", device, "host", "disk", *(HEADS.get(part, part) for part in PARTS), ""]
+    head = [
+        "",
+        "stage",
+        "states",
+        "weights",
+        device,
+        "host",
+        "disk",
+        *(HEADS.get(part, part) for part in PARTS),
+        "",
+    ]
     rows = [_row(plan, option) for option in plan.options]
     return [
         "GiB per rank; host and disk per node. states, weights: where they live",
@@ -70,11 +88,17 @@ def _options_table(plan: Plan) -> list[str]:
 def _row(plan: Plan, option: Estimate) -> list[str]:
     chosen = option.option == plan.chosen.option
     places = [
-        "gpu" if place == "none" else place for place in (option.option.offload_optimizer, option.option.offload_params)
+        "gpu" if place == "none" else place
+        for place in (option.option.offload_optimizer, option.option.offload_params)
     ]
     if not plan.job.on_gpu:
         places = ["host", "host"]
-    sizes = [option.gpu_bytes, option.host_bytes, option.disk_bytes, *(option.parts[part] for part in PARTS)]
+    sizes = [
+        option.gpu_bytes,
+        option.host_bytes,
+        option.disk_bytes,
+        *(option.parts[part] for part in PARTS),
+    ]
     verdict = "fits" if option.fits else f"{SHORT[option.short]} too small"
     return [
         "->" if chosen else "",
@@ -90,7 +114,8 @@ def align(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(
-            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=False))
+            cell.ljust(w) if i in left else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=False))
         ).rstrip()
         for row in rows
     ]
@@ -103,7 +128,9 @@ def _summary(plan: Plan) -> list[str]:
         f"Limits: host {gib(plan.machine.host_bytes)}, disk {gib(plan.machine.disk_bytes)}{limit}",
     ]
     if plan.max_micro_batch:
-        lines.append(f"Largest micro-batch: {plan.max_micro_batch} (train.micro_batch={plan.max_micro_batch})")
+        lines.append(
+            f"Largest micro-batch: {plan.max_micro_batch} (train.micro_batch={plan.max_micro_batch})"
+        )
     lines.append(
         f"On disk: checkpoint {gib(plan.checkpoint_bytes)}, export {gib(plan.export_bytes)}; "
         f"host memory while loading {gib(plan.load_host_bytes)}"
@@ -116,10 +143,18 @@ def _summary(plan: Plan) -> list[str]:
 
 def readme_table() -> str:
     """Markdown: the stage that zero=auto takes for GPT-J-6B (bf16, 2048 tokens, micro-batch 1, checkpointing), GiB."""
-    head = "| GPUs | " + " | ".join(f"{kind}, {size} GB" for kind in ("full", "LoRA") for size in README_GIB) + " |"
+    head = (
+        "| GPUs | "
+        + " | ".join(f"{kind}, {size} GB" for kind in ("full", "LoRA") for size in README_GIB)
+        + " |"
+    )
     lines = [head, "|--:|" + "---|" * (2 * len(README_GIB))]
     for gpus in README_GPUS:
-        cells = [_readme_cell(gpus, size, adapter) for adapter in (FullConfig(), LoraConfig()) for size in README_GIB]
+        cells = [
+            _readme_cell(gpus, size, adapter)
+            for adapter in (FullConfig(), LoraConfig())
+            for size in README_GIB
+        ]
         lines.append(f"| {gpus} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -137,8 +172,12 @@ def _readme_cell(gpus: int, gpu_gib: int, adapter: AdapterConfig) -> str:
 def plan_6b(gpus: int, gpu_gib: int, adapter: AdapterConfig, **train: object) -> Plan:
     """GPT-J-6B at 2048 tokens, 64 sequences a step, on GPUs that are not here."""
     shape = load_shape("asset:gptj_6b")
-    settings = replace(TrainConfig(global_batch=64, micro_batch=1, activation_checkpointing=True), **train)  # type: ignore[arg-type]
-    cfg = Config(model=ModelConfig(path="asset:gptj_6b"), task=TaskConfig(), adapter=adapter, train=settings)
+    settings = replace(
+        TrainConfig(global_batch=64, micro_batch=1, activation_checkpointing=True), **train
+    )  # type: ignore[arg-type]
+    cfg = Config(
+        model=ModelConfig(path="asset:gptj_6b"), task=TaskConfig(), adapter=adapter, train=settings
+    )
     machine = Machine(gpus, min(gpus, 8), gpu_gib * GIB, README_HOST_GIB * GIB, 2000 * GIB)
     return plan(cfg, machine, shape, gpus)
 
@@ -162,7 +201,9 @@ def draw(plan: Plan, path: Union[str, Path]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 1.9 + 0.42 * len(plan.options)), layout="constrained", facecolor="white")
+    figure = Figure(
+        figsize=(10, 1.9 + 0.42 * len(plan.options)), layout="constrained", facecolor="white"
+    )
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     _bars(axes, plan)
@@ -177,7 +218,14 @@ def _bars(axes: Axes, plan: Plan) -> None:
     for part in PARTS:
         sizes = [option.parts[part] / GIB for option in plan.options]
         bars: Any = axes.barh(
-            rows, sizes, left=start, height=0.62, color=COLOURS[part], label=part, edgecolor="white", linewidth=0.6
+            rows,
+            sizes,
+            left=start,
+            height=0.62,
+            color=COLOURS[part],
+            label=part,
+            edgecolor="white",
+            linewidth=0.6,
         )
         for bar, option in zip(bars, plan.options, strict=False):
             bar.set_alpha(1.0 if option.fits else 0.45)
@@ -194,21 +242,37 @@ def _bars(axes: Axes, plan: Plan) -> None:
 
 
 def _why(option: Estimate) -> str:
-    return {"gpu": "too large", "host": f"host {option.host_bytes / GIB:.0f} GiB"}.get(option.short, option.short)
+    return {"gpu": "too large", "host": f"host {option.host_bytes / GIB:.0f} GiB"}.get(
+        option.short, option.short
+    )
 
 
 def _limit(axes: Axes, plan: Plan) -> None:
     """The device's memory; without GPUs each rank's share of the host. One far away is only named."""
-    limit = (plan.machine.gpu_bytes if plan.job.on_gpu else plan.machine.host_bytes // plan.job.ranks_per_node) / GIB
+    limit = (
+        plan.machine.gpu_bytes
+        if plan.job.on_gpu
+        else plan.machine.host_bytes // plan.job.ranks_per_node
+    ) / GIB
     largest = max(option.gpu_bytes for option in plan.options) / GIB
     label = f"limit {limit:.0f} GiB"
     if limit > 3 * largest:
         axes.text(
-            0.995, 0.02, f"{label} (far to the right)", transform=axes.transAxes, ha="right", color=LIMIT, fontsize=9
+            0.995,
+            0.02,
+            f"{label} (far to the right)",
+            transform=axes.transAxes,
+            ha="right",
+            color=LIMIT,
+            fontsize=9,
         )
     else:
         axes.axvline(limit, color=LIMIT, linewidth=1.5, zorder=3)
-        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "bottom"}
+        place = {
+            "xycoords": ("data", "axes fraction"),
+            "textcoords": "offset points",
+            "va": "bottom",
+        }
         axes.annotate(label, (limit, 0), xytext=(5, 4), color=LIMIT, fontsize=9, zorder=4, **place)
         largest = max(largest, limit)
     axes.set_xlim(0, largest * 1.25)
@@ -217,11 +281,15 @@ def _limit(axes: Axes, plan: Plan) -> None:
 def _dress(axes: Axes, plan: Plan) -> None:
     from matplotlib.patches import Patch
 
-    axes.set_yticks(range(len(plan.options)), [_label(plan, option) for option in plan.options], fontsize=9)
+    axes.set_yticks(
+        range(len(plan.options)), [_label(plan, option) for option in plan.options], fontsize=9
+    )
     for tick, option in zip(axes.get_yticklabels(), plan.options, strict=True):
         tick.set_fontweight("bold" if option.option == plan.chosen.option else "normal")
     axes.set_ylim(len(plan.options) - 0.3, -0.6)
-    axes.set_xlabel(f"GiB per {'GPU' if plan.job.on_gpu else 'rank'} (faded: does not fit)", fontsize=9)
+    axes.set_xlabel(
+        f"GiB per {'GPU' if plan.job.on_gpu else 'rank'} (faded: does not fit)", fontsize=9
+    )
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
@@ -231,12 +299,20 @@ def _dress(axes: Axes, plan: Plan) -> None:
     handles = [Patch(color=COLOURS[part], label=part) for part in PARTS]
     place = {"loc": "lower left", "bbox_to_anchor": (-0.005, 1.0), "borderaxespad": 0.3}
     axes.legend(
-        handles=handles, ncols=len(PARTS), frameon=False, fontsize=9, handlelength=1.0, columnspacing=1.4, **place
+        handles=handles,
+        ncols=len(PARTS),
+        frameon=False,
+        fontsize=9,
+        handlelength=1.0,
+        columnspacing=1.4,
+        **place,
     )
 
 
 def _label(plan: Plan, option: Estimate) -> str:
-    return f"{option.option}  (chosen)" if option.option == plan.chosen.option else str(option.option)
+    return (
+        f"{option.option}  (chosen)" if option.option == plan.chosen.option else str(option.option)
+    )
 
 
 def _title(plan: Plan) -> str:

@@ -51,9 +51,10 @@ def model_states(job: Job, option: Option, rank: int = 0) -> States:
     if option.stage == 0:
         return _replicated(job)
     if option.stage == 3:
-
         return sharded_states(job, option)
-    return _bf16_stage1(job) if uses_bf16_optimizer(job, option) else _partitioned(job, option, rank)
+    return (
+        _bf16_stage1(job) if uses_bf16_optimizer(job, option) else _partitioned(job, option, rank)
+    )
 
 
 def uses_bf16_optimizer(job: Job, option: Option) -> bool:
@@ -106,7 +107,11 @@ def _bf16_stage1(job: Job) -> States:
     # The low precision gradients are zeroed, not freed, after each addition.
     gradients = 4 * sum(_flat(job)) + job.work.element_bytes * sum(map(sum, job.trainable_groups))
     return States(
-        _flat_weights(job), gradients, _flat_optimizer(job), kept_gradients=gradients, peak_gradients=gradients
+        _flat_weights(job),
+        gradients,
+        _flat_optimizer(job),
+        kept_gradients=gradients,
+        peak_gradients=gradients,
     )
 
 
@@ -123,7 +128,9 @@ def _partitioned(job: Job, option: Option, rank: int) -> States:
     if option.offload_optimizer == "none":
         # Stage 2 sums fp32 into one buffer; otherwise new gradients are made beside the kept ones.
         waiting = 0 if option.stage == 2 and sums_in_fp32 else kept
-        return States(weights, owned, optimizer, kept, owned + max(waiting, _unreduced(job, option)), step)
+        return States(
+            weights, owned, optimizer, kept, owned + max(waiting, _unreduced(job, option)), step
+        )
     # The host holds masters and moments, an fp32 gradient, a low precision copy on its way back to the device,
     # and a staging buffer as large as the largest tensor, which the device mirrors.
     staging = element * job.largest_trainable()
@@ -139,7 +146,14 @@ def _partitioned(job: Job, option: Option, rank: int) -> States:
         host_weights=element * partition,
         host_gradients=4 * partition,
         host_optimizer=optimizer + staging,
-        pinned=(*(size for flat in _flat(job) for size in _pinned_blocks(flat // job.world_size, element)), staging),
+        pinned=(
+            *(
+                size
+                for flat in _flat(job)
+                for size in _pinned_blocks(flat // job.world_size, element)
+            ),
+            staging,
+        ),
     )
 
 
@@ -205,7 +219,11 @@ PARAM_BUFFERS = 5
 
 def sharded_states(job: Job, option: Option) -> States:
     """Stage 3: every tensor is cut into `ranks` parts of equal size, padded one by one."""
-    ranks, element, accumulation = job.world_size, job.work.element_bytes, job.work.accumulation_bytes
+    ranks, element, accumulation = (
+        job.world_size,
+        job.work.element_bytes,
+        job.work.accumulation_bytes,
+    )
     shards = [[ceil(numel / ranks) for numel in group] for group in job.trainable_groups]
     owned = sum(map(sum, shards))
     weights = element * (owned + sum(ceil(numel / ranks) for numel in job.frozen_numels))
@@ -220,12 +238,22 @@ def sharded_states(job: Job, option: Option) -> States:
     return _offload(states, option, weights, buffers, owned, sub_groups)
 
 
-def _offload(states: States, option: Option, weights: int, buffers: tuple[int, ...], owned: int,
-             sub_groups: list[int]) -> States:
+def _offload(
+    states: States,
+    option: Option,
+    weights: int,
+    buffers: tuple[int, ...],
+    owned: int,
+    sub_groups: list[int],
+) -> States:
     """Move what the option names to the host or to nvme."""
     if option.offload_params != "none":
         states = _move_weights(states, option.offload_params, weights, buffers)
-    return states if option.offload_optimizer == "none" else _move_optimizer(states, option, owned, sub_groups)
+    return (
+        states
+        if option.offload_optimizer == "none"
+        else _move_optimizer(states, option, owned, sub_groups)
+    )
 
 
 def _move_weights(states: States, place: str, weights: int, buffers: tuple[int, ...]) -> States:
@@ -233,12 +261,20 @@ def _move_weights(states: States, place: str, weights: int, buffers: tuple[int, 
     kept = states.weights - weights
     if place == "cpu":
         return replace(states, weights=kept, host_weights=weights, pinned=(*states.pinned, weights))
-    return replace(states, weights=kept, nvme_bytes=weights, host_weights=sum(buffers), pinned=(*states.pinned, *buffers))
+    return replace(
+        states,
+        weights=kept,
+        nvme_bytes=weights,
+        host_weights=sum(buffers),
+        pinned=(*states.pinned, *buffers),
+    )
 
 
 def _move_optimizer(states: States, option: Option, owned: int, sub_groups: list[int]) -> States:
     """Everything of the update leaves the device: sums of gradients, their fp32 copies, masters and moments."""
-    device_free = replace(states, gradients=0, optimizer=0, kept_gradients=0, peak_gradients=0, step_bytes=0)
+    device_free = replace(
+        states, gradients=0, optimizer=0, kept_gradients=0, peak_gradients=0, step_bytes=0
+    )
     if option.offload_optimizer == "cpu":
         blocks = (states.gradients, *(4 * size for size in sub_groups))
         return replace(
@@ -275,4 +311,6 @@ def _persistent(job: Job) -> int:
     if job.world_size == 1:
         return 0
     numels = [numel for group in job.trainable_groups for numel in group] + job.frozen_numels
-    return job.work.element_bytes * sum(padded(n, job.world_size) for n in numels if n <= PERSISTENCE_ELEMENTS)
+    return job.work.element_bytes * sum(
+        padded(n, job.world_size) for n in numels if n <= PERSISTENCE_ELEMENTS
+    )

@@ -122,6 +122,11 @@ class CallbackList(Callback):
         if callback not in self.callbacks:
             return
         self.callbacks.remove(callback)
-        log.warning("%s failed in %s and is switched off for this run; training goes on. %s: %s",
-                    type(callback).__name__, moment, type(error).__name__, error)
+        log.warning(
+            "%s failed in %s and is switched off for this run; training goes on. %s: %s",
+            type(callback).__name__,
+            moment,
+            type(error).__name__,
+            error,
+        )
         log.debug("where %s failed:", type(callback).__name__, exc_info=error)

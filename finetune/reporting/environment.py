@@ -8,12 +8,26 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "tokenizers", "hydra-core", "safetensors", "numpy")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "peft",
+    "datasets",
+    "tokenizers",
+    "hydra-core",
+    "safetensors",
+    "numpy",
+)
 
 
 def environment(world_size: int, device: torch.device) -> dict[str, Any]:
     """Plain values."""
-    found: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform(), "world_size": world_size}
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "world_size": world_size,
+    }
     for name in PACKAGES:
         try:
             found[name] = version(name)
@@ -22,5 +36,8 @@ def environment(world_size: int, device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     else:
-        found |= {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+        found |= {
+            "cpu": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
     return found

@@ -66,7 +66,10 @@ def read(path: Path | str) -> list[dict[str, Any]]:
 def newest(run_dir: Path, step: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """The newest training record, and the newest evaluation's metrics, of a run or of one of its steps."""
     lines = [line for line in read(run_dir / METRICS) if step is None or line.get("step") == step]
-    trained, evaluated = (next((line for line in reversed(lines) if line.get("kind") == kind), {}) for kind in ("train", "eval"))
+    trained, evaluated = (
+        next((line for line in reversed(lines) if line.get("kind") == kind), {})
+        for kind in ("train", "eval")
+    )
     return trained, {key: value for key, value in evaluated.items() if key not in ("kind", "step")}
 
 
@@ -74,8 +77,11 @@ def training_seconds(run_dir: Path) -> float:
     """Seconds that the logged steps took, evaluations and saves left out, by their own rates."""
     lines = [line for line in read(run_dir / METRICS) if line.get("kind") == "train"]
     totals = [line.get("tokens") or 0 for line in lines]
-    return sum((now - before) / line["tokens_per_second"] for before, now, line in zip([0, *totals], totals, lines, strict=False)
-               if line.get("tokens_per_second"))
+    return sum(
+        (now - before) / line["tokens_per_second"]
+        for before, now, line in zip([0, *totals], totals, lines, strict=False)
+        if line.get("tokens_per_second")
+    )
 
 
 def truncate(path: Path | str, last_step: int, evaluates: bool = False) -> int:
@@ -91,8 +97,12 @@ def truncate(path: Path | str, last_step: int, evaluates: bool = False) -> int:
     if not path.exists():
         return 0
     n_lines = sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))
-    kept = [record for record in read(path) if (record.get("step") or 0) <= last_step
-            and not (evaluates and record.get("kind") == "eval" and record.get("step") == last_step)]
+    kept = [
+        record
+        for record in read(path)
+        if (record.get("step") or 0) <= last_step
+        and not (evaluates and record.get("kind") == "eval" and record.get("step") == last_step)
+    ]
     _replace(path, "".join(dumps(record) + "\n" for record in kept))
     return n_lines - len(kept)
 

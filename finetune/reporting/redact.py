@@ -20,22 +20,69 @@ from finetune.errors import UserError
 
 HIDDEN = "***"
 
-SECRET_WORDS = frozenset({"password", "passwd", "passphrase", "secret", "secrets", "apikey", "authorization", "auth",
-                          "credential", "credentials", "bearer", "cookie"})
-KEYS_OF = ("api", "access", "private", "secret", "account", "ssh", "encryption", "signing", "wandb", "hf",
-           "hub", "openai")
+SECRET_WORDS = frozenset(
+    {
+        "password",
+        "passwd",
+        "passphrase",
+        "secret",
+        "secrets",
+        "apikey",
+        "authorization",
+        "auth",
+        "credential",
+        "credentials",
+        "bearer",
+        "cookie",
+    }
+)
+KEYS_OF = (
+    "api",
+    "access",
+    "private",
+    "secret",
+    "account",
+    "ssh",
+    "encryption",
+    "signing",
+    "wandb",
+    "hf",
+    "hub",
+    "openai",
+)
 SECRET_PAIRS = frozenset((owner, "key") for owner in KEYS_OF)
-VOCABULARY = frozenset({"eos", "bos", "pad", "unk", "mask", "sep", "cls", "special", "extra", "image", "stop", "per"})
+VOCABULARY = frozenset(
+    {"eos", "bos", "pad", "unk", "mask", "sep", "cls", "special", "extra", "image", "stop", "per"}
+)
 """Words before "token" that speak of a vocabulary, not of an account."""
 HASH_KEYS = frozenset({"revision", "commit", "sha", "sha1", "hash", "fingerprint", "checksum"})
-PATH_KEYS = frozenset({"path", "train", "eval", "tokenizer", "template", "resume", "run", "runs", "dir", "out", "model",
-                       "source", "target", "prompts", "picture", "base"})
+PATH_KEYS = frozenset(
+    {
+        "path",
+        "train",
+        "eval",
+        "tokenizer",
+        "template",
+        "resume",
+        "run",
+        "runs",
+        "dir",
+        "out",
+        "model",
+        "source",
+        "target",
+        "prompts",
+        "picture",
+        "base",
+    }
+)
 """Words in keys of files, folders and hub ids: 40 hex digits are a name there."""
 SIGNATURES = frozenset({"sig", "signature", "x-amz-signature", "x-goog-signature"})
 """Query parameters of a URL that let anyone read what it names."""
 
 TOKEN = re.compile(
-    r"\b(hf_|sk-|gh[pousr]_|github_pat_|glpat-|wandb_v\d_|xox[abp]-|[Bb]earer\s+)([\w.~+/=-]{10,})|\b(AKIA)[0-9A-Z]{16}\b")
+    r"\b(hf_|sk-|gh[pousr]_|github_pat_|glpat-|wandb_v\d_|xox[abp]-|[Bb]earer\s+)([\w.~+/=-]{10,})|\b(AKIA)[0-9A-Z]{16}\b"
+)
 HEX_KEY = re.compile(r"(?<![\w./\\-])[0-9a-f]{40}(?![\w/\\-]|\.\w)")
 """Alone: as part of a path or a file name it is a hash."""
 USER_INFO = re.compile(r"(\w:/{1,2})([^/\s@]+)@")
@@ -89,9 +136,12 @@ def secret_problems(value: Any, key: str = "") -> Iterator[UserError]:
         for item in value:
             yield from secret_problems(item, key)
     elif isinstance(value, str) and (secret := _kind_of_secret(value, key)):
-        yield UserError(f"the value holds {secret}, and a run's files keep every setting", key,
-                        "Give secrets in the environment: HF_TOKEN=... or WANDB_API_KEY=... before the command. "
-                        "Download data and models that need a login first, and name the local path.")
+        yield UserError(
+            f"the value holds {secret}, and a run's files keep every setting",
+            key,
+            "Give secrets in the environment: HF_TOKEN=... or WANDB_API_KEY=... before the command. "
+            "Download data and models that need a login first, and name the local path.",
+        )
 
 
 def _kind_of_secret(text: str, key: str) -> str:
@@ -107,7 +157,11 @@ def _kind_of_secret(text: str, key: str) -> str:
     for found in TOKEN.finditer(text):
         if _is_token(found):
             return f"what looks like an access token ('{(found[1] or found[3]).strip()}...')"
-    return "40 hex digits, as wandb's API keys have them" if "wandb" in _words(key) and HEX_KEY.search(text) else ""
+    return (
+        "40 hex digits, as wandb's API keys have them"
+        if "wandb" in _words(key) and HEX_KEY.search(text)
+        else ""
+    )
 
 
 def _is_token(found: re.Match[str]) -> bool:
@@ -117,7 +171,10 @@ def _is_token(found: re.Match[str]) -> bool:
     if found[1].lower().startswith(("bearer", "xox")):
         return any(character.isdigit() for character in found[2])
     runs = re.findall(r"[A-Za-z0-9]{16,}", found[2])
-    return any(re.search("[a-z]", run) and re.search("[A-Z]", run) and re.search("[0-9]", run) for run in runs)
+    return any(
+        re.search("[a-z]", run) and re.search("[A-Z]", run) and re.search("[0-9]", run)
+        for run in runs
+    )
 
 
 def _opens(parameter: str) -> bool:

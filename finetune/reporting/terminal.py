@@ -50,13 +50,35 @@ SHORT_RUN = 50
 PLAIN_SECONDS = 5.0
 """Seconds between plain lines of longer runs and of phases."""
 
-NOISY = ("DeepSpeed", "deepspeed", "transformers", "datasets", "peft", "accelerate", "huggingface_hub", "filelock",
-         "torch.distributed", "torch.utils.cpp_extension", "torch._dynamo", "torch._inductor", "httpx", "matplotlib",
-         "wandb")
+NOISY = (
+    "DeepSpeed",
+    "deepspeed",
+    "transformers",
+    "datasets",
+    "peft",
+    "accelerate",
+    "huggingface_hub",
+    "filelock",
+    "torch.distributed",
+    "torch.utils.cpp_extension",
+    "torch._dynamo",
+    "torch._inductor",
+    "httpx",
+    "matplotlib",
+    "wandb",
+)
 NOISY_WARNINGS = r"(torch|deepspeed|transformers|datasets|peft|accelerate|huggingface_hub|tensorboard|wandb|google)\b"
-QUIET_ENV = {"TRANSFORMERS_VERBOSITY": "error", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "DATASETS_VERBOSITY": "error",
-             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error",
-             "TORCH_CPP_LOG_LEVEL": "ERROR", "GLOG_minloglevel": "2", "WANDB_SILENT": "true"}
+QUIET_ENV = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "GLOG_minloglevel": "2",
+    "WANDB_SILENT": "true",
+}
 
 
 def silence_libraries(verbose: bool, rank: int) -> None:
@@ -88,9 +110,22 @@ def summary_table(title: str, rows: list[tuple[str, str]], console: Console | No
     console = console or Console(highlight=False)
     if not console.is_terminal:
         width = max((len(name) for name, _ in rows), default=0)
-        print(title, *(f"  {name:<{width}}  {value}" for name, value in rows), sep="\n", file=console.file, flush=True)
+        print(
+            title,
+            *(f"  {name:<{width}}  {value}" for name, value in rows),
+            sep="\n",
+            file=console.file,
+            flush=True,
+        )
         return
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        show_header=False,
+        box=None,
+        padding=(0, 2),
+    )
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
@@ -133,7 +168,9 @@ class Phase:
         if self.bar is not None:
             self.bar.stop()
         seconds = clock(time.monotonic() - self.started)
-        self._print(f"{self.name}: failed after {seconds}" if failed else f"{self.name}: done in {seconds}")
+        self._print(
+            f"{self.name}: failed after {seconds}" if failed else f"{self.name}: done in {seconds}"
+        )
 
     def _amount(self) -> str:
         return f"{self.done / self.total:.0%}" if self.total else count(self.done)
@@ -173,8 +210,12 @@ class Display(Callback):
     def start(self, run: RunInfo) -> None:
         self.run_dir, self.task = run.run_dir, str((run.config.get("task") or {}).get("kind", ""))
         ranks = run.extra.get("ranks_per_node")
-        launcher = f"deepspeed --num_gpus {ranks}" if ranks and ranks == run.world_size else "deepspeed"
-        self.again = train_command([str(w) for w in run.extra.get("overrides") or []], run.run_dir, launcher)
+        launcher = (
+            f"deepspeed --num_gpus {ranks}" if ranks and ranks == run.world_size else "deepspeed"
+        )
+        self.again = train_command(
+            [str(w) for w in run.extra.get("overrides") or []], run.run_dir, launcher
+        )
         self.total_steps = run.total_steps
         self.pace = Pace(run.start_step)
         if run.resumed:
@@ -191,7 +232,9 @@ class Display(Callback):
         left = self.pace.seconds_for(self.total_steps - step)
         if self.live is not None and self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=step)
-            self.live.update(Group(self.bar, Text("  " + "  ".join(figures(record, left)), style="cyan")))
+            self.live.update(
+                Group(self.bar, Text("  " + "  ".join(figures(record, left)), style="cyan"))
+            )
         elif self._due(step):
             self.printed = time.monotonic()
             self.message(plain_line(record, self.total_steps, left))
@@ -263,6 +306,11 @@ def _phase_bar(console: Console) -> Progress:
 
 
 def _train_bar(console: Console) -> Progress:
-    columns = [TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=None),
-               TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn()]
+    columns = [
+        TextColumn("{task.description}"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=None),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    ]
     return Progress(*columns, console=console, expand=True, auto_refresh=False)

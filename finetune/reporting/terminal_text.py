@@ -55,8 +55,11 @@ def figures(record: dict[str, Any], seconds_left: float | None) -> list[str]:
         parts.append(f"{number(record['tokens_per_second'], ',.0f')} tok/s")
     if record.get("mfu") is not None:
         parts.append(f"MFU {number(record['mfu'], '.1%')}")
-    parts += [f"{name} {gib(record[key])}" for name, key in (("host", "host_bytes"), ("gpu", "gpu_bytes"))
-              if record.get(key)]
+    parts += [
+        f"{name} {gib(record[key])}"
+        for name, key in (("host", "host_bytes"), ("gpu", "gpu_bytes"))
+        if record.get(key)
+    ]
     return [*parts, f"ETA {clock(seconds_left)}"]
 
 
@@ -70,7 +73,11 @@ def evaluation_text(record: dict[str, Any]) -> str:
     lines = [f"eval at step {record.get('step')}: {metrics_text(record)}"]
     subsets = record.get("subsets") or record.get("per_class") or {}
     width = max((len(str(name)) for name in subsets), default=0)
-    lines += [f"  {name!s:<{width}}  {metrics_text(row)}" for name, row in subsets.items() if isinstance(row, dict)]
+    lines += [
+        f"  {name!s:<{width}}  {metrics_text(row)}"
+        for name, row in subsets.items()
+        if isinstance(row, dict)
+    ]
     return "\n".join(lines)
 
 
@@ -82,7 +89,11 @@ def metrics_text(record: dict[str, Any]) -> str:
 
 def train_command(words: list[str], run_dir: Any = None, launcher: str = "deepspeed") -> str:
     """The command of a run, to paste: `words` as they were typed, in `run_dir` where it is to go on there."""
-    kept = [word for word in words if run_dir is None or not str(word).lstrip("+").startswith("run_dir=")]
+    kept = [
+        word
+        for word in words
+        if run_dir is None or not str(word).lstrip("+").startswith("run_dir=")
+    ]
     place = [] if run_dir is None else [setting("run_dir", run_dir)]
     return f"{launcher} {command(['launch/train.py', *kept, *place])}"
 
@@ -103,14 +114,19 @@ def status_text(result: dict[str, Any]) -> str:
 
 def averaged_loss(records: list[dict[str, Any]]) -> tuple[float, str] | None:
     """Training loss at the end of `records`, which one noisy step does not tell: (mean, "last 12 steps averaged")."""
-    losses = [(record["step"], record["loss"]) for record in records
-              if record.get("kind", "train") == "train" and isinstance(record.get("loss"), (int, float))]
+    losses = [
+        (record["step"], record["loss"])
+        for record in records
+        if record.get("kind", "train") == "train" and isinstance(record.get("loss"), (int, float))
+    ]
     losses = losses[-min(50, max(5, len(losses) // 10)) :]
     if not losses:
         return None
     mean = sum(loss for _, loss in losses) / len(losses)
     logged = "" if losses[-1][0] - losses[0][0] == len(losses) - 1 else "logged "
-    return mean, f"last {len(losses)} {logged}steps averaged" if len(losses) > 1 else f"step {losses[0][0]}"
+    return mean, f"last {len(losses)} {logged}steps averaged" if len(
+        losses
+    ) > 1 else f"step {losses[0][0]}"
 
 
 def result_text(result: dict[str, Any]) -> str:
@@ -123,7 +139,9 @@ def result_text(result: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def outcome_text(result: dict[str, Any], records: list[dict[str, Any]], run_dir: Path, task: str) -> str:
+def outcome_text(
+    result: dict[str, Any], records: list[dict[str, Any]], run_dir: Path, task: str
+) -> str:
     """What a run came to and what to do with it, a line each: losses, the best step, the page, the export.
 
     Args:
@@ -138,7 +156,12 @@ def outcome_text(result: dict[str, Any], records: list[dict[str, Any]], run_dir:
     best = result.get("best_step")
     if best and best != result.get("step"):
         exported = ", which is exported" if result.get("export_step") == best else ""
-        lines.append(("best", f"{result.get('best_metric', 'metric')} {figure(result.get('best'))} at step {best}{exported}"))
+        lines.append(
+            (
+                "best",
+                f"{result.get('best_metric', 'metric')} {figure(result.get('best'))} at step {best}{exported}",
+            )
+        )
     lines.append(("page", str(run_dir / "report.html")))
     if result.get("export"):
         export = run_dir / str(result["export"])
@@ -148,5 +171,7 @@ def outcome_text(result: dict[str, Any], records: list[dict[str, Any]], run_dir:
 
 def generate_command(export: Path, task: str) -> str:
     """The command that asks an export, with the words that its task takes."""
-    words = {"qa": "question=\"...\" context=\"...\"", "instruct": "chat=true prompt=\"...\""}.get(task, "prompt=\"...\"")
+    words = {"qa": 'question="..." context="..."', "instruct": 'chat=true prompt="..."'}.get(
+        task, 'prompt="..."'
+    )
     return f"{command(['python', 'launch/generate.py', setting('model', export)])} {words}"

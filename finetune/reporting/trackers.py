@@ -69,7 +69,9 @@ class TensorboardTracker(Callback):
 
         # Of the attempt that died, steps beyond its last checkpoint are repeated now: purge_step hides the old ones.
         purge = run.start_step + 1 if run.resumed else None
-        self.writer = SummaryWriter(str(run.run_dir / "tensorboard"), purge_step=purge, flush_secs=10)
+        self.writer = SummaryWriter(
+            str(run.run_dir / "tensorboard"), purge_step=purge, flush_secs=10
+        )
         self.writer.add_text("config", _markdown(redact(run.config)), run.start_step)
 
     def train_step(self, record: dict[str, Any]) -> None:
@@ -96,7 +98,9 @@ class WandbTracker(Callback):
 
     def __init__(self, cfg: WandbConfig):
         if cfg.mode not in WANDB_MODES:
-            raise UserError(f"'{cfg.mode}' is none of {', '.join(WANDB_MODES)}", "tracker.wandb.mode")
+            raise UserError(
+                f"'{cfg.mode}' is none of {', '.join(WANDB_MODES)}", "tracker.wandb.mode"
+            )
         self.cfg = cfg
         self.wandb = _require("wandb", "tracker=[wandb]")
         self.run_id: str | None = None
@@ -129,13 +133,17 @@ class WandbTracker(Callback):
         self.run.log(row)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        self.run.log({"step": step, "sample": self.wandb.Html(_sample_html(prompt, text), inject=False)})
+        self.run.log(
+            {"step": step, "sample": self.wandb.Html(_sample_html(prompt, text), inject=False)}
+        )
 
     def finish(self, result: dict[str, Any]) -> None:
         if self.run is None:
             return
         status = result.get("status", "failed")
-        self.run.summary.update({f"result/{key}": value for key, value in redact(result).items() if _is_plain(value)})
+        self.run.summary.update(
+            {f"result/{key}": value for key, value in redact(result).items() if _is_plain(value)}
+        )
         if self.evaluations:
             self.run.log({"evaluations": self._table()})
         if self.cfg.artifact and status == "done" and result.get("export"):
@@ -145,18 +153,33 @@ class WandbTracker(Callback):
         offline, files = self.run.offline, Path(self.run.dir).parent
         self.run.finish(exit_code=0 if status == "done" else 1)
         if offline:
-            print(f"wandb was offline: its files are in {files}; to upload them: wandb sync {shlex.quote(str(files))}",
-                  flush=True)
+            print(
+                f"wandb was offline: its files are in {files}; to upload them: wandb sync {shlex.quote(str(files))}",
+                flush=True,
+            )
 
     def _options(self, run: RunInfo) -> dict[str, Any]:
         mode = self._mode()
         options = {
-            "project": self.cfg.project, "entity": self.cfg.entity, "group": self.cfg.group, "tags": self.cfg.tags,
-            "name": f"{run.name}/{run.run_dir.name}", "dir": str(run.run_dir), "config": redact(run.config),
-            "id": self.run_id, "mode": mode, "resume": "allow" if mode == "online" else None,
+            "project": self.cfg.project,
+            "entity": self.cfg.entity,
+            "group": self.cfg.group,
+            "tags": self.cfg.tags,
+            "name": f"{run.name}/{run.run_dir.name}",
+            "dir": str(run.run_dir),
+            "config": redact(run.config),
+            "id": self.run_id,
+            "mode": mode,
+            "resume": "allow" if mode == "online" else None,
             # Console capture would store the bar's every redraw; git and code would store remotes with passwords.
-            "settings": self.wandb.Settings(console="off", disable_git=True, disable_code=True, save_code=False,
-                                            init_timeout=60, silent=True),
+            "settings": self.wandb.Settings(
+                console="off",
+                disable_git=True,
+                disable_code=True,
+                save_code=False,
+                init_timeout=60,
+                silent=True,
+            ),
         }
         return {key: value for key, value in options.items() if value is not None}
 
@@ -164,8 +187,10 @@ class WandbTracker(Callback):
         """WANDB_MODE wins: clusters without a way out set it for everybody. Without a key wandb would ask for one."""
         mode = os.environ.get("WANDB_MODE") or self.cfg.mode
         if mode == "online" and not self.wandb.api.api_key:
-            log.warning("wandb knows no API key (WANDB_API_KEY, or wandb login): logging offline; the end of the run says "
-                        "where, and how to upload it")
+            log.warning(
+                "wandb knows no API key (WANDB_API_KEY, or wandb login): logging offline; the end of the run says "
+                "where, and how to upload it"
+            )
             return "offline"
         return mode
 
@@ -177,16 +202,23 @@ class WandbTracker(Callback):
         return artifact
 
     def _table(self) -> Any:
-        columns = sorted({key for row in self.evaluations for key in row}, key=lambda key: (key != "step", key))
-        return self.wandb.Table(columns=columns, data=[[row.get(key) for key in columns] for row in self.evaluations])
+        columns = sorted(
+            {key for row in self.evaluations for key in row}, key=lambda key: (key != "step", key)
+        )
+        return self.wandb.Table(
+            columns=columns, data=[[row.get(key) for key in columns] for row in self.evaluations]
+        )
 
 
 def _require(package: str, wanted_by: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise UserError(f"the package '{package}' is not installed", wanted_by,
-                        f"pip install {package}  (or leave the tracker out)") from None
+        raise UserError(
+            f"the package '{package}' is not installed",
+            wanted_by,
+            f"pip install {package}  (or leave the tracker out)",
+        ) from None
 
 
 @contextlib.contextmanager
@@ -218,4 +250,6 @@ def _markdown(config: dict[str, Any]) -> str:
 def _sample_html(prompt: str, text: str) -> str:
     import html
 
-    return f"<pre style='white-space:pre-wrap'><b>{html.escape(prompt)}</b>\n{html.escape(text)}</pre>"
+    return (
+        f"<pre style='white-space:pre-wrap'><b>{html.escape(prompt)}</b>\n{html.escape(text)}</pre>"
+    )

@@ -80,7 +80,10 @@ def _zero(cfg: Config, sharding: Sharding, world_size: int, cuda: bool) -> dict:
         zero["offload_param"] = _offload(sharding.offload_params, sharding, cuda)
         if sharding.offload_params is Offload.nvme:
             # DeepSpeed would keep the first 10^9 trained weights on the host, and has room for 10^8 in a buffer.
-            zero["offload_param"] |= {"max_in_cpu": 0, "buffer_size": -(-sharding.largest_tensor // world_size)}
+            zero["offload_param"] |= {
+                "max_in_cpu": 0,
+                "buffer_size": -(-sharding.largest_tensor // world_size),
+            }
     return zero
 
 

@@ -38,7 +38,9 @@ def compiles_first(world: World) -> bool:
     return world.device.type == "cpu" and OP not in built_ops()
 
 
-def connect_deepspeed(world: World, phase: Callable[[str], AbstractContextManager] = nullcontext) -> None:
+def connect_deepspeed(
+    world: World, phase: Callable[[str], AbstractContextManager] = nullcontext
+) -> None:
     """Bring up DeepSpeed's communication; its first use on a CPU compiles an op, which is announced.
 
     Only a stale lock of that op stops the run: it needs no other (the optimizer is torch's, nvme offload looks itself).
@@ -52,10 +54,14 @@ def connect_deepspeed(world: World, phase: Callable[[str], AbstractContextManage
     if world.device.type == "cpu":
         lock = world.on_main(_stale_lock)
         if lock:
-            raise RunFailed(f"a compile of DeepSpeed's ops was killed and left its lock: {lock}",
-                            remedy=f"Remove it and start again: rm {lock}")
+            raise RunFailed(
+                f"a compile of DeepSpeed's ops was killed and left its lock: {lock}",
+                remedy=f"Remove it and start again: rm {lock}",
+            )
     with phase(COMPILING) if world.main and compiles_first(world) else nullcontext(), hushed():
-        deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False
+        )
         world.barrier()
     _unlink_shared_memory(world.rank)
 
@@ -66,7 +72,9 @@ def _unlink_shared_memory(rank: int) -> None:
     Every rank has mapped it by now (csrc/cpu/comm/shm.cpp), and nothing ever unlinks it.
     """
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(
+        missing_ok=True
+    )
 
 
 def _stale_lock() -> str | None:
@@ -101,7 +109,11 @@ def place_partitioned(world: World, parameter: nn.Parameter, value: Tensor | Non
                 parameter.data.copy_(value)
         return
     size = part.numel()  # the last rank's part may be filled up
-    pieces = [_piece(value, rank * size, size) for rank in range(world.size)] if value is not None else None
+    pieces = (
+        [_piece(value, rank * size, size) for rank in range(world.size)]
+        if value is not None
+        else None
+    )
     if world.size == 1:
         assert pieces is not None
         part.copy_(pieces[0])
@@ -115,7 +127,11 @@ def place_partitioned(world: World, parameter: nn.Parameter, value: Tensor | Non
 def _piece(value: Tensor, start: int, size: int) -> Tensor:
     """`size` elements of the flattened tensor from `start` on, zeros behind its end."""
     piece = value.reshape(-1)[start : start + size]
-    return piece if piece.numel() == size else torch.cat([piece, piece.new_zeros(size - piece.numel())])
+    return (
+        piece
+        if piece.numel() == size
+        else torch.cat([piece, piece.new_zeros(size - piece.numel())])
+    )
 
 
 class Engine:
@@ -132,9 +148,13 @@ class Engine:
         groups = parameter_groups(module, optim.weight_decay)
         # lr 0 until the first step: some wrappers take a step on zero gradients while they are built,
         # and with a learning rate that step would already decay the weights.
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=tuple(optim.betas), eps=optim.eps, fused=True)  # type: ignore[arg-type]
+        optimizer = torch.optim.AdamW(
+            groups, lr=0.0, betas=tuple(optim.betas), eps=optim.eps, fused=True
+        )  # type: ignore[arg-type]
         self.max_norm: float = config["gradient_clipping"]
-        self._bare = self.stage == 0 and not config["bf16"]["enabled"] and not config["fp16"]["enabled"]
+        self._bare = (
+            self.stage == 0 and not config["bf16"]["enabled"] and not config["fp16"]["enabled"]
+        )
         self._norm: float | None = None
         self._dropped = 0
         if self._bare:
@@ -181,13 +201,17 @@ class Engine:
         scaler = scaler if hasattr(scaler, "__dict__") else None
         before = dict(vars(scaler)) if scaler is not None else {}
         losses = list(losses)
-        partitions.ensure_states(self.ds)  # before gradients, which would leave holes under them in the heap
+        partitions.ensure_states(
+            self.ds
+        )  # before gradients, which would leave holes under them in the heap
         for i, loss in enumerate(losses):
             self.ds.set_gradient_accumulation_boundary(i + 1 == len(losses))
             self.backward(loss(), 0.0)
             self.step(0.0)
         self.ds.set_gradient_accumulation_boundary(None)  # DeepSpeed counts again
-        self.ds.micro_steps = self.ds.global_steps = self.ds.global_samples = self.ds.skipped_steps = 0
+        self.ds.micro_steps = self.ds.global_steps = self.ds.global_samples = (
+            self.ds.skipped_steps
+        ) = 0
         self._norm, self._dropped = None, 0
         if scaler is not None:
             vars(scaler).update(before)
@@ -245,7 +269,11 @@ class Engine:
 
 def _read_once(module: nn.Module) -> None:
     """Let weights on nvme be read once where DeepSpeed's prefetch names one twice, which it refuses itself (0.19)."""
-    swappers = {id(p.nvme_swapper): p.nvme_swapper for p in module.parameters() if getattr(p, "nvme_swapper", None)}
+    swappers = {
+        id(p.nvme_swapper): p.nvme_swapper
+        for p in module.parameters()
+        if getattr(p, "nvme_swapper", None)
+    }
     for swapper in swappers.values():
         swapper.swap_in = partial(_swap_in_once, swapper.swap_in)
 
@@ -278,7 +306,11 @@ def _take_norms_by_rows(optimizer) -> None:
     def by_rows(gradients, params, norm_type=2):
         if norm_type != 2:
             return whole(gradients, params, norm_type)
-        return whole([row_norms(g) for g in gradients if not getattr(g, "_zero_padding", False)], params, norm_type)
+        return whole(
+            [row_norms(g) for g in gradients if not getattr(g, "_zero_padding", False)],
+            params,
+            norm_type,
+        )
 
     optimizer.get_grad_norm_direct = by_rows
 
@@ -289,4 +321,6 @@ def row_norms(gradient: Tensor) -> Tensor:
     whole = len(flat) // NORM_ROW * NORM_ROW
     rows = flat[:whole].view(-1, NORM_ROW).split(NORM_PIECE[flat.device.type] // NORM_ROW)
     parts = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in rows]
-    return torch.cat([*parts, torch.linalg.vector_norm(flat[whole:], dtype=torch.float32).reshape(1)])
+    return torch.cat(
+        [*parts, torch.linalg.vector_norm(flat[whole:], dtype=torch.float32).reshape(1)]
+    )

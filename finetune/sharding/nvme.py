@@ -31,7 +31,9 @@ def run_folder(nvme_path: str | None, run_dir: Path) -> Path | None:
     return Path(nvme_path).expanduser().absolute() / f"finetune-{name}"
 
 
-def prepare(folder: Path, world: World, phase: Callable[[str], AbstractContextManager] = nullcontext) -> None:
+def prepare(
+    folder: Path, world: World, phase: Callable[[str], AbstractContextManager] = nullcontext
+) -> None:
     """An empty folder on every node, and the op at hand; its compile is announced. Collective.
 
     Raises:
@@ -55,11 +57,17 @@ def _try(folder: Path) -> UserError | None:
         shutil.rmtree(folder, ignore_errors=True)  # a killed run's
         folder.mkdir(parents=True)
     except OSError as error:
-        return UserError(f"nvme offload cannot use this folder: {error.strerror}", f"zero.nvme_path={folder.parent}",
-                         "Name a folder on a local disk that you may write to.")
+        return UserError(
+            f"nvme offload cannot use this folder: {error.strerror}",
+            f"zero.nvme_path={folder.parent}",
+            "Name a folder on a local disk that you may write to.",
+        )
     for lock in find_stale_locks(op=OP):
-        return UserError(f"a compile of DeepSpeed's async_io op was killed and left its lock: {lock}", "zero.nvme_path",
-                         f"Remove it and start again: rm {lock}")
+        return UserError(
+            f"a compile of DeepSpeed's async_io op was killed and left its lock: {lock}",
+            "zero.nvme_path",
+            f"Remove it and start again: rm {lock}",
+        )
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     builder = AsyncIOBuilder()
@@ -69,9 +77,15 @@ def _try(folder: Path) -> UserError | None:
             if able:
                 builder.load(verbose=False)
     except (RuntimeError, OSError, ImportError) as error:
-        return UserError(f"DeepSpeed's async_io op cannot be built: {str(error).splitlines()[0]}", "zero.nvme_path",
-                         "python launch/doctor.py tells what is missing. Or try zero.offload_optimizer=cpu.")
+        return UserError(
+            f"DeepSpeed's async_io op cannot be built: {str(error).splitlines()[0]}",
+            "zero.nvme_path",
+            "python launch/doctor.py tells what is missing. Or try zero.offload_optimizer=cpu.",
+        )
     if not able:
-        return UserError("nvme offload needs libaio, with its headers", "zero.nvme_path",
-                         "Try apt install libaio-dev, or zero.offload_optimizer=cpu.")
+        return UserError(
+            "nvme offload needs libaio, with its headers",
+            "zero.nvme_path",
+            "Try apt install libaio-dev, or zero.offload_optimizer=cpu.",
+        )
     return None

@@ -18,8 +18,20 @@ from pathlib import Path
 
 UNSEEN_SECONDS = 1800.0
 """Age at which a lock counts as stale when its holder might be out of sight; no op compiles that long."""
-NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "fuse", "9p", "virtiofs",
-                       "wekafs")
+NETWORK_FILESYSTEMS = (
+    "nfs",
+    "cifs",
+    "smb",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "glusterfs",
+    "fuse",
+    "9p",
+    "virtiofs",
+    "wekafs",
+)
 PROC = Path("/proc")
 
 
@@ -87,7 +99,11 @@ def _on_network(path: Path) -> bool:
     except OSError:
         return False
     real = os.path.realpath(path)
-    above = [(len(point), kind) for point, kind in mounts if real == point or real.startswith(point.rstrip("/") + "/")]
+    above = [
+        (len(point), kind)
+        for point, kind in mounts
+        if real == point or real.startswith(point.rstrip("/") + "/")
+    ]
     return bool(above) and max(above)[1].startswith(NETWORK_FILESYSTEMS)
 
 

@@ -54,13 +54,17 @@ def ensure_states(engine) -> None:
             with in_memory(engine, group, write=True):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
                 for key in MOMENTS:
-                    state[key] = torch.zeros_like(flat, memory_format=torch.preserve_format, requires_grad=False)
+                    state[key] = torch.zeros_like(
+                        flat, memory_format=torch.preserve_format, requires_grad=False
+                    )
 
 
 def _on_nvme(engine, group: int) -> bool:
     """Whether the states of a group (stage 3's sub-group) lie in files between steps."""
     optimizer = engine.optimizer
-    return getattr(optimizer, "swap_optimizer", False) and optimizer._swappable_optimizer_subgroup(group)
+    return getattr(optimizer, "swap_optimizer", False) and optimizer._swappable_optimizer_subgroup(
+        group
+    )
 
 
 @contextmanager
@@ -94,7 +98,9 @@ def set_adam_step(engine, step: int) -> None:
 
 
 def adam_step(engine) -> int:
-    steps = {int(state["step"]) for state in base_optimizer(engine).state.values() if "step" in state}
+    steps = {
+        int(state["step"]) for state in base_optimizer(engine).state.values() if "step" in state
+    }
     assert len(steps) <= 1, f"parameters disagree on the number of updates: {steps}"
     return steps.pop() if steps else 0
 
@@ -120,7 +126,11 @@ def optimizer_bytes(engine) -> dict[str, int]:
 
 def replicated(engine) -> bool:
     """Whether every rank holds the same whole states (stage 0)."""
-    return _kind(engine) not in ("DeepSpeedZeroOptimizer_Stage3", "DeepSpeedZeroOptimizer", "BF16_Optimizer")
+    return _kind(engine) not in (
+        "DeepSpeedZeroOptimizer_Stage3",
+        "DeepSpeedZeroOptimizer",
+        "BF16_Optimizer",
+    )
 
 
 def _kind(engine) -> str:
@@ -174,7 +184,9 @@ def _whole(name: str, master: Tensor, state: dict) -> Fragment:
 def _unfused(engine, trained: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
     optimizer = engine.optimizer
     pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-    masters = {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+    masters = {
+        id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)
+    }
     for name, parameter in trained:
         master = masters[id(parameter)]
         yield _whole(name, master.data, base_optimizer(engine).state[master])
@@ -188,7 +200,10 @@ def _flat_groups(engine, trained: list[tuple[str, nn.Parameter]]) -> Iterator[Fr
             continue
         flat = flats[mapping.param_group_index]
         address, state = mapping.get_hp_fragment_address(), base_optimizer(engine).state[flat]
-        views = [t.data.narrow(0, address.start, address.numel) for t in (flat, *(state[k] for k in MOMENTS))]
+        views = [
+            t.data.narrow(0, address.start, address.numel)
+            for t in (flat, *(state[k] for k in MOMENTS))
+        ]
         yield Fragment(name, mapping.lp_fragment_address.start, *views)
 
 
@@ -225,7 +240,10 @@ def _stage3(engine, write: bool) -> Iterator[Fragment]:
             flat = engine.optimizer.fp32_partitioned_groups_flat[group]
             state = base_optimizer(engine).state[flat]
             for place in places:
-                views = [t.data.narrow(0, place.offset, place.numel) for t in (flat, *(state[k] for k in MOMENTS))]
+                views = [
+                    t.data.narrow(0, place.offset, place.numel)
+                    for t in (flat, *(state[k] for k in MOMENTS))
+                ]
                 yield Fragment(place.name, place.start, *views)
 
 

@@ -27,7 +27,14 @@ from finetune.process import LAUNCHER_VARIABLES
 from finetune.reporting import metrics_log
 from finetune.sweep.pool import Place
 
-WAITING, RUNNING, DONE, FAILED, PRUNED, STOPPED = "waiting", "running", "done", "failed", "pruned", "stopped"
+WAITING, RUNNING, DONE, FAILED, PRUNED, STOPPED = (
+    "waiting",
+    "running",
+    "done",
+    "failed",
+    "pruned",
+    "stopped",
+)
 OUTPUT, RECORD = "output.log", "job.json"
 PR_SET_PDEATHSIG = 1
 
@@ -57,14 +64,28 @@ class Job:
         (self.run_dir / "STOP").unlink(missing_ok=True)
         self.status, self.error, self.started = RUNNING, None, time.time()
         self.save()
-        environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
+        environment = {
+            key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES
+        }
         if place.explicit:
             environment.pop("CUDA_VISIBLE_DEVICES", None)
-        command = [*place.command(), str(script), *self.words, *extra, setting("run_dir", self.run_dir)]
+        command = [
+            *place.command(),
+            str(script),
+            *self.words,
+            *extra,
+            setting("run_dir", self.run_dir),
+        ]
         with open(self.run_dir / OUTPUT, "ab") as output:
-            self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT,
-                                            stdin=subprocess.DEVNULL, start_new_session=True,
-                                            preexec_fn=_prepare(place.cores, os.getpid()))
+            self.process = subprocess.Popen(
+                command,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=_prepare(place.cores, os.getpid()),
+            )
 
     def poll(self) -> bool:
         """Look at a running job; True when it has ended, with `status` and `error` set."""
@@ -99,7 +120,11 @@ class Job:
         """Ask the ranks to save and end, or the launcher to go where there are no ranks yet."""
         if self.process is None or self.process.poll() is not None:
             return
-        ranks = [p for p in _descendants(self.process.pid) if any(w.startswith("--local_rank") for w in _cmdline(p))]
+        ranks = [
+            p
+            for p in _descendants(self.process.pid)
+            if any(w.startswith("--local_rank") for w in _cmdline(p))
+        ]
         for rank in ranks:
             rank.send_signal(signal.SIGTERM)
         if not ranks:
@@ -114,9 +139,17 @@ class Job:
         return read_json(self.run_dir / metrics_log.RESULT)
 
     def save(self) -> None:
-        metrics_log.write_json(self.run_dir / RECORD, {
-            "job": self.number, "overrides": self.words, "chosen": self.chosen, "status": self.status,
-            "error": self.error, "seconds": self.seconds})
+        metrics_log.write_json(
+            self.run_dir / RECORD,
+            {
+                "job": self.number,
+                "overrides": self.words,
+                "chosen": self.chosen,
+                "status": self.status,
+                "error": self.error,
+                "seconds": self.seconds,
+            },
+        )
 
     def load(self) -> bool:
         """Take over what an earlier attempt noted; False when there is nothing."""
@@ -209,9 +242,11 @@ def _last_words(log: Path) -> str:
         return ""
     starts = [i for i, line in enumerate(lines) if line.startswith("error: ")]
     if not starts:
-        return next((line.strip() for line in reversed(lines) if line.strip() and "[INFO]" not in line), "")
+        return next(
+            (line.strip() for line in reversed(lines) if line.strip() and "[INFO]" not in line), ""
+        )
     message = [lines[starts[-1]].removeprefix("error: ")]
-    for line in lines[starts[-1] + 1:]:
+    for line in lines[starts[-1] + 1 :]:
         if not line.startswith("  "):
             break
         message.append(line)

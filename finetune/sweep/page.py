@@ -43,7 +43,11 @@ class Scale:
     def at(self, value: Any) -> float | None:
         if self.categories:
             text = str(value)
-            return (self.categories.index(text) + 0.5) / len(self.categories) if text in self.categories else None
+            return (
+                (self.categories.index(text) + 0.5) / len(self.categories)
+                if text in self.categories
+                else None
+            )
         return self.axis.at(math.log10(value) if self.log else value) if is_number(value) else None
 
 
@@ -69,27 +73,38 @@ def build_sweep_page(folder: Path | str) -> Path:
     """Write folder/sweep.html from folder/sweep.json; returns its path."""
     folder = Path(folder)
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    return write_page(folder / PAGE, render("sweep.html", page_context(summary, folder), ("sweep.css",), ("sweep.js",), HERE))
+    return write_page(
+        folder / PAGE,
+        render("sweep.html", page_context(summary, folder), ("sweep.css",), ("sweep.js",), HERE),
+    )
 
 
 def page_context(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Everything that the template names."""
     jobs = summary["jobs"]
     tones = tone_of(jobs)
-    metric = metric_scale(summary["metric"], [job["value"] for job in jobs if is_number(job["value"])])
+    metric = metric_scale(
+        summary["metric"], [job["value"] for job in jobs if is_number(job["value"])]
+    )
     keys = list(dict.fromkeys(key for job in jobs for key in job["chosen"]))
     scales = [scale_of(key, [value_of(job["chosen"].get(key)) for job in jobs]) for key in keys]
     running = any(job["status"] in ("running", "waiting") for job in jobs)
     name = summary["name"]
     return {
-        "name": name if "sweep" in name else f"sweep {name}", "folder": str(folder), "running": running,
+        "name": name if "sweep" in name else f"sweep {name}",
+        "folder": str(folder),
+        "running": running,
         "updated": time.strftime("%Y-%m-%d %H:%M:%S"),
         "status": "running" if running else "done" if summary["best"] is not None else "failed",
         "told": f"{sum(job['status'] == 'done' for job in jobs)} of {summary['total']} jobs done",
-        "tiles": tiles(summary), "axes": [*scales, metric] if keys and metric else [],
+        "tiles": tiles(summary),
+        "axes": [*scales, metric] if keys and metric else [],
         "lines": lines(jobs, scales, metric, tones) if metric else [],
-        "scatters": [scatter(jobs, scale, metric, tones) for scale in scales] if metric else [], "metric": metric,
-        "keys": keys, "rows": rows(jobs, keys, tones, folder), "heading": summary["metric"],
+        "scatters": [scatter(jobs, scale, metric, tones) for scale in scales] if metric else [],
+        "metric": metric,
+        "keys": keys,
+        "rows": rows(jobs, keys, tones, folder),
+        "heading": summary["metric"],
         "errors": [(f"job {job['job']}", job["error"]) for job in jobs if job["error"]],
         "commands": commands(summary, folder),
     }
@@ -98,7 +113,9 @@ def page_context(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
 def tone_of(jobs: list[Row]) -> dict[int, int]:
     """Job -> 0 (best) to 100 (worst), by rank: the list is best first."""
     finished = [job["job"] for job in jobs if job["status"] == "done"]
-    return {job: round(100 * place / max(1, len(finished) - 1)) for place, job in enumerate(finished)}
+    return {
+        job: round(100 * place / max(1, len(finished) - 1)) for place, job in enumerate(finished)
+    }
 
 
 def value_of(text: Any) -> Any:
@@ -124,9 +141,17 @@ def scale_of(key: str, values: list[Any]) -> Scale | None:
     room = (places[-1] - places[0]) or 1.0
     close = any(b - a < APART * room for a, b in pairwise(places))
     if len(different) > MANY or close:
-        return Scale(key, found, _log_axis(different) if log else linear_axis(different[0], different[-1]), log)
+        return Scale(
+            key,
+            found,
+            _log_axis(different) if log else linear_axis(different[0], different[-1]),
+            log,
+        )
     axis = Axis(places[0] - 0.08 * room, places[-1] + 0.08 * room)
-    axis.ticks = [(100 * axis.at(place), swept_value(value)) for place, value in zip(places, different, strict=True)]
+    axis.ticks = [
+        (100 * axis.at(place), swept_value(value))
+        for place, value in zip(places, different, strict=True)
+    ]
     return Scale(key, found, axis, log)
 
 
@@ -144,11 +169,20 @@ def lines(jobs: list[Row], scales: list[Scale], metric: Scale, tones: dict[int, 
     """One line a job, worst first so that the best lies on top; jobs without a figure end at the last parameter."""
     found = []
     for job in reversed(jobs):
-        values = [(scale, value_of(job["chosen"].get(scale.key))) for scale in scales] + [(metric, job["value"])]
+        values = [(scale, value_of(job["chosen"].get(scale.key))) for scale in scales] + [
+            (metric, job["value"])
+        ]
         places = [(n / len(scales), scale.at(value)) for n, (scale, value) in enumerate(values)]
         points = [f"{WIDTH * x:.1f} {HEIGHT * (1 - y):.1f}" for x, y in places if y is not None]
         if len(points) > 1:
-            found.append(Line(job["job"], "M" + "L".join(points), tones.get(job["job"], 100), job["status"] == "done"))
+            found.append(
+                Line(
+                    job["job"],
+                    "M" + "L".join(points),
+                    tones.get(job["job"], 100),
+                    job["status"] == "done",
+                )
+            )
     return found
 
 
@@ -159,41 +193,79 @@ def scatter(jobs: list[Row], scale: Scale, metric: Scale, tones: dict[int, int])
         if x is not None and y is not None:
             value = figure(job["value"])
             text = f"job {job['job']}: {scale.key}={job['chosen'][scale.key]}, {metric.key} {value}"
-            marks.append({"job": job["job"], "x": round(100 * x, 2), "y": round(100 * y, 2), "text": text,
-                          "tone": tones.get(job["job"], 100), "ended": job["status"] == "done"})
+            marks.append(
+                {
+                    "job": job["job"],
+                    "x": round(100 * x, 2),
+                    "y": round(100 * y, 2),
+                    "text": text,
+                    "tone": tones.get(job["job"], 100),
+                    "ended": job["status"] == "done",
+                }
+            )
     return Scatter(scale, marks)
 
 
-def rows(jobs: list[Row], keys: list[str], tones: dict[int, int], folder: Path) -> list[dict[str, Any]]:
+def rows(
+    jobs: list[Row], keys: list[str], tones: dict[int, int], folder: Path
+) -> list[dict[str, Any]]:
     """The table; each job leads to its page, or to what it printed where it came to none."""
+
     def cells(job: Row) -> list[str]:
         chosen = [_brief(job["chosen"].get(key, "-")) for key in keys]
-        return [figure(job["value"]), *chosen, f"{job['step']:,}", clock(job["seconds"]),
-                number(job["tokens_per_second"], ",.0f")]
+        return [
+            figure(job["value"]),
+            *chosen,
+            f"{job['step']:,}",
+            clock(job["seconds"]),
+            number(job["tokens_per_second"], ",.0f"),
+        ]
 
     def link(job: Row) -> str:
         page = f"{job['job']}/report.html"
         return page if (folder / page).is_file() else f"{job['job']}/output.log"
 
-    return [{"job": job["job"], "status": job["status"], "tone": tones.get(job["job"]), "link": link(job),
-             "cells": cells(job)} for job in jobs]
+    return [
+        {
+            "job": job["job"],
+            "status": job["status"],
+            "tone": tones.get(job["job"]),
+            "link": link(job),
+            "cells": cells(job),
+        }
+        for job in jobs
+    ]
 
 
 def tiles(summary: dict[str, Any]) -> list[Tile]:
     jobs = summary["jobs"]
-    count = {status: sum(job["status"] == status for job in jobs) for status in ("done", "pruned", "failed", "stopped")}
+    count = {
+        status: sum(job["status"] == status for job in jobs)
+        for status in ("done", "pruned", "failed", "stopped")
+    }
     others = ", ".join(f"{n} {status}" for status, n in count.items() if n and status != "done")
-    found = [Tile("jobs done", f"{count['done']} of {summary['total']}", others or summary["strategy"])]
+    found = [
+        Tile("jobs done", f"{count['done']} of {summary['total']}", others or summary["strategy"])
+    ]
     if summary["best"] is not None:
         best = jobs[0]
-        told = " ".join(f"{key.rpartition('.')[2]}={_brief(value)}" for key, value in best["chosen"].items())
-        found.append(Tile(f"best {summary['metric']}", figure(best["value"]), f"job {best['job']}: {told}"))
+        told = " ".join(
+            f"{key.rpartition('.')[2]}={_brief(value)}" for key, value in best["chosen"].items()
+        )
+        found.append(
+            Tile(f"best {summary['metric']}", figure(best["value"]), f"job {best['job']}: {told}")
+        )
     values = [job["value"] for job in jobs if is_number(job["value"]) and job["status"] == "done"]
     if len(values) > 1:
         better = "highest" if summary["direction"] == "maximize" else "lowest"
-        found.append(Tile("spread", figure(max(values) - min(values)), f"best to worst; {better} wins"))
+        found.append(
+            Tile("spread", figure(max(values) - min(values)), f"best to worst; {better} wins")
+        )
     seconds = sum(job["seconds"] for job in jobs)
-    return [*found, Tile("time of all jobs", clock(seconds), f"{clock(seconds / max(1, len(jobs)))} each")]
+    return [
+        *found,
+        Tile("time of all jobs", clock(seconds), f"{clock(seconds / max(1, len(jobs)))} each"),
+    ]
 
 
 def commands(summary: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
@@ -201,9 +273,19 @@ def commands(summary: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     found = []
     if summary["best"] is not None:
         best = summary["jobs"][0]
-        alone = ["deepspeed", *(summary.get("launcher") or []), "launch/train.py", *best["overrides"]]
-        found = [("the best job alone", command(alone)),
-                 ("evaluate it", command(["deepspeed", "launch/evaluate.py", setting("run", best["run_dir"])]))]
+        alone = [
+            "deepspeed",
+            *(summary.get("launcher") or []),
+            "launch/train.py",
+            *best["overrides"],
+        ]
+        found = [
+            ("the best job alone", command(alone)),
+            (
+                "evaluate it",
+                command(["deepspeed", "launch/evaluate.py", setting("run", best["run_dir"])]),
+            ),
+        ]
     again = command(["python", "launch/train.py", "-m", setting("sweep.dir", folder)])
     return [*found, ("compare all jobs", compare_command(folder)), ("go on with this sweep", again)]
 
@@ -216,7 +298,10 @@ def compare_command(folder: Path) -> str:
 def _log_axis(values: list[float]) -> Axis:
     low, high = math.floor(math.log10(values[0]) + 1e-9), math.ceil(math.log10(values[-1]) - 1e-9)
     axis = Axis(low, max(high, low + 1))
-    axis.ticks = [(100 * axis.at(power), swept_value(10.0 ** power)) for power in range(low, max(high, low + 1) + 1)]
+    axis.ticks = [
+        (100 * axis.at(power), swept_value(10.0**power))
+        for power in range(low, max(high, low + 1) + 1)
+    ]
     return axis
 
 

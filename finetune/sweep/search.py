@@ -41,14 +41,21 @@ class Goal:
 
     def reports(self, records: list[dict]) -> list[tuple[int, float]]:
         """(step, value) of the evaluations among `records`."""
-        return [(int(r["step"]), float(r[self.metric])) for r in records
-                if r.get("kind") == "eval" and isinstance(r.get(self.metric), (int, float))
-                and math.isfinite(r[self.metric]) and r.get("step")]
+        return [
+            (int(r["step"]), float(r[self.metric]))
+            for r in records
+            if r.get("kind") == "eval"
+            and isinstance(r.get(self.metric), (int, float))
+            and math.isfinite(r[self.metric])
+            and r.get("step")
+        ]
 
     def rank(self, job: Job) -> tuple[bool, float]:
         """Sorts finished jobs first, best first."""
         value = self.value(job) if job.status == DONE else None
-        return job.status != DONE, float("inf") if value is None else -value if self.maximize else value
+        return job.status != DONE, float(
+            "inf"
+        ) if value is None else -value if self.maximize else value
 
 
 class Search(Protocol):
@@ -74,8 +81,11 @@ class Listed:
     """Jobs known in advance. Jobs that ended before are found again by their words, wherever their number is."""
 
     def __init__(self, words_of: list[tuple[list[str], dict[str, str]]], folder: Path):
-        taken = {tuple(sorted(noted["overrides"])): int(path.parent.name)
-                 for path in folder.glob("*/job.json") if (noted := read_json(path)).get("overrides") is not None}
+        taken = {
+            tuple(sorted(noted["overrides"])): int(path.parent.name)
+            for path in folder.glob("*/job.json")
+            if (noted := read_json(path)).get("overrides") is not None
+        }
         used, self.jobs = set(taken.values()), list[Job]()
         free = (n for n in range(len(words_of) + len(used)) if n not in used)
         for words, chosen in words_of:
@@ -108,9 +118,15 @@ def build_search(cfg: SweepConfig, space: Space, goal: Goal, folder: Path) -> Se
     if cfg.strategy not in STRATEGIES:
         raise UserError(f"'{cfg.strategy}' is none of {', '.join(STRATEGIES)}", "sweep.strategy")
     if cfg.strategy == "grid":
-        return Listed(_unique([(space.words(chosen), chosen) for chosen in spaces.grid(space)]), folder)
+        return Listed(
+            _unique([(space.words(chosen), chosen) for chosen in spaces.grid(space)]), folder
+        )
     if not space.parameters:
-        raise UserError("there is nothing to vary", "sweep.space", "Try optim.lr='tag(log,interval(1e-5,1e-3))'.")
+        raise UserError(
+            "there is nothing to vary",
+            "sweep.space",
+            "Try optim.lr='tag(log,interval(1e-5,1e-3))'.",
+        )
     if cfg.trials < 1:
         raise UserError(f"{cfg.trials} jobs", "sweep.trials", "Try sweep.trials=20.")
     if cfg.strategy == "random":
@@ -127,7 +143,9 @@ def build_goal(cfg: SweepConfig, job: Config) -> Goal:
         UserError: an unknown direction, or a train.metric that the task does not have.
     """
     if cfg.direction not in ("auto", "minimize", "maximize"):
-        raise UserError(f"'{cfg.direction}' is neither auto, minimize nor maximize", "sweep.direction")
+        raise UserError(
+            f"'{cfg.direction}' is neither auto, minimize nor maximize", "sweep.direction"
+        )
     for problem in (*task_problems(job.task), *metric_problems(job.task, job.train.metric)):
         raise problem
     metric, end = cfg.metric, DIRECTIONS.get(cfg.metric, "")
@@ -157,14 +175,21 @@ class Study:
         self.optuna = _optuna()
         self.space, self.goal, self.folder, self.total = space, goal, folder, cfg.trials
         self.asked: dict[int, Any] = {}
-        self.distributions = {parameter.key: self._distribution(parameter) for parameter in space.parameters}
+        self.distributions = {
+            parameter.key: self._distribution(parameter) for parameter in space.parameters
+        }
         self.study = self.optuna.create_study(
-            storage=_storage(folder / FILE), study_name="sweep", load_if_exists=True,
+            storage=_storage(folder / FILE),
+            study_name="sweep",
+            load_if_exists=True,
             direction="maximize" if goal.maximize else "minimize",
             # The same seed would repeat the first draws after each restart.
-            sampler=self.optuna.samplers.TPESampler(seed=cfg.seed + len(list(folder.glob("*/job.json"))),
-                                                    n_startup_trials=max(1, min(10, cfg.trials // 3))),
-            pruner=self._pruner(cfg))
+            sampler=self.optuna.samplers.TPESampler(
+                seed=cfg.seed + len(list(folder.glob("*/job.json"))),
+                n_startup_trials=max(1, min(10, cfg.trials // 3)),
+            ),
+            pruner=self._pruner(cfg),
+        )
         self.jobs = [self._job(trial) for trial in self.study.trials if self._is_whole(trial)]
         for job in self.jobs:
             job.load()
@@ -195,7 +220,9 @@ class Study:
 
     def should_prune(self, job: Job, records: list[dict]) -> bool:
         if job.number not in self.asked:
-            self.asked[job.number] = self.optuna.trial.Trial(self.study, self.study.trials[job.number]._trial_id)
+            self.asked[job.number] = self.optuna.trial.Trial(
+                self.study, self.study.trials[job.number]._trial_id
+            )
         trial = self.asked[job.number]
         known = self.study.trials[job.number].intermediate_values
         for step, value in self.goal.reports(records):
@@ -221,7 +248,13 @@ class Study:
 
     def _job(self, trial: Any) -> Job:
         chosen = {key: str(value) for key, value in trial.params.items()}
-        return Job(trial.number, self.folder / str(trial.number), self.space.words(chosen), chosen, status=STOPPED)
+        return Job(
+            trial.number,
+            self.folder / str(trial.number),
+            self.space.words(chosen),
+            chosen,
+            status=STOPPED,
+        )
 
     def _distribution(self, parameter: Parameter) -> Any:
         kinds = self.optuna.distributions
@@ -246,8 +279,11 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise UserError("Optuna is not installed", "sweep=optuna",
-                        "pip install -e '.[sweep]'  (or sweep=random, which needs nothing)") from None
+        raise UserError(
+            "Optuna is not installed",
+            "sweep=optuna",
+            "pip install -e '.[sweep]'  (or sweep=random, which needs nothing)",
+        ) from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 

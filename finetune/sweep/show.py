@@ -20,12 +20,18 @@ from finetune.sweep.search import Goal
 SUMMARY = "sweep.json"
 
 
-def write_summary(jobs: list[Job], goal: Goal, folder: Path, about: dict[str, Any]) -> dict[str, Any]:
+def write_summary(
+    jobs: list[Job], goal: Goal, folder: Path, about: dict[str, Any]
+) -> dict[str, Any]:
     """SWEEP/sweep.json: every job once, best first."""
     ranked = sorted(jobs, key=goal.rank)
-    summary = {**about, "metric": metric_name(ranked, goal), "direction": "maximize" if goal.maximize else "minimize",
-               "best": ranked[0].number if ranked and goal.compares(ranked[0]) else None,
-               "jobs": [_row(job, goal) for job in ranked]}
+    summary = {
+        **about,
+        "metric": metric_name(ranked, goal),
+        "direction": "maximize" if goal.maximize else "minimize",
+        "best": ranked[0].number if ranked and goal.compares(ranked[0]) else None,
+        "jobs": [_row(job, goal) for job in ranked],
+    }
     metrics_log.write_json(folder / SUMMARY, summary)
     return summary
 
@@ -46,20 +52,34 @@ def render(summary: dict[str, Any]) -> str:
     head = ["job", "status", summary["metric"], *(short[key] for key in keys), "steps", "time"]
     rows = [head, *(_cells(job, keys) for job in jobs)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = ["  ".join(_aligned(cell, widths[i], i) for i, cell in enumerate(row)).rstrip() for row in rows]
-    failures = [f"[{job['job']}] {job['error']}".replace("\n", "\n    ") for job in jobs if job["error"]]
+    lines = [
+        "  ".join(_aligned(cell, widths[i], i) for i, cell in enumerate(row)).rstrip()
+        for row in rows
+    ]
+    failures = [
+        f"[{job['job']}] {job['error']}".replace("\n", "\n    ") for job in jobs if job["error"]
+    ]
     return "\n".join(["  " + line for line in lines] + failures + _advice(summary))
 
 
 def _cells(job: dict[str, Any], keys: list[str]) -> list[str]:
-    return [str(job["job"]), job["status"], figure(job["value"]),
-            *(brief(job["chosen"].get(key, "")) for key in keys), str(job["step"] or "-"), clock(job["seconds"])]
+    return [
+        str(job["job"]),
+        job["status"],
+        figure(job["value"]),
+        *(brief(job["chosen"].get(key, "")) for key in keys),
+        str(job["step"] or "-"),
+        clock(job["seconds"]),
+    ]
 
 
 def shortest(keys: list[str]) -> dict[str, str]:
     """Keys by their last part where that is unambiguous: optim.lr -> lr."""
     leaves = [key.rpartition(".")[2] for key in keys]
-    return {key: leaf if leaves.count(leaf) == 1 else key for key, leaf in zip(keys, leaves, strict=True)}
+    return {
+        key: leaf if leaves.count(leaf) == 1 else key
+        for key, leaf in zip(keys, leaves, strict=True)
+    }
 
 
 def brief(value: str) -> str:
@@ -73,10 +93,12 @@ def brief(value: str) -> str:
 def commands(job: dict[str, Any], launcher: list[str]) -> list[tuple[str, str]]:
     """(what, command) to go on with a job."""
     folder = Path(job["run_dir"])
-    return [("train it alone", command(["deepspeed", *launcher, "launch/train.py", *job["overrides"]])),
-            ("look at it", command([folder / "report.html"])),
-            ("compare", compare_command(folder.parent)),
-            ("evaluate", command(["deepspeed", "launch/evaluate.py", setting("run", folder)]))]
+    return [
+        ("train it alone", command(["deepspeed", *launcher, "launch/train.py", *job["overrides"]])),
+        ("look at it", command([folder / "report.html"])),
+        ("compare", compare_command(folder.parent)),
+        ("evaluate", command(["deepspeed", "launch/evaluate.py", setting("run", folder)])),
+    ]
 
 
 def _advice(summary: dict[str, Any]) -> list[str]:
@@ -86,19 +108,30 @@ def _advice(summary: dict[str, Any]) -> list[str]:
     best = summary["jobs"][0]
     what = " ".join(f"{key}={brief(value)}" for key, value in best["chosen"].items())
     lines = [f"best: job {best['job']}  {summary['metric']} {figure(best['value'])}  {what}"]
-    return lines + [f"  {name + ':':<16}{command}" for name, command in commands(best, summary.get("launcher") or [])]
+    return lines + [
+        f"  {name + ':':<16}{command}"
+        for name, command in commands(best, summary.get("launcher") or [])
+    ]
 
 
 def _row(job: Job, goal: Goal) -> dict[str, Any]:
     result = job.result()
     # `or`: a job that was stopped early has no result of its own, but its lines still tell.
     last = next((r for r in reversed(job.records) if r.get("kind") == "train"), {})
-    return {"job": job.number, "status": job.status,
-            "value": goal.value(job) if job.status == DONE else _last(job, goal),
-            "chosen": job.chosen, "overrides": job.words, "run_dir": str(job.run_dir),
-            "step": result.get("step") or last.get("step") or 0, "loss": result.get("loss"),
-            "eval": result.get("eval") or {}, "tokens_per_second": result.get("tokens_per_second"),
-            "seconds": job.seconds, "error": job.error}
+    return {
+        "job": job.number,
+        "status": job.status,
+        "value": goal.value(job) if job.status == DONE else _last(job, goal),
+        "chosen": job.chosen,
+        "overrides": job.words,
+        "run_dir": str(job.run_dir),
+        "step": result.get("step") or last.get("step") or 0,
+        "loss": result.get("loss"),
+        "eval": result.get("eval") or {},
+        "tokens_per_second": result.get("tokens_per_second"),
+        "seconds": job.seconds,
+        "error": job.error,
+    }
 
 
 def _last(job: Job, goal: Goal) -> float | None:
@@ -118,7 +151,9 @@ class View:
         self.goal = goal
         self.console = console or Console(highlight=False)
         shown = self.console.is_terminal
-        self.live = Live(console=self.console, refresh_per_second=2, transient=True) if shown else None
+        self.live = (
+            Live(console=self.console, refresh_per_second=2, transient=True) if shown else None
+        )
 
     def open(self) -> None:
         if self.live:
@@ -141,7 +176,9 @@ class View:
         value = self.goal.value(job) if job.status == DONE else None
         told = f"  {figure(value)}" if value is not None else ""
         error = f": {job.error}" if job.error else ""
-        self.say(f"[{job.number}] {job.status}{told}{error}", "green" if job.status == DONE else "yellow")
+        self.say(
+            f"[{job.number}] {job.status}{told}{error}", "green" if job.status == DONE else "yellow"
+        )
 
     def show(self, jobs: list[Job], running: list[Job], total: int) -> None:
         """Redraw what is running."""
@@ -152,8 +189,14 @@ class View:
             table.add_column(name, justify="left" if name == "varied" else "right")
         for job in running:
             last = next((r for r in reversed(job.records) if r.get("kind") == "train"), {})
-            table.add_row(str(job.number), str(last.get("step", "-")), figure(last.get("loss")),
-                          number(last.get("tokens_per_second"), ",.0f"), describe(job), style="cyan")
+            table.add_row(
+                str(job.number),
+                str(last.get("step", "-")),
+                figure(last.get("loss")),
+                number(last.get("tokens_per_second"), ",.0f"),
+                describe(job),
+                style="cyan",
+            )
         done = [job for job in jobs if job.status == DONE]
         best = min(filter(self.goal.compares, done), key=self.goal.rank, default=None)
         told = f"{len(done)} of {total} jobs done"
@@ -165,4 +208,6 @@ class View:
 def describe(job: Job) -> str:
     """`lr=1e-4 rank=8`; all words where nothing varies."""
     names = shortest(list(job.chosen))
-    return " ".join(f"{names[key]}={brief(value)}" for key, value in job.chosen.items()) or " ".join(job.words)
+    return " ".join(
+        f"{names[key]}={brief(value)}" for key, value in job.chosen.items()
+    ) or " ".join(job.words)

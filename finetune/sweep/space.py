@@ -1,7 +1,7 @@
 """What a sweep varies, from the words of the command line and `sweep.space`, in Hydra's own sweep grammar.
 
-    optim.lr=1e-5,3e-5   adapter.rank=choice(4,8)   task.max_length=range(256,1024,256)     a list of values
-    optim.lr='tag(log,interval(1e-5,1e-3))'   adapter.rank='int(interval(4,64))'             a range to draw from
+optim.lr=1e-5,3e-5   adapter.rank=choice(4,8)   task.max_length=range(256,1024,256)     a list of values
+optim.lr='tag(log,interval(1e-5,1e-3))'   adapter.rank='int(interval(4,64))'             a range to draw from
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ class Space:
 def settings_words(words: list[str]) -> tuple[list[str], list[str]]:
     """(words about the sweep itself, words of its jobs)."""
     own = [word for word in words if key_of(word) == "sweep" or key_of(word).startswith("sweep.")]
-    jobs = [word for word in words if not (key_of(word) == "sweep" or key_of(word).startswith("sweep."))]
+    jobs = [
+        word for word in words if not (key_of(word) == "sweep" or key_of(word).startswith("sweep."))
+    ]
     return own, jobs
 
 
@@ -95,9 +97,12 @@ def grid(space: Space) -> list[dict[str, str]]:
     """
     for parameter in space.parameters:
         if isinstance(parameter, Interval):
-            raise UserError("a grid needs a list of values, not a range", parameter.key,
-                            f"Try {parameter.key}={parameter.low:g},{parameter.high:g}, or draw from the range with "
-                            "sweep=random or sweep=optuna.")
+            raise UserError(
+                "a grid needs a list of values, not a range",
+                parameter.key,
+                f"Try {parameter.key}={parameter.low:g},{parameter.high:g}, or draw from the range with "
+                "sweep=random or sweep=optuna.",
+            )
     lists = [parameter.values for parameter in space.parameters if isinstance(parameter, Choice)]
     return [dict(zip(space.keys, values, strict=True)) for values in itertools.product(*lists)]
 
@@ -138,10 +143,21 @@ def _parameter(word: str) -> Parameter | None:
         if not isinstance(value, IntervalSweep):
             return Choice(key, tuple(override.sweep_string_iterator()))
     except (HydraException, ValueError, TypeError) as error:
-        raise UserError(str(error).split("\nSee https")[0],
-                        remedy="Separate the values of a sweep by commas: optim.lr=1e-3,5e-3.") from None
+        raise UserError(
+            str(error).split("\nSee https")[0],
+            remedy="Separate the values of a sweep by commas: optim.lr=1e-3,5e-3.",
+        ) from None
     low, high = value.start, value.end
     if low is None or high is None or not low < high or ("log" in value.tags and low <= 0):
-        raise UserError(f"the range from {low} to {high} is empty, or not positive on a logarithmic scale", key,
-                        f"Try {key}='tag(log,interval(1e-5,1e-3))'.")
-    return Interval(key, float(low), float(high), "log" in value.tags, isinstance(low, int) and isinstance(high, int))
+        raise UserError(
+            f"the range from {low} to {high} is empty, or not positive on a logarithmic scale",
+            key,
+            f"Try {key}='tag(log,interval(1e-5,1e-3))'.",
+        )
+    return Interval(
+        key,
+        float(low),
+        float(high),
+        "log" in value.tags,
+        isinstance(low, int) and isinstance(high, int),
+    )

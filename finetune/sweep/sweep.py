@@ -10,7 +10,15 @@ from typing import Any
 
 from finetune.compose import compose_train, compose_words
 from finetune.config import Config
-from finetune.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, UserError, command, problems_error, setting
+from finetune.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_PREEMPTED,
+    UserError,
+    command,
+    problems_error,
+    setting,
+)
 from finetune.reporting.redact import secret_problems
 from finetune.sweep.job import DONE, FAILED, PRUNED, Job, read_json, wait_for_earlier
 from finetune.sweep.page import build_sweep_page
@@ -44,16 +52,26 @@ class _Sweep:
         if not job_words and saved.get("words"):
             own, job_words = settings_words([*saved["words"], *own])
         self.words, self.script = [*own, *job_words], script
-        config = compose_train([*own, *(word for word in job_words if word.startswith("recipe=") and "," not in word)])
+        config = compose_train(
+            [*own, *(word for word in job_words if word.startswith("recipe=") and "," not in word)]
+        )
         self.cfg = config.sweep
         # sweep.json and job.json keep the words as they are, to go on with them.
-        secrets = {key_of(word): word.partition("=")[2] for word in self.words} | {"sweep.space": self.cfg.space}
+        secrets = {key_of(word): word.partition("=")[2] for word in self.words} | {
+            "sweep.space": self.cfg.space
+        }
         if problems := list(secret_problems(secrets)):
             raise problems_error("the command line", problems)
         if self.cfg.on_failure not in ("continue", "stop"):
-            raise UserError(f"'{self.cfg.on_failure}' is neither continue nor stop", "sweep.on_failure")
-        self.folder = Path(self.cfg.dir or f"multirun/{datetime.now():%Y%m%d-%H%M%S}").expanduser().absolute()
-        space: Space = read_space([word for word in job_words if key_of(word) != "run_dir"], self.cfg.space)
+            raise UserError(
+                f"'{self.cfg.on_failure}' is neither continue nor stop", "sweep.on_failure"
+            )
+        self.folder = (
+            Path(self.cfg.dir or f"multirun/{datetime.now():%Y%m%d-%H%M%S}").expanduser().absolute()
+        )
+        space: Space = read_space(
+            [word for word in job_words if key_of(word) != "run_dir"], self.cfg.space
+        )
         typed = compose_train(self._sample(space).words)
         self.goal: Goal = build_goal(self.cfg, typed)
         self.pool: Pool = build_pool(self.cfg)
@@ -69,7 +87,10 @@ class _Sweep:
         self.view = View(self.goal)
 
     def run(self) -> int:
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            number: signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         self._announce()
         self.view.open()
         try:
@@ -124,7 +145,9 @@ class _Sweep:
             job.stop()
 
     def _gave_up(self) -> bool:
-        return self.cfg.on_failure == "stop" and any(job.status == FAILED and job.started for job in self.jobs)
+        return self.cfg.on_failure == "stop" and any(
+            job.status == FAILED and job.started for job in self.jobs
+        )
 
     def _handle(self, number: int, frame: Any) -> None:
         """First signal: the jobs save and end, for the next start to go on. Second: they end at once."""
@@ -132,11 +155,18 @@ class _Sweep:
         for job in self.running:
             job.stop() if self.stopping == 1 else job.kill()
         if self.stopping == 1:
-            self.view.say(f"stopping: {len(self.running)} jobs save first; once more to end them at once")
+            self.view.say(
+                f"stopping: {len(self.running)} jobs save first; once more to end them at once"
+            )
 
     def _write(self) -> dict[str, Any]:
-        about = {"name": self.folder.name, "strategy": self.cfg.strategy, "total": self.search.total,
-                 "words": self.words, "launcher": list(self.pool.places[0].options)}
+        about = {
+            "name": self.folder.name,
+            "strategy": self.cfg.strategy,
+            "total": self.search.total,
+            "words": self.words,
+            "launcher": list(self.pool.places[0].options),
+        }
         summary = write_summary(self.jobs, self.goal, self.folder, about)
         build_sweep_page(self.folder)
         return summary
@@ -144,7 +174,9 @@ class _Sweep:
     def _exit_code(self) -> int:
         if self.stopping:
             words = [word for word in self.words if key_of(word) != "sweep.dir"]
-            again = command(["python", "launch/train.py", "-m", *words, setting("sweep.dir", self.folder)])
+            again = command(
+                ["python", "launch/train.py", "-m", *words, setting("sweep.dir", self.folder)]
+            )
             print(f"stopped; to go on: {again}", flush=True)
             return EXIT_PREEMPTED
         ended = all(job.status in (DONE, PRUNED) for job in self.jobs)
@@ -166,13 +198,20 @@ class _Sweep:
     def _group(self, config: Config) -> list[str]:
         """One wandb group for all jobs of a sweep, unless the user named one."""
         wandb = config.tracker.wandb
-        return [setting("tracker.wandb.group", self.folder.name)] if wandb.enabled and not wandb.group else []
+        return (
+            [setting("tracker.wandb.group", self.folder.name)]
+            if wandb.enabled and not wandb.group
+            else []
+        )
 
     def _refuse_another(self, saved: dict[str, Any]) -> None:
         other = saved.get("strategy")
         if other and other != self.cfg.strategy and "optuna" in (other, self.cfg.strategy):
-            raise UserError(f"there is a {other} sweep in {self.folder}", "sweep.dir",
-                            "Choose another folder, or leave sweep.dir out.")
+            raise UserError(
+                f"there is a {other} sweep in {self.folder}",
+                "sweep.dir",
+                "Choose another folder, or leave sweep.dir out.",
+            )
 
 
 def _folder(own: list[str]) -> Path | None:

@@ -80,7 +80,11 @@ class Inputs:
     cu_seqlens: Tensor
 
     def kwargs(self) -> dict[str, Tensor]:
-        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "cu_seqlens": self.cu_seqlens}
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "cu_seqlens": self.cu_seqlens,
+        }
 
 
 def flat_inputs(batch: Batch) -> dict[str, Tensor]:
@@ -132,4 +136,8 @@ class Gathered:
 
 def _join(parts: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
     """The parts as one, or none where there are none: a rank may have had no batch at all."""
-    return [{name: np.concatenate([part[name] for part in parts]) for name in parts[0]}] if parts else []
+    return (
+        [{name: np.concatenate([part[name] for part in parts]) for name in parts[0]}]
+        if parts
+        else []
+    )

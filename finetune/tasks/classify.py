@@ -40,7 +40,11 @@ from finetune.data.packing import Rows, one_per_row
 from finetune.dist import World
 from finetune.errors import UserError
 from finetune.tasks.base import Batch, Gathered, Model, flat_inputs
-from finetune.tasks.classify_metrics import multi_label_metrics, regression_metrics, single_label_metrics
+from finetune.tasks.classify_metrics import (
+    multi_label_metrics,
+    regression_metrics,
+    single_label_metrics,
+)
 from finetune.tasks.instruct import cut_note
 
 
@@ -57,7 +61,10 @@ class ClassifyTask:
         self.plain: PlainText | None = None
         self._targets = lru_cache(4)(self._target_table)
         if cfg.labels:
-            self._learn([str(name).lower() if isinstance(name, bool) else str(name) for name in cfg.labels], by_index=True)
+            self._learn(
+                [str(name).lower() if isinstance(name, bool) else str(name) for name in cfg.labels],
+                by_index=True,
+            )
 
     def encoder(self) -> ClassifyEncoder:
         return ClassifyEncoder(self.tokenizer, self.cfg, self.names, self.by_index, self.plain)
@@ -81,8 +88,12 @@ class ClassifyTask:
         if previous and previous.get("pooling") == LAST_TOKEN:
             self.plain = PlainText(self.tokenizer, previous.get("pad_token_id"))
             if self.cfg.truncation != "head":
-                raise UserError(f"task.truncation = {self.cfg.truncation}, and this classifier was not trained here: its "
-                                "texts are cut by its own tokenizer", "task.truncation", "Leave it out.")
+                raise UserError(
+                    f"task.truncation = {self.cfg.truncation}, and this classifier was not trained here: its "
+                    "texts are cut by its own tokenizer",
+                    "task.truncation",
+                    "Leave it out.",
+                )
         if self.regression:
             return
         if previous:
@@ -93,8 +104,12 @@ class ClassifyTask:
             names = {name for row in rows for name in row}
             if self.multi and names == {"0", "1"} and all(len(row) != 1 for row in rows):
                 where = train.blob("where", 0).decode()
-                raise UserError(f"field '{self.cfg.label_field}' holds a 0 and a 1 in every row: zeros and ones, not "
-                                "labels", where, NO_ZEROS_AND_ONES)
+                raise UserError(
+                    f"field '{self.cfg.label_field}' holds a 0 and a 1 in every row: zeros and ones, not "
+                    "labels",
+                    where,
+                    NO_ZEROS_AND_ONES,
+                )
             refuse_double_spellings(list(names), self.cfg.label_field)
             self._learn(sort_names(list(names)), by_index=False)
 
@@ -118,8 +133,11 @@ class ClassifyTask:
         del batch["labels"]
         examples = batch["examples"]
         targets = self._targets(store)[np.maximum(examples, 0)]
-        batch |= {"pool": batch["cu_seqlens"][1:].astype(np.int64) - 1, "targets": targets,
-                  "weights": self._weights(targets) * np.float32(examples >= 0)}
+        batch |= {
+            "pool": batch["cu_seqlens"][1:].astype(np.int64) - 1,
+            "targets": targets,
+            "weights": self._weights(targets) * np.float32(examples >= 0),
+        }
         return batch
 
     def count(self, batch: Batch) -> float:
@@ -136,8 +154,14 @@ class ClassifyTask:
             case "single_label":
                 return F.cross_entropy(outputs, targets, reduction="none")
             case "multi_label":
-                weight = torch.tensor(self.cfg.class_weights, device=outputs.device) if self.cfg.class_weights else None
-                return F.binary_cross_entropy_with_logits(outputs, targets, weight=weight, reduction="none").mean(-1)
+                weight = (
+                    torch.tensor(self.cfg.class_weights, device=outputs.device)
+                    if self.cfg.class_weights
+                    else None
+                )
+                return F.binary_cross_entropy_with_logits(
+                    outputs, targets, weight=weight, reduction="none"
+                ).mean(-1)
             case _:
                 return (outputs[:, 0] - targets).square()
 
@@ -146,14 +170,25 @@ class ClassifyTask:
 
     def describe(self) -> dict[str, Any]:
         cfg = self.cfg
-        return {"problem": cfg.problem, "labels": self.names, "labels_by_index": self.by_index,
-                "max_length": cfg.max_length, "truncation": cfg.truncation, "pair_separator": SEPARATOR,
-                **({"pooling": LAST_TOKEN, "pad_token_id": self.plain.pad} if self.plain else
-                   {"pooling": "a closing eos, by position"})}
+        return {
+            "problem": cfg.problem,
+            "labels": self.names,
+            "labels_by_index": self.by_index,
+            "max_length": cfg.max_length,
+            "truncation": cfg.truncation,
+            "pair_separator": SEPARATOR,
+            **(
+                {"pooling": LAST_TOKEN, "pad_token_id": self.plain.pad}
+                if self.plain
+                else {"pooling": "a closing eos, by position"}
+            ),
+        }
 
     def notes(self, store: Store) -> list[str]:
         """What encoding did to the data, for people."""
-        return cut_note(store, f"texts lost tokens (truncation {self.cfg.truncation})", self.cfg.max_length)
+        return cut_note(
+            store, f"texts lost tokens (truncation {self.cfg.truncation})", self.cfg.max_length
+        )
 
     def target_text(self, target: np.ndarray) -> str:
         """A target of `collate` in the words of the data."""
@@ -164,14 +199,28 @@ class ClassifyTask:
         if self.regression:
             return float(value)
         assert self.names is not None
-        return [self.names[i] for i in np.flatnonzero(value)] if self.multi else self.names[int(value)]
+        return (
+            [self.names[i] for i in np.flatnonzero(value)] if self.multi else self.names[int(value)]
+        )
 
     def _agree(self, previous: dict) -> None:
-        unnamed = previous["labels"] == [f"LABEL_{i}" for i in range(len(self.names or []))]  # as transformers calls them
-        if self.cfg.labels and not unnamed and [*map(label_key, self.names or [])] != [*map(label_key, previous["labels"])]:
-            raise UserError(f"task.labels = {self.names}, but the model was trained with {previous['labels']}",
-                            "task.labels", "Leave task.labels away: the model carries its names.")
-        self._learn(self.names if self.names and unnamed else previous["labels"], previous["labels_by_index"])
+        unnamed = previous["labels"] == [
+            f"LABEL_{i}" for i in range(len(self.names or []))
+        ]  # as transformers calls them
+        if (
+            self.cfg.labels
+            and not unnamed
+            and [*map(label_key, self.names or [])] != [*map(label_key, previous["labels"])]
+        ):
+            raise UserError(
+                f"task.labels = {self.names}, but the model was trained with {previous['labels']}",
+                "task.labels",
+                "Leave task.labels away: the model carries its names.",
+            )
+        self._learn(
+            self.names if self.names and unnamed else previous["labels"],
+            previous["labels_by_index"],
+        )
 
     def _learn(self, names: list[str], by_index: bool) -> None:
         _check_names(names, self.cfg)
@@ -184,8 +233,10 @@ class ClassifyTask:
             return np.asarray(column, np.float32)
         assert self.names is not None, "prepare comes first"
         index = {name: i for i, name in enumerate(self.names)}
-        by_category = [[index.get(name, -1) for name in (json.loads(row) if self.multi else [row])]
-                       for row in store.names("label")]
+        by_category = [
+            [index.get(name, -1) for name in (json.loads(row) if self.multi else [row])]
+            for row in store.names("label")
+        ]
         for category, row in enumerate(by_category):
             if -1 in row:
                 raise self._unseen(store, category)
@@ -220,8 +271,14 @@ class ClassifyMeter:
     def add(self, model: Model, batch: Batch) -> None:
         outputs = model(**flat_inputs(batch), positions=batch["pool"])
         decided, score = decide(outputs, self.task.cfg.problem)
-        columns = {"example": batch["examples"], "loss": self.task.losses(outputs, batch["targets"]).double(),
-                   "weight": batch["weights"].double(), "target": batch["targets"], "decided": decided, "score": score}
+        columns = {
+            "example": batch["examples"],
+            "loss": self.task.losses(outputs, batch["targets"]).double(),
+            "weight": batch["weights"].double(),
+            "target": batch["targets"],
+            "decided": decided,
+            "score": score,
+        }
         self.found.add(**{name: values.cpu().numpy() for name, values in columns.items()})
 
     def result(self, world: World) -> dict[str, Any]:
@@ -234,14 +291,25 @@ class ClassifyMeter:
         names = self.task.names or []
         if self.task.regression:
             # The store's own numbers: fp32 targets would round what the metrics compare with.
-            return regression_metrics(np.asarray(self.store.column("label"))[found["example"]], found["decided"])
-        return (multi_label_metrics if self.task.multi else single_label_metrics)(found["target"], found["decided"], names)
+            return regression_metrics(
+                np.asarray(self.store.column("label"))[found["example"]], found["decided"]
+            )
+        return (multi_label_metrics if self.task.multi else single_label_metrics)(
+            found["target"], found["decided"], names
+        )
 
     def _predictions(self, found: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-        return [{"where": self.store.blob("where", int(example)).decode(), "prediction": self.task.read_target(decided),
-                 "label": self.task.read_target(target), "score": np.round(score.astype(float), 6).tolist()}
-                for example, decided, target, score in zip(
-                    found["example"], found["decided"], found["target"], found["score"], strict=True)]
+        return [
+            {
+                "where": self.store.blob("where", int(example)).decode(),
+                "prediction": self.task.read_target(decided),
+                "label": self.task.read_target(target),
+                "score": np.round(score.astype(float), 6).tolist(),
+            }
+            for example, decided, target, score in zip(
+                found["example"], found["decided"], found["target"], found["score"], strict=True
+            )
+        ]
 
 
 def decide(outputs: Tensor, problem: str) -> tuple[Tensor, Tensor]:
@@ -259,12 +327,19 @@ def decide(outputs: Tensor, problem: str) -> tuple[Tensor, Tensor]:
 def _check_names(names: list[str], cfg: ClassifyConfig) -> None:
     least = 1 if cfg.problem == "multi_label" else 2
     if len(names) < least:
-        raise UserError(f"{len(names)} label{'s' * (len(names) != 1)} ({', '.join(names) or 'none'}): there is nothing "
-                        "to tell apart", "task.label_field",
-                        f"Check that task.label_field={cfg.label_field} is the label, or name all: task.labels=[...]")
+        raise UserError(
+            f"{len(names)} label{'s' * (len(names) != 1)} ({', '.join(names) or 'none'}): there is nothing "
+            "to tell apart",
+            "task.label_field",
+            f"Check that task.label_field={cfg.label_field} is the label, or name all: task.labels=[...]",
+        )
     if len(set(names)) != len(names):
-        raise UserError(f"task.labels = {names} names a label twice", remedy="Name each label once.")
+        raise UserError(
+            f"task.labels = {names} names a label twice", remedy="Name each label once."
+        )
     weights = cfg.class_weights
     if weights and len(weights) != len(names):
-        raise UserError(f"task.class_weights has {len(weights)} numbers for {len(names)} labels ({', '.join(names)})",
-                        remedy=f"Try task.class_weights={[1.0] * len(names)}.")
+        raise UserError(
+            f"task.class_weights has {len(weights)} numbers for {len(names)} labels ({', '.join(names)})",
+            remedy=f"Try task.class_weights={[1.0] * len(names)}.",
+        )

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 
-def single_label_metrics(targets: np.ndarray, decided: np.ndarray, names: list[str]) -> dict[str, Any]:
+def single_label_metrics(
+    targets: np.ndarray, decided: np.ndarray, names: list[str]
+) -> dict[str, Any]:
     """Macro F1 is over the classes that occur among targets or decisions, scikit-learn's own default.
 
     `confusion[i][j]` counts examples of class i that were taken for class j, in the order of `labels`.
@@ -19,24 +21,41 @@ def single_label_metrics(targets: np.ndarray, decided: np.ndarray, names: list[s
     from sklearn import metrics
 
     classes = np.arange(len(names))
-    return {"accuracy": float(metrics.accuracy_score(targets, decided)),
-            "f1": float(metrics.f1_score(targets, decided, average="macro", zero_division=0)),
-            "examples": len(targets), "labels": names,
-            "confusion": metrics.confusion_matrix(targets, decided, labels=classes).tolist(),
-            "per_class": _per_class(targets, decided, classes, names)}
+    return {
+        "accuracy": float(metrics.accuracy_score(targets, decided)),
+        "f1": float(metrics.f1_score(targets, decided, average="macro", zero_division=0)),
+        "examples": len(targets),
+        "labels": names,
+        "confusion": metrics.confusion_matrix(targets, decided, labels=classes).tolist(),
+        "per_class": _per_class(targets, decided, classes, names),
+    }
 
 
-def multi_label_metrics(targets: np.ndarray, decided: np.ndarray, names: list[str]) -> dict[str, Any]:
+def multi_label_metrics(
+    targets: np.ndarray, decided: np.ndarray, names: list[str]
+) -> dict[str, Any]:
     """`f1` is the macro average over all labels; `accuracy` asks for all labels of an example to be right."""
     from sklearn import metrics
 
-    wanted, chosen, classes = (targets > 0).astype(int), (decided > 0).astype(int), np.arange(len(names))
+    wanted, chosen, classes = (
+        (targets > 0).astype(int),
+        (decided > 0).astype(int),
+        np.arange(len(names)),
+    )
     if len(names) == 1:  # one column would be taken for two classes, without and with the label
         wanted, chosen, classes = wanted[:, 0], chosen[:, 0], np.array([1])
-    macro, micro = (float(metrics.f1_score(wanted, chosen, labels=classes, average=average, zero_division=0))
-                    for average in ("macro", "micro"))
-    return {"accuracy": float(metrics.accuracy_score(wanted, chosen)), "f1": macro, "micro_f1": micro,
-            "examples": len(targets), "labels": names, "per_class": _per_class(wanted, chosen, classes, names)}
+    macro, micro = (
+        float(metrics.f1_score(wanted, chosen, labels=classes, average=average, zero_division=0))
+        for average in ("macro", "micro")
+    )
+    return {
+        "accuracy": float(metrics.accuracy_score(wanted, chosen)),
+        "f1": macro,
+        "micro_f1": micro,
+        "examples": len(targets),
+        "labels": names,
+        "per_class": _per_class(wanted, chosen, classes, names),
+    }
 
 
 def regression_metrics(targets: np.ndarray, decided: np.ndarray) -> dict[str, Any]:
@@ -50,13 +69,22 @@ def regression_metrics(targets: np.ndarray, decided: np.ndarray) -> dict[str, An
     if not np.isfinite(decided).all():
         return {"mse": float("nan"), "pearson": None, "examples": len(targets)}
     defined = len(targets) > 1 and np.ptp(targets) > 0 and np.ptp(decided) > 0
-    return {"mse": float(metrics.mean_squared_error(targets, decided)),
-            "pearson": float(pearsonr(targets, decided).statistic) if defined else None, "examples": len(targets)}
+    return {
+        "mse": float(metrics.mean_squared_error(targets, decided)),
+        "pearson": float(pearsonr(targets, decided).statistic) if defined else None,
+        "examples": len(targets),
+    }
 
 
-def _per_class(targets: np.ndarray, decided: np.ndarray, classes: np.ndarray, names: list[str]) -> dict[str, Any]:
+def _per_class(
+    targets: np.ndarray, decided: np.ndarray, classes: np.ndarray, names: list[str]
+) -> dict[str, Any]:
     from sklearn.metrics import precision_recall_fscore_support
 
-    figures = precision_recall_fscore_support(targets, decided, labels=classes, average=None, zero_division=0)
-    return {name: {"precision": float(p), "recall": float(r), "f1": float(f), "count": int(n)}
-            for name, p, r, f, n in zip(names, *figures, strict=True)}
+    figures = precision_recall_fscore_support(
+        targets, decided, labels=classes, average=None, zero_division=0
+    )
+    return {
+        name: {"precision": float(p), "recall": float(r), "f1": float(f), "count": int(n)}
+        for name, p, r, f, n in zip(names, *figures, strict=True)
+    }

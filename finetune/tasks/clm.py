@@ -25,7 +25,9 @@ class ClmTask:
         self.cfg, self.tokenizer, self.packing = cfg, tokenizer, packing
 
     def encoder(self) -> Encoder:
-        return TextEncoder(self.tokenizer, self.cfg.text_field, self.cfg.subset_field, self.cfg.weight_field)
+        return TextEncoder(
+            self.tokenizer, self.cfg.text_field, self.cfg.subset_field, self.cfg.weight_field
+        )
 
     def prepare(self, train: Store | None, previous: dict | None) -> None:
         """Nothing to learn from the data."""
@@ -62,15 +64,26 @@ class LmMeter:
         self.losses, self.counts = np.zeros(len(self.names)), np.zeros(len(self.names))
 
     def add(self, model: Model, batch: Batch) -> None:
-        losses = model(**flat_inputs(batch), labels=batch["labels"][None], per_token=True).double().cpu().numpy()
+        losses = (
+            model(**flat_inputs(batch), labels=batch["labels"][None], per_token=True)
+            .double()
+            .cpu()
+            .numpy()
+        )
         kept = (batch["labels"] != IGNORE).double().cpu().numpy()
         lengths = torch.diff(batch["cu_seqlens"].long()).numpy()
         self.keep(batch["examples"].cpu().numpy(), lengths, losses, kept)
 
-    def keep(self, examples: np.ndarray, lengths: np.ndarray, losses: np.ndarray, kept: np.ndarray) -> None:
+    def keep(
+        self, examples: np.ndarray, lengths: np.ndarray, losses: np.ndarray, kept: np.ndarray
+    ) -> None:
         """Add up the losses (N,) and counts (N,) of a batch whose segments are `examples` (S,), `lengths` (S,) long."""
         examples = np.repeat(examples, lengths)
-        group = np.zeros(len(examples), np.int64) if self.groups is None else self.groups[np.maximum(examples, 0)]
+        group = (
+            np.zeros(len(examples), np.int64)
+            if self.groups is None
+            else self.groups[np.maximum(examples, 0)]
+        )
         size = len(self.names)
         self.losses += np.bincount(group, losses, size)[:size]
         self.counts += np.bincount(group, kept, size)[:size]
@@ -80,7 +93,11 @@ class LmMeter:
         sums = np.array(world.sum([*self.losses.tolist(), *self.counts.tolist()]))
         losses, counts = sums[:size], sums[size:]
         total = lm_metrics(losses.sum(), counts.sum())
-        subsets = {n or "(none)": lm_metrics(loss, c) for n, loss, c in zip(self.names, losses, counts, strict=True) if c}
+        subsets = {
+            n or "(none)": lm_metrics(loss, c)
+            for n, loss, c in zip(self.names, losses, counts, strict=True)
+            if c
+        }
         if len(subsets) > 1 or any(self.names):
             total["subsets"] = subsets
         return total

@@ -36,7 +36,9 @@ class InstructTask:
     def template(self) -> Template:
         """Read when it is first needed: an export brings its own, and the file may be gone."""
         if self._template is None:
-            self._template = load_template(self.cfg.template, self.tokenizer.eos_token, self.tokenizer.bos_token or "")
+            self._template = load_template(
+                self.cfg.template, self.tokenizer.eos_token, self.tokenizer.bos_token or ""
+            )
         return self._template
 
     def encoder(self) -> Encoder:
@@ -45,11 +47,19 @@ class InstructTask:
     def prepare(self, train: Store | None, previous: dict | None) -> None:
         """An export's own template wins: it may have been a file that is no longer there."""
         if previous:
-            self._template = Template(previous["template"], previous["template_text"], self.tokenizer.eos_token,
-                                      self.tokenizer.bos_token or "")
+            self._template = Template(
+                previous["template"],
+                previous["template_text"],
+                self.tokenizer.eos_token,
+                self.tokenizer.bos_token or "",
+            )
 
     def rows(self, store: Store) -> Rows:
-        return best_fit(store.offsets, self.cfg.max_length) if self.packing else one_per_row(store.offsets)
+        return (
+            best_fit(store.offsets, self.cfg.max_length)
+            if self.packing
+            else one_per_row(store.offsets)
+        )
 
     def collate(self, store: Store, rows: Rows, indices: list[int]) -> Batch:
         return lm_batch(store, rows, indices)
@@ -64,8 +74,12 @@ class InstructTask:
         return InstructMeter(store)
 
     def describe(self) -> dict[str, Any]:
-        return {"template": self.template.name, "template_text": self.template.text, "format": self.cfg.format,
-                "max_length": self.cfg.max_length}
+        return {
+            "template": self.template.name,
+            "template_text": self.template.text,
+            "format": self.cfg.format,
+            "max_length": self.cfg.max_length,
+        }
 
     def notes(self, store: Store) -> list[str]:
         """What encoding did to the data, for people."""
@@ -84,16 +98,34 @@ class InstructMeter(LmMeter):
         self.store, self.found = store, Gathered()
         self.predictions: list[dict[str, Any]] = []
 
-    def keep(self, examples: np.ndarray, lengths: np.ndarray, losses: np.ndarray, kept: np.ndarray) -> None:
+    def keep(
+        self, examples: np.ndarray, lengths: np.ndarray, losses: np.ndarray, kept: np.ndarray
+    ) -> None:
         super().keep(examples, lengths, losses, kept)
         first = np.cumsum(lengths) - lengths
-        self.found.add(example=examples, loss=np.add.reduceat(losses, first), tokens=np.add.reduceat(kept, first))
+        self.found.add(
+            example=examples,
+            loss=np.add.reduceat(losses, first),
+            tokens=np.add.reduceat(kept, first),
+        )
 
     def result(self, world: World) -> dict[str, Any]:
         found = self.found.together(world)
-        columns = zip(found["example"].tolist(), found["loss"].tolist(), found["tokens"].tolist(), strict=True)
-        self.predictions = [{"where": self.store.blob("where", example).decode(), "loss": loss / max(tokens, 1),
-                             "tokens": int(tokens)} for example, loss, tokens in columns] if world.main else []
+        columns = zip(
+            found["example"].tolist(), found["loss"].tolist(), found["tokens"].tolist(), strict=True
+        )
+        self.predictions = (
+            [
+                {
+                    "where": self.store.blob("where", example).decode(),
+                    "loss": loss / max(tokens, 1),
+                    "tokens": int(tokens),
+                }
+                for example, loss, tokens in columns
+            ]
+            if world.main
+            else []
+        )
         return super().result(world)
 
 
@@ -102,4 +134,8 @@ def cut_note(store: Store, event: str, max_length: int) -> list[str]:
     cut = np.asarray(store.column("cut"))
     n = int((cut > 0).sum())
     total = int(cut.sum(dtype=np.int64))
-    return [f"{n:,} of {len(store):,} {event}: {total:,} in all (task.max_length = {max_length})"] if n else []
+    return (
+        [f"{n:,} of {len(store):,} {event}: {total:,} in all (task.max_length = {max_length})"]
+        if n
+        else []
+    )

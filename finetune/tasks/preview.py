@@ -57,7 +57,7 @@ def _marked(batch: dict[str, Any]) -> np.ndarray:
     elif "sizes" in batch:
         first = np.cumsum([0, *batch["sizes"][:-1]])
         for start, a, b in zip(first, batch["starts"], batch["ends"], strict=True):
-            marked[batch["pool"][start + a: start + b + 1]] = True
+            marked[batch["pool"][start + a : start + b + 1]] = True
     else:
         marked[batch["pool"]] = True
     return marked
@@ -68,7 +68,11 @@ def _caption(batch: dict[str, Any], segment: int, tokens: slice, task: Any) -> s
         return f"{int((batch['labels'][tokens] != IGNORE).sum())} scored"
     if "sizes" in batch:
         start, end, size = (int(batch[key][segment]) for key in ("starts", "ends", "sizes"))
-        return "no answer: the null slot" if start == size - 1 else f"answer of {end - start + 1} tokens"
+        return (
+            "no answer: the null slot"
+            if start == size - 1
+            else f"answer of {end - start + 1} tokens"
+        )
     target, weight = batch["targets"][segment], float(batch["weights"][segment])
     return f"target {task.target_text(target)}" + (f", weight {weight:g}" if weight != 1 else "")
 
@@ -77,8 +81,10 @@ def _text(ids: np.ndarray, marked: np.ndarray, tokenizer: Any) -> str:
     """Marked stretches stand on lines of their own, in ⟦ ⟧."""
     edges = np.flatnonzero(np.diff(marked)) + 1
     stretches = zip(np.split(ids, edges), np.split(marked, edges), strict=True)
-    return "\n".join(f"⟦{_decode(part, tokenizer)}⟧" if flags[0] else _decode(part, tokenizer)
-                     for part, flags in stretches)
+    return "\n".join(
+        f"⟦{_decode(part, tokenizer)}⟧" if flags[0] else _decode(part, tokenizer)
+        for part, flags in stretches
+    )
 
 
 def _decode(ids: np.ndarray, tokenizer: Any) -> str:
@@ -92,5 +98,7 @@ def _decode(ids: np.ndarray, tokenizer: Any) -> str:
 def _plain(ids: np.ndarray, tokenizer: Any) -> str:
     """Text whose control characters cannot steer a terminal; a newline is kept and shown."""
     text = tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
-    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    shown = "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
     return shown.replace("\n", "\\n\n")

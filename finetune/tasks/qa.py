@@ -62,19 +62,27 @@ class QaTask:
     def collate(self, store: Store, rows: Rows, indices: list[int]) -> Batch:
         """A flat batch with, per example, its slots among the tokens and the targets among its slots.
 
-            ids     q n c1 c2 E | q n c1 E       pool  2 3 4 7 8       sizes [3, 2]
-                                                 starts 0 1, ends 1 1: an answer c1 c2, and none (the null slot)
+        ids     q n c1 c2 E | q n c1 E       pool  2 3 4 7 8       sizes [3, 2]
+                                             starts 0 1, ends 1 1: an answer c1 c2, and none (the null slot)
         """
         batch = lm_batch(store, rows, indices)
         del batch["labels"]
         examples, ends = batch["examples"], batch["cu_seqlens"][1:].astype(np.int64)
         real = examples >= 0
-        first = np.where(real, store.column("context_at")[np.maximum(examples, 0)], 0).astype(np.int64)
+        first = np.where(real, store.column("context_at")[np.maximum(examples, 0)], 0).astype(
+            np.int64
+        )
         begins = batch["cu_seqlens"][:-1] + first
-        targets = {name: np.where(real, store.column(column)[np.maximum(examples, 0)] - first, 0)
-                   for name, column in (("starts", "start"), ("ends", "end"))}
+        targets = {
+            name: np.where(real, store.column(column)[np.maximum(examples, 0)] - first, 0)
+            for name, column in (("starts", "start"), ("ends", "end"))
+        }
         pool = np.concatenate([np.arange(a, b) for a, b in zip(begins, ends, strict=True)])
-        return batch | targets | {"pool": pool, "sizes": (ends - begins).tolist(), "weights": np.float32(real)}
+        return (
+            batch
+            | targets
+            | {"pool": pool, "sizes": (ends - begins).tolist(), "weights": np.float32(real)}
+        )
 
     def count(self, batch: Batch) -> int:
         return int(batch["weights"].sum())
@@ -87,16 +95,29 @@ class QaTask:
 
     def describe(self) -> dict[str, Any]:
         cfg = self.cfg
-        return {"max_length": cfg.max_length, "stride": cfg.stride, "max_answer_tokens": cfg.max_answer_tokens,
-                "n_best": cfg.n_best, "null_threshold": cfg.null_threshold, "unanswerable": self.unanswerable,
-                "separator": SEPARATOR, "null_slot": "a closing eos"}
+        return {
+            "max_length": cfg.max_length,
+            "stride": cfg.stride,
+            "max_answer_tokens": cfg.max_answer_tokens,
+            "n_best": cfg.n_best,
+            "null_threshold": cfg.null_threshold,
+            "unanswerable": self.unanswerable,
+            "separator": SEPARATOR,
+            "null_slot": "a closing eos",
+        }
 
     def notes(self, store: Store) -> list[str]:
         """What encoding did to the data, for people."""
         window = np.asarray(store.column("window"))
         several = int((window == 1).sum())
         questions = int((window == 0).sum())
-        found = [f"{several:,} of {questions:,} contexts are read in several windows: {len(store):,} in all"] if several else []
+        found = (
+            [
+                f"{several:,} of {questions:,} contexts are read in several windows: {len(store):,} in all"
+            ]
+            if several
+            else []
+        )
         start, end = np.asarray(store.column("start")), np.asarray(store.column("end"))
         null = start == np.diff(np.asarray(store.offsets)) - 1
         first = np.flatnonzero(window == 0)
@@ -104,18 +125,24 @@ class QaTask:
         lost = int((np.logical_and.reduceat(null, first) & answered).sum()) if len(first) else 0
         long = int((~null & (end - start >= self.cfg.max_answer_tokens)).sum())
         if lost:
-            found.append(f"{lost:,} answers are whole in no window, so their questions count as unanswered: raise task.stride "
-                         "or task.max_length")
+            found.append(
+                f"{lost:,} answers are whole in no window, so their questions count as unanswered: raise task.stride "
+                "or task.max_length"
+            )
         if long:
-            found.append(f"{long:,} answers are longer than task.max_answer_tokens = {self.cfg.max_answer_tokens}: they cannot be "
-                         "found")
+            found.append(
+                f"{long:,} answers are longer than task.max_answer_tokens = {self.cfg.max_answer_tokens}: they cannot be "
+                "found"
+            )
         return found
 
     @staticmethod
     def _slots(model: Model, batch: Batch) -> Tensor:
         """Logits (B, longest, 2) of each window's slots, -inf behind its null slot."""
         outputs = model(**flat_inputs(batch), positions=batch["pool"])
-        return pad_sequence(list(outputs.split(batch["sizes"])), batch_first=True, padding_value=float("-inf"))
+        return pad_sequence(
+            list(outputs.split(batch["sizes"])), batch_first=True, padding_value=float("-inf")
+        )
 
 
 class QaMeter:
@@ -130,39 +157,62 @@ class QaMeter:
         slots = self.task._slots(model, batch)
         losses = window_losses(slots, batch)
         cfg = self.task.cfg
-        spans = [best_spans(window[:size], cfg.n_best, cfg.max_answer_tokens)
-                 for window, size in zip(slots.cpu().numpy(), batch["sizes"], strict=True)]
+        spans = [
+            best_spans(window[:size], cfg.n_best, cfg.max_answer_tokens)
+            for window, size in zip(slots.cpu().numpy(), batch["sizes"], strict=True)
+        ]
         first, last, scores = (np.stack(column) for column in zip(*spans, strict=True))
-        self.found.add(example=batch["examples"].cpu().numpy(), loss=losses.double().cpu().numpy(),
-                       first=first, last=last, score=scores)
+        self.found.add(
+            example=batch["examples"].cpu().numpy(),
+            loss=losses.double().cpu().numpy(),
+            first=first,
+            last=last,
+            score=scores,
+        )
 
     def result(self, world: World) -> dict[str, Any]:
         found = self.found.together(world)
         questions = self._questions(found)
         answerable = [bool(q["answers"]) for q in questions]
         for question in questions:
-            silent = (self.task.unanswerable or not all(answerable)) and question["no_answer_score"] > self.task.cfg.null_threshold
+            silent = (self.task.unanswerable or not all(answerable)) and question[
+                "no_answer_score"
+            ] > self.task.cfg.null_threshold
             question["prediction"] = "" if silent else question["span"]
         rules = score if not all(answerable) else score_v1
         scores = [rules(q["prediction"], q["answers"]) for q in questions]
-        metrics = {"loss": float(found["loss"].mean()), **summarise(scores, answerable), "windows": len(found["loss"])}
+        metrics = {
+            "loss": float(found["loss"].mean()),
+            **summarise(scores, answerable),
+            "windows": len(found["loss"]),
+        }
         if not all(answerable):
             spans = [score(q["span"], q["answers"])[1] for q in questions]
             margins = [q["no_answer_score"] for q in questions]
-            metrics["best_null_threshold"], metrics["best_f1"] = best_threshold(spans, margins, answerable)
-        self.predictions = [_prediction(q, s) for q, s in zip(questions, scores, strict=True)] if world.main else []
+            metrics["best_null_threshold"], metrics["best_f1"] = best_threshold(
+                spans, margins, answerable
+            )
+        self.predictions = (
+            [_prediction(q, s) for q, s in zip(questions, scores, strict=True)]
+            if world.main
+            else []
+        )
         return metrics
 
     def _questions(self, found: dict[str, np.ndarray]) -> list[dict[str, Any]]:
         """Each question's best span over its windows, with its score against the null slot."""
         first_windows = np.flatnonzero(self.store.column("window") == 0)
         bounds = np.searchsorted(found["example"], np.append(first_windows, len(self.store)))
-        return [self._question(int(example), {name: values[a:b] for name, values in found.items()})
-                for example, (a, b) in zip(first_windows, pairwise(bounds), strict=True)]
+        return [
+            self._question(int(example), {name: values[a:b] for name, values in found.items()})
+            for example, (a, b) in zip(first_windows, pairwise(bounds), strict=True)
+        ]
 
     def _question(self, example: int, windows: dict[str, np.ndarray]) -> dict[str, Any]:
         question = json.loads(self.store.blob("question", example))
-        window, rank = np.unravel_index(np.argsort(-windows["score"], axis=None, kind="stable"), windows["score"].shape)
+        window, rank = np.unravel_index(
+            np.argsort(-windows["score"], axis=None, kind="stable"), windows["score"].shape
+        )
         best: dict[str, float] = {}
         for at in zip(window, rank, strict=True):
             value = float(windows["score"][at])
@@ -173,13 +223,21 @@ class QaMeter:
             if text:  # a span of nothing but blanks is no answer
                 best.setdefault(text, value)
         span = next(iter(best), "")
-        return {"id": question["id"], "where": question["where"], "answers": question["answers"], "span": span,
-                "no_answer_score": -best.get(span, NOTHING), "n_best": best}
+        return {
+            "id": question["id"],
+            "where": question["where"],
+            "answers": question["answers"],
+            "span": span,
+            "no_answer_score": -best.get(span, NOTHING),
+            "n_best": best,
+        }
 
     def _text(self, context: str, example: int, first: int, last: int) -> str:
         """The characters of a span of slots, without the spaces that tokens carry in front."""
         at = int(self.store.offsets[example]) + int(self.store.column("context_at")[example])
-        return context[self.store.column("char_start")[at + first]: self.store.column("char_end")[at + last]].strip()
+        return context[
+            self.store.column("char_start")[at + first] : self.store.column("char_end")[at + last]
+        ].strip()
 
 
 def window_losses(slots: Tensor, batch: Batch) -> Tensor:
@@ -188,7 +246,9 @@ def window_losses(slots: Tensor, batch: Batch) -> Tensor:
     return (start + F.cross_entropy(slots[..., 1], batch["ends"], reduction="none")) / 2
 
 
-def best_spans(window: np.ndarray, n_best: int, max_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def best_spans(
+    window: np.ndarray, n_best: int, max_tokens: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """First and last slots and scores against the null slot of a window's `n_best` valid spans, best first.
 
     Valid: start <= end, at most `max_tokens` long, on context tokens. Candidates are the `n_best` starts and ends.
@@ -204,12 +264,22 @@ def best_spans(window: np.ndarray, n_best: int, max_tokens: int) -> tuple[np.nda
     scores = context[first, 0] + context[last, 1] - null
     order = np.argsort(-scores, kind="stable")[:n_best]
     missing = (0, n_best - len(order))
-    return (np.pad(first[order], missing).astype(np.int32), np.pad(last[order], missing).astype(np.int32),
-            np.pad(scores[order], missing, constant_values=NOTHING).astype(np.float32))
+    return (
+        np.pad(first[order], missing).astype(np.int32),
+        np.pad(last[order], missing).astype(np.int32),
+        np.pad(scores[order], missing, constant_values=NOTHING).astype(np.float32),
+    )
 
 
 def _prediction(question: dict[str, Any], scores: tuple[float, float]) -> dict[str, Any]:
     kept = {name: question[name] for name in ("id", "where", "prediction", "answers")}
-    n_best = [{"text": text, "score": round(value, 4)} for text, value in question["n_best"].items()]
-    return {**kept, "score": round(-question["no_answer_score"], 4), "exact_match": scores[0], "f1": scores[1],
-            "n_best": n_best}
+    n_best = [
+        {"text": text, "score": round(value, 4)} for text, value in question["n_best"].items()
+    ]
+    return {
+        **kept,
+        "score": round(-question["no_answer_score"], 4),
+        "exact_match": scores[0],
+        "f1": scores[1],
+        "n_best": n_best,
+    }

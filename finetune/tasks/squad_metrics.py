@@ -40,7 +40,10 @@ def score_v1(prediction: str, answers: list[str]) -> tuple[float, float]:
     """As `score`, by the rules of v1.1, for data without unanswerable questions: every answer counts, and no common word
     is an F1 of 0, also where neither side has a word."""
     exact = float(any(normalise(prediction) == normalise(answer) for answer in answers))
-    return exact, max(f1(prediction, answer) if normalise(answer) and normalise(prediction) else 0.0 for answer in answers)
+    return exact, max(
+        f1(prediction, answer) if normalise(answer) and normalise(prediction) else 0.0
+        for answer in answers
+    )
 
 
 def summarise(scores: list[tuple[float, float]], answerable: list[bool]) -> dict[str, Any]:
@@ -52,7 +55,9 @@ def summarise(scores: list[tuple[float, float]], answerable: list[bool]) -> dict
     return total
 
 
-def best_threshold(spans: list[float], margins: list[float], answerable: list[bool]) -> tuple[float, float]:
+def best_threshold(
+    spans: list[float], margins: list[float], answerable: list[bool]
+) -> tuple[float, float]:
     """The null threshold with the best F1 in hindsight, and that F1.
 
     Args:
@@ -70,5 +75,8 @@ def best_threshold(spans: list[float], margins: list[float], answerable: list[bo
 
 def _mean(scores: list[tuple[float, float]]) -> dict[str, Any]:
     n = max(1, len(scores))
-    return {"exact_match": sum(exact for exact, _ in scores) / n, "f1": sum(f for _, f in scores) / n,
-            "questions": len(scores)}
+    return {
+        "exact_match": sum(exact for exact, _ in scores) / n,
+        "f1": sum(f for _, f in scores) / n,
+        "questions": len(scores),
+    }

@@ -17,8 +17,14 @@ class Interrupted(Exception):
     """The evaluation was not finished."""
 
 
-def evaluate(model: Model, task: Task, store: Store, world: World, batch: int,
-             go_on: Callable[[], bool] | None = None) -> dict[str, Any]:
+def evaluate(
+    model: Model,
+    task: Task,
+    store: Store,
+    world: World,
+    batch: int,
+    go_on: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
     """Metrics of `model` (in evaluation mode) on a store; the same for any number of ranks. Collective.
 
     Args:
@@ -31,8 +37,14 @@ def evaluate(model: Model, task: Task, store: Store, world: World, batch: int,
     return evaluate_with(model, task, store, world, batch, go_on)[0]
 
 
-def evaluate_with(model: Model, task: Task, store: Store, world: World, batch: int,
-                  go_on: Callable[[], bool] | None = None) -> tuple[dict[str, Any], list | None]:
+def evaluate_with(
+    model: Model,
+    task: Task,
+    store: Store,
+    world: World,
+    batch: int,
+    go_on: Callable[[], bool] | None = None,
+) -> tuple[dict[str, Any], list | None]:
     """As `evaluate`, and the predictions where the task makes some."""
     rows = task.rows(store)
     meter = task.meter(store, rows)

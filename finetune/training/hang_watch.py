@@ -51,7 +51,11 @@ class HangWatch:
     """
 
     def __init__(self, timeout: float, run_dir: Path, rank: int, on_hang: Callable[[str], None]):
-        self.timeout, self.file, self.on_hang = timeout, run_dir / f"stacks-rank-{rank:05d}.txt", on_hang
+        self.timeout, self.file, self.on_hang = (
+            timeout,
+            run_dir / f"stacks-rank-{rank:05d}.txt",
+            on_hang,
+        )
         self._last = time.monotonic()
         self._closed = threading.Event()
 
@@ -75,7 +79,9 @@ class HangWatch:
         """Something was done."""
         self._last = time.monotonic()
         if self.timeout > 0 and not self._closed.is_set():
-            faulthandler.dump_traceback_later(self.timeout + STUCK_SECONDS, exit=True, file=self._out)
+            faulthandler.dump_traceback_later(
+                self.timeout + STUCK_SECONDS, exit=True, file=self._out
+            )
 
     def _watch(self) -> None:
         while not self._closed.wait(min(POLL_SECONDS, self.timeout / 4)):

@@ -28,9 +28,11 @@ from finetune.tasks.base import Batch, Task
 from finetune.tasks.build import build_task
 from finetune.tasks.preview import preview
 
-TOO_LARGE = ("Take the model's own tokenizer (leave model.tokenizer out), or GPT-J's, which reads such marks as text: "
-             "model.tokenizer=asset:tokenizer; or give the model the rows: model.resize_token_embeddings(len(tokenizer)) in "
-             "transformers, saved as another model.path.")
+TOO_LARGE = (
+    "Take the model's own tokenizer (leave model.tokenizer out), or GPT-J's, which reads such marks as text: "
+    "model.tokenizer=asset:tokenizer; or give the model the rows: model.resize_token_embeddings(len(tokenizer)) in "
+    "transformers, saved as another model.path."
+)
 """What to do about a tokenizer that has more entries than the embedding has rows."""
 
 
@@ -73,7 +75,9 @@ def prepare_inputs(cfg: Config, world: World, display: Display | None, say) -> I
     task = build_task(cfg.task, tokenizer, cfg.train.packing)
     limit = token_limit(tokenizer, load_shape(str(local_folder(cfg.model))).vocab_size, TOO_LARGE)
     if limit and task.head == "lm" and cfg.train.sample_every:
-        encode = getattr(task, "prompt_ids", lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+        encode = getattr(
+            task, "prompt_ids", lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+        )
         for prompt in cfg.train.sample_prompts:
             limit.check(encode(prompt), "train.sample_prompts")
     train = _store(cfg, task, cfg.data.train, cfg.data.split, world, display, limit)
@@ -89,18 +93,31 @@ def prepare_inputs(cfg: Config, world: World, display: Display | None, say) -> I
         for line in notes[name]:
             say(f"{name} data: {line}")
         if store and (bad := store.stats["bad_rows"]):
-            say(f"{name} data: {bad} bad row{'s' if bad > 1 else ''} left out; {store.stats['bad_row_messages'][0]}")
+            say(
+                f"{name} data: {bad} bad row{'s' if bad > 1 else ''} left out; {store.stats['bad_row_messages'][0]}"
+            )
     return Inputs(tokenizer, task, train, held_out, rows, notes)
 
 
 def _left_out(store: Store) -> list[str]:
     """A note on rows without an example; stores of older versions do not count them."""
     rows = store.stats.get("left_out", 0)
-    return [f"{rows:,} of {store.stats['documents']:,} rows are empty or left out by their own mark"] if rows else []
+    return (
+        [f"{rows:,} of {store.stats['documents']:,} rows are empty or left out by their own mark"]
+        if rows
+        else []
+    )
 
 
-def _store(cfg: Config, task: Task, spec: str | None, split: str, world: World, display: Display | None,
-           limit: TokenLimit | None) -> Store | None:
+def _store(
+    cfg: Config,
+    task: Task,
+    spec: str | None,
+    split: str,
+    world: World,
+    display: Display | None,
+    limit: TokenLimit | None,
+) -> Store | None:
     """Encoded data from the cache; built by rank 0 while the others wait."""
     if not spec:
         return None
@@ -108,14 +125,23 @@ def _store(cfg: Config, task: Task, spec: str | None, split: str, world: World, 
 
     def build() -> Path:
         with display.phase(f"tokenising {spec}") if display else nullcontext() as phase:
+
             def progress(done: float, total: float, tokens: int) -> None:
                 phase.total = total
                 phase.update(done)
 
-            store = build_store(resolve(spec), split, task.encoder(), on_bad_row=data.on_bad_row.value,
-                                cache_dir=Path(data.cache_dir).expanduser() if data.cache_dir else None,
-                                max_bad_rows=data.max_bad_rows, config=data.config, options=file_options(data),
-                                progress=progress if phase else None, limit=limit)
+            store = build_store(
+                resolve(spec),
+                split,
+                task.encoder(),
+                on_bad_row=data.on_bad_row.value,
+                cache_dir=Path(data.cache_dir).expanduser() if data.cache_dir else None,
+                max_bad_rows=data.max_bad_rows,
+                config=data.config,
+                options=file_options(data),
+                progress=progress if phase else None,
+                limit=limit,
+            )
         return store.path
 
     return open_store(world.on_main(build))
@@ -136,17 +162,35 @@ def absent(cfg: Config, download: bool) -> Iterator[UserError]:
     positions = _positions(cfg.model)
     too_long = list(length_problems(cfg, positions or GPTJ_POSITIONS))
     yield from too_long
-    for key, spec, split in (("data.train", data.train, data.split), ("data.eval", data.eval, data.eval_split)):
+    for key, spec, split in (
+        ("data.train", data.train, data.split),
+        ("data.eval", data.eval, data.eval_split),
+    ):
         if spec:
             fetch = FETCHED.get(str(Path(spec).parent), "")
-            yield from _try(lambda spec=spec, split=split: open_source(spec, split, data.config, file_options(data)), key, fetch)
-    yield from _try(lambda: refuse_pointers(local_folder(cfg.model, download and not too_long),
-                                            cfg.model.init is Init.pretrained), "", "")
+            yield from _try(
+                lambda spec=spec, split=split: open_source(
+                    spec, split, data.config, file_options(data)
+                ),
+                key,
+                fetch,
+            )
+    yield from _try(
+        lambda: refuse_pointers(
+            local_folder(cfg.model, download and not too_long), cfg.model.init is Init.pretrained
+        ),
+        "",
+        "",
+    )
     if positions is None and not too_long:
         yield from length_problems(cfg, _positions(cfg.model) or GPTJ_POSITIONS)
     folder = Path(resolve(cfg.model.tokenizer or ".")).expanduser()
     if str(folder).startswith("/") and not folder.is_dir():
-        yield UserError(f"there is no directory {folder}", "model.tokenizer", "Check the path, or leave model.tokenizer out.")
+        yield UserError(
+            f"there is no directory {folder}",
+            "model.tokenizer",
+            "Check the path, or leave model.tokenizer out.",
+        )
 
 
 def _positions(cfg: ModelConfig) -> int | None:

@@ -12,9 +12,23 @@ from finetune.config import Config
 from finetune.training.sharding_plan import shape_of
 
 HALF_PRECISION_TFLOPS = {
-    "B200": 2250.0, "H200": 989.0, "GH200": 989.0, "H100 NVL": 835.0, "H100 PCIe": 756.0, "H100": 989.0,
-    "A100": 312.0, "A800": 312.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0, "A40": 149.7, "A10G": 70.0, "A10": 125.0,
-    "RTX 6000 Ada": 364.0, "V100": 125.0, "T4": 65.0,
+    "B200": 2250.0,
+    "H200": 989.0,
+    "GH200": 989.0,
+    "H100 NVL": 835.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "A40": 149.7,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "RTX 6000 Ada": 364.0,
+    "V100": 125.0,
+    "T4": 65.0,
 }
 """bf16 (V100 and T4: fp16), without sparsity, in TFLOP/s; the longest name that occurs in the device's counts."""
 
@@ -36,7 +50,9 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     return HALF_PRECISION_TFLOPS[found] * 1e12 if found else None
 
 
-def step_flops(cfg: Config, num_labels: int | None) -> Callable[[float, float], tuple[float, float]]:
+def step_flops(
+    cfg: Config, num_labels: int | None
+) -> Callable[[float, float], tuple[float, float]]:
     """(tokens, sum of squared document lengths) -> FLOPs of a training step on them, and those that
     activation checkpointing does again."""
     shape = shape_of(cfg, num_labels)

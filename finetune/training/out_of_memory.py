@@ -25,7 +25,16 @@ from finetune.planning.estimate import Estimate
 from finetune.planning.machine import host_free_bytes, host_left_bytes, host_total_bytes
 from finetune.reporting.terminal_text import train_command
 
-UNITS = {"B": 1, "bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "PiB": 2**50, "EiB": 2**60}
+UNITS = {
+    "B": 1,
+    "bytes": 1,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+    "PiB": 2**50,
+    "EiB": 2**60,
+}
 ASKED = re.compile(r"allocat\w* (\d+(?:\.\d+)?) ?(bytes|[KMGTPE]iB)")
 SHOWN = 3
 """Commands in the remedy."""
@@ -74,17 +83,33 @@ class Overflow:
 
     def _failed(self, asked: int, on_gpu: bool, about: str = "") -> RunFailed:
         where = "GPU" if on_gpu else "host"
-        total, free, mine = _gpu_memory() if on_gpu else (host_total_bytes(), host_free_bytes(),
-                                                          machine.host_bytes())
-        more = f": {gib(asked)} more were asked for, {gib(free)} of {gib(total)} are free" if asked else ""
+        total, free, mine = (
+            _gpu_memory()
+            if on_gpu
+            else (host_total_bytes(), host_free_bytes(), machine.host_bytes())
+        )
+        more = (
+            f": {gib(asked)} more were asked for, {gib(free)} of {gib(total)} are free"
+            if asked
+            else ""
+        )
         lines = [about or f"out of {where} memory{more}"]
         if self.planned is not None:
-            lines.append(_compared(self.planned.chosen, self.planned.job.on_gpu, on_gpu, mine,
-                                   self.planned.job.ranks_per_node))
+            lines.append(
+                _compared(
+                    self.planned.chosen,
+                    self.planned.job.on_gpu,
+                    on_gpu,
+                    mine,
+                    self.planned.job.ranks_per_node,
+                )
+            )
         held = mine * (1 if on_gpu else self.world.local_size)
         others = max(0, total - free - held)
         if 0 < asked < free and not on_gpu:
-            lines.append("there is enough, but a limit of this account or container refuses it (see ulimit -a)")
+            lines.append(
+                "there is enough, but a limit of this account or container refuses it (see ulimit -a)"
+            )
             room = held
         else:
             room = total - others
@@ -101,11 +126,22 @@ class Overflow:
         predicted = planned.chosen.gpu_bytes if on_gpu else planned.chosen.host_bytes
         factor = max(1.0, (held + asked) / max(predicted, 1))
         limit = min(int(room / factor), predicted - 1)
-        found = after_overflow(self.cfg, planned, gpu_bytes=limit if on_gpu else None,
-                               host_bytes=None if on_gpu else limit)
-        lines = [f"{self._command(overrides)}   # {numbers}" for overrides, numbers in found[:SHOWN]]
-        return ["Predicted to fit, by what was measured here:", *(f"  {line}" for line in lines)] if lines else [
-            "Nothing smaller on this machine is predicted to fit: more GPUs, or more memory, are needed."]
+        found = after_overflow(
+            self.cfg,
+            planned,
+            gpu_bytes=limit if on_gpu else None,
+            host_bytes=None if on_gpu else limit,
+        )
+        lines = [
+            f"{self._command(overrides)}   # {numbers}" for overrides, numbers in found[:SHOWN]
+        ]
+        return (
+            ["Predicted to fit, by what was measured here:", *(f"  {line}" for line in lines)]
+            if lines
+            else [
+                "Nothing smaller on this machine is predicted to fit: more GPUs, or more memory, are needed."
+            ]
+        )
 
     def _command(self, overrides: str) -> str:
         """The command of this run with `overrides` in place of what they replace."""
@@ -113,11 +149,19 @@ class Overflow:
         replaced = {word.split("=")[0] for word in new}
         if "zero" in replaced:
             replaced |= {"zero.stage", "zero.offload_optimizer", "zero.offload_params"}
-        another = any(word.startswith(("adapter", "task.")) for word in new)  # would not continue this run's checkpoint
+        another = any(
+            word.startswith(("adapter", "task.")) for word in new
+        )  # would not continue this run's checkpoint
         replaced |= {"run_dir"} if another else set()
         kept = [word for word in self.words if word.lstrip("+").split("=")[0] not in replaced]
-        ranks = f" --num_gpus {self.world.local_size}" if self.world.local_size == self.world.size else ""
-        return train_command([*kept, *new], None if another else self.cfg.run_dir, f"deepspeed{ranks}")
+        ranks = (
+            f" --num_gpus {self.world.local_size}"
+            if self.world.local_size == self.world.size
+            else ""
+        )
+        return train_command(
+            [*kept, *new], None if another else self.cfg.run_dir, f"deepspeed{ranks}"
+        )
 
 
 class HostWatch:
@@ -139,7 +183,9 @@ class HostWatch:
 
     def __exit__(self, *_) -> None:
         self._closed.set()
-        self._thread.join(POLL_SECONDS)  # a thread that lives on while the interpreter ends may abort the process
+        self._thread.join(
+            POLL_SECONDS
+        )  # a thread that lives on while the interpreter ends may abort the process
 
     def _watch(self) -> None:
         while not self._closed.wait(POLL_SECONDS):
@@ -157,7 +203,9 @@ class HostWatch:
 
 def is_host_overflow(error: BaseException) -> bool:
     """Whether an allocator on the host refused: Python's, numpy's or torch's."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 def _asked(error: BaseException) -> int:
@@ -179,6 +227,9 @@ def _compared(chosen: Estimate, cuda_run: bool, on_gpu: bool, mine: int, ranks: 
     elif cuda_run:
         parts, whose = chosen.host_parts, "node"
     else:
-        parts, whose = {"interpreter and libraries": chosen.host_parts["processes"] // ranks} | chosen.parts, "rank"
+        parts, whose = (
+            {"interpreter and libraries": chosen.host_parts["processes"] // ranks} | chosen.parts,
+            "rank",
+        )
     listed = " + ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
     return f"predicted for this {whose}: {gib(sum(parts.values()))} = {listed}; this rank holds {gib(mine)}"

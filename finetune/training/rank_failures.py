@@ -24,8 +24,17 @@ from finetune.reporting.redact import redact_text
 
 PATIENCE_SECONDS = 5.0
 POLL_SECONDS = 0.2
-LOST = ("gloo/transport", "onnection closed by peer", "onnection reset", "Broken pipe", "NCCL", "ncclRemoteError",
-        "failed to recv", "failed to send", "TCPStore")
+LOST = (
+    "gloo/transport",
+    "onnection closed by peer",
+    "onnection reset",
+    "Broken pipe",
+    "NCCL",
+    "ncclRemoteError",
+    "failed to recv",
+    "failed to send",
+    "TCPStore",
+)
 
 
 class LastWords:
@@ -50,7 +59,11 @@ class LastWords:
         """Write down why this rank ends, and hang up so that the others learn it at once."""
         last = traceback.extract_tb(error.__traceback__)[-1:]
         where = f" ({last[0].filename}:{last[0].lineno})" if last else ""
-        text = error.render() if isinstance(error, UserError) else f"{type(error).__name__}: {error}{where}"
+        text = (
+            error.render()
+            if isinstance(error, UserError)
+            else f"{type(error).__name__}: {error}{where}"
+        )
         self.write(text, error.exit_code if isinstance(error, UserError) else _exit_code(error))
         threading.Thread(target=disconnect, daemon=True).start()
 
@@ -88,11 +101,15 @@ class LastWords:
         return None
 
     def _killed(self, ranks: list[int]) -> RunFailed:
-        who = ", ".join(f"rank {rank} (process {self.processes[rank][1]} on {self.processes[rank][0]})"
-                        for rank in ranks)
-        return RunFailed(f"{who} was killed and left no word",
-                         remedy="Out of memory is the usual reason: see `dmesg | tail`. "
-                         "Run the same command again to continue from the last checkpoint.")
+        who = ", ".join(
+            f"rank {rank} (process {self.processes[rank][1]} on {self.processes[rank][0]})"
+            for rank in ranks
+        )
+        return RunFailed(
+            f"{who} was killed and left no word",
+            remedy="Out of memory is the usual reason: see `dmesg | tail`. "
+            "Run the same command again to continue from the last checkpoint.",
+        )
 
     def _gone(self, rank: int) -> bool:
         host, pid = self.processes[rank]
@@ -108,11 +125,15 @@ def _is_lost_connection(error: BaseException) -> bool:
     if isinstance(error, UserError):
         return False
     kinds = (torch_dist.DistError, ConnectionError)
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(word in str(error) for word in LOST))
+    return isinstance(error, kinds) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in LOST)
+    )
 
 
 def _exit_code(error: BaseException) -> int:
-    return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else EXIT_FAILED
+    return (
+        error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else EXIT_FAILED
+    )
 
 
 def _as_error(told: dict) -> BaseException:

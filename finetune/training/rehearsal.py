@@ -26,8 +26,14 @@ def longest_rows(rows: Rows, count: int) -> list[int]:
     return (order * -(-count // len(order)))[:count]
 
 
-def probe(engine: Engine, task: Task, collate: Callable[[list[int]], Batch], rows: Rows, micro_batch: int,
-          micro_steps: int) -> None:
+def probe(
+    engine: Engine,
+    task: Task,
+    collate: Callable[[list[int]], Batch],
+    rows: Rows,
+    micro_batch: int,
+    micro_steps: int,
+) -> None:
     """One rehearsed step on the longest batch. Collective.
 
     Args:

@@ -27,14 +27,18 @@ def make_run_dir(cfg: Config, world: World) -> Path:
         UserError: it cannot be made.
     """
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = Path(world.broadcast(cfg.run_dir or f"runs/{cfg.name}/{stamp}")).expanduser().absolute()
+    folder = (
+        Path(world.broadcast(cfg.run_dir or f"runs/{cfg.name}/{stamp}")).expanduser().absolute()
+    )
     cfg.run_dir = str(folder)
 
     def make() -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot be made: {error.strerror}", str(folder), "Try run_dir=DIR.") from None
+            raise UserError(
+                f"cannot be made: {error.strerror}", str(folder), "Try run_dir=DIR."
+            ) from None
 
     world.on_main(make)
     return folder
@@ -45,7 +49,12 @@ def save_config(cfg: Config, about: dict[str, Any], texts: list[list[int]], run_
     metrics_log.write_json(run_dir / "reference.json", texts)
     metrics_log.write_json(run_dir / "task.json", about)
     values = plain_config(cfg)
-    for section, key in (("model", "path"), ("model", "tokenizer"), ("data", "train"), ("data", "eval")):
+    for section, key in (
+        ("model", "path"),
+        ("model", "tokenizer"),
+        ("data", "train"),
+        ("data", "eval"),
+    ):
         values[section][key] = wherever(values[section][key])
     (run_dir / "config.yaml").write_text(to_yaml(values), encoding="utf-8")
 
@@ -58,15 +67,27 @@ def wherever(path: str | None) -> str | None:
     return local if os.path.exists(local) or glob.glob(local, recursive=True) else path
 
 
-def final_result(result: Result, world: World, optimizer_bytes: int, extra: dict[str, Any]) -> dict[str, Any]:
+def final_result(
+    result: Result, world: World, optimizer_bytes: int, extra: dict[str, Any]
+) -> dict[str, Any]:
     """The object of result.json. Collective: peaks are those of the largest rank."""
     ranks = world.gather((machine.peak_host_bytes(), machine.peak_gpu_bytes(), optimizer_bytes))
     return {
-        "status": result.status, "step": result.step, "loss": result.loss, "eval": result.eval,
-        "tokens": result.tokens, "seconds": result.seconds, "tokens_per_second": result.tokens_per_second,
-        "peak_host_bytes": max(host for host, _, _ in ranks), "peak_gpu_bytes": max(gpu for _, gpu, _ in ranks),
-        "peak_host_bytes_per_rank": [host for host, _, _ in ranks], "peak_gpu_bytes_per_rank": [gpu for _, gpu, _ in ranks],
-        "world_size": world.size, "error": None, "optimizer_bytes_per_rank": [held for _, _, held in ranks], **extra,
+        "status": result.status,
+        "step": result.step,
+        "loss": result.loss,
+        "eval": result.eval,
+        "tokens": result.tokens,
+        "seconds": result.seconds,
+        "tokens_per_second": result.tokens_per_second,
+        "peak_host_bytes": max(host for host, _, _ in ranks),
+        "peak_gpu_bytes": max(gpu for _, gpu, _ in ranks),
+        "peak_host_bytes_per_rank": [host for host, _, _ in ranks],
+        "peak_gpu_bytes_per_rank": [gpu for _, gpu, _ in ranks],
+        "world_size": world.size,
+        "error": None,
+        "optimizer_bytes_per_rank": [held for _, _, held in ranks],
+        **extra,
     }
 
 
@@ -78,21 +99,35 @@ def with_logged(result: Result, run_dir: Path) -> Result:
     return replace(result, loss=last.get("loss"), eval=result.eval or evaluated)
 
 
-def failed_result(run_dir: Path, error: BaseException, world: World, start_host: int, zero_stage: int | None
-                  ) -> dict[str, Any]:
+def failed_result(
+    run_dir: Path, error: BaseException, world: World, start_host: int, zero_stage: int | None
+) -> dict[str, Any]:
     """result.json of a run that ended in an error: what its own lines still tell."""
     last, evaluated = metrics_log.newest(run_dir)
     seconds = metrics_log.training_seconds(run_dir)
     stopped = isinstance(error, Preempted)
-    text = None if stopped else error.render() if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    text = (
+        None
+        if stopped
+        else error.render()
+        if isinstance(error, UserError)
+        else f"{type(error).__name__}: {error}"
+    )
     text = redact_text(text) if text else None
     return {
-        "status": "preempted" if stopped else "failed", "stopped_by": error.reason if stopped else None,
-        "step": last.get("step", 0), "loss": last.get("loss"),
-        "eval": evaluated, "tokens": last.get("tokens", 0),
-        "seconds": seconds, "tokens_per_second": last.get("tokens", 0) / seconds if seconds else 0.0,
-        "peak_host_bytes": machine.peak_host_bytes(), "start_host_bytes": start_host,
-        "peak_gpu_bytes": machine.peak_gpu_bytes(), "world_size": world.size, "zero_stage": zero_stage,
+        "status": "preempted" if stopped else "failed",
+        "stopped_by": error.reason if stopped else None,
+        "step": last.get("step", 0),
+        "loss": last.get("loss"),
+        "eval": evaluated,
+        "tokens": last.get("tokens", 0),
+        "seconds": seconds,
+        "tokens_per_second": last.get("tokens", 0) / seconds if seconds else 0.0,
+        "peak_host_bytes": machine.peak_host_bytes(),
+        "start_host_bytes": start_host,
+        "peak_gpu_bytes": machine.peak_gpu_bytes(),
+        "world_size": world.size,
+        "zero_stage": zero_stage,
         "export": None,
         "error": text,
     }
@@ -122,15 +157,20 @@ class RunLock:
         try:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise UserError(f"cannot be written: {error.strerror}", str(self.path.parent), "Try run_dir=DIR.") from None
+            raise UserError(
+                f"cannot be written: {error.strerror}", str(self.path.parent), "Try run_dir=DIR."
+            ) from None
         deadline = time.monotonic() + PATIENCE_SECONDS
         told = False
         while not _locked(descriptor):
             holder = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
             if time.monotonic() > deadline:
                 os.close(descriptor)
-                raise RunFailed(f"another run is at work here: {holder or 'unknown process'}", str(self.path.parent),
-                                "Stop it (touch STOP in that directory), or choose another run_dir.")
+                raise RunFailed(
+                    f"another run is at work here: {holder or 'unknown process'}",
+                    str(self.path.parent),
+                    "Stop it (touch STOP in that directory), or choose another run_dir.",
+                )
             if say and not told:
                 say(f"waiting for {holder or 'another process'} to leave this run directory")
                 told = True

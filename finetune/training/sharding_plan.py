@@ -45,8 +45,13 @@ def plan_run(cfg: Config, world: World, run_dir: Path, num_labels: int | None) -
 def sharding_of(planned: Plan, cfg: Config, run_dir: Path) -> Sharding:
     """The chosen option in the words of `deepspeed_config.build`."""
     chosen = planned.chosen.option
-    return Sharding(int(chosen.zero.removeprefix("stage")), Offload(chosen.offload_optimizer),
-                    Offload(chosen.offload_params), nvme.run_folder(cfg.zero.nvme_path, run_dir), shape_of(cfg, None).largest())
+    return Sharding(
+        int(chosen.zero.removeprefix("stage")),
+        Offload(chosen.offload_optimizer),
+        Offload(chosen.offload_params),
+        nvme.run_folder(cfg.zero.nvme_path, run_dir),
+        shape_of(cfg, None).largest(),
+    )
 
 
 def shape_of(cfg: Config, num_labels: int | None) -> ModelShape:

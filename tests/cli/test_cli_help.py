@@ -32,7 +32,10 @@ def test_help_lists_every_recipe_group_and_option(name):
         line = re.search(rf"^  {folder.name}=.*(\n {{20,}}.*)*", shown, re.M)
         assert line and folder.name in GROUPS
         assert all(path.stem in line[0] for path in folder.glob("*.yaml"))
-    assert all(f"  {key} " in shown for key in TOP) and len(re.findall(r"^  (python|deepspeed)", shown, re.M)) == 3
+    assert (
+        all(f"  {key} " in shown for key in TOP)
+        and len(re.findall(r"^  (python|deepspeed)", shown, re.M)) == 3
+    )
     assert max(map(len, shown.splitlines())) <= 120
 
 
@@ -47,11 +50,15 @@ def test_every_key_of_an_example_exists(name):
 
 @pytest.mark.parametrize("schema", [*schemas.SCHEMAS.values()])
 def test_every_field_has_a_line(schema):
-    undocumented = {f.name for f in fields(schema) if "Config" not in str(f.type)} - set(field_docs(schema))
+    undocumented = {f.name for f in fields(schema) if "Config" not in str(f.type)} - set(
+        field_docs(schema)
+    )
     assert not undocumented
 
 
-@pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+@pytest.mark.parametrize(
+    "path", sorted(CONF.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}"
+)
 def test_every_option_says_what_it_is(path):
     assert len(first_comment(path)) > 15
 
@@ -103,13 +110,19 @@ MISTYPED = {
 def test_a_mistake_is_answered_with_what_was_meant(words):
     given = words.split()
     with pytest.raises(UserError) as caught:
-        compose_config(given if any(word.startswith("rec") for word in given) else ["recipe=quickstart", *given])
+        compose_config(
+            given
+            if any(word.startswith("rec") for word in given)
+            else ["recipe=quickstart", *given]
+        )
     assert MISTYPED[words] in str(caught.value) and caught.value.exit_code == 2
 
 
 def test_an_option_of_another_program():
     assert "Did you mean optim.lr=...?" in str(unknown_option("--learning_rate", "train", CONF))
-    assert "Did you mean max_new_tokens=...?" in str(unknown_option("--max_new_token=3", "generate", CONF))
+    assert "Did you mean max_new_tokens=...?" in str(
+        unknown_option("--max_new_token=3", "generate", CONF)
+    )
 
 
 def test_their_names_lead_to_keys_that_exist():
@@ -122,27 +135,46 @@ def test_every_script_has_usage():
     assert set(LAUNCH) <= set(USAGE)
 
 
-@pytest.mark.parametrize("line,expected", [
-    ("deepspeed --num_gpus 2 launch/train.py recipe=quick", "recipe=quickstart"),
-    ("python launch/train.py recipe=quickstart optim.we", "optim.weight_decay="),
-    ("python launch/plan.py machine=h2", "machine=h200_141"),
-    ("python launch/train.py model.dtype=", "model.dtype=bf16 model.dtype=fp16 model.dtype=fp32"),
-    ("python launch/train.py data.train=pyproj", "data.train=pyproject.toml"),
-])
+@pytest.mark.parametrize(
+    "line,expected",
+    [
+        ("deepspeed --num_gpus 2 launch/train.py recipe=quick", "recipe=quickstart"),
+        ("python launch/train.py recipe=quickstart optim.we", "optim.weight_decay="),
+        ("python launch/plan.py machine=h2", "machine=h200_141"),
+        (
+            "python launch/train.py model.dtype=",
+            "model.dtype=bf16 model.dtype=fp16 model.dtype=fp32",
+        ),
+        ("python launch/train.py data.train=pyproj", "data.train=pyproject.toml"),
+    ],
+)
 def test_tab_completion(line, expected):
-    script = ('source launch/completion.bash; COMP_LINE="$1"; COMP_POINT=${#1}; read -ra COMP_WORDS <<< "$1"; '
-              'COMP_CWORD=$((${#COMP_WORDS[@]}-1)); _finetune_complete; echo "${COMPREPLY[*]}"')
+    script = (
+        'source launch/completion.bash; COMP_LINE="$1"; COMP_POINT=${#1}; read -ra COMP_WORDS <<< "$1"; '
+        'COMP_CWORD=$((${#COMP_WORDS[@]}-1)); _finetune_complete; echo "${COMPREPLY[*]}"'
+    )
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-    done = subprocess.run(["bash", "-c", script, "bash", line], cwd=ROOT, env={"PATH": path}, text=True,
-                          capture_output=True, check=False)
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", line],
+        cwd=ROOT,
+        env={"PATH": path},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
     assert done.stdout.strip() == expected, done.stderr
 
 
 @pytest.mark.parametrize("name", sorted(schemas.SCHEMAS))
 def test_completion_knows_every_key(name):
     """Read from the schema's source, it must say what the schema says."""
-    done = subprocess.run(["bash", "-c", f"source launch/completion.bash; _finetune_words . {name}"], cwd=ROOT, text=True,
-                          capture_output=True, check=True)
+    done = subprocess.run(
+        ["bash", "-c", f"source launch/completion.bash; _finetune_words . {name}"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=True,
+    )
     shown = {word.split("=")[0] for word in done.stdout.split()}
     groups = set(GROUPS) if name in ("train", "plan") else {"task"} if name == "evaluate" else set()
     keys = {"model" if key == "export_dir" else key for key in all_keys(schemas.SCHEMAS[name])}

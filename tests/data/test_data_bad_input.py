@@ -23,10 +23,17 @@ from finetune.errors import UserError
 
 GOOD = b'{"text": "good"}\n'
 # Text that does not compress well: a cut or a flipped byte then lies in the middle of the data.
-NOISE = "".join(json.dumps({"text": f"{random.Random(i).getrandbits(256):064x}"}) + "\n" for i in range(4000)).encode()
+NOISE = "".join(
+    json.dumps({"text": f"{random.Random(i).getrandbits(256):064x}"}) + "\n" for i in range(4000)
+).encode()
 
 BAD_ROWS = {
-    "broken JSON": ("a.jsonl", GOOD + b'{"text": "a}\n' + GOOD, 2, "broken JSON: Unterminated string"),
+    "broken JSON": (
+        "a.jsonl",
+        GOOD + b'{"text": "a}\n' + GOOD,
+        2,
+        "broken JSON: Unterminated string",
+    ),
     "no comma": (
         "a.jsonl",
         GOOD + b'{"text": "a" "b": 1}\n' + GOOD,
@@ -35,8 +42,18 @@ BAD_ROWS = {
     ),
     "single quotes": ("a.jsonl", GOOD + b"{'text': 'a'}\n" + GOOD, 2, "broken JSON"),
     "cut last line": ("a.jsonl", GOOD * 2 + b'{"text": "go', 3, "may have been cut off"),
-    "invalid UTF-8": ("a.jsonl", GOOD + b'{"text": "caf\xe9"}\n' + GOOD, 2, "invalid UTF-8: byte 0xe9 at position 13"),
-    "half a surrogate": ("a.jsonl", GOOD + b'{"text": "\\ud83d!"}\n' + GOOD, 2, "half a surrogate pair"),
+    "invalid UTF-8": (
+        "a.jsonl",
+        GOOD + b'{"text": "caf\xe9"}\n' + GOOD,
+        2,
+        "invalid UTF-8: byte 0xe9 at position 13",
+    ),
+    "half a surrogate": (
+        "a.jsonl",
+        GOOD + b'{"text": "\\ud83d!"}\n' + GOOD,
+        2,
+        "half a surrogate pair",
+    ),
     "an array": ("a.jsonl", GOOD + b'["a", "b"]\n' + GOOD, 2, "the row is an array, not an object"),
     "a string": ("a.jsonl", GOOD + b'"text"\n' + GOOD, 2, "the row is a string, not an object"),
     "too deep": (
@@ -45,11 +62,36 @@ BAD_ROWS = {
         2,
         "nested too deeply",
     ),
-    "huge number": ("a.jsonl", GOOD + b'{"text": ' + b"1" * 5000 + b"}\n" + GOOD, 2, "broken JSON: Exceeds the limit"),
-    "in a .zst": ("a.jsonl.zst", zstandard.compress(GOOD + b"oops\n" + GOOD), 2, "zstd -dc < .*a.jsonl.zst . sed -n 2p"),
-    "CSV, too many fields": ("a.csv", b"text,n\ngood,1\na,2,3\ngood,4\n", 3, "the row has 3 fields, the header 2"),
-    "CSV, too few fields": ("a.csv", b"text,n\ngood,1\na\ngood,4\n", 3, "the row has 1 fields, the header 2"),
-    "CSV, invalid UTF-8": ("a.csv", b"text,n\ngood,1\ncaf\xe9,2\ngood,4\n", 3, "invalid UTF-8: byte 0xe9"),
+    "huge number": (
+        "a.jsonl",
+        GOOD + b'{"text": ' + b"1" * 5000 + b"}\n" + GOOD,
+        2,
+        "broken JSON: Exceeds the limit",
+    ),
+    "in a .zst": (
+        "a.jsonl.zst",
+        zstandard.compress(GOOD + b"oops\n" + GOOD),
+        2,
+        "zstd -dc < .*a.jsonl.zst . sed -n 2p",
+    ),
+    "CSV, too many fields": (
+        "a.csv",
+        b"text,n\ngood,1\na,2,3\ngood,4\n",
+        3,
+        "the row has 3 fields, the header 2",
+    ),
+    "CSV, too few fields": (
+        "a.csv",
+        b"text,n\ngood,1\na\ngood,4\n",
+        3,
+        "the row has 1 fields, the header 2",
+    ),
+    "CSV, invalid UTF-8": (
+        "a.csv",
+        b"text,n\ngood,1\ncaf\xe9,2\ngood,4\n",
+        3,
+        "invalid UTF-8: byte 0xe9",
+    ),
     "CSV, quote": ("a.csv", b'text,n\n"good",1\n"a"b,2\ngood,4\n', 3, "broken CSV"),
     "text, invalid UTF-8": ("a.txt", b"one\ntwo\ncaf\xe9\n", 3, "invalid UTF-8: byte 0xe9"),
 }
@@ -71,7 +113,9 @@ def test_a_bad_row_is_named_and_the_rest_is_read(tmp_path, kind):
 
 def test_a_surrogate_pair_is_a_character(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "\\ud83d\\ude00"}\n')
-    assert [record for _, record in read(str(tmp_path / "a.jsonl"), "train")] == [{"text": "\U0001f600"}]
+    assert [record for _, record in read(str(tmp_path / "a.jsonl"), "train")] == [
+        {"text": "\U0001f600"}
+    ]
 
 
 def flipped(data: bytes) -> bytes:
@@ -98,7 +142,9 @@ EMPTY_FILES = {
     "separator only": ("a.csv", b"sep=;\n"),
 }
 HTML = b"<!DOCTYPE html>\n<html><body>Not found</body></html>\n"
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 2469606195\n" % (b"4d7a" * 16)
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 2469606195\n" % (
+    b"4d7a" * 16
+)
 
 BAD_FILES = {
     "truncated gz": (
@@ -112,16 +158,32 @@ BAD_FILES = {
         "the gzip stream is truncated; the last good line is 4000",
     ),
     "corrupt gz": ("a.jsonl.gz", flipped(gzip.compress(NOISE)), "the gzip data is damaged"),
-    "no gz": ("a.jsonl.gz", bytes(range(256)) * 9, "the gzip data is damaged .*; no line of it can be read"),
+    "no gz": (
+        "a.jsonl.gz",
+        bytes(range(256)) * 9,
+        "the gzip data is damaged .*; no line of it can be read",
+    ),
     "gz in gz": ("a.jsonl.gz", gzip.compress(gzip.compress(GOOD)), "this file is compressed twice"),
-    "workbook": ("a.csv", b"PK\x03\x04" + NOISE, "this file is a zip archive or an Excel workbook, not .csv"),
+    "workbook": (
+        "a.csv",
+        b"PK\x03\x04" + NOISE,
+        "this file is a zip archive or an Excel workbook, not .csv",
+    ),
     "web page": ("a.jsonl", HTML, "this file is a web page"),
-    "pointer to text": ("a.txt", POINTER, "this is a git-lfs pointer, not the file itself; its 2.30 GiB are still"),
+    "pointer to text": (
+        "a.txt",
+        POINTER,
+        "this is a git-lfs pointer, not the file itself; its 2.30 GiB are still",
+    ),
     "pointer to lines": ("a.jsonl", POINTER, "git-lfs pointer"),
     "pointer to a table": ("a.csv", POINTER, "git-lfs pointer"),
     "pointer to parquet": ("a.parquet", POINTER, "git-lfs pointer"),
     "pointer to an archive": ("a.jsonl.zst", POINTER, "git-lfs pointer"),
-    "UTF-16 without mark": ("a.csv", "text,n\na,1\n".encode("utf-16-le"), "a.csv:1: this file is UTF-16-LE, not UTF-8"),
+    "UTF-16 without mark": (
+        "a.csv",
+        "text,n\na,1\n".encode("utf-16-le"),
+        "a.csv:1: this file is UTF-16-LE, not UTF-8",
+    ),
     "header without names": ("a.csv", b",,\na,b,c\n", "a.csv:1: the first line names no column"),
     "truncated zst": (
         "a.jsonl.zst",
@@ -148,7 +210,11 @@ BAD_FILES = {
         b'{\n "rows": [1],\n "n": 2}',
         "a.json:3: this is one object without an array 'data'",
     ),
-    "JSON data no array": ("a.json", b'{\n "data": {"a": 1}}', "a.json:2: 'data' is an object, not an array"),
+    "JSON data no array": (
+        "a.json",
+        b'{\n "data": {"a": 1}}',
+        "a.json:2: 'data' is an object, not an array",
+    ),
     "JSON is a string": ("a.json", b'"text"', "a.json:1: this is neither an array nor an object"),
     "JSON cut": ("a.json", b'[{"text": "a"},\n{"text": "b', "a.json:2: broken JSON: .*cut off"),
     "JSON cut between": (
@@ -156,10 +222,22 @@ BAD_FILES = {
         b'[{"text": "a"},\n{"text": "b"}',
         "a.json:2: broken JSON: expected ',', found the end",
     ),
-    "JSON broken": ("a.json", b'[{"text": "a"},\n{"text" "b"},\n{"text": "c"}]', "a.json:2: broken JSON"),
-    "JSON trailing comma": ("a.json", b'[{"text": "a"},\n]', "a.json:2: a comma stands before the closing bracket"),
+    "JSON broken": (
+        "a.json",
+        b'[{"text": "a"},\n{"text" "b"},\n{"text": "c"}]',
+        "a.json:2: broken JSON",
+    ),
+    "JSON trailing comma": (
+        "a.json",
+        b'[{"text": "a"},\n]',
+        "a.json:2: a comma stands before the closing bracket",
+    ),
     "JSON and more": ("a.json", b'[{"text": "a"}]\n[1]', "a.json:2: there is more text"),
-    "JSON invalid UTF-8": ("a.json", b'[{"text": "a"},\n{"text": "\xe9"}]', "a.json:2: invalid UTF-8: byte 0xe9"),
+    "JSON invalid UTF-8": (
+        "a.json",
+        b'[{"text": "a"},\n{"text": "\xe9"}]',
+        "a.json:2: invalid UTF-8: byte 0xe9",
+    ),
     "JSON truncated gz": (
         "a.json.gz",
         gzip.compress(b"[" + b",\n".join(NOISE.splitlines()) + b"]")[:-300],
@@ -202,19 +280,28 @@ def test_an_empty_file_is_a_bad_row(tmp_path, toy, kind):
     path = tmp_path / "all" / name
     path.write_bytes(data)
     (fault,) = read(str(path), "train")
-    assert isinstance(fault, UserError) and str(fault).startswith(f"{path}: the file holds no record")
+    assert isinstance(fault, UserError) and str(fault).startswith(
+        f"{path}: the file holds no record"
+    )
     with pytest.raises(UserError, match=r"(?s)no example is left.*the file holds no record"):
         build_store(str(path), "train", toy, on_bad_row="skip")
     (tmp_path / "all" / "good.jsonl").write_bytes(GOOD)
     with pytest.raises(UserError, match="the file holds no record"):
         build_store(str(tmp_path / "all"), "train", toy)
     store = build_store(str(tmp_path / "all"), "train", toy, on_bad_row="skip")
-    assert len(store) == 1 and store.stats["bad_rows"] == 1 and str(path) in store.stats["bad_row_messages"][0]
+    assert (
+        len(store) == 1
+        and store.stats["bad_rows"] == 1
+        and str(path) in store.stats["bad_row_messages"][0]
+    )
 
 
 @pytest.mark.parametrize("cut", range(1, 60))
 def test_every_cut_of_a_zst_or_gz_is_noticed(tmp_path, cut):
-    for name, whole in (("a.jsonl.zst", zstandard.compress(GOOD * 3)), ("a.jsonl.gz", gzip.compress(GOOD * 3))):
+    for name, whole in (
+        ("a.jsonl.zst", zstandard.compress(GOOD * 3)),
+        ("a.jsonl.gz", gzip.compress(GOOD * 3)),
+    ):
         if cut < len(whole):
             (tmp_path / name).write_bytes(whole[:-cut])
             with pytest.raises(UserError, match="truncated"):
@@ -249,7 +336,9 @@ def test_hub_ids_offline_say_so_at_once(tmp_path, monkeypatch, spec):
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     started = time.monotonic()
-    with pytest.raises(UserError, match=f"(?s){spec}: there is no such file.*HF_HUB_OFFLINE.*data.train="):
+    with pytest.raises(
+        UserError, match=f"(?s){spec}: there is no such file.*HF_HUB_OFFLINE.*data.train="
+    ):
         read(spec, "train")
     assert time.monotonic() - started < 10
 
@@ -305,20 +394,31 @@ def mixed(tmp_path, bad: int):
 def test_bad_rows_are_skipped_and_counted(tmp_path, toy):
     store = build_store(mixed(tmp_path, 7), "train", toy, on_bad_row="skip")
     assert store.stats["bad_rows"] == 8 and store.stats["documents"] == 8 == len(store)
-    with pytest.raises(UserError, match=r"(?s)8 bad rows, more than data.max_bad_rows=7.*a.jsonl:2: "):
-        build_store(mixed(tmp_path, 7), "train", toy, on_bad_row="skip", max_bad_rows=7)  # also from the cache
-    assert len(store.stats["bad_row_messages"]) == 5 and ":2: broken JSON" in store.stats["bad_row_messages"][0]
+    with pytest.raises(
+        UserError, match=r"(?s)8 bad rows, more than data.max_bad_rows=7.*a.jsonl:2: "
+    ):
+        build_store(
+            mixed(tmp_path, 7), "train", toy, on_bad_row="skip", max_bad_rows=7
+        )  # also from the cache
+    assert (
+        len(store.stats["bad_row_messages"]) == 5
+        and ":2: broken JSON" in store.stats["bad_row_messages"][0]
+    )
 
 
 def test_too_many_bad_rows_end_the_build(tmp_path, toy):
-    with pytest.raises(UserError, match=r"(?s)4 bad rows, more than data.max_bad_rows=3.*a.jsonl:2: .*a.jsonl:4: "):
+    with pytest.raises(
+        UserError, match=r"(?s)4 bad rows, more than data.max_bad_rows=3.*a.jsonl:2: .*a.jsonl:4: "
+    ):
         build_store(mixed(tmp_path, 7), "train", toy, on_bad_row="skip", max_bad_rows=3)
     assert not list((tmp_path / "cache").glob("*[!k]"))
 
 
 def test_the_first_bad_row_in_order_is_raised(tmp_path, toy):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(GOOD + b'{"other": 1}\n' + b"oops\n")  # the encoder's row stands before the parser's
+    path.write_bytes(
+        GOOD + b'{"other": 1}\n' + b"oops\n"
+    )  # the encoder's row stands before the parser's
     with pytest.raises(UserError, match=r"a.jsonl:2: no text"):
         build_store(str(path), "train", toy)
 
@@ -326,7 +426,9 @@ def test_the_first_bad_row_in_order_is_raised(tmp_path, toy):
 def test_only_bad_or_empty_rows(tmp_path, toy):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"oops\n" * 3)
-    with pytest.raises(UserError, match=r"(?s)no example is left.*3 bad rows.*a.jsonl:1: broken JSON"):
+    with pytest.raises(
+        UserError, match=r"(?s)no example is left.*3 bad rows.*a.jsonl:1: broken JSON"
+    ):
         build_store(str(path), "train", toy, on_bad_row="skip")
     path.write_bytes(b'{"text": ""}\n')
     with pytest.raises(UserError, match=r"no example is left to train on .1 empty record"):

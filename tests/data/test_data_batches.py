@@ -11,7 +11,9 @@ from finetune.data.batches import Order, StepBatches, eval_batches
 
 
 def batches(collate=lambda rows: {"rows": rows}, n=10, **changes):
-    values = dict(global_batch=4, micro_batch=1, world_size=2, rank=0, start_step=0, end_step=6, prefetch=2)
+    values = dict(
+        global_batch=4, micro_batch=1, world_size=2, rank=0, start_step=0, end_step=6, prefetch=2
+    )
     return StepBatches(collate, Order(n, 0, True), **{**values, **changes})
 
 
@@ -39,11 +41,17 @@ def test_a_later_start_is_the_tail_of_the_run():
 def test_the_step_is_the_same_at_any_world_size_and_micro_batch():
     def step_rows(world_size, micro_batch):
         ranks = [
-            rows_of(batches(world_size=world_size, micro_batch=micro_batch, rank=rank)) for rank in range(world_size)
+            rows_of(batches(world_size=world_size, micro_batch=micro_batch, rank=rank))
+            for rank in range(world_size)
         ]
-        return [sorted(row for rank in ranks for rows in rank[step] for row in rows) for step in range(6)]
+        return [
+            sorted(row for rank in ranks for rows in rank[step] for row in rows)
+            for step in range(6)
+        ]
 
-    assert step_rows(1, 1) == step_rows(1, 4) == step_rows(2, 1) == step_rows(2, 2) == step_rows(4, 1)
+    assert (
+        step_rows(1, 1) == step_rows(1, 4) == step_rows(2, 1) == step_rows(2, 2) == step_rows(4, 1)
+    )
 
 
 def test_the_last_partial_step_has_empty_micro_batches():
@@ -90,12 +98,15 @@ def test_it_prepares_ahead_but_not_without_bound():
     while len(made) < 2 * 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.3)
-    assert 2 * 3 <= len(made) <= 2 * 6  # two micro-steps each; one taken, three waiting, one or two in the making
+    assert (
+        2 * 3 <= len(made) <= 2 * 6
+    )  # two micro-steps each; one taken, three waiting, one or two in the making
     iterator.close()
 
 
 @pytest.mark.parametrize(
-    ("n_rows", "batch", "world_size"), [(7, 2, 2), (1, 4, 3), (0, 2, 2), (8, 2, 2), (9, 1, 4), (5, 8, 1)]
+    ("n_rows", "batch", "world_size"),
+    [(7, 2, 2), (1, 4, 3), (0, 2, 2), (8, 2, 2), (9, 1, 4), (5, 8, 1)],
 )
 def test_eval_rows_are_seen_once_by_equally_long_ranks(n_rows, batch, world_size):
     ranks = [eval_batches(n_rows, batch, world_size, rank) for rank in range(world_size)]

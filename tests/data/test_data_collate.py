@@ -17,11 +17,16 @@ from finetune.data.packing import best_fit, document_chunks, one_per_row, stream
 def store_of(tmp_path, texts, columns=("ids", "scored", "weight", "subset", "answer")):
     encoder = ToyEncoder(f"toy {columns}")
     encoder.columns = {name: encoder.columns[name] for name in columns}
-    return build_store(str(write_jsonl(tmp_path / "d.jsonl", [{"text": text} for text in texts])), "train", encoder)
+    return build_store(
+        str(write_jsonl(tmp_path / "d.jsonl", [{"text": text} for text in texts])), "train", encoder
+    )
 
 
 def ids(text: str) -> list[int]:
-    return [EOS if character == "E" else IGNORE if character == "-" else ord(character) for character in text]
+    return [
+        EOS if character == "E" else IGNORE if character == "-" else ord(character)
+        for character in text
+    ]
 
 
 def test_the_example_of_the_docstring(tmp_path):
@@ -74,7 +79,9 @@ def test_no_rows_give_one_ignored_token(tmp_path):
 @pytest.mark.parametrize("seed", range(6))
 def test_every_token_is_a_target_exactly_once(tmp_path, policy, seed):
     rng = np.random.default_rng(seed)
-    texts = ["".join(chr(rng.integers(97, 123)) for _ in range(rng.integers(1, 25))) for _ in range(30)]
+    texts = [
+        "".join(chr(rng.integers(97, 123)) for _ in range(rng.integers(1, 25))) for _ in range(30)
+    ]
     store = store_of(tmp_path, texts)
     rows = policy(store.offsets, 26 if policy is best_fit else int(rng.integers(1, 12)))
     seen: Counter = Counter()

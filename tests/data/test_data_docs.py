@@ -30,7 +30,10 @@ def test_every_key_is_in_the_schema():
     keys = re.findall(r"\b(data|task|train)\.([a-z_]+)(?==|`)", DOC)
     assert len(keys) > 10
     for section, key in keys:
-        assert any(key in {f.name for f in dataclasses.fields(cls)} for cls in SECTIONS[section]), (section, key)
+        assert any(key in {f.name for f in dataclasses.fields(cls)} for cls in SECTIONS[section]), (
+            section,
+            key,
+        )
 
 
 def test_every_format_is_listed():
@@ -40,7 +43,9 @@ def test_every_format_is_listed():
 
 def test_the_error_is_the_one_that_is_shown():
     shown = "data/train-003.jsonl.zst:18204"
-    fault = field_error({"prompt": "", "response": ""}, "completion", shown, "task.completion_field")
+    fault = field_error(
+        {"prompt": "", "response": ""}, "completion", shown, "task.completion_field"
+    )
     assert str(fault) in DOC
 
 

@@ -30,12 +30,14 @@ def texts(spec, **options) -> list[str]:
 @pytest.fixture
 def corpus(tmp_path):
     """A folder made of {name: content}."""
+
     def make(files: dict[str, bytes]):
         for name, data in files.items():
             path = tmp_path / "corpus" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         return tmp_path / "corpus"
+
     return make
 
 
@@ -44,23 +46,51 @@ def notes(train, held_out=None) -> dict[str, list[str]]:
 
 
 def test_every_name_of_json_lines_is_read(corpus):
-    folder = corpus({"a.jsonl": line("a"), "b.ndjson": line("b"), "c.jsonlines": line("c"), "d.NDJSON": line("d"),
-                     "e.ndjson.gz": gzip.compress(line("e")), "f.csv.zst": zstandard.compress(b"text\nf\n"),
-                     "g.json.zst": zstandard.compress(b'[{"text": "g"}]')})
+    folder = corpus(
+        {
+            "a.jsonl": line("a"),
+            "b.ndjson": line("b"),
+            "c.jsonlines": line("c"),
+            "d.NDJSON": line("d"),
+            "e.ndjson.gz": gzip.compress(line("e")),
+            "f.csv.zst": zstandard.compress(b"text\nf\n"),
+            "g.json.zst": zstandard.compress(b'[{"text": "g"}]'),
+        }
+    )
     assert texts(folder) == list("abcdefg") and notes(folder) == {"train": [], "eval": []}
 
 
 def test_files_of_unknown_format_are_told(corpus):
-    folder = corpus({"a.jsonl": line("a"), "b.docx": b"PK", "sub/c.pdf": b"%PDF", "d.jsonl.bz2": b"BZh9"})
+    folder = corpus(
+        {"a.jsonl": line("a"), "b.docx": b"PK", "sub/c.pdf": b"%PDF", "d.jsonl.bz2": b"BZh9"}
+    )
     (note,) = notes(folder)["train"]
-    assert note.startswith("left out, of unknown format (.bz2 .docx .pdf): 3 files, ") and "sub/c.pdf" in note
-    assert notes(f"{folder}/*")["train"] == ["left out, of unknown format (.bz2 .docx): 2 files, "
-                                             f"{folder}/b.docx, {folder}/d.jsonl.bz2"]
+    assert (
+        note.startswith("left out, of unknown format (.bz2 .docx .pdf): 3 files, ")
+        and "sub/c.pdf" in note
+    )
+    assert notes(f"{folder}/*")["train"] == [
+        f"left out, of unknown format (.bz2 .docx): 2 files, {folder}/b.docx, {folder}/d.jsonl.bz2"
+    ]
 
 
 def test_what_commonly_lies_beside_data_is_not_told(corpus):
-    names = ["README.md", "LICENSE", "_SUCCESS", "_committed_1", ".gitattributes", ".cache/x.jsonl", ".b.jsonl.swp", "load.py",
-             "a.jsonl.sha256", "dataset_info.json", "README.txt", "SHA256SUMS", "__MACOSX/a.jsonl", "CITATION.cff"]
+    names = [
+        "README.md",
+        "LICENSE",
+        "_SUCCESS",
+        "_committed_1",
+        ".gitattributes",
+        ".cache/x.jsonl",
+        ".b.jsonl.swp",
+        "load.py",
+        "a.jsonl.sha256",
+        "dataset_info.json",
+        "README.txt",
+        "SHA256SUMS",
+        "__MACOSX/a.jsonl",
+        "CITATION.cff",
+    ]
     folder = corpus({"a.jsonl": line("a"), **dict.fromkeys(names, b"about the data")})
     for spec in (folder, f"{folder}/*"):
         assert texts(spec) == ["a"] and notes(spec) == {"train": [], "eval": []}
@@ -72,8 +102,12 @@ def test_a_data_file_may_be_called_notice(corpus):
 
 @pytest.mark.parametrize("pattern", ["", "/*", "/*.jsonl*"])
 def test_a_file_beside_its_compressed_copy_is_refused(corpus, pattern):
-    folder = corpus({"a.jsonl": line("a"), "a.jsonl.zst": zstandard.compress(line("a")), "b.jsonl": line("b")})
-    with pytest.raises(UserError, match=r"a.jsonl and a.jsonl.zst are probably the same data") as caught:
+    folder = corpus(
+        {"a.jsonl": line("a"), "a.jsonl.zst": zstandard.compress(line("a")), "b.jsonl": line("b")}
+    )
+    with pytest.raises(
+        UserError, match=r"a.jsonl and a.jsonl.zst are probably the same data"
+    ) as caught:
         texts(f"{folder}{pattern}")
     command = caught.value.remedy.split("e.g.: ")[1]
     subprocess.run(command, shell=True, check=True)
@@ -81,52 +115,94 @@ def test_a_file_beside_its_compressed_copy_is_refused(corpus, pattern):
 
 
 def test_copies_and_several_formats_are_told(corpus):
-    folder = corpus({"a.jsonl": line("a"), "copy of a.jsonl": line("a"), "b.csv": b"text\nb\n", "b.jsonl": line("b")})
+    folder = corpus(
+        {
+            "a.jsonl": line("a"),
+            "copy of a.jsonl": line("a"),
+            "b.csv": b"text\nb\n",
+            "b.jsonl": line("b"),
+        }
+    )
     same, formats = notes(folder)["train"]
-    assert same == f"read although their content is the same: 2 files, {folder}/a.jsonl, {folder}/copy of a.jsonl"
-    assert formats == f"read although the same name is there in several formats: {folder}/b{{.csv,.jsonl}}"
+    assert (
+        same
+        == f"read although their content is the same: 2 files, {folder}/a.jsonl, {folder}/copy of a.jsonl"
+    )
+    assert (
+        formats
+        == f"read although the same name is there in several formats: {folder}/b{{.csv,.jsonl}}"
+    )
 
 
 def test_evaluation_files_among_the_training_files_are_told(corpus, tmp_path):
     folder = corpus({"part-0.jsonl": line("a"), "part-1.jsonl": line("b"), "held.jsonl": line("c")})
     (note,) = notes(folder, folder / "held.jsonl")["eval"]
-    assert note.startswith(f"trained on as well: 1 of 1 file, {folder}/held.jsonl; figures on these rows tell")
+    assert note.startswith(
+        f"trained on as well: 1 of 1 file, {folder}/held.jsonl; figures on these rows tell"
+    )
     assert len(notes(f"{folder}/*.jsonl", folder)["eval"]) == 1
     shutil.copy(folder / "held.jsonl", tmp_path / "other.jsonl")  # the same rows under another name
     assert len(notes(folder, tmp_path / "other.jsonl")["eval"]) == 1
     assert len(notes(folder / "held.jsonl", folder / "held.jsonl")["eval"]) == 1
     assert notes(folder / "part-0.jsonl", folder / "held.jsonl") == {"train": [], "eval": []}
-    assert len(data_notes(DataConfig(train="org/name", eval="org/name", eval_split="train"))["eval"]) == 1
+    assert (
+        len(data_notes(DataConfig(train="org/name", eval="org/name", eval_split="train"))["eval"])
+        == 1
+    )
     assert data_notes(DataConfig(train="org/name", eval="org/name")) == {"train": [], "eval": []}
 
 
-@pytest.mark.parametrize("name", ["data/test-00000-of-00001.jsonl", "validation.jsonl", "dev/0.jsonl", "my_eval.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["data/test-00000-of-00001.jsonl", "validation.jsonl", "dev/0.jsonl", "my_eval.jsonl"]
+)
 def test_files_named_like_held_out_data_are_told(corpus, name):
-    folder = corpus({"data/train-00000-of-00001.jsonl": line("a"), name: line("b"), "latest.jsonl": line("c")})
+    folder = corpus(
+        {"data/train-00000-of-00001.jsonl": line("a"), name: line("b"), "latest.jsonl": line("c")}
+    )
     (note,) = notes(folder)["train"]
-    assert note.startswith(f"trained on although named like held-out data: 1 file, {folder}/{name}; ")
+    assert note.startswith(
+        f"trained on although named like held-out data: 1 file, {folder}/{name}; "
+    )
     assert notes(folder / name) == {"train": [], "eval": []}  # it was named itself
 
 
 def test_several_files_with_commas(corpus, monkeypatch):
-    folder = corpus({"a.jsonl": line("a"), "b.jsonl": line("b"), "sub/c.jsonl": line("c"), "d,e.jsonl": line("d")})
+    folder = corpus(
+        {
+            "a.jsonl": line("a"),
+            "b.jsonl": line("b"),
+            "sub/c.jsonl": line("c"),
+            "d,e.jsonl": line("d"),
+        }
+    )
     monkeypatch.chdir(folder)
     assert texts("b.jsonl,a.jsonl") == ["b", "a"] and texts("sub, b*.jsonl") == ["c", "b"]
     assert texts("d,e.jsonl") == ["d"]  # a file of this very name
-    with pytest.raises(UserError, match=r"(?s)there is no such file or directory: c.jsonl\n.*Nearest in .*jsonl"):
+    with pytest.raises(
+        UserError, match=r"(?s)there is no such file or directory: c.jsonl\n.*Nearest in .*jsonl"
+    ):
         texts("a.jsonl,c.jsonl")
     with pytest.raises(UserError, match=r"a.jsonl is named twice"):
         texts("a.jsonl,a.jsonl")
 
 
-@pytest.mark.parametrize(("spec", "remedy"), [
-    ("https://example.org/data/a.jsonl?x=1", "curl -fL -o a.jsonl 'https://example.org/data/a.jsonl?x=1'\n  Then data.train=a.jsonl"),
-    ("https://huggingface.co/datasets/o/n/blob/main/a.csv", "https://huggingface.co/datasets/o/n/resolve/main/a.csv"),
-    ("https://huggingface.co/datasets/o/n", "Try data.train=o/n"),
-    ("https://github.com/o/n/blob/main/a.csv", "https://github.com/o/n/raw/main/a.csv"),
-    ("file:///tmp/a.jsonl", "Try data.train=/tmp/a.jsonl"),
-    ("s3://bucket/a.jsonl", "Copy it to this machine"),
-])
+@pytest.mark.parametrize(
+    ("spec", "remedy"),
+    [
+        (
+            "https://example.org/data/a.jsonl?x=1",
+            "curl -fL -o a.jsonl 'https://example.org/data/a.jsonl?x=1'\n  Then data.train=a.jsonl",
+        ),
+        (
+            "https://huggingface.co/datasets/o/n/blob/main/a.csv",
+            "https://huggingface.co/datasets/o/n/resolve/main/a.csv",
+        ),
+        ("https://huggingface.co/datasets/o/n", "Try data.train=o/n"),
+        ("https://github.com/o/n/blob/main/a.csv", "https://github.com/o/n/raw/main/a.csv"),
+        ("file:///tmp/a.jsonl", "Try data.train=/tmp/a.jsonl"),
+        ("s3://bucket/a.jsonl", "Copy it to this machine"),
+    ],
+)
 def test_addresses_are_refused_with_the_way_to_their_content(spec, remedy):
     with pytest.raises(UserError, match="this is an address") as caught:
         read(spec, "train")
@@ -141,12 +217,18 @@ def test_the_content_says_how_a_file_is_compressed(corpus, name, pack):
 
 def test_parquet_under_another_name_and_text_in_binary_columns(corpus, tmp_path):
     turns = pyarrow.list_(pyarrow.struct({"role": pyarrow.binary()}))
-    table = pyarrow.table({"text": pyarrow.array([b"caf\xc3\xa9", None], pyarrow.binary()),
-                           "image": pyarrow.array([b"\x89PNG", b"\xff"], pyarrow.large_binary()),
-                           "turns": pyarrow.array([[{"role": b"user"}], []], turns)})
+    table = pyarrow.table(
+        {
+            "text": pyarrow.array([b"caf\xc3\xa9", None], pyarrow.binary()),
+            "image": pyarrow.array([b"\x89PNG", b"\xff"], pyarrow.large_binary()),
+            "turns": pyarrow.array([[{"role": b"user"}], []], turns),
+        }
+    )
     pyarrow.parquet.write_table(table, tmp_path / "a.jsonl")
     assert [row[1] for row in read(str(tmp_path / "a.jsonl"), "train")] == [
-        {"text": "caf\u00e9", "image": b"\x89PNG", "turns": [{"role": "user"}]}, {"text": None, "image": b"\xff", "turns": []}]
+        {"text": "caf\u00e9", "image": b"\x89PNG", "turns": [{"role": "user"}]},
+        {"text": None, "image": b"\xff", "turns": []},
+    ]
 
 
 def test_the_remedy_for_a_pointer_fetches_its_repository(corpus):
@@ -156,7 +238,12 @@ def test_the_remedy_for_a_pointer_fetches_its_repository(corpus):
         texts(folder / "a b" / "a.jsonl")
     assert caught.value.remedy == f"git lfs install && git -C '{folder}/a b' lfs pull"
     # A text about pointers is none.
-    about = corpus({"about.txt": b"The file begins: version https://git-lfs.github.com/spec/v1\n", "long.txt": pointer + b"x" * 1024})
+    about = corpus(
+        {
+            "about.txt": b"The file begins: version https://git-lfs.github.com/spec/v1\n",
+            "long.txt": pointer + b"x" * 1024,
+        }
+    )
     assert texts(about / "about.txt") and texts(about / "long.txt")
 
 
@@ -177,7 +264,9 @@ SAMPLES = {
 def test_the_remedy_for_another_encoding_decodes_the_file(tmp_path, encoding, name):
     """Both of its ways, the key and the command, give the text that was written."""
     text = SAMPLES[encoding]
-    written = {"csv": f"text\n\"{text}\"\n", "txt": text}.get(name.split(".")[1], json.dumps({"text": text}, ensure_ascii=False))
+    written = {"csv": f'text\n"{text}"\n', "txt": text}.get(
+        name.split(".")[1], json.dumps({"text": text}, ensure_ascii=False)
+    )
     data = written.encode(encoding)
     path = tmp_path / name
     path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
@@ -193,14 +282,20 @@ def test_the_remedy_for_another_encoding_decodes_the_file(tmp_path, encoding, na
 
 
 def test_one_bad_line_of_a_file_in_utf8_is_no_other_encoding(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes('{"text": "caf\u00e9"}\n'.encode() + b'{"text": "caf\xe9"}\n')
+    (tmp_path / "a.jsonl").write_bytes(
+        '{"text": "caf\u00e9"}\n'.encode() + b'{"text": "caf\xe9"}\n'
+    )
     fault = list(read(str(tmp_path / "a.jsonl"), "train"))[1]
-    assert "other lines of this file are valid UTF-8" in str(fault) and "encoding" not in fault.remedy
+    assert (
+        "other lines of this file are valid UTF-8" in str(fault) and "encoding" not in fault.remedy
+    )
 
 
 def test_a_wrong_encoding_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("caf\u00e9", encoding="utf-8")
-    with pytest.raises(UserError, match=r"this file is UTF-8, which data.encoding=cp1252 would garble"):
+    with pytest.raises(
+        UserError, match=r"this file is UTF-8, which data.encoding=cp1252 would garble"
+    ):
         texts(tmp_path / "a.txt", encoding="cp1252")
     (tmp_path / "b.txt").write_bytes(b"one\n\x81two")
     with pytest.raises(UserError, match=r"b.txt:2: this is not cp1252: byte 0x81"):

@@ -11,7 +11,11 @@ def test_permutation_is_the_same_on_every_machine():
     # Golden: a changed generator would silently reorder every resumed run.
     assert permutation(0, 0, 10).tolist() == [0, 7, 8, 6, 9, 5, 1, 3, 2, 4]
     assert permutation(42, 3, 8).tolist() == [4, 7, 1, 0, 2, 6, 5, 3]
-    assert permutation(0, 0, 10).tolist() != permutation(0, 1, 10).tolist() != permutation(1, 0, 10).tolist()
+    assert (
+        permutation(0, 0, 10).tolist()
+        != permutation(0, 1, 10).tolist()
+        != permutation(1, 0, 10).tolist()
+    )
     assert sorted(permutation(7, 3, 1000).tolist()) == list(range(1000))
 
 
@@ -46,7 +50,9 @@ def test_step_positions_as_drawn():
 @pytest.mark.parametrize("end", [None, 31, 25, 24])
 def test_a_step_holds_the_same_positions_for_any_layout(micro_batch, world_size, end):
     step = 2
-    ranks = [step_positions(step, 12, micro_batch, world_size, rank, end) for rank in range(world_size)]
+    ranks = [
+        step_positions(step, 12, micro_batch, world_size, rank, end) for rank in range(world_size)
+    ]
     assert {len(rank) for rank in ranks} == {12 // (micro_batch * world_size)}
     flat = [p for micro in zip(*ranks, strict=True) for positions in micro for p in positions]
     assert flat == [p for p in range(24, 36) if end is None or p < end]

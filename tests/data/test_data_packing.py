@@ -7,7 +7,14 @@ import time
 import numpy as np
 import pytest
 
-from finetune.data.packing import Rows, best_fit, document_chunks, efficiency, one_per_row, stream_blocks
+from finetune.data.packing import (
+    Rows,
+    best_fit,
+    document_chunks,
+    efficiency,
+    one_per_row,
+    stream_blocks,
+)
 
 
 def offsets_of(lengths) -> np.ndarray:
@@ -15,8 +22,13 @@ def offsets_of(lengths) -> np.ndarray:
 
 
 def as_lists(rows: Rows) -> list[list[tuple[int, int, int]]]:
-    segments = list(zip(rows.starts.tolist(), rows.lengths.tolist(), rows.examples.tolist(), strict=True))
-    return [segments[a:b] for a, b in zip(rows.pointers[:-1].tolist(), rows.pointers[1:].tolist(), strict=True)]
+    segments = list(
+        zip(rows.starts.tolist(), rows.lengths.tolist(), rows.examples.tolist(), strict=True)
+    )
+    return [
+        segments[a:b]
+        for a, b in zip(rows.pointers[:-1].tolist(), rows.pointers[1:].tolist(), strict=True)
+    ]
 
 
 def naive_stream(lengths, max_length):
@@ -59,7 +71,11 @@ def test_one_per_row():
 def test_best_fit_fills_the_tightest_row():
     # 6 and 5 open rows; 4 needs a third; 3 goes to 5+3; 2 to 6+2; 2 to 4+2.
     rows = best_fit(offsets_of([2, 5, 3, 6, 4, 2]), 8)
-    assert as_lists(rows) == [[(0, 2, 0), (10, 6, 3)], [(2, 5, 1), (7, 3, 2)], [(16, 4, 4), (20, 2, 5)]]
+    assert as_lists(rows) == [
+        [(0, 2, 0), (10, 6, 3)],
+        [(2, 5, 1), (7, 3, 2)],
+        [(16, 4, 4), (20, 2, 5)],
+    ]
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -67,8 +83,12 @@ def test_streams_and_chunks_equal_naive_loops(seed):
     rng = np.random.default_rng(seed)
     lengths = [*rng.integers(0, 30, rng.integers(1, 40)).tolist(), 1]
     max_length = int(rng.integers(1, 17))
-    assert as_lists(stream_blocks(offsets_of(lengths), max_length)) == naive_stream(lengths, max_length)
-    assert as_lists(document_chunks(offsets_of(lengths), max_length)) == naive_chunks(lengths, max_length)
+    assert as_lists(stream_blocks(offsets_of(lengths), max_length)) == naive_stream(
+        lengths, max_length
+    )
+    assert as_lists(document_chunks(offsets_of(lengths), max_length)) == naive_chunks(
+        lengths, max_length
+    )
 
 
 def naive_best_fit(lengths, max_length):
@@ -92,7 +112,9 @@ def test_best_fit_equals_the_textbook_algorithm(seed):
     fills = sorted(sum(length for _, length, _ in row) for row in as_lists(rows))
     assert fills == naive_best_fit(lengths.tolist(), 20)
     assert sorted(rows.examples.tolist()) == list(range(200))
-    assert (offsets_of(lengths)[rows.examples] == rows.starts).all() and (lengths[rows.examples] == rows.lengths).all()
+    assert (offsets_of(lengths)[rows.examples] == rows.starts).all() and (
+        lengths[rows.examples] == rows.lengths
+    ).all()
     assert all(row == sorted(row) for row in as_lists(rows))
     assert [row[0] for row in as_lists(rows)] == sorted(row[0] for row in as_lists(rows))
 

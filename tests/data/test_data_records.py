@@ -15,7 +15,14 @@ from finetune.data import compressed_files, formats, large_json
 from finetune.data.sources import MISSING, field_error, get_field, read
 from finetune.errors import UserError
 
-TEXTS = ["first", "with \u2028 a line separator", 'quotes " and, commas', "two\nlines", "Ünïcödé 😀 中文", "last"]
+TEXTS = [
+    "first",
+    "with \u2028 a line separator",
+    'quotes " and, commas',
+    "two\nlines",
+    "Ünïcödé 😀 中文",
+    "last",
+]
 RECORDS = [{"text": text, "n": str(i)} for i, text in enumerate(TEXTS)]
 JSONL = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
 
@@ -50,7 +57,9 @@ FORMATS = {
     "skippable.jsonl.zst": lambda: b"\x50\x2a\x4d\x18\x04\0\0\0abcd" + zstandard.compress(JSONL),
     "array.json": lambda: json.dumps(RECORDS).encode(),
     "pretty.json": lambda: json.dumps(RECORDS, indent=2).encode(),
-    "data.json": lambda: json.dumps({"version": "v2.0", "data": RECORDS, "more": [1]}, indent=1).encode(),
+    "data.json": lambda: json.dumps(
+        {"version": "v2.0", "data": RECORDS, "more": [1]}, indent=1
+    ).encode(),
     "line.json": lambda: json.dumps({"version": "v2.0", "data": RECORDS}).encode(),
     "lines.json": lambda: JSONL,
     "array.json.gz": lambda: gzip.compress(json.dumps(RECORDS).encode()),
@@ -75,10 +84,14 @@ def test_parquet(tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
-@pytest.mark.parametrize("name", [n for n in FORMATS if "pretty" in n or "data" in n or "zst" in n or "members" in n])
+@pytest.mark.parametrize(
+    "name", [n for n in FORMATS if "pretty" in n or "data" in n or "zst" in n or "members" in n]
+)
 def test_chunk_borders_do_not_matter(tmp_path, monkeypatch, name, size):
     monkeypatch.setattr(compressed_files, "READ_BYTES", size)
-    assert [record for _, record in read(plain(tmp_path, name, FORMATS[name]()), "train")] == RECORDS
+    assert [
+        record for _, record in read(plain(tmp_path, name, FORMATS[name]()), "train")
+    ] == RECORDS
 
 
 def test_a_number_on_a_chunk_border_is_not_cut(tmp_path, monkeypatch):
@@ -95,7 +108,13 @@ def test_places(tmp_path):
     assert [where for where, _ in read(table, "train")] == [f"{table}:2", f"{table}:5"]
     array = plain(tmp_path, "a.json", b'[{"text": "a"},\n {"text": "b"}]')
     assert [where for where, _ in read(array, "train")] == [f"{array}:1[0]", f"{array}:2[1]"]
-    long = plain(tmp_path, "b.json", b'{"version": 1,\n"data": [\n' + b",\n".join(b'{"text": "%d"}' % i for i in range(9)) + b"]}")
+    long = plain(
+        tmp_path,
+        "b.json",
+        b'{"version": 1,\n"data": [\n'
+        + b",\n".join(b'{"text": "%d"}' % i for i in range(9))
+        + b"]}",
+    )
     assert [where for where, _ in read(long, "train")] == [f"{long}:{3 + i}[{i}]" for i in range(9)]
     text = plain(tmp_path, "a.txt", b"one\ntwo\n")
     assert list(read(text, "train")) == [(text, {"text": "one\ntwo\n"})]
@@ -127,7 +146,10 @@ def test_globs_and_directories_are_sorted_and_recursive(tmp_path):
         (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
     texts = [record["text"] for _, record in read(str(tmp_path), "train")]
     assert texts == ["a.jsonl", "b.jsonl", "sub/c.jsonl"]
-    assert [r["text"] for _, r in read(str(tmp_path / "*.jsonl"), "train")] == ["a.jsonl", "b.jsonl"]
+    assert [r["text"] for _, r in read(str(tmp_path / "*.jsonl"), "train")] == [
+        "a.jsonl",
+        "b.jsonl",
+    ]
     assert [r["text"] for _, r in read(str(tmp_path / "s*/**/*.jsonl"), "train")] == ["sub/c.jsonl"]
 
 
@@ -146,14 +168,17 @@ def test_assets_are_specs():
 def test_saved_datasets(tmp_path):
     from datasets import Dataset, DatasetDict
 
-    DatasetDict({"train": Dataset.from_list(RECORDS), "other": Dataset.from_list(RECORDS[:1])}).save_to_disk(
-        tmp_path / "d"
-    )
+    DatasetDict(
+        {"train": Dataset.from_list(RECORDS), "other": Dataset.from_list(RECORDS[:1])}
+    ).save_to_disk(tmp_path / "d")
     Dataset.from_list(RECORDS[1:]).save_to_disk(tmp_path / "single")
     assert list(read(str(tmp_path / "d"), "train"))[1] == (f"{tmp_path / 'd'}[1]", RECORDS[1])
     assert [record for _, record in read(str(tmp_path / "d"), "other")] == RECORDS[:1]
     assert [record for _, record in read(str(tmp_path / "single"), "train")] == RECORDS[1:]
-    with pytest.raises(UserError, match=r"no split 'validation'; there is train, other\n  Try data.eval_split=train"):
+    with pytest.raises(
+        UserError,
+        match=r"no split 'validation'; there is train, other\n  Try data.eval_split=train",
+    ):
         list(read(str(tmp_path / "d"), "validation"))
 
 
@@ -169,7 +194,10 @@ def test_get_field():
 
 def test_field_error_suggests_the_field_that_is_meant():
     fault = field_error(
-        {"prompt": "p", "response": "r"}, "completion", "data/train-003.jsonl.zst:18204", "task.completion_field"
+        {"prompt": "p", "response": "r"},
+        "completion",
+        "data/train-003.jsonl.zst:18204",
+        "task.completion_field",
     )
     assert str(fault) == (
         "data/train-003.jsonl.zst:18204: field 'completion' is missing; this record has 'prompt', "
@@ -180,7 +208,11 @@ def test_field_error_suggests_the_field_that_is_meant():
 @pytest.mark.parametrize(
     ("record", "field", "best"),
     [
-        ({"id": 7, "content": "some text", "url": "http://a.very.long.address/that/goes/on"}, "text", "content"),
+        (
+            {"id": 7, "content": "some text", "url": "http://a.very.long.address/that/goes/on"},
+            "text",
+            "content",
+        ),
         ({"id": "1", "body_text": "x"}, "text", "body_text"),
         ({"sentiment": "pos", "review": "good film"}, "label", "sentiment"),
         ({"meta": {"text": "x"}, "id": "a"}, "text", "meta.text"),
@@ -195,7 +227,9 @@ def test_the_suggested_field(record, field, best):
 def test_a_highly_repetitive_archive_does_not_fill_the_memory(tmp_path, suffix):
     line = b'{"text": "' + b"hello " * 1000 + b'"}\n'
     pack = gzip.compress if suffix == "gz" else zstandard.compress
-    path = plain(tmp_path, f"a.jsonl.{suffix}", pack(line * 10_000))  # 60 MB of text in less than 200 kB
+    path = plain(
+        tmp_path, f"a.jsonl.{suffix}", pack(line * 10_000)
+    )  # 60 MB of text in less than 200 kB
     assert max(map(len, compressed_files.chunks(tmp_path / f"a.jsonl.{suffix}"))) < 16 << 20
     assert sum(1 for _ in read(path, "train")) == 10_000
 
@@ -224,7 +258,10 @@ def test_a_directory_is_its_data_files_those_behind_links_too(tmp_path):
         (tmp_path / "all" / name).write_text('{"text": "about the data"}')
     (tmp_path / "all/link").symlink_to(tmp_path / "other")
     (tmp_path / "other/back").symlink_to(tmp_path / "all")
-    assert [record["text"] for _, record in read(str(tmp_path / "all"), "train")] == ["all/a.jsonl", "other/b.jsonl"]
+    assert [record["text"] for _, record in read(str(tmp_path / "all"), "train")] == [
+        "all/a.jsonl",
+        "other/b.jsonl",
+    ]
 
 
 def test_home_is_expanded_and_suffixes_have_no_case(tmp_path, monkeypatch):
@@ -236,12 +273,19 @@ def test_home_is_expanded_and_suffixes_have_no_case(tmp_path, monkeypatch):
 
 def test_one_object_per_line_whatever_the_length_of_the_first(tmp_path):
     texts = ["long " * 200_000, "short"]
-    (tmp_path / "a.json").write_text("\n" * 400_000 + "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "a.json").write_text(
+        "\n" * 400_000 + "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    )
     assert [record["text"] for _, record in read(str(tmp_path / "a.json"), "train")] == texts
 
 
 def test_dates_that_python_does_not_know_are_bad_rows(tmp_path):
-    table = pyarrow.table({"text": ["a", "b"], "day": pyarrow.array([10**7, 1], pyarrow.int32()).cast(pyarrow.date32())})
+    table = pyarrow.table(
+        {
+            "text": ["a", "b"],
+            "day": pyarrow.array([10**7, 1], pyarrow.int32()).cast(pyarrow.date32()),
+        }
+    )
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     bad, good = read(str(tmp_path / "a.parquet"), "train")
     assert isinstance(bad, UserError) and "a.parquet[0]" in str(bad) and good[1]["text"] == "b"
@@ -249,4 +293,6 @@ def test_dates_that_python_does_not_know_are_bad_rows(tmp_path):
 
 def test_a_tab_separates_a_tsv_whatever_its_header_holds(tmp_path):
     (tmp_path / "a.tsv").write_text("text\tlabel, raw\ngood\t1\n")
-    assert [record for _, record in read(str(tmp_path / "a.tsv"), "train")] == [{"text": "good", "label, raw": "1"}]
+    assert [record for _, record in read(str(tmp_path / "a.tsv"), "train")] == [
+        {"text": "good", "label, raw": "1"}
+    ]

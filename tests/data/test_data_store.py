@@ -32,10 +32,28 @@ def test_columns(spec, toy):
     store = build_store(spec, "train", toy)
     assert len(store) == 4
     assert store.offsets.tolist() == [0, 4, 7, 11, 13]
-    assert store.column("ids").tolist() == [97, 66, 99, EOS, 100, 69, EOS, 120, 121, 122, EOS, 100, EOS]
+    assert store.column("ids").tolist() == [
+        97,
+        66,
+        99,
+        EOS,
+        100,
+        69,
+        EOS,
+        120,
+        121,
+        122,
+        EOS,
+        100,
+        EOS,
+    ]
     assert store.column("scored").tolist() == [1, 0, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1]
     assert store.column("weight").tolist() == [3, 2, 3, 1]
-    assert store.column("subset").tolist() == [0, 1, 2, 1] and store.names("subset") == ["a", "d", "x"]
+    assert store.column("subset").tolist() == [0, 1, 2, 1] and store.names("subset") == [
+        "a",
+        "d",
+        "x",
+    ]
     assert [store.blob("answer", i) for i in range(4)] == [b"Bc", b"E", b"yz", b""]
     assert store.column("ids").dtype == np.uint16 and store.offsets.dtype == np.int64
     with pytest.raises(ValueError, match="read-only"):
@@ -60,13 +78,22 @@ def test_stats(spec, toy):
 def test_lengths_histogram_has_power_of_two_bins(tmp_path, toy):
     texts = ["x" * (length - 1) for length in (2, 3, 4, 5, 8, 9, 1024, 1025)]
     spec = str(write_jsonl(tmp_path / "l.jsonl", [{"text": text} for text in texts]))
-    assert build_store(spec, "train", toy).stats["lengths"] == {"2": 1, "4": 2, "8": 2, "16": 1, "1024": 1, "2048": 1}
+    assert build_store(spec, "train", toy).stats["lengths"] == {
+        "2": 1,
+        "4": 2,
+        "8": 2,
+        "16": 1,
+        "1024": 1,
+        "2048": 1,
+    }
 
 
 def test_batches_are_cut_by_size_and_keep_the_order(tmp_path, toy, monkeypatch):
     monkeypatch.setattr(cache_builder, "BATCH_BYTES", 50)
     texts = [chr(97 + i % 26) * (1 + i % 7) for i in range(500)]
-    store = build_store(str(write_jsonl(tmp_path / "d.jsonl", [{"text": t} for t in texts])), "train", toy)
+    store = build_store(
+        str(write_jsonl(tmp_path / "d.jsonl", [{"text": t} for t in texts])), "train", toy
+    )
     assert toy.batches > 20
     assert "".join(map(chr, store.column("ids"))) == "".join(text + "\0" for text in texts)
 
@@ -77,7 +104,10 @@ def test_the_second_build_encodes_nothing(spec):
     assert build_store(spec, "train", second).path == path
     assert (first.batches, second.batches) == (1, 0)
     assert path.parent == default_cache_dir()
-    assert open_store(path).column("ids").tolist() == build_store(spec, "train", second).column("ids").tolist()
+    assert (
+        open_store(path).column("ids").tolist()
+        == build_store(spec, "train", second).column("ids").tolist()
+    )
 
 
 def test_what_invalidates_the_cache(spec, tmp_path):
@@ -223,7 +253,11 @@ def test_a_killed_builder_blocks_nobody_and_leaves_no_store(spec, tmp_path):
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
     spec = str(write_jsonl(tmp_path / "big.jsonl", [{"text": "a" * 1000}] * 3000))
     _, err = process(spec, tmp_path, limit=1 << 20).communicate(timeout=120)
-    assert "the token cache cannot be written" in err and "data.cache_dir=" in err and "Traceback" not in err
+    assert (
+        "the token cache cannot be written" in err
+        and "data.cache_dir=" in err
+        and "Traceback" not in err
+    )
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
 
 

@@ -12,7 +12,12 @@ from finetune.assets.paths import asset, resolve
 from finetune.data import encode_clm as text_module
 from finetune.data.cache import build_store
 from finetune.data.encode_clm import TextEncoder, TextTokenizer, _pieces
-from finetune.data.tokenizer import build_gptj_tokenizer, load_tokenizer, token_limit, tokenizer_fingerprint
+from finetune.data.tokenizer import (
+    build_gptj_tokenizer,
+    load_tokenizer,
+    token_limit,
+    tokenizer_fingerprint,
+)
 from finetune.errors import UserError
 
 SAMPLES = [
@@ -31,7 +36,9 @@ SAMPLES = [
 def test_gptj_tokenizer(tokenizer):
     assert len(tokenizer) == 50400
     assert tokenizer.eos_token_id == tokenizer.bos_token_id == tokenizer.unk_token_id == 50256
-    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|extratoken_1|>", "<|extratoken_143|>"]) == [
+    assert tokenizer.convert_tokens_to_ids(
+        ["<|endoftext|>", "<|extratoken_1|>", "<|extratoken_143|>"]
+    ) == [
         50256,
         50257,
         50399,
@@ -57,8 +64,12 @@ def test_gptj_tokenizer(tokenizer):
 def test_saved_tokenizer_reloads_identically(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     for again in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))):
-        assert len(again) == 50400 and again.eos_token_id == 50256 and again.model_max_length == 2048
-        assert [again.encode(sample) for sample in SAMPLES] == [tokenizer.encode(sample) for sample in SAMPLES]
+        assert (
+            len(again) == 50400 and again.eos_token_id == 50256 and again.model_max_length == 2048
+        )
+        assert [again.encode(sample) for sample in SAMPLES] == [
+            tokenizer.encode(sample) for sample in SAMPLES
+        ]
         assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
 
 
@@ -109,7 +120,11 @@ def test_a_token_without_a_row_is_named_with_its_line(marked, tmp_path, on_bad_r
 def test_a_large_tokenizer_is_fine_where_its_tokens_do_not_occur(marked, tmp_path):
     encoder, limit = TextEncoder(marked, "text", None), token_limit(marked, 50400, "")
     spec = str(write_jsonl(tmp_path / "x.jsonl", [{"text": "hello"}, {"text": "im_end"}]))
-    assert len(build_store(spec, "train", encoder, limit=limit)) == len(build_store(spec, "train", encoder, limit=limit)) == 2
+    assert (
+        len(build_store(spec, "train", encoder, limit=limit))
+        == len(build_store(spec, "train", encoder, limit=limit))
+        == 2
+    )
 
 
 def test_most_tokenizers_need_no_check(tokenizer, marked):
@@ -129,17 +144,33 @@ def test_documents_end_with_eos_and_know_their_subset(tokenizer, tmp_path):
         {"text": "a<|endoftext|>b", "meta": {"pile_set_name": None}},
     ]
     store = build_store(
-        str(write_jsonl(tmp_path / "d.jsonl", records)), "train", TextEncoder(tokenizer, "text", "meta.pile_set_name")
+        str(write_jsonl(tmp_path / "d.jsonl", records)),
+        "train",
+        TextEncoder(tokenizer, "text", "meta.pile_set_name"),
     )
-    assert store.column("ids").tolist() == [15496, 995, 50256, 3886, 68, 50256, 64, 50256, 65, 50256]
+    assert store.column("ids").tolist() == [
+        15496,
+        995,
+        50256,
+        3886,
+        68,
+        50256,
+        64,
+        50256,
+        65,
+        50256,
+    ]
     assert store.offsets.tolist() == [0, 3, 6, 10]
     assert store.names("subset") == ["Wiki", ""] and store.column("subset").tolist() == [0, 1, 1]
-    assert store.stats["documents"] == 4 and store.stats["tokens_by_name"] == {"subset": {"": 7, "Wiki": 3}}
+    assert store.stats["documents"] == 4 and store.stats["tokens_by_name"] == {
+        "subset": {"": 7, "Wiki": 3}
+    }
 
 
 def test_encoder_fingerprint(tokenizer):
     prints = {
-        TextEncoder(tokenizer, *fields).fingerprint() for fields in (("text", None), ("text", "meta"), ("body", None))
+        TextEncoder(tokenizer, *fields).fingerprint()
+        for fields in (("text", None), ("text", "meta"), ("body", None))
     }
     assert len(prints) == 3
 

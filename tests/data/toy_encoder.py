@@ -41,7 +41,13 @@ class ToyEncoder:
     def _example(self, text):
         ids = [ord(character) for character in text] + [EOS]
         scored = np.array([not character.isupper() for character in text] + [True])
-        return {"ids": ids, "scored": scored, "weight": len(text), "subset": text[0], "answer": text.encode()[1:]}
+        return {
+            "ids": ids,
+            "scored": scored,
+            "weight": len(text),
+            "subset": text[0],
+            "answer": text.encode()[1:],
+        }
 
 
 def write_jsonl(path: Path, records: list) -> Path:

@@ -35,11 +35,16 @@ def train(overrides: list[str]) -> tuple[list[float], list[float]]:
     model = _model(cfg, task)
     trained = [p for p in model.parameters() if p.requires_grad]
     betas = tuple(cfg.optim.betas)
-    optimizer = torch.optim.AdamW(trained, lr=cfg.optim.lr, betas=betas, weight_decay=0.0, foreach=False)
+    optimizer = torch.optim.AdamW(
+        trained, lr=cfg.optim.lr, betas=betas, weight_decay=0.0, foreach=False
+    )
     losses, norms = [], []
     for step in range(cfg.train.steps):
         first = step * cfg.train.global_batch
-        chosen = [_row(position, cfg.seed, len(store)) for position in range(first, first + cfg.train.global_batch)]
+        chosen = [
+            _row(position, cfg.seed, len(store))
+            for position in range(first, first + cfg.train.global_batch)
+        ]
         parts = [_loss(model, task, store, i) for i in chosen]
         count = sum(n for _, n in parts)
         loss = sum(part for part, _ in parts) / count
@@ -57,36 +62,49 @@ def _row(position: int, seed: int, rows: int) -> int:
 
 
 def _model(cfg, task):
-    ours = build_model(cfg.model, task.head, device=torch.device("cpu"), seed=cfg.seed, num_labels=task.num_labels)
-    config = transformers.GPTJConfig.from_pretrained(cfg.model.path, num_labels=task.num_labels or 2)
+    ours = build_model(
+        cfg.model, task.head, device=torch.device("cpu"), seed=cfg.seed, num_labels=task.num_labels
+    )
+    config = transformers.GPTJConfig.from_pretrained(
+        cfg.model.path, num_labels=task.num_labels or 2
+    )
     config._attn_implementation, config.pad_token_id = "eager", None
     theirs = getattr(transformers, ARCHITECTURES[task.head])(config)
     theirs.load_state_dict(ours.state_dict())
     if type(cfg.adapter).__name__ == "FullConfig":
         return theirs
     torch.manual_seed(cfg.seed)
-    return peft.get_peft_model(theirs, adapters.peft_config(cfg.adapter, task.head), autocast_adapter_dtype=False)
+    return peft.get_peft_model(
+        theirs, adapters.peft_config(cfg.adapter, task.head), autocast_adapter_dtype=False
+    )
 
 
 def _loss(model, task, store, i: int) -> tuple[torch.Tensor, float]:
     """Summed loss of one example, and what it counts."""
-    a, b = store.offsets[i: i + 2]
+    a, b = store.offsets[i : i + 2]
     ids = torch.tensor(store.column("ids")[a:b].astype("int64"))
     found: list[torch.Tensor] = []
-    layer = [module for name, module in model.named_modules()
-             if name.endswith((LAYERS[task.head], f"{LAYERS[task.head]}.modules_to_save.default"))][-1]
+    layer = [
+        module
+        for name, module in model.named_modules()
+        if name.endswith((LAYERS[task.head], f"{LAYERS[task.head]}.modules_to_save.default"))
+    ][-1]
     hook = layer.register_forward_hook(lambda module, given, output: found.append(output[0]))
     run_peft(model, ids)
     hook.remove()
-    out = found[0][-len(ids):]
+    out = found[0][-len(ids) :]
     if task.head == "classify":
         names = sorted(store.names("label"))
         target = names.index(store.names("label")[store.column("label")[i]])
         return F.cross_entropy(out[-1], torch.tensor(target)), 1
     if task.head == "qa":
         first = int(store.column("context_at")[i])
-        sides = [F.cross_entropy(out[first:, side], torch.tensor(int(store.column(name)[i]) - first))
-                 for side, name in enumerate(("start", "end"))]
+        sides = [
+            F.cross_entropy(out[first:, side], torch.tensor(int(store.column(name)[i]) - first))
+            for side, name in enumerate(("start", "end"))
+        ]
         return (sides[0] + sides[1]) / 2, 1
     scored = torch.tensor(store.column("scored")[a:b].astype(bool))
-    return F.cross_entropy(out[:-1][scored[1:]], ids[1:][scored[1:]], reduction="sum"), int(scored[1:].sum())
+    return F.cross_entropy(out[:-1][scored[1:]], ids[1:][scored[1:]], reduction="sum"), int(
+        scored[1:].sum()
+    )

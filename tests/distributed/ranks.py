@@ -29,11 +29,25 @@ def run_cases(ranks: int, cases: list[list[str]], timeout: int = 600) -> None:
     port = str(free_port())
     processes = []
     for rank in range(ranks):
-        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port,
-                            "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT),
-                            "OMP_NUM_THREADS": "1"}
-        processes.append(subprocess.Popen([sys.executable, __file__, json.dumps(cases)], env=env, text=True,
-                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        env = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "MASTER_PORT": port,
+            "LOCAL_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, __file__, json.dumps(cases)],
+                env=env,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        )
     outputs = [p.communicate(timeout=timeout)[0] for p in processes]
     assert all(p.returncode == 0 for p in processes), "\n".join(outputs)[-6000:]
 

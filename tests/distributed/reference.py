@@ -15,15 +15,20 @@ import torch.nn.functional as F
 from transformers import GPTJForCausalLM
 
 
-def rows_of(documents: list[list[int]], length: int, packing: bool) -> list[list[tuple[list[int], list[int]]]]:
+def rows_of(
+    documents: list[list[int]], length: int, packing: bool
+) -> list[list[tuple[list[int], list[int]]]]:
     """Rows as lists of (ids, targets), one pair per piece of a document; -1 marks a target that does not exist."""
     pieces_by_row: list[list[tuple[list[int], list[int]]]] = []
     if packing:
         flat = [(d, i) for d, ids in enumerate(documents) for i in range(len(ids))]
         chunks = [flat[i : i + length] for i in range(0, len(flat), length)]
     else:
-        chunks = [[(d, i) for i in range(j, min(j + length, len(ids)))]
-                  for d, ids in enumerate(documents) for j in range(0, len(ids), length)]
+        chunks = [
+            [(d, i) for i in range(j, min(j + length, len(ids)))]
+            for d, ids in enumerate(documents)
+            for j in range(0, len(ids), length)
+        ]
     for chunk in chunks:
         row: dict[int, tuple[list[int], list[int]]] = {}
         for d, i in chunk:
@@ -34,21 +39,42 @@ def rows_of(documents: list[list[int]], length: int, packing: bool) -> list[list
     return pieces_by_row
 
 
-def train(checkpoint: Path, data: Path, tokenizer, *, steps: int, global_batch: int, length: int, packing: bool,
-          lr: float, weight_decay: float, clip: float, seed: int, dtype: torch.dtype = torch.float32,
-          wrap=None) -> tuple[list[float], dict[str, torch.Tensor]]:
+def train(
+    checkpoint: Path,
+    data: Path,
+    tokenizer,
+    *,
+    steps: int,
+    global_batch: int,
+    length: int,
+    packing: bool,
+    lr: float,
+    weight_decay: float,
+    clip: float,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    wrap=None,
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of each step, and the first step's clipped gradients by name."""
     from finetune.data.batches import permutation
 
     texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
     documents = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
     rows = rows_of(documents, length, packing)
-    model = GPTJForCausalLM.from_pretrained(checkpoint, dtype=dtype, attn_implementation="eager").eval()
+    model = GPTJForCausalLM.from_pretrained(
+        checkpoint, dtype=dtype, attn_implementation="eager"
+    ).eval()
     model = wrap(model) if wrap else model
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    decay, plain = [p for p in named.values() if p.ndim >= 2], [p for p in named.values() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}],
-                                  lr=lr, foreach=False)
+    decay, plain = (
+        [p for p in named.values() if p.ndim >= 2],
+        [p for p in named.values() if p.ndim < 2],
+    )
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=lr,
+        foreach=False,
+    )
     losses, first = [], {}
     for step in range(steps):
         chosen = []

@@ -17,25 +17,55 @@ from finetune.training.trainer import better
 from tests.distributed.ranks import metrics, run_cases
 
 STEPS = 6
-CASES = {"full": ["zero=stage2", "adapter=full"], "lora": ["zero=stage3", "adapter=lora", "adapter.targets=all-linear"]}
+CASES = {
+    "full": ["zero=stage2", "adapter=full"],
+    "lora": ["zero=stage3", "adapter=lora", "adapter.targets=all-linear"],
+}
 
 
 @pytest.fixture(scope="module")
-def runs(pocket_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(
+    pocket_gptj: Path, unequal_documents: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     root = tmp_path_factory.mktemp("best")
     # After its start the learning rate is so high that the model gets worse.
-    common = ["recipe=clm_pile", f"model.path={pocket_gptj}", "model.dtype=fp32", f"data.train={unequal_documents}",
-              f"data.eval={unequal_documents}", "task.max_length=128", f"train.steps={STEPS}", "train.global_batch=4",
-              "train.micro_batch=2", "train.eval_every=1", "optim.schedule=constant", f"optim.warmup={STEPS}",
-              "optim.grad_clip=0", "export.verify=false", "checkpoint.best=true", "seed=5"]
-    run_cases(2, [[*common, *words, f"optim.lr={lr}", f"run_dir={root / name}"]
-                  for (name, words), lr in zip(CASES.items(), (2.0, 60.0), strict=True)])
+    common = [
+        "recipe=clm_pile",
+        f"model.path={pocket_gptj}",
+        "model.dtype=fp32",
+        f"data.train={unequal_documents}",
+        f"data.eval={unequal_documents}",
+        "task.max_length=128",
+        f"train.steps={STEPS}",
+        "train.global_batch=4",
+        "train.micro_batch=2",
+        "train.eval_every=1",
+        "optim.schedule=constant",
+        f"optim.warmup={STEPS}",
+        "optim.grad_clip=0",
+        "export.verify=false",
+        "checkpoint.best=true",
+        "seed=5",
+    ]
+    run_cases(
+        2,
+        [
+            [*common, *words, f"optim.lr={lr}", f"run_dir={root / name}"]
+            for (name, words), lr in zip(CASES.items(), (2.0, 60.0), strict=True)
+        ],
+    )
     return root
 
 
-@pytest.mark.parametrize(("direction", "values", "best"), [
-    ("min", [math.nan, 2.0, 1.0, math.nan, 1.5], 2), ("max", [math.nan, 0.2, 0.9, math.nan, 0.5], 2),
-    ("min", [math.nan, math.inf, 3.0], 2), ("max", [0.5, math.nan], 0)])
+@pytest.mark.parametrize(
+    ("direction", "values", "best"),
+    [
+        ("min", [math.nan, 2.0, 1.0, math.nan, 1.5], 2),
+        ("max", [math.nan, 0.2, 0.9, math.nan, 0.5], 2),
+        ("min", [math.nan, math.inf, 3.0], 2),
+        ("max", [0.5, math.nan], 0),
+    ],
+)
 def test_what_is_not_a_number_is_never_the_best(direction, values, best):
     so_far, chosen = None, None
     for place, value in enumerate(values):
@@ -62,15 +92,23 @@ def test_the_best_step_is_kept_and_exported(runs, name):
     assert checkpoint_of(run) == (run, folder)
 
     saved = saved_masters(folder)
-    exported = {key: value for file in (run / "export").glob("*.safetensors") for key, value in load_file(file).items()}
+    exported = {
+        key: value
+        for file in (run / "export").glob("*.safetensors")
+        for key, value in load_file(file).items()
+    }
     assert exported
     compared = 0
     for name in saved.names():
         key = name.replace(".default.", ".")
         if key not in exported:
             key = f"base_model.model.{key}" if f"base_model.model.{key}" in exported else key
-        torch.testing.assert_close(exported[key].flatten().float(),
-                                   saved.read(name, "master", 0, exported[key].numel()), rtol=0, atol=0)
+        torch.testing.assert_close(
+            exported[key].flatten().float(),
+            saved.read(name, "master", 0, exported[key].numel()),
+            rtol=0,
+            atol=0,
+        )
         compared += 1
     assert compared == len(exported)
     lines = metrics(run)
@@ -84,14 +122,37 @@ def judged(pocket_gptj: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A classifier whose accuracy and loss are best at different steps, judged by either."""
     root = tmp_path_factory.mktemp("judged")
     data = root / "rows.jsonl"
-    rows = [{"text": text, "label": label} for text, label in zip("abcdefgh", [0, 0, 0, 0, 0, 1, 1, 1], strict=True)]
+    rows = [
+        {"text": text, "label": label}
+        for text, label in zip("abcdefgh", [0, 0, 0, 0, 0, 1, 1, 1], strict=True)
+    ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = ["recipe=classify_lora", f"model.path={pocket_gptj}", "model.dtype=fp32", f"data.train={data}",
-              f"data.eval={data}", "task.max_length=16", "train.epochs=null", "train.steps=8", "train.global_batch=8",
-              "train.micro_batch=8", "train.eval_every=1", "optim.schedule=constant", "optim.warmup=0", "optim.lr=3e-3",
-              "zero=stage0", "export.enabled=false", "checkpoint.best=true", "seed=1"]
-    judges = {"own": [], "loss": ["train.metric=loss"], "patient": ["train.early_stopping=2"],
-              "patient-loss": ["train.early_stopping=2", "train.metric=loss"]}
+    common = [
+        "recipe=classify_lora",
+        f"model.path={pocket_gptj}",
+        "model.dtype=fp32",
+        f"data.train={data}",
+        f"data.eval={data}",
+        "task.max_length=16",
+        "train.epochs=null",
+        "train.steps=8",
+        "train.global_batch=8",
+        "train.micro_batch=8",
+        "train.eval_every=1",
+        "optim.schedule=constant",
+        "optim.warmup=0",
+        "optim.lr=3e-3",
+        "zero=stage0",
+        "export.enabled=false",
+        "checkpoint.best=true",
+        "seed=1",
+    ]
+    judges = {
+        "own": [],
+        "loss": ["train.metric=loss"],
+        "patient": ["train.early_stopping=2"],
+        "patient-loss": ["train.early_stopping=2", "train.metric=loss"],
+    }
     run_cases(1, [[*common, *words, f"run_dir={root / name}"] for name, words in judges.items()])
     again = root / "again"
     shutil.copytree(root / "own", again)
@@ -100,7 +161,9 @@ def judged(pocket_gptj: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "metric", "better"), [("own", "accuracy", max), ("loss", "loss", min)])
+@pytest.mark.parametrize(
+    ("name", "metric", "better"), [("own", "accuracy", max), ("loss", "loss", min)]
+)
 def test_best_is_by_the_metric_that_is_named(judged, name, metric, better):
     run = judged / name
     evaluated = {line["step"]: line for line in metrics(run, "eval")}
@@ -114,10 +177,14 @@ def test_best_is_by_the_metric_that_is_named(judged, name, metric, better):
 
 @pytest.mark.slow
 def test_early_stopping_follows_the_same_metric(judged):
-    by = {name: [line[metric] for line in metrics(judged / name, "eval")]
-          for name, metric in (("patient", "accuracy"), ("patient-loss", "loss"))}
+    by = {
+        name: [line[metric] for line in metrics(judged / name, "eval")]
+        for name, metric in (("patient", "accuracy"), ("patient-loss", "loss"))
+    }
     whole = [line["accuracy"] for line in metrics(judged / "own", "eval")]
-    assert len(by["patient"]) < len(by["patient-loss"]) == 8, "the loss still falls where accuracy stands still"
+    assert len(by["patient"]) < len(by["patient-loss"]) == 8, (
+        "the loss still falls where accuracy stands still"
+    )
     stop = len(by["patient"])
     assert by["patient"] == whole[:stop] and max(whole[: stop - 2]) >= max(whole[stop - 2 : stop])
 
@@ -126,4 +193,8 @@ def test_early_stopping_follows_the_same_metric(judged):
 def test_a_resumed_run_with_another_metric_compares_it_with_no_value_of_the_old_one(judged):
     result = json.loads((judged / "again" / "result.json").read_text())
     last = metrics(judged / "again", "eval")[-1]
-    assert last["step"] == 9 and (result["best_metric"], result["best"], result["best_step"]) == ("loss", last["loss"], 9)
+    assert last["step"] == 9 and (result["best_metric"], result["best"], result["best_step"]) == (
+        "loss",
+        last["loss"],
+        9,
+    )

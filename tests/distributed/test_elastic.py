@@ -95,7 +95,9 @@ def whole_tensors(run_dir: Path) -> dict[tuple[str, str], torch.Tensor]:
         for key, tensor in load_file(file).items():
             name, start, kind = key.rsplit("|", 2)
             parts.setdefault((name, kind), {})[int(start)] = tensor
-    return {key: torch.cat([pieces[start] for start in sorted(pieces)]) for key, pieces in parts.items()}
+    return {
+        key: torch.cat([pieces[start] for start in sorted(pieces)]) for key, pieces in parts.items()
+    }
 
 
 @pytest.mark.slow
@@ -113,7 +115,9 @@ def test_states_travel_bit_for_bit(results, n):
     assert got.keys() == wanted.keys() and len(wanted) > 40
     for key, tensor in wanted.items():
         assert torch.equal(got[key], tensor), key
-    assert any(tensor.abs().sum() > 0 for (_, kind), tensor in wanted.items() if kind == "exp_avg_sq")
+    assert any(
+        tensor.abs().sum() > 0 for (_, kind), tensor in wanted.items() if kind == "exp_avg_sq"
+    )
 
 
 @pytest.mark.slow

@@ -12,12 +12,16 @@ from finetune.sharding.engine import NORM_PIECE, NORM_ROW, row_norms
 @pytest.mark.parametrize("size", [1, NORM_ROW - 1, NORM_ROW, NORM_PIECE["cpu"] + 3 * NORM_ROW + 17])
 def test_norm_of_the_rows_norms(size, dtype):
     gradient = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    torch.testing.assert_close(row_norms(gradient).double().norm(), gradient.double().norm(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        row_norms(gradient).double().norm(), gradient.double().norm(), rtol=1e-6, atol=0
+    )
 
 
 def test_a_matrix_is_taken_as_it_lies():
     gradient = torch.randn(70, 33).T
-    torch.testing.assert_close(row_norms(gradient).double().norm(), gradient.double().norm(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        row_norms(gradient).double().norm(), gradient.double().norm(), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -16,7 +16,9 @@ def cases(request: pytest.FixtureRequest) -> list[Case]:
 
 
 @pytest.fixture(scope="session")
-def runs(small_gptj: Path, cases: list[Case], tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+def runs(
+    small_gptj: Path, cases: list[Case], tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> Path:
     """Folder with a run of each case, named by the case; the first worker that asks trains for all."""
     if worker_id == "master":
         folder = tmp_path_factory.mktemp("exports")
@@ -38,6 +40,8 @@ def find_run(runs: Path, cases: list[Case]):
     """find_run(head, adapter): the folder of the first such run."""
 
     def find(head: str, adapter: str) -> Path:
-        return runs / next(case.name for case in cases if case.head == head and case.adapter == adapter)
+        return runs / next(
+            case.name for case in cases if case.head == head and case.adapter == adapter
+        )
 
     return find

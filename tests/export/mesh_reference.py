@@ -14,6 +14,7 @@ NORM = "replicated_layer_norm"
 
 def random_state(rng, layers: int, width: int, vocabulary: int, cores: int) -> list[dict]:
     """One pytree per core: {"params": {module: {leaf: array}}, "step": ()}; norms are replicated."""
+
     def draw(*shape):
         return rng.normal(0, 0.3, shape).astype(np.float32)
 
@@ -23,19 +24,32 @@ def random_state(rng, layers: int, width: int, vocabulary: int, cores: int) -> l
     norms = {f"layer_{i}": norm() for i in range(layers)} | {"projection_shard": norm()}
     states = []
     for _ in range(cores):
-        params = {"embedding_shard/~/linear": {"w": draw(vocabulary // cores, width), "b": draw(width)},
-                  "projection_shard/~/linear": {"w": draw(width, vocabulary // cores), "b": draw(vocabulary // cores)}}
+        params = {
+            "embedding_shard/~/linear": {"w": draw(vocabulary // cores, width), "b": draw(width)},
+            "projection_shard/~/linear": {
+                "w": draw(width, vocabulary // cores),
+                "b": draw(vocabulary // cores),
+            },
+        }
         for i in range(layers):
             part = width // cores
-            shapes = {"linear": (width, part), "linear_1": (width, part), "linear_2": (width, part),
-                      "linear_3": (part, width), "linear_4": (width, 4 * part), "linear_5": (4 * part, width)}
+            shapes = {
+                "linear": (width, part),
+                "linear_1": (width, part),
+                "linear_2": (width, part),
+                "linear_3": (part, width),
+                "linear_4": (width, 4 * part),
+                "linear_5": (4 * part, width),
+            }
             for name, shape in shapes.items():
                 params[f"layer_{i}/~/{name}"] = {"w": draw(*shape)}
             params[f"layer_{i}/~/linear_4"]["b"] = draw(4 * part)
             params[f"layer_{i}/~/linear_5"]["b"] = draw(width)
         for module, values in norms.items():
             params[f"{module}/~/{NORM}"] = {key: value.copy() for key, value in values.items()}
-        named = {f"causal_transformer_shard/~/{module}": values for module, values in params.items()}
+        named = {
+            f"causal_transformer_shard/~/{module}": values for module, values in params.items()
+        }
         states.append({"params": named, "step": np.int32(7)})
     return states
 
@@ -52,7 +66,11 @@ def save(states: list[dict], folder: Path, convert=np.asarray, optimizer: bool =
     for core, state in enumerate(states):
         (folder / f"shard_{core}").mkdir(parents=True)
         params = [convert(leaf) for leaf in flatten(state["params"])]
-        front = [np.int32(1), *[p * 0 for p in params], *[p * 0 + 1 for p in params], np.int32(1)] if optimizer else []
+        front = (
+            [np.int32(1), *[p * 0 for p in params], *[p * 0 + 1 for p in params], np.int32(1)]
+            if optimizer
+            else []
+        )
         arrays = [*front, *params, np.asarray(state["step"])]
         size, more = divmod(len(arrays), 16)
         for i in range(16):
@@ -62,7 +80,10 @@ def save(states: list[dict], folder: Path, convert=np.asarray, optimizer: bool =
 
 def forward(states: list[dict], ids: list[int], heads: int, rotary: int) -> np.ndarray:
     """Logits (T, V) in fp64, every core by itself, summed where the original has psum."""
-    trees = [{k.removeprefix("causal_transformer_shard/~/"): v for k, v in s["params"].items()} for s in states]
+    trees = [
+        {k.removeprefix("causal_transformer_shard/~/"): v for k, v in s["params"].items()}
+        for s in states
+    ]
     cores, rows = len(trees), trees[0]["embedding_shard/~/linear"]["w"].shape[0]
     x = 0.0
     for core, tree in enumerate(trees):
@@ -81,10 +102,14 @@ def forward(states: list[dict], ids: list[int], heads: int, rotary: int) -> np.n
 
 def _layer(tree: dict, prefix: str, x: np.ndarray, heads: int, rotary: int) -> np.ndarray:
     x = _norm(x, tree[prefix + NORM])
-    q, v, k = (np.reshape(x @ tree[prefix + name]["w"], (len(x), heads, -1))
-               for name in ("linear", "linear_1", "linear_2"))
+    q, v, k = (
+        np.reshape(x @ tree[prefix + name]["w"], (len(x), heads, -1))
+        for name in ("linear", "linear_1", "linear_2")
+    )
     q, k = _rotate(q, rotary), _rotate(k, rotary)
-    scores = np.einsum("thd,Thd->htT", q, k) / np.sqrt(q.shape[-1]) - 1e10 * (1 - np.tril(np.ones((len(x), len(x)))))
+    scores = np.einsum("thd,Thd->htT", q, k) / np.sqrt(q.shape[-1]) - 1e10 * (
+        1 - np.tril(np.ones((len(x), len(x))))
+    )
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     attended = np.einsum("htT,Thd->thd", weights, v).reshape(len(x), -1)
@@ -95,12 +120,21 @@ def _layer(tree: dict, prefix: str, x: np.ndarray, heads: int, rotary: int) -> n
 
 
 def _norm(x: np.ndarray, leaf: dict) -> np.ndarray:
-    return leaf["scale"] * (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) + leaf["offset"]
+    return (
+        leaf["scale"] * (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        + leaf["offset"]
+    )
 
 
 def _rotate(x: np.ndarray, size: int) -> np.ndarray:
     """The first `size` dimensions, in neighbouring pairs."""
     angles = np.outer(np.arange(len(x)), 1 / 10000 ** (np.arange(0, size, 2) / size))[:, None]
     even, odd = x[..., :size:2], x[..., 1:size:2]
-    turned = np.stack([even * np.cos(angles) - odd * np.sin(angles), odd * np.cos(angles) + even * np.sin(angles)], -1)
+    turned = np.stack(
+        [
+            even * np.cos(angles) - odd * np.sin(angles),
+            odd * np.cos(angles) + even * np.sin(angles),
+        ],
+        -1,
+    )
     return np.concatenate([turned.reshape(*x.shape[:-1], size), x[..., size:]], -1)

@@ -31,11 +31,15 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     def bits(t):
         return t.contiguous().view(torch.int16 if t.element_size() == 2 else torch.int32)
 
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(bits(a[k]), bits(b[k])) for k in a)
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and torch.equal(bits(a[k]), bits(b[k])) for k in a
+    )
 
 
 def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+    return {
+        k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,9 @@ def tiny(tmp_path_factory) -> Path:
     """A GPT-J in Hugging Face's form with signed zeros among its biases."""
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
-    model = GPTJForCausalLM(GPTJConfig(n_embd=WIDTH, n_layer=3, n_head=HEADS, rotary_dim=ROTARY, vocab_size=VOCABULARY))
+    model = GPTJForCausalLM(
+        GPTJConfig(n_embd=WIDTH, n_layer=3, n_head=HEADS, rotary_dim=ROTARY, vocab_size=VOCABULARY)
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -94,16 +100,25 @@ def test_what_we_write_is_what_the_original_would_read(tiny, tmp_path):
     shapes = mesh_reference.random_state(np.random.default_rng(1), 3, WIDTH, VOCABULARY, CORES)
     states = []
     for core, state in enumerate(shapes):
-        leaves = [a[k] for i in range(16) for a in [np.load(mesh / f"shard_{core}/{i}.npz")] for k in a.files]
+        leaves = [
+            a[k]
+            for i in range(16)
+            for a in [np.load(mesh / f"shard_{core}/{i}.npz")]
+            for k in a.files
+        ]
         wanted = mesh_reference.flatten(state)
         assert [np.shape(leaf) for leaf in leaves] == [np.shape(leaf) for leaf in wanted]
         values = iter(leaves)
-        params = {k: {n: next(values) for n in sorted(v)} for k, v in sorted(state["params"].items())}
+        params = {
+            k: {n: next(values) for n in sorted(v)} for k, v in sorted(state["params"].items())
+        }
         states.append({"params": params, "step": next(values)})
     model = GPTJForCausalLM.from_pretrained(tiny, dtype=torch.float64)
     with torch.no_grad():
         wanted = model(torch.tensor([IDS])).logits[0].numpy()
-    np.testing.assert_allclose(mesh_reference.forward(states, IDS, HEADS, ROTARY), wanted, atol=1e-9)
+    np.testing.assert_allclose(
+        mesh_reference.forward(states, IDS, HEADS, ROTARY), wanted, atol=1e-9
+    )
 
 
 def test_bfloat16_arrays_have_the_type_that_numpy_gives_jax_arrays(tiny, tmp_path):
@@ -129,13 +144,18 @@ def test_published_forms_become_sharded_safetensors(tiny, tmp_path, form):
         index = {"weight_map": {k: f"part{i}.bin" for i, half in enumerate(halves) for k in half}}
         (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     else:
-        save_file({k.removeprefix("transformer."): v for k, v in tensors.items()}, source / "model.safetensors")
+        save_file(
+            {k.removeprefix("transformer."): v for k, v in tensors.items()},
+            source / "model.safetensors",
+        )
     target = convert(source, tmp_path / "target", "dtype=bf16", "max_shard_gib=0.00002")
     assert len(list(target.glob("model-*.safetensors"))) > 2
     assert same_bits(all_tensors(target), {k: v.to(torch.bfloat16) for k, v in tensors.items()})
     assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
     model, told = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
-    assert model.dtype == torch.bfloat16 and not told["missing_keys"] and not told["unexpected_keys"]
+    assert (
+        model.dtype == torch.bfloat16 and not told["missing_keys"] and not told["unexpected_keys"]
+    )
     assert len(AutoTokenizer.from_pretrained(target)) == 50400
 
 
@@ -145,15 +165,21 @@ def test_an_export_in_another_precision_says_so(tiny, tmp_path):
     (source / "finetune.json").write_text(json.dumps({"head": "lm", "dtype": "fp32", "base": "x"}))
     (source / "README.md").write_text("in fp32, SHA-256 ...")
     target = convert(source, tmp_path / "target", "dtype=bf16")
-    assert json.loads((target / "finetune.json").read_text()) == {"head": "lm", "dtype": "bf16", "base": "x"}
+    assert json.loads((target / "finetune.json").read_text()) == {
+        "head": "lm",
+        "dtype": "bf16",
+        "base": "x",
+    }
     assert not (target / "README.md").exists()
 
 
 def test_wrong_use_is_explained(tiny, states, tmp_path):
     mesh_reference.save(states, tmp_path / "mesh")
     cases = [
-        (tmp_path / "mesh", [], "number of heads"), (tmp_path / "nowhere", [], "no directory"),
-        (tiny, ["to=tpu"], "to = tpu"), (tiny, ["to=jax", "shards=3"], "shards = 3"),
+        (tmp_path / "mesh", [], "number of heads"),
+        (tmp_path / "nowhere", [], "no directory"),
+        (tiny, ["to=tpu"], "to = tpu"),
+        (tiny, ["to=jax", "shards=3"], "shards = 3"),
     ]
     for source, words, message in cases:
         with pytest.raises(UserError, match=message):

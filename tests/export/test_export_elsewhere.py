@@ -14,7 +14,13 @@ import yaml
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    pipeline,
+)
 
 from finetune.cli.app import compose_config
 from finetune.cli.evaluate import run as evaluate
@@ -28,8 +34,12 @@ from finetune.inference.sample import Sampling
 from finetune.inference.speaker import load_speaker
 from tests.export.test_export_matrix import AUTO, exported
 
-TEXTS = ["Man wins.", "Scientists find that water on the moon is wetter than expected, officials say", "No",
-         "Local man insists that he is fine " * 3]
+TEXTS = [
+    "Man wins.",
+    "Scientists find that water on the moon is wetter than expected, officials say",
+    "No",
+    "Local man insists that he is fine " * 3,
+]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +56,10 @@ def merged(find_run):
 
 
 def probabilities(speaker) -> np.ndarray:
-    rows = [classify_text(speaker.trained.module, speaker.task, [text], speaker.device) for text in TEXTS]
+    rows = [
+        classify_text(speaker.trained.module, speaker.task, [text], speaker.device)
+        for text in TEXTS
+    ]
     return np.array([list(row["probabilities"].values()) for row in rows])
 
 
@@ -60,9 +73,20 @@ def test_plain_transformers_pools_the_trained_token(merged, side):
     assert model.config.pad_token_id == tokenizer.pad_token_id == 50257 != tokenizer.eos_token_id
     batches = [[text] for text in TEXTS] if side == "alone" else [TEXTS]
     with torch.no_grad():
-        found = [model(**tokenizer(batch, return_tensors="pt", padding=side != "alone", padding_side=side
-                                   if side != "alone" else None)).logits.softmax(-1) for batch in batches]
-    np.testing.assert_allclose(torch.cat(found).numpy(), probabilities(load_speaker(str(folder), None)), atol=2e-6)
+        found = [
+            model(
+                **tokenizer(
+                    batch,
+                    return_tensors="pt",
+                    padding=side != "alone",
+                    padding_side=side if side != "alone" else None,
+                )
+            ).logits.softmax(-1)
+            for batch in batches
+        ]
+    np.testing.assert_allclose(
+        torch.cat(found).numpy(), probabilities(load_speaker(str(folder), None)), atol=2e-6
+    )
 
 
 @pytest.mark.slow
@@ -73,7 +97,9 @@ def test_the_classification_pipeline_names_labels(merged, find_run):
     wanted = probabilities(load_speaker(str(folder), None))
     for row, p in zip(found, wanted, strict=True):
         scores = {entry["label"]: entry["score"] for entry in row}
-        assert scores == {label: pytest.approx(value, abs=2e-6) for label, value in zip(labels, p, strict=True)}
+        assert scores == {
+            label: pytest.approx(value, abs=2e-6) for label, value in zip(labels, p, strict=True)
+        }
 
 
 @pytest.mark.slow
@@ -81,8 +107,9 @@ def test_the_classification_pipeline_names_labels(merged, find_run):
 def test_a_classification_adapter_opens_as_its_card_says(find_run, adapter):
     folder = exported(find_run("classify", adapter), "adapter")
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    model = AutoModelForSequenceClassification.from_pretrained(base, dtype=torch.float32,
-                                                               config=AutoConfig.from_pretrained(folder))
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base, dtype=torch.float32, config=AutoConfig.from_pretrained(folder)
+    )
     model = PeftModel.from_pretrained(model, folder).eval()
     batch = AutoTokenizer.from_pretrained(folder)(TEXTS, return_tensors="pt", padding=True)
     with torch.no_grad():
@@ -94,27 +121,44 @@ def test_a_classification_adapter_opens_as_its_card_says(find_run, adapter):
 def test_the_tokenizer_cuts_like_training(merged):
     tokenizer = AutoTokenizer.from_pretrained(merged("classify"))
     ids = tokenizer("word " * 5000, truncation=True)["input_ids"]
-    assert len(ids) == tokenizer.model_max_length == 512 and ids[-1] == tokenizer.eos_token_id != ids[-2]
+    assert (
+        len(ids) == tokenizer.model_max_length == 512
+        and ids[-1] == tokenizer.eos_token_id != ids[-2]
+    )
     pair = tokenizer("one", "two")["input_ids"]
-    assert pair == [*tokenizer.encode("one", add_special_tokens=False), 198,
-                    *tokenizer.encode("two", add_special_tokens=False), tokenizer.eos_token_id]
+    assert pair == [
+        *tokenizer.encode("one", add_special_tokens=False),
+        198,
+        *tokenizer.encode("two", add_special_tokens=False),
+        tokenizer.eos_token_id,
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", AUTO)
 def test_the_tokenizer_keeps_50400_entries(merged, head):
     tokenizer = AutoTokenizer.from_pretrained(merged(head))
-    assert len(tokenizer) == 50400 and tokenizer.convert_tokens_to_ids("<|extratoken_143|>") == 50399
+    assert (
+        len(tokenizer) == 50400 and tokenizer.convert_tokens_to_ids("<|extratoken_143|>") == 50399
+    )
 
 
 @pytest.mark.slow
 def test_an_instruction_export_carries_its_template(merged):
     folder = merged("lm")
     speaker, tokenizer = load_speaker(str(folder), None), AutoTokenizer.from_pretrained(folder)
-    for messages in ([{"role": "user", "content": "Name a colour."}],
-                     [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"},
-                      {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Bye"}]):
-        theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    for messages in (
+        [{"role": "user", "content": "Name a colour."}],
+        [
+            {"role": "system", "content": "Be short."},
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello"},
+            {"role": "user", "content": "Bye"},
+        ],
+    ):
+        theirs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
         assert theirs == speaker.ids(messages, chat=True)
 
 
@@ -124,13 +168,17 @@ def test_the_generation_pipeline_says_the_same(merged):
     speaker = load_speaker(str(folder), None)
     writer = pipeline("text-generation", model=str(folder))
     messages = [{"role": "user", "content": "Name a colour."}]
-    theirs = writer(messages, max_new_tokens=10, do_sample=False, return_full_text=False)[0]["generated_text"]
+    theirs = writer(messages, max_new_tokens=10, do_sample=False, return_full_text=False)[0][
+        "generated_text"
+    ]
     ours = speaker.continue_ids([speaker.ids(messages, chat=True)], Sampling(10, 0.0))[0]
     assert theirs == speaker.tokenizer.decode(ours, skip_special_tokens=True) != ""
     prompts = ["One", "A much longer prompt than the first"]
     batch = writer(prompts, max_new_tokens=8, do_sample=False, return_full_text=False, batch_size=2)
     wanted = speaker.continue_ids([speaker.ids(p, False) for p in prompts], Sampling(8, 0.0))
-    assert [row[0]["generated_text"] for row in batch] == [speaker.tokenizer.decode(ids) for ids in wanted]
+    assert [row[0]["generated_text"] for row in batch] == [
+        speaker.tokenizer.decode(ids) for ids in wanted
+    ]
     assert writer.model.generation_config.eos_token_id == 50256
 
 
@@ -142,11 +190,26 @@ def test_vllms_gptj_finds_what_it_reads(merged):
     assert config["architectures"] == ["GPTJForCausalLM"] and config["tie_word_embeddings"] is False
     assert config["rotary_dim"] % 2 == 0 and config.get("rotary", True)
     assert config["activation_function"] in ("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh")
-    linear = ["attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out"]
-    wanted = {"transformer.wte.weight", "transformer.ln_f.weight", "transformer.ln_f.bias", "lm_head.weight", "lm_head.bias"}
+    linear = [
+        "attn.q_proj",
+        "attn.k_proj",
+        "attn.v_proj",
+        "attn.out_proj",
+        "mlp.fc_in",
+        "mlp.fc_out",
+    ]
+    wanted = {
+        "transformer.wte.weight",
+        "transformer.ln_f.weight",
+        "transformer.ln_f.bias",
+        "lm_head.weight",
+        "lm_head.bias",
+    }
     for layer in range(config["n_layer"]):
         wanted |= {f"transformer.h.{layer}.{name}.weight" for name in (*linear, "ln_1")}
-        wanted |= {f"transformer.h.{layer}.{name}.bias" for name in ("mlp.fc_in", "mlp.fc_out", "ln_1")}
+        wanted |= {
+            f"transformer.h.{layer}.{name}.bias" for name in ("mlp.fc_in", "mlp.fc_out", "ln_1")
+        }
     found = set()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
@@ -158,7 +221,10 @@ def test_vllms_gptj_finds_what_it_reads(merged):
 def test_question_answering_reads_the_pair_as_trained(merged):
     """The tokenizer's pair, Hugging Face's head, and a search over all spans find the span that we answer with."""
     folder = merged("qa")
-    question, context = "Who wrote it?", "The letter was written by Ada Lovelace in the year 1843, in London."
+    question, context = (
+        "Who wrote it?",
+        "The letter was written by Ada Lovelace in the year 1843, in London.",
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForQuestionAnswering.from_pretrained(folder).eval()
     batch = tokenizer(question, context, return_tensors="pt", return_offsets_mapping=True)
@@ -167,8 +233,11 @@ def test_question_answering_reads_the_pair_as_trained(merged):
         out = model(**batch)
     begin, end = out.start_logits[0], out.end_logits[0]
     last = batch["input_ids"].shape[1] - 1
-    spans = [(float(begin[i] + end[j] - begin[last] - end[last]), i, j)
-             for i in range(first, last) for j in range(i, min(i + 32, last))]
+    spans = [
+        (float(begin[i] + end[j] - begin[last] - end[last]), i, j)
+        for i in range(first, last)
+        for j in range(i, min(i + 32, last))
+    ]
     score, i, j = max(spans)
     speaker = load_speaker(str(folder), None)
     found = answer_question(speaker.trained.module, speaker.task, question, context, speaker.device)
@@ -178,8 +247,10 @@ def test_question_answering_reads_the_pair_as_trained(merged):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("head", "adapter", "kind"), [("lm", "lora", "adapter"), ("classify", "full", "full"),
-                                                       ("qa", "lora", "merged")])
+@pytest.mark.parametrize(
+    ("head", "adapter", "kind"),
+    [("lm", "lora", "adapter"), ("classify", "full", "full"), ("qa", "lora", "merged")],
+)
 def test_cards_are_valid(find_run, head, adapter, kind):
     folder = exported(find_run(head, adapter), kind)
     card = ModelCard.load(folder / "README.md")
@@ -190,18 +261,45 @@ def test_cards_are_valid(find_run, head, adapter, kind):
     loading = card.text.split("```python\n")[1].split("```")[0]
     scope: dict = {}
     exec(loading.replace("THIS_FOLDER", str(folder)), scope)  # the card's own commands
-    assert type(scope["model"]).__name__.startswith(("GPTJ", "PeftModel")) and len(scope["tokenizer"]) == 50400
+    assert (
+        type(scope["model"]).__name__.startswith(("GPTJ", "PeftModel"))
+        and len(scope["tokenizer"]) == 50400
+    )
 
 
 def test_metadata_of_a_hub_base_and_of_metrics():
     metrics = {"loss": 1.5, "accuracy": 0.25, "examples": 4, "per_class": {}}
-    card = model_card("run", "classify", "adapter", "EleutherAI/gpt-j-6b", "bf16", {"evaluation data": "x/e.jsonl"},
-                      metrics, {"verified": False}, {}, False)
+    card = model_card(
+        "run",
+        "classify",
+        "adapter",
+        "EleutherAI/gpt-j-6b",
+        "bf16",
+        {"evaluation data": "x/e.jsonl"},
+        metrics,
+        {"verified": False},
+        {},
+        False,
+    )
     data = ModelCard(card).data
     assert data.base_model == "EleutherAI/gpt-j-6b" and data.pipeline_tag == "text-classification"
-    assert {(r.metric_type, r.metric_value) for r in data.eval_results} == {("loss", 1.5), ("accuracy", 0.25)}
-    local = model_card("run", "lm", "full", "/models/j", "bf16", {}, {}, {"verified": False}, {}, False,
-                       origin="EleutherAI/gpt-j-6b")
+    assert {(r.metric_type, r.metric_value) for r in data.eval_results} == {
+        ("loss", 1.5),
+        ("accuracy", 0.25),
+    }
+    local = model_card(
+        "run",
+        "lm",
+        "full",
+        "/models/j",
+        "bf16",
+        {},
+        {},
+        {"verified": False},
+        {},
+        False,
+        origin="EleutherAI/gpt-j-6b",
+    )
     assert ModelCard(local).data.base_model == "EleutherAI/gpt-j-6b"
 
 
@@ -238,10 +336,15 @@ def test_a_wrong_export_is_refused_and_leaves_nothing(find_run, merged, tmp_path
 @pytest.mark.slow
 def test_what_a_stranger_may_mistype(find_run, tmp_path):
     lora, full = find_run("lm", "lora"), find_run("lm", "full")
-    cases = [([f"run={lora}", "kind=full"], "kind=merged"), ([f"run={full}", "kind=merged"], "kind=full"),
-             ([f"run={lora}", "kind=best"], "unknown"), ([f"run={tmp_path}", "kind=full"], "checkpoint"),
-             ([f"run={lora}", "kind=merged", "verify=perhaps"], "verify"), ([f"run={lora}"], "kind="),
-             ([f"run={lora}", "kind=merged", "push_to_hub=a/b/c"], "repository")]
+    cases = [
+        ([f"run={lora}", "kind=full"], "kind=merged"),
+        ([f"run={full}", "kind=merged"], "kind=full"),
+        ([f"run={lora}", "kind=best"], "unknown"),
+        ([f"run={tmp_path}", "kind=full"], "checkpoint"),
+        ([f"run={lora}", "kind=merged", "verify=perhaps"], "verify"),
+        ([f"run={lora}"], "kind="),
+        ([f"run={lora}", "kind=merged", "push_to_hub=a/b/c"], "repository"),
+    ]
     for words, message in cases:
         with pytest.raises(UserError, match=message):
             export(compose_config(words, "export"))
@@ -262,16 +365,32 @@ def test_the_hub_offline_says_what_it_would_do(find_run, monkeypatch, tmp_path, 
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
     run, out = find_run("lm", "lora"), tmp_path / "out"
-    words = [f"run={run}", "kind=adapter", f"out={out}", "verify=tensors", "export.push_to_hub=someone/some-model",
-             "hub_base=EleutherAI/gpt-j-6b"]
+    words = [
+        f"run={run}",
+        "kind=adapter",
+        f"out={out}",
+        "verify=tensors",
+        "export.push_to_hub=someone/some-model",
+        "hub_base=EleutherAI/gpt-j-6b",
+    ]
     with pytest.raises(RunFailed, match=r"someone/some-model .*upload \d+ files") as caught:
         export(compose_config(words, "export"))
-    assert caught.value.exit_code == 1 and f"hf upload someone/some-model {out}" in str(caught.value)
-    assert (out / "adapter_model.safetensors").is_file() and (token is None or token not in str(caught.value))
+    assert caught.value.exit_code == 1 and f"hf upload someone/some-model {out}" in str(
+        caught.value
+    )
+    assert (out / "adapter_model.safetensors").is_file() and (
+        token is None or token not in str(caught.value)
+    )
 
 
 def test_what_is_not_verified_is_not_uploaded(find_run, tmp_path):
-    words = [f"run={find_run('lm', 'lora')}", "kind=adapter", f"out={tmp_path / 'out'}", "verify=none", "push_to_hub=a/b"]
+    words = [
+        f"run={find_run('lm', 'lora')}",
+        "kind=adapter",
+        f"out={tmp_path / 'out'}",
+        "verify=none",
+        "push_to_hub=a/b",
+    ]
     with pytest.raises(UserError, match="only a verified export"):
         export(compose_config(words, "export"))
     assert not (tmp_path / "out").exists()
@@ -283,10 +402,21 @@ def local_task(tmp_path) -> Path:
     data, choices = tmp_path / "rows.jsonl", [" United States", " yellow banana"]
     rows = [{"q": f"The number {i} of the", "choices": choices, "a": i % 2} for i in range(20)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump({
-        "task": "own_words", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}},
-        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{a}}", "metric_list": [{"metric": "acc"}]}))
+    (tmp_path / "own.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "task": "own_words",
+                "dataset_path": "json",
+                "dataset_kwargs": {"data_files": {"test": str(data)}},
+                "test_split": "test",
+                "output_type": "multiple_choice",
+                "doc_to_text": "{{q}}",
+                "doc_to_choice": "{{choices}}",
+                "doc_to_target": "{{a}}",
+                "metric_list": [{"metric": "acc"}],
+            }
+        )
+    )
     return tmp_path
 
 
@@ -302,13 +432,25 @@ def test_lm_eval_with_its_own_hf_model_and_ours(find_run, local_task, monkeypatc
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     manager = TaskManager(include_path=str(local_task))
     theirs = lm_eval.simple_evaluate(
-        model="hf", model_args={"pretrained": base, "peft": str(folder), "tokenizer": str(folder), "dtype": "float32"},
-        tasks=["own_words"], task_manager=manager, device="cpu", batch_size=4)
+        model="hf",
+        model_args={
+            "pretrained": base,
+            "peft": str(folder),
+            "tokenizer": str(folder),
+            "dtype": "float32",
+        },
+        tasks=["own_words"],
+        task_manager=manager,
+        device="cpu",
+        batch_size=4,
+    )
     words = ["suite=lm_eval", "tasks=own_words", f"task_dir={local_task}", "batch=4"]
     assert evaluate(compose_config([f"run={run}", *words], "evaluate")) == 0
     assert evaluate(compose_config([f"model={folder}", *words], "evaluate")) == 0
     found = [json.loads((where / "eval.json").read_text())["lm_eval"] for where in (run, folder)]
-    assert [row["tasks"]["own_words"]["acc"] for row in found] == [theirs["results"]["own_words"]["acc,none"]] * 2
+    assert [row["tasks"]["own_words"]["acc"] for row in found] == [
+        theirs["results"]["own_words"]["acc,none"]
+    ] * 2
     assert found[0]["settings"]["own_words"]["samples"] == 20
     with pytest.raises(UserError, match="no task no_such"):
         evaluate(compose_config([f"model={folder}", "suite=lm_eval", "tasks=no_such"], "evaluate"))
@@ -326,12 +468,24 @@ def test_keys_of_the_trained_task_can_be_typed_for_a_run_and_an_export(find_run)
         return json.loads((where / "eval.json").read_text())
 
     plain = figures(run, f"run={run}")
-    silent, talking = (figures(run, f"run={run}", f"task.null_threshold={value}") for value in (-1e9, 1e9))
-    assert silent["no_answer"]["f1"] == 1.0 and silent["has_answer"]["f1"] == 0.0 and talking["no_answer"]["f1"] == 0.0
+    silent, talking = (
+        figures(run, f"run={run}", f"task.null_threshold={value}") for value in (-1e9, 1e9)
+    )
+    assert (
+        silent["no_answer"]["f1"] == 1.0
+        and silent["has_answer"]["f1"] == 0.0
+        and talking["no_answer"]["f1"] == 0.0
+    )
     named = figures(folder, f"model={folder}", "task=qa")
-    assert {key: named[key] for key in ("f1", "windows", "questions")} == {key: plain[key] for key in ("f1", "windows", "questions")}
+    assert {key: named[key] for key in ("f1", "windows", "questions")} == {
+        key: plain[key] for key in ("f1", "windows", "questions")
+    }
     with pytest.raises(UserError, match="cannot change"):
-        evaluate(compose_config([f"model={folder}", "task=classify", "task.problem=regression", *data], "evaluate"))
+        evaluate(
+            compose_config(
+                [f"model={folder}", "task=classify", "task.problem=regression", *data], "evaluate"
+            )
+        )
 
 
 def said(capsys, *words: str) -> str:
@@ -345,9 +499,14 @@ def test_every_head_answers_in_generate(find_run, capsys, tmp_path):
     """A whole model, an adapter; one question, a file of them; a chat in the template that was trained."""
     classifier = exported(find_run("classify", "full"), "full")
     found = json.loads(said(capsys, f"model={classifier}", "prompt=Man wins."))
-    assert found["label"] in found["probabilities"] and sum(found["probabilities"].values()) == pytest.approx(1.0, abs=1e-4)
+    assert found["label"] in found["probabilities"] and sum(
+        found["probabilities"].values()
+    ) == pytest.approx(1.0, abs=1e-4)
     answers = exported(find_run("qa", "lora"), "adapter")
-    rows = [{"question": "Who?", "context": context} for context in ("Ada met Bob.", "Nobody was there.")]
+    rows = [
+        {"question": "Who?", "context": context}
+        for context in ("Ada met Bob.", "Nobody was there.")
+    ]
     file, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     said(capsys, f"model={answers}", f"prompts={file}", f"out={out}")
@@ -375,8 +534,14 @@ def test_an_adapter_is_not_put_on_other_weights_than_its_own(find_run, tmp_path,
     middle = len(data) // 2
     data[middle : middle + 2**18] = bytes(2**18)
     (base / "model.safetensors").write_bytes(data)
-    (run / "config.yaml").write_text(yaml.safe_dump(config | {"model": config["model"] | {"path": str(base)}}))
-    words = ["kind=merged", f"out={tmp_path / 'out'}"] if program == "export" else [f"out={tmp_path}"]
+    (run / "config.yaml").write_text(
+        yaml.safe_dump(config | {"model": config["model"] | {"path": str(base)}})
+    )
+    words = (
+        ["kind=merged", f"out={tmp_path / 'out'}"] if program == "export" else [f"out={tmp_path}"]
+    )
     with pytest.raises(UserError, match="not the weights that this adapter was trained on"):
-        (export if program == "export" else evaluate)(compose_config([f"run={run}", *words], program))
+        (export if program == "export" else evaluate)(
+            compose_config([f"run={run}", *words], program)
+        )
     assert not (tmp_path / "out").exists()

@@ -20,15 +20,25 @@ from finetune.cli.export import run as export
 from finetune.export.reopen import about_of_run, checkpoint_of, load_config, load_run
 from tests.conftest import ROOT
 
-AUTO = {"lm": "AutoModelForCausalLM", "classify": "AutoModelForSequenceClassification",
-        "qa": "AutoModelForQuestionAnswering"}
+AUTO = {
+    "lm": "AutoModelForCausalLM",
+    "classify": "AutoModelForSequenceClassification",
+    "qa": "AutoModelForQuestionAnswering",
+}
 TOLERANCE = 1e-5
 RESULT = ROOT / "bench/results/export_matrix.json"
 
 
 def exported(run: Path, kind: str, *words: str) -> Path:
     out = run / "-".join(["out", kind, *(word.split("=")[1] for word in words)])
-    assert export(compose_config([f"run={run}", f"kind={kind}", f"out={out}", "verify=tensors", *words], "export")) == 0
+    assert (
+        export(
+            compose_config(
+                [f"run={run}", f"kind={kind}", f"out={out}", "verify=tensors", *words], "export"
+            )
+        )
+        == 0
+    )
     return out
 
 
@@ -46,7 +56,11 @@ def reopened(folder: Path, head: str, dtype: torch.dtype):
 def outputs(model, head: str, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         out = model(input_ids=ids)
-    return torch.stack([out.start_logits, out.end_logits], -1).float() if head == "qa" else out.logits.float()
+    return (
+        torch.stack([out.start_logits, out.end_logits], -1).float()
+        if head == "qa"
+        else out.logits.float()
+    )
 
 
 def difference(folder: Path, head: str, ids: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -85,7 +99,10 @@ def figures(runs, cases) -> dict[str, dict]:
         found[case.name] = row
     if len(cases) > 20:
         command = "pytest tests/export/test_export_matrix.py --export-matrix=full"
-        RESULT.write_text(json.dumps({"command": command, "tolerance": TOLERANCE, "cases": found}, indent=1) + "\n")
+        RESULT.write_text(
+            json.dumps({"command": command, "tolerance": TOLERANCE, "cases": found}, indent=1)
+            + "\n"
+        )
     return found
 
 
@@ -94,13 +111,18 @@ def reopened_base(run: Path, head: str, ids: torch.Tensor) -> torch.Tensor | Non
     if head != "lm":
         return None
     path = load_config(run).model.path
-    return outputs(transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), head, ids)
+    return outputs(
+        transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), head, ids
+    )
 
 
 @pytest.mark.slow
 def test_every_export_equals_what_was_trained(figures):
-    wrong = {name: row for name, row in figures.items()
-             if any(row.get(kind, 0.0) > TOLERANCE for kind in ("adapter", "merged", "full", "engine"))}
+    wrong = {
+        name: row
+        for name, row in figures.items()
+        if any(row.get(kind, 0.0) > TOLERANCE for kind in ("adapter", "merged", "full", "engine"))
+    }
     assert figures and not wrong, wrong
 
 
@@ -122,7 +144,10 @@ def test_the_engine_and_the_checkpoint_export_the_same_tensors(runs, cases):
     for case in cases:
         file = "model.safetensors" if case.adapter == "full" else "adapter_model.safetensors"
         kind = "full" if case.adapter == "full" else "adapter"
-        a, b = load_file(runs / case.name / "export" / file), load_file(runs / case.name / f"out-{kind}" / file)
+        a, b = (
+            load_file(runs / case.name / "export" / file),
+            load_file(runs / case.name / f"out-{kind}" / file),
+        )
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), case.name
 
 

@@ -21,9 +21,26 @@ from finetune.export.reopen import read_about
 from finetune.inference.answer import classify_text
 from finetune.inference.speaker import load_speaker
 
-TEXTS = ["a good day", "bad film", "the cat sat on the mat", "it rains", "why not", "it ends<|endoftext|>"]
-NUMBERS = {"vocab_size": 50400, "n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8, "n_positions": 256,
-           "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "initializer_range": 0.3}
+TEXTS = [
+    "a good day",
+    "bad film",
+    "the cat sat on the mat",
+    "it rains",
+    "why not",
+    "it ends<|endoftext|>",
+]
+NUMBERS = {
+    "vocab_size": 50400,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "rotary_dim": 8,
+    "n_positions": 256,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "initializer_range": 0.3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +49,9 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classifier")
     torch.manual_seed(3)
     names = {0: "neg", 1: "pos"}
-    model = GPTJForSequenceClassification(GPTJConfig(**NUMBERS, id2label=names, label2id={"neg": 0, "pos": 1},
-                                                     pad_token_id=50256)).eval()
+    model = GPTJForSequenceClassification(
+        GPTJConfig(**NUMBERS, id2label=names, label2id={"neg": 0, "pos": 1}, pad_token_id=50256)
+    ).eval()
     model.save_pretrained(folder)
     tokenizer = load_tokenizer(None)
     tokenizer.save_pretrained(folder)
@@ -50,8 +68,14 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapters")
     torch.manual_seed(0)
     GPTJForCausalLM(GPTJConfig(**NUMBERS)).save_pretrained(folder / "base")
-    for name, kind, task in (("lm", GPTJForCausalLM, "CAUSAL_LM"), ("classifier", GPTJForSequenceClassification, "SEQ_CLS")):
-        model = get_peft_model(kind.from_pretrained(folder / "base"), LoraConfig(task_type=task, target_modules=["q_proj"]))
+    for name, kind, task in (
+        ("lm", GPTJForCausalLM, "CAUSAL_LM"),
+        ("classifier", GPTJForSequenceClassification, "SEQ_CLS"),
+    ):
+        model = get_peft_model(
+            kind.from_pretrained(folder / "base"),
+            LoraConfig(task_type=task, target_modules=["q_proj"]),
+        )
         model.save_pretrained(folder / name)
     (folder / "unnamed").mkdir()
     for file in (folder / "lm").iterdir():
@@ -70,9 +94,14 @@ def test_a_foreign_classifier_is_read_as_plain_transformers_reads_it(classifier,
     assert evaluate(compose_config([*words, "task=classify"], "evaluate")) == 0
     assert json.loads((tmp_path / "eval.json").read_text())["accuracy"] == 1.0
 
-    speaker, judge = load_speaker(str(classifier), None), GPTJForSequenceClassification.from_pretrained(classifier).eval()
+    speaker, judge = (
+        load_speaker(str(classifier), None),
+        GPTJForSequenceClassification.from_pretrained(classifier).eval(),
+    )
     for text in TEXTS:
-        found = classify_text(speaker.trained.module, speaker.task, [text], speaker.device)["probabilities"]
+        found = classify_text(speaker.trained.module, speaker.task, [text], speaker.device)[
+            "probabilities"
+        ]
         with torch.no_grad():
             wanted = judge(**speaker.tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
         torch.testing.assert_close(torch.tensor(list(found.values())), wanted, atol=2e-6, rtol=0)
@@ -93,7 +122,9 @@ def test_the_pooled_token_is_that_of_transformers(closes, pad):
             wanted = judge(**tokenizer(text, return_tensors="pt")).logits[0]
             found = judge.score(judge.transformer(torch.tensor([ids])).last_hidden_state)[0, -1]
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
-        assert cut == 0 and len(PlainText(tokenizer, None).ids([text], 2)[0]) == min(2, len(tokenizer(text)["input_ids"]))
+        assert cut == 0 and len(PlainText(tokenizer, None).ids([text], 2)[0]) == min(
+            2, len(tokenizer(text)["input_ids"])
+        )
 
 
 def test_an_adapter_without_a_base_says_which_key_names_it(adapters, tmp_path):
@@ -103,21 +134,34 @@ def test_an_adapter_without_a_base_says_which_key_names_it(adapters, tmp_path):
         read_about(adapters / "unnamed", str(tmp_path / "no such base"))
     with pytest.raises(UserError, match="this is no adapter"):
         read_about(adapters / "base", "x/y")
-    assert read_about(adapters / "unnamed", str(adapters / "base"))["base"] == str(adapters / "base")
+    assert read_about(adapters / "unnamed", str(adapters / "base"))["base"] == str(
+        adapters / "base"
+    )
     speaker = load_speaker(str(adapters / "unnamed"), None, base=str(adapters / "base"))
-    judge = PeftModel.from_pretrained(GPTJForCausalLM.from_pretrained(adapters / "base"), adapters / "lm").eval()
+    judge = PeftModel.from_pretrained(
+        GPTJForCausalLM.from_pretrained(adapters / "base"), adapters / "lm"
+    ).eval()
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
-        torch.testing.assert_close(speaker.trained.module(input_ids=ids).logits, judge(input_ids=ids).logits, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            speaker.trained.module(input_ids=ids).logits,
+            judge(input_ids=ids).logits,
+            atol=1e-5,
+            rtol=0,
+        )
 
 
 def test_a_foreign_classification_adapter_gets_its_head(adapters):
     folder = adapters / "classifier"
     assert trained_task([f"export_dir={folder}"]) == ["task=classify"]
     speaker = load_speaker(str(folder), None)
-    judge = PeftModel.from_pretrained(GPTJForSequenceClassification.from_pretrained(adapters / "base"), folder).eval()
+    judge = PeftModel.from_pretrained(
+        GPTJForSequenceClassification.from_pretrained(adapters / "base"), folder
+    ).eval()
     for text in TEXTS[:3]:
-        found = classify_text(speaker.trained.module, speaker.task, [text], speaker.device)["probabilities"]
+        found = classify_text(speaker.trained.module, speaker.task, [text], speaker.device)[
+            "probabilities"
+        ]
         with torch.no_grad():
             wanted = judge(**speaker.tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
         assert list(found) == ["LABEL_0", "LABEL_1"]
@@ -125,7 +169,12 @@ def test_a_foreign_classification_adapter_gets_its_head(adapters):
 
 
 def test_labels_without_names_can_be_named(adapters, classifier, tmp_path):
-    words = [f"model={adapters / 'classifier'}", f"data.eval={classifier / 'rows.jsonl'}", f"out={tmp_path}", "task=classify"]
+    words = [
+        f"model={adapters / 'classifier'}",
+        f"data.eval={classifier / 'rows.jsonl'}",
+        f"out={tmp_path}",
+        "task=classify",
+    ]
     assert evaluate(compose_config([*words, "task.labels=[neg,pos]"], "evaluate")) == 0
     assert set(json.loads((tmp_path / "eval.json").read_text())["per_class"]) == {"neg", "pos"}
 
@@ -135,14 +184,25 @@ def test_a_head_that_nobody_holds_is_refused(adapters, tmp_path):
     for file in (adapters / "lm").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     change(tmp_path, task_type="SEQ_CLS")
-    with pytest.raises(UserError, match=r"neither its file nor its base holds that head(.|\n)*modules_to_save=\[score\]"):
+    with pytest.raises(
+        UserError,
+        match=r"neither its file nor its base holds that head(.|\n)*modules_to_save=\[score\]",
+    ):
         read_about(tmp_path)
 
 
-@pytest.mark.parametrize(("values", "head"), [
-    ({"task_type": "CAUSAL_LM"}, "lm"), ({"task_type": "SEQ_CLS"}, "classify"), ({"task_type": "QUESTION_ANS"}, "qa"),
-    ({"task_type": None}, "lm"), ({"task_type": None, "modules_to_save": ["score"]}, "classify"),
-    ({"task_type": "CAUSAL_LM", "modules_to_save": ["lm_head"]}, "lm"), ({"modules_to_save": ["qa_outputs"]}, "qa")])
+@pytest.mark.parametrize(
+    ("values", "head"),
+    [
+        ({"task_type": "CAUSAL_LM"}, "lm"),
+        ({"task_type": "SEQ_CLS"}, "classify"),
+        ({"task_type": "QUESTION_ANS"}, "qa"),
+        ({"task_type": None}, "lm"),
+        ({"task_type": None, "modules_to_save": ["score"]}, "classify"),
+        ({"task_type": "CAUSAL_LM", "modules_to_save": ["lm_head"]}, "lm"),
+        ({"modules_to_save": ["qa_outputs"]}, "qa"),
+    ],
+)
 def test_the_head_of_an_adapter(values, head):
     assert adapter_head(values, "") == head
 
@@ -153,7 +213,19 @@ def test_an_adapter_of_another_task_is_refused():
 
 
 def test_foreign_models_keep_within_their_positions(classifier, adapters, tmp_path):
-    assert read_about(classifier)["settings"]["max_length"] == read_about(adapters / "lm")["settings"]["max_length"] == 256
-    words = [f"model={classifier}", f"data.eval={classifier / 'rows.jsonl'}", f"out={tmp_path}", "task=classify"]
-    with pytest.raises(UserError, match=r"task.max_length = 300 exceeds the model's 256 positions(.|\n)*task.max_length=256"):
+    assert (
+        read_about(classifier)["settings"]["max_length"]
+        == read_about(adapters / "lm")["settings"]["max_length"]
+        == 256
+    )
+    words = [
+        f"model={classifier}",
+        f"data.eval={classifier / 'rows.jsonl'}",
+        f"out={tmp_path}",
+        "task=classify",
+    ]
+    with pytest.raises(
+        UserError,
+        match=r"task.max_length = 300 exceeds the model's 256 positions(.|\n)*task.max_length=256",
+    ):
         evaluate(compose_config([*words, "task.max_length=300"], "evaluate"))

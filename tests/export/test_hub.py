@@ -25,7 +25,11 @@ class Hub:
     def upload_folder(self, repo_id, folder_path, commit_message, ignore_patterns):
         from pathlib import Path
 
-        Hub.files |= {p.name: p.read_bytes() for p in Path(folder_path).iterdir() if p.name not in ignore_patterns}
+        Hub.files |= {
+            p.name: p.read_bytes()
+            for p in Path(folder_path).iterdir()
+            if p.name not in ignore_patterns
+        }
 
     def upload_file(self, repo_id, path_in_repo, path_or_fileobj):
         Hub.files[path_in_repo] = path_or_fileobj
@@ -41,7 +45,9 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def adapter(tmp_path):
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/models/gpt-j-6b", "r": 8}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "/models/gpt-j-6b", "r": 8})
+    )
     (tmp_path / "README.md").write_text("An adapter for `/models/gpt-j-6b`.")
     (tmp_path / "finetune.json").write_text(json.dumps({"head": "lm", "base": "/models/gpt-j-6b"}))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
@@ -49,12 +55,19 @@ def adapter(tmp_path):
 
 
 def test_an_adapter_goes_up_with_a_base_that_others_find(hub, adapter):
-    assert push(adapter, "me/mine", True, "EleutherAI/gpt-j-6b") == "https://hub/me/mine" and hub.made == {"me/mine": True}
-    assert json.loads(hub.files["adapter_config.json"]) == {"base_model_name_or_path": "EleutherAI/gpt-j-6b", "r": 8}
+    assert push(
+        adapter, "me/mine", True, "EleutherAI/gpt-j-6b"
+    ) == "https://hub/me/mine" and hub.made == {"me/mine": True}
+    assert json.loads(hub.files["adapter_config.json"]) == {
+        "base_model_name_or_path": "EleutherAI/gpt-j-6b",
+        "r": 8,
+    }
     assert json.loads(hub.files["finetune.json"]) == {"head": "lm", "base": "EleutherAI/gpt-j-6b"}
     assert hub.files["README.md"] == b"An adapter for `EleutherAI/gpt-j-6b`."
     assert hub.files["adapter_model.safetensors"] == b"weights"
-    assert "/models/gpt-j-6b" in (adapter / "adapter_config.json").read_text(), "the folder here stays as it is"
+    assert "/models/gpt-j-6b" in (adapter / "adapter_config.json").read_text(), (
+        "the folder here stays as it is"
+    )
 
 
 def test_an_adapter_of_a_local_folder_is_not_pushed_without_its_name(hub, adapter):

@@ -20,19 +20,44 @@ from finetune.data.tokenizer import build_gptj_tokenizer
 from finetune.errors import RunFailed
 from finetune.export.hf_files import tokenizer_for
 from finetune.export.verify import _check_eos
-from finetune.export.write import ExportInfo, finish_export, fresh_stage, reference_outputs, verify_export, write_model
+from finetune.export.write import (
+    ExportInfo,
+    finish_export,
+    fresh_stage,
+    reference_outputs,
+    verify_export,
+    write_model,
+)
 from finetune.gptj.load import draw, meta_model
 
-TEXTS = ["a good day", "naïve L'Haÿ-les-Roses ÿþÿ õ 100 %", "the cat sat on the mat, and the dog beside it", "", "x\n\ny \U0001f600"]
-NUMBERS = {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8, "n_positions": 256, "initializer_range": 0.3,
-           "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "num_labels": 3}
+TEXTS = [
+    "a good day",
+    "naïve L'Haÿ-les-Roses ÿþÿ õ 100 %",
+    "the cat sat on the mat, and the dog beside it",
+    "",
+    "x\n\ny \U0001f600",
+]
+NUMBERS = {
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "rotary_dim": 8,
+    "n_positions": 256,
+    "initializer_range": 0.3,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "num_labels": 3,
+}
 
 
 def gpt2(pad: str | None = None) -> GPT2Tokenizer:
     """GPT-2's own 50257 entries, as many GPT-J on the hub have them."""
     vocabulary = json.loads((asset("tokenizer") / "encoder.json").read_text(encoding="utf-8"))
     lines = (asset("tokenizer") / "vocab.bpe").read_text(encoding="utf-8").split("\n")
-    tokenizer = GPT2Tokenizer(vocab=vocabulary, merges=[tuple(line.split()) for line in lines[1:] if line])
+    tokenizer = GPT2Tokenizer(
+        vocab=vocabulary, merges=[tuple(line.split()) for line in lines[1:] if line]
+    )
     if pad:
         tokenizer.add_special_tokens({"pad_token": pad})
     return tokenizer
@@ -42,17 +67,34 @@ def words() -> PreTrainedTokenizerFast:
     """Whole words, every row of the embedding taken, and none that text cannot yield."""
     known = Tokenizer(models.WordLevel({"[E]": 0, "[U]": 1, "good": 2, "bad": 3}, unk_token="[U]"))
     known.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=known, eos_token="[E]", unk_token="[U]", pad_token="[E]")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=known, eos_token="[E]", unk_token="[U]", pad_token="[E]"
+    )
 
 
-@pytest.mark.parametrize(("tokenizer", "rows", "pad"), [
-    (build_gptj_tokenizer, 50400, ("<|extratoken_1|>", 50257)),
-    (build_gptj_tokenizer, 50257, ("<|pad|>", 187)),  # the spare tokens have no rows; byte FF stands in no text
-    (lambda: gpt2("<|endoftext|>"), 50257, ("<|pad|>", 187)),
-    (lambda: gpt2("[PAD]"), 50257, ("<|pad|>", 187)),  # id 50257: there is no such row
-    (lambda: gpt2("[PAD]"), 50258, ("[PAD]", 50257)),
-    (gpt2, 50400, ("<|pad|>", 50257)),
-], ids=["spare token", "spare token without a row", "pad is eos", "pad without a row", "own pad", "new token"])
+@pytest.mark.parametrize(
+    ("tokenizer", "rows", "pad"),
+    [
+        (build_gptj_tokenizer, 50400, ("<|extratoken_1|>", 50257)),
+        (
+            build_gptj_tokenizer,
+            50257,
+            ("<|pad|>", 187),
+        ),  # the spare tokens have no rows; byte FF stands in no text
+        (lambda: gpt2("<|endoftext|>"), 50257, ("<|pad|>", 187)),
+        (lambda: gpt2("[PAD]"), 50257, ("<|pad|>", 187)),  # id 50257: there is no such row
+        (lambda: gpt2("[PAD]"), 50258, ("[PAD]", 50257)),
+        (gpt2, 50400, ("<|pad|>", 50257)),
+    ],
+    ids=[
+        "spare token",
+        "spare token without a row",
+        "pad is eos",
+        "pad without a row",
+        "own pad",
+        "new token",
+    ],
+)
 def test_the_padding_token_has_a_row_and_changes_no_text(tokenizer, rows, pad, tmp_path):
     before = tokenizer()
     tokenizer_for(before, "classify", {}, rows).save_pretrained(tmp_path)
@@ -63,7 +105,9 @@ def test_the_padding_token_has_a_row_and_changes_no_text(tokenizer, rows, pad, t
         assert ready.decode(ready(text)["input_ids"], skip_special_tokens=True) == text
 
     torch.manual_seed(0)
-    model = GPTJForSequenceClassification(GPTJConfig(**NUMBERS, vocab_size=rows, pad_token_id=pad[1])).eval()
+    model = GPTJForSequenceClassification(
+        GPTJConfig(**NUMBERS, vocab_size=rows, pad_token_id=pad[1])
+    ).eval()
     with torch.no_grad():
         for side in ("left", "right"):
             batch = ready(TEXTS, padding=True, padding_side=side, return_tensors="pt")
@@ -99,12 +143,20 @@ def test_verification_finds_an_export_that_pools_another_token(tmp_path):
         parameter.data = draw(name, tuple(parameter.shape), config, 0)
     texts = [tokenizer(text)["input_ids"] for text in TEXTS if text]
     reference = reference_outputs(module, texts, "classify", 50256, torch.device("cpu"))
-    stage, shapes = fresh_stage(target), {name: tuple(p.shape) for name, p in module.named_parameters()}
+    stage, shapes = (
+        fresh_stage(target),
+        {name: tuple(p.shape) for name, p in module.named_parameters()},
+    )
     assert write_model(module.named_parameters(), shapes, "fp32", stage, 1.0) is None
-    info = ExportInfo("x", "classify", "", "fp32", {"problem": "single_label", "labels": ["a", "b", "c"]})
+    info = ExportInfo(
+        "x", "classify", "", "fp32", {"problem": "single_label", "labels": ["a", "b", "c"]}
+    )
     figures = finish_export(stage, target, tokenizer, config, info, "full", reference)
     assert figures["verified"] and figures["pads"]
-    assert set(figures["padded_max_difference"]) == {"left", "right"} and max(figures["padded_max_difference"].values()) < 1e-4
+    assert (
+        set(figures["padded_max_difference"]) == {"left", "right"}
+        and max(figures["padded_max_difference"].values()) < 1e-4
+    )
     assert "Batches may be padded" in (target / "README.md").read_text()
 
     values = json.loads((target / "config.json").read_text())

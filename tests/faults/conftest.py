@@ -1,6 +1,6 @@
 """One zygote for each module of fault tests, which says in `jobs(folder)` which runs it needs.
 
-    FAULTS=all      every point of a save at every stage, also in the background: a few minutes more
+FAULTS=all      every point of a save at every stage, also in the background: a few minutes more
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def small_disk(folder: Path):
     place = folder / "disk"
     place.mkdir()
     made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(place)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(place)],
+        capture_output=True,
+        check=False,
     )
     yield place if made.returncode == 0 else None
     if made.returncode == 0:

@@ -161,7 +161,10 @@ def free_port() -> int:
 def steps_done(run_dir: Path) -> int:
     from finetune.reporting import metrics_log
 
-    return max((r["step"] for r in metrics_log.read(run_dir / "metrics.jsonl") if r["kind"] == "train"), default=0)
+    return max(
+        (r["step"] for r in metrics_log.read(run_dir / "metrics.jsonl") if r["kind"] == "train"),
+        default=0,
+    )
 
 
 def due(action: dict, run_dir: Path, base: int, seconds: float) -> bool:
@@ -195,7 +198,12 @@ def run(job: dict, folder: Path, number: int) -> dict:
     parent = os.fork()
     if parent == 0:
         launcher(job, log, pids)
-    actions, sent, codes, limit = list(job.get("actions", [])), None, {}, job.get("timeout", LIMIT_SECONDS)
+    actions, sent, codes, limit = (
+        list(job.get("actions", [])),
+        None,
+        {},
+        job.get("timeout", LIMIT_SECONDS),
+    )
     base = steps_done(run_dir)
     while True:
         ended = reap(codes)
@@ -208,25 +216,38 @@ def run(job: dict, folder: Path, number: int) -> dict:
         if actions and pids.exists() and due(actions[0], run_dir, base, lived):
             action = actions.pop(0)
             if "then" in action:
-                actions.insert(0, {"seconds": lived + action["then"], "send": action["send"], "to": action["to"]})
+                actions.insert(
+                    0,
+                    {"seconds": lived + action["then"], "send": action["send"], "to": action["to"]},
+                )
                 continue
             act(
                 action,
                 run_dir,
-                {"launcher": parent, **{k: int(v) for k, v in json.loads(pids.read_text()).items()}},
+                {
+                    "launcher": parent,
+                    **{k: int(v) for k, v in json.loads(pids.read_text()).items()},
+                },
             )
             sent = lived
         time.sleep(POLL_SECONDS)
         lived += POLL_SECONDS
     ranks = {str(pid): rank for rank, pid in json.loads(pids.read_text()).items()}
-    told = json.loads(pids.with_suffix(".codes").read_text()) if pids.with_suffix(".codes").exists() else {}
+    told = (
+        json.loads(pids.with_suffix(".codes").read_text())
+        if pids.with_suffix(".codes").exists()
+        else {}
+    )
     return {
         "name": job["name"],
         "seconds": lived,
         "after_signal": lived - sent if sent is not None else None,
         "timeout": "timeout" in codes,
         "codes": told | {ranks[str(pid)]: code for pid, code in codes.items() if str(pid) in ranks},
-        "output": [log.with_suffix(f".{rank}.log").read_text(errors="replace") for rank in range(job.get("ranks", 2))],
+        "output": [
+            log.with_suffix(f".{rank}.log").read_text(errors="replace")
+            for rank in range(job.get("ranks", 2))
+        ],
         **snapshot(run_dir),
     }
 
@@ -263,9 +284,15 @@ def snapshot(run_dir: Path) -> dict:
         "valid": [step for step, reason in found.items() if reason is None],
         "damaged": {step: reason for step, reason in found.items() if reason},
         "staging": sorted(p.name for p in folder.glob(".*")) if folder.is_dir() else [],
-        "losses": {r["step"]: r["loss"] for r in metrics_log.read(run_dir / "metrics.jsonl") if r["kind"] == "train"},
+        "losses": {
+            r["step"]: r["loss"]
+            for r in metrics_log.read(run_dir / "metrics.jsonl")
+            if r["kind"] == "train"
+        },
         "bad": [
-            r["step"] for r in metrics_log.read(run_dir / "metrics.jsonl") if r["kind"] == "train" and r["loss"] is None
+            r["step"]
+            for r in metrics_log.read(run_dir / "metrics.jsonl")
+            if r["kind"] == "train" and r["loss"] is None
         ],
         "stacks": {p.name: p.read_text() for p in run_dir.glob("stacks-*.txt")},
         "result": json.loads(result.read_text()) if result.exists() else None,
@@ -284,7 +311,9 @@ def main(jobs_file: Path, results_file: Path) -> None:
     from finetune.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(None)
-    finetune.training.inputs.load_tokenizer = lambda name: tokenizer  # it takes a second, and no test here is about it
+    finetune.training.inputs.load_tokenizer = lambda name: (
+        tokenizer
+    )  # it takes a second, and no test here is about it
 
     results = []
     for number, job in enumerate(json.loads(jobs_file.read_text())):

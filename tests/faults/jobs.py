@@ -59,7 +59,19 @@ def prepare(folder: Path) -> Path:
     """Model config and data."""
     (folder / "tiny").mkdir(parents=True, exist_ok=True)
     (folder / "tiny/config.json").write_text(json.dumps(TINY))
-    words_of_a_row = ("the", "state", "of", "a", "run", "is", "what", "it", "can", "continue", "from")
+    words_of_a_row = (
+        "the",
+        "state",
+        "of",
+        "a",
+        "run",
+        "is",
+        "what",
+        "it",
+        "can",
+        "continue",
+        "from",
+    )
     rows = [{"text": " ".join(f"{word} {i}" for word in words_of_a_row)} for i in range(60)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -69,7 +81,11 @@ def run_jobs(jobs: list[dict], folder: Path, timeout: int = 900) -> dict[str, di
     """What became of each job, by name."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     script = Path(__file__).with_name("deepspeed_zygote.py")
     done = subprocess.run(
         [sys.executable, str(script), str(folder / "jobs.json"), str(folder / "results.json")],

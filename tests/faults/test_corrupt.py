@@ -12,10 +12,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.checkpointing.format import FORMAT, Pieces, find_resume, verify, write_manifest, write_tensors
+from finetune.checkpointing.format import (
+    FORMAT,
+    Pieces,
+    find_resume,
+    verify,
+    write_manifest,
+    write_tensors,
+)
 from finetune.errors import UserError
 
-FILES = ["manifest.json", "state.json", "optim-00000-of-00002.safetensors", "optim-00001-of-00002.safetensors"]
+FILES = [
+    "manifest.json",
+    "state.json",
+    "optim-00000-of-00002.safetensors",
+    "optim-00001-of-00002.safetensors",
+]
 
 
 def make_checkpoint(folder: Path, step: int) -> None:
@@ -29,7 +41,9 @@ def make_checkpoint(folder: Path, step: int) -> None:
             for kind in ("master", "exp_avg", "exp_avg_sq")
         ]
         files[FILES[2 + rank]] = write_tensors(folder / FILES[2 + rank], Pieces.of(pieces))
-    (folder / "state.json").write_text(json.dumps({"format": FORMAT, "state": {"step": step}, "identity": {}}))
+    (folder / "state.json").write_text(
+        json.dumps({"format": FORMAT, "state": {"step": step}, "identity": {}})
+    )
     from finetune.checkpointing.format import entry_of
 
     files["state.json"] = entry_of(folder / "state.json")
@@ -111,7 +125,11 @@ def test_damage_is_named_and_the_one_before_is_used(run, name, damage):
 def test_a_flipped_byte_is_found(run, name, cases):
     path = run / "checkpoints/step-00000004" / name
     content = path.read_bytes()
-    places = range(len(content)) if len(content) < 900 else random.Random(0).sample(range(len(content)), 300)
+    places = (
+        range(len(content))
+        if len(content) < 900
+        else random.Random(0).sample(range(len(content)), 300)
+    )
     cases(len(places))
     for place in places:
         flipped = bytearray(content)
@@ -122,7 +140,9 @@ def test_a_flipped_byte_is_found(run, name, cases):
         if name == "manifest.json" and json_equal(bytes(flipped), content):
             assert found is not None  # a space became another white space
             continue
-        assert found == run / "checkpoints/step-00000002" and f"step-00000004/{name}" in said[0], place
+        assert found == run / "checkpoints/step-00000002" and f"step-00000004/{name}" in said[0], (
+            place
+        )
 
 
 def json_equal(a: bytes, b: bytes) -> bool:
@@ -132,7 +152,9 @@ def json_equal(a: bytes, b: bytes) -> bool:
         return False
 
 
-@pytest.mark.fault(happens="no checkpoint of the run is valid", then="refused with exit code 2; each file is named")
+@pytest.mark.fault(
+    happens="no checkpoint of the run is valid", then="refused with exit code 2; each file is named"
+)
 @pytest.mark.parametrize("name", FILES)
 def test_nothing_valid_is_an_error_not_a_fresh_start(run, name):
     said: list[str] = []
@@ -161,7 +183,9 @@ def test_a_named_checkpoint_must_be_valid(run, tmp_path, cases):
     happens="a manifest names files outside its directory, or a file is a link out of it",
     then="refused, the manifest or file is named",
 )
-@pytest.mark.parametrize("name", ["../step-00000002/state.json", "/etc/hostname", "a/../state.json", ".."])
+@pytest.mark.parametrize(
+    "name", ["../step-00000002/state.json", "/etc/hostname", "a/../state.json", ".."]
+)
 def test_a_manifest_cannot_leave_its_directory(run, name, cases):
     folder = run / "checkpoints/step-00000004"
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -200,7 +224,11 @@ def test_the_written_file_is_plain_safetensors(tmp_path):
     """Our one-pass writer against the library's reader."""
     from safetensors.torch import load_file
 
-    wanted = {"a|0|master": torch.randn(7), "b|3|exp_avg": torch.randn(6), "none|0|master": torch.empty(0)}
+    wanted = {
+        "a|0|master": torch.randn(7),
+        "b|3|exp_avg": torch.randn(6),
+        "none|0|master": torch.empty(0),
+    }
     entry = write_tensors(tmp_path / "x.safetensors", Pieces.of(list(wanted.items())))
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)

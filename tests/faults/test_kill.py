@@ -31,10 +31,17 @@ BY_RANK0 = [
     ("save.renamed", 1),
     ("save.discard", 1),
 ]
-ALL = [(point, rank, nth) for point, nth in BY_BOTH for rank in (0, 1)] + [(point, 0, nth) for point, nth in BY_RANK0]
+ALL = [(point, rank, nth) for point, nth in BY_BOTH for rank in (0, 1)] + [
+    (point, 0, nth) for point, nth in BY_RANK0
+]
 LEADING_RANK_WRITES = [point for point in ALL if point[:2] != ("save.tensor", 1) or point[2] == 1]
 """Stage 0: every rank has the same states, so rank 1's file is a header alone."""
-SOME = [("save.tensor", 0, 9), ("save.tensor", 1, 1), ("save.manifest", 0, 1), ("save.rename", 0, 1)]
+SOME = [
+    ("save.tensor", 0, 9),
+    ("save.tensor", 1, 1),
+    ("save.manifest", 0, 1),
+    ("save.rename", 0, 1),
+]
 CHAINS = {
     "stage0": (["zero=stage0"], LEADING_RANK_WRITES if EVERYTHING else SOME),
     "stage2": (
@@ -64,10 +71,18 @@ def jobs(folder: Path) -> list[dict]:
     for chain, (more, points) in CHAINS.items():
         run = words(folder, folder / f"kill-{chain}", *more)
         if chain != "background":
-            found.append({"name": f"whole-{chain}", "words": words(folder, folder / f"whole-{chain}", *more)})
-        found.append({"name": f"kill-{chain}-first", "words": run, "fault": "kill save.renamed rank=0"})
+            found.append(
+                {"name": f"whole-{chain}", "words": words(folder, folder / f"whole-{chain}", *more)}
+            )
+        found.append(
+            {"name": f"kill-{chain}-first", "words": run, "fault": "kill save.renamed rank=0"}
+        )
         found += [
-            {"name": at(chain, *point), "words": run, "fault": f"kill {point[0]} rank={point[1]} nth={point[2]}"}
+            {
+                "name": at(chain, *point),
+                "words": run,
+                "fault": f"kill {point[0]} rank={point[1]} nth={point[2]}",
+            }
             for point in points
         ]
         found.append({"name": f"kill-{chain}-end", "words": run})
@@ -92,7 +107,10 @@ def test_a_kill_inside_a_save_loses_nothing_complete(outcome, chain, point, rank
     assert found["codes"][str(1 - rank)] == 1 and not found["timeout"], found["output"]
     assert found["seconds"] < 60
     assert found["damaged"] == {} and max(found["valid"]) >= max(before["valid"]) > 0
-    assert found["result"]["status"] == "failed" and f"rank {rank} (process" in found["result"]["error"]
+    assert (
+        found["result"]["status"] == "failed"
+        and f"rank {rank} (process" in found["result"]["error"]
+    )
     assert f"rank {rank} (process" in found["output"][1 - rank]
 
 
@@ -103,14 +121,21 @@ def test_a_kill_inside_a_save_loses_nothing_complete(outcome, chain, point, rank
 )
 @pytest.mark.parametrize("chain", CHAINS)
 def test_after_all_kills_the_run_is_the_undisturbed_one(outcome, folder, chain):
-    end, whole = outcome[f"kill-{chain}-end"], outcome[f"whole-{chain if chain != 'background' else 'stage2'}"]
+    end, whole = (
+        outcome[f"kill-{chain}-end"],
+        outcome[f"whole-{chain if chain != 'background' else 'stage2'}"],
+    )
     assert end["codes"] == {"0": 0, "1": 0} == whole["codes"], end["output"]
     assert end["losses"] == whole["losses"] and len(end["losses"]) == STEPS
     assert end["staging"] == [] and end["damaged"] == {}
-    assert hashes(folder / f"kill-{chain}") == hashes(folder / f"whole-{chain if chain != 'background' else 'stage2'}")
+    assert hashes(folder / f"kill-{chain}") == hashes(
+        folder / f"whole-{chain if chain != 'background' else 'stage2'}"
+    )
 
 
 def hashes(run_dir: Path) -> dict[str, str]:
     """Of the last checkpoint's tensor files, which hold weights and both averages."""
     manifest = json.loads((run_dir / f"checkpoints/step-{STEPS:08d}/manifest.json").read_text())
-    return {name: entry["hash"] for name, entry in manifest["files"].items() if name.startswith("optim")}
+    return {
+        name: entry["hash"] for name, entry in manifest["files"].items() if name.startswith("optim")
+    }

@@ -27,7 +27,10 @@ def start(folder: Path, run_dir: Path) -> subprocess.Popen:
         "launch/train.py",
         *words(folder, run_dir, "train.steps=4000", "checkpoint.every=3"),
     ]
-    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -39,7 +42,10 @@ def start(folder: Path, run_dir: Path) -> subprocess.Popen:
     )
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
-        if sum(line["kind"] == "train" for line in metrics_log.read(run_dir / "metrics.jsonl")) >= 4:
+        if (
+            sum(line["kind"] == "train" for line in metrics_log.read(run_dir / "metrics.jsonl"))
+            >= 4
+        ):
             return process
         time.sleep(0.05)
     raise AssertionError(process.communicate(timeout=10)[0][-3000:])
@@ -54,9 +60,15 @@ def rank_processes(run_dir: Path) -> dict[int, int]:
             environment = place.joinpath("environ").read_bytes().decode().split("\0")
         except (OSError, UnicodeDecodeError):
             continue
-        if f"run_dir={run_dir}" in words_of and any(word.startswith("--local_rank=") for word in words_of):
+        if f"run_dir={run_dir}" in words_of and any(
+            word.startswith("--local_rank=") for word in words_of
+        ):
             ranks = [word[5:] for word in environment if word.startswith("RANK=")]
-            if ranks and "launch/train.py" in words_of and "deepspeed.launcher.launch" not in words_of:
+            if (
+                ranks
+                and "launch/train.py" in words_of
+                and "deepspeed.launcher.launch" not in words_of
+            ):
                 found[int(ranks[0])] = int(place.name)
     return found
 
@@ -64,7 +76,9 @@ def rank_processes(run_dir: Path) -> dict[int, int]:
 def assert_saved_where_it_stopped(run_dir: Path) -> None:
     found = json.loads((run_dir / "result.json").read_text())
     newest = newest_valid(run_dir / "checkpoints", print)
-    assert found["status"] == "preempted" and newest is not None and step_of(newest) == found["step"]
+    assert (
+        found["status"] == "preempted" and newest is not None and step_of(newest) == found["step"]
+    )
 
 
 def gone(pids: list[int], seconds: float) -> bool:
@@ -107,7 +121,8 @@ def test_stop_under_the_real_launcher(folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    happens="`kill -9` of a rank under `deepspeed`", then="everything ends within a minute; the dead rank is named"
+    happens="`kill -9` of a rank under `deepspeed`",
+    then="everything ends within a minute; the dead rank is named",
 )
 def test_a_killed_rank_under_the_real_launcher(folder, tmp_path):
     process = start(folder, tmp_path)

@@ -57,12 +57,20 @@ def test_weights_do_not_run(tmp_path, target, small_gptj, sharded):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text((small_gptj / "config.json").read_text())
-    torch.save({"transformer.wte.weight": Planted(target)}, folder / ("part.bin" if sharded else "pytorch_model.bin"))
+    torch.save(
+        {"transformer.wte.weight": Planted(target)},
+        folder / ("part.bin" if sharded else "pytorch_model.bin"),
+    )
     if sharded:
         index = {"weight_map": {"transformer.wte.weight": "part.bin"}}
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="refused"):
-        build_model(ModelConfig(path=str(folder), init=Init.pretrained), "lm", device=torch.device("cpu"), seed=0)
+        build_model(
+            ModelConfig(path=str(folder), init=Init.pretrained),
+            "lm",
+            device=torch.device("cpu"),
+            seed=0,
+        )
     assert not target.exists()
 
 
@@ -93,13 +101,16 @@ def test_adapters_do_not_run(tmp_path, target, small_gptj):
 
 
 @pytest.mark.fault(
-    happens="a tokenizer, config or checkpoint that brings its own code (`auto_map`)", then="refused, it does not run"
+    happens="a tokenizer, config or checkpoint that brings its own code (`auto_map`)",
+    then="refused, it does not run",
 )
 def test_code_beside_a_tokenizer_does_not_run(tmp_path, target):
     from finetune.data.tokenizer import load_tokenizer
 
     (tmp_path / "evil.py").write_text(f"import os\nos.mkdir({str(target)!r})\nclass T: pass\n")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}})
+    )
     with pytest.raises(UserError):
         load_tokenizer(str(tmp_path))
     assert not target.exists()
@@ -114,7 +125,11 @@ def test_remote_code_is_never_trusted():
     ]
     assert len(files) > 50
     text = {path: path.read_text(encoding="utf-8") for path in files}
-    assert not [path for path, content in text.items() if re.search(r"trust_remote_code\s*[=:]\s*(?!False)", content)]
+    assert not [
+        path
+        for path, content in text.items()
+        if re.search(r"trust_remote_code\s*[=:]\s*(?!False)", content)
+    ]
     assert not [
         path
         for path, content in text.items()
@@ -178,7 +193,9 @@ def test_secret_values_are_refused_before_a_file_is_written(word, key, tmp_path,
         check(cfg, 1, False, absent)
     said = str(caught.value)
     assert f"{key}: " in said and "HF_TOKEN" in said
-    assert not any(secret in said for secret in ("hunter2secret", SECRET, HEX)) and not list(tmp_path.iterdir())
+    assert not any(secret in said for secret in ("hunter2secret", SECRET, HEX)) and not list(
+        tmp_path.iterdir()
+    )
 
 
 @pytest.mark.fault(
@@ -189,7 +206,10 @@ def test_a_sweep_refuses_secrets_in_its_words(tmp_path, monkeypatch, capsys):
     from finetune.cli.train import run_sweep
 
     monkeypatch.chdir(tmp_path)
-    assert run_sweep(["recipe=quickstart", "optim.lr=1e-3,1e-2", f"train.sample_prompts=['{SECRET}']"]) == 2
+    assert (
+        run_sweep(["recipe=quickstart", "optim.lr=1e-3,1e-2", f"train.sample_prompts=['{SECRET}']"])
+        == 2
+    )
     said = capsys.readouterr().err
     assert "train.sample_prompts" in said and SECRET not in said and not list(tmp_path.iterdir())
 
@@ -205,14 +225,24 @@ def test_names_that_look_like_secrets_are_kept_as_they_are(tmp_path):
         "model": tmp_path / "sk-learn-reviews-2024-05-part-one",
     }
     cfg = compose_train(
-        ["recipe=classify_lora", f"data.train={names['train']}", f"data.eval={names['eval']}",
-         f"model.path={names['model']}", f"task.labels=[{HEX},other]", f"model.revision={HEX}"]
+        [
+            "recipe=classify_lora",
+            f"data.train={names['train']}",
+            f"data.eval={names['eval']}",
+            f"model.path={names['model']}",
+            f"task.labels=[{HEX},other]",
+            f"model.revision={HEX}",
+        ]
     )
     assert not [p for p in _problems_of(cfg) if "secret" in p or "token" in p]
     save_config(cfg, {"labels": [HEX]}, [], tmp_path)
     again = load_config(tmp_path)
     assert (again.data.train, again.data.eval) == (str(names["train"]), str(names["eval"]))
-    assert (again.model.path, again.model.revision, again.task.labels) == (str(names["model"]), HEX, [HEX, "other"])
+    assert (again.model.path, again.model.revision, again.task.labels) == (
+        str(names["model"]),
+        HEX,
+        [HEX, "other"],
+    )
     assert json.loads((tmp_path / "task.json").read_text()) == {"labels": [HEX]}
 
 
@@ -239,5 +269,7 @@ def test_a_failure_is_noted_without_secrets(tmp_path):
     from finetune.training.run_dir import failed_result
 
     error = UserError(f"cannot read {URL} with {SECRET}")
-    failed = json.dumps(failed_result(tmp_path, error, World(0, 1, 0, 1, torch.device("cpu")), 0, None))
+    failed = json.dumps(
+        failed_result(tmp_path, error, World(0, 1, 0, 1, torch.device("cpu")), 0, None)
+    )
     assert "hunter2secret" not in failed and SECRET not in failed and failed.count("***") == 2

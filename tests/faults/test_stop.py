@@ -14,8 +14,17 @@ from tests.faults.jobs import words
 
 COMPARED = 30
 LONG = ["zero=stage2", "train.steps=4000", "optim.schedule=constant", "checkpoint.every=0"]
-TARGETS = {"launcher": ["launcher"], "one rank": ["1"], "all ranks": ["0", "1"], "everyone": ["launcher", "0", "1"]}
-STOPS = [(send, to) for send in ("SIGTERM", "SIGINT", "SIGUSR1") for to in ("launcher", "one rank", "all ranks")]
+TARGETS = {
+    "launcher": ["launcher"],
+    "one rank": ["1"],
+    "all ranks": ["0", "1"],
+    "everyone": ["launcher", "0", "1"],
+}
+STOPS = [
+    (send, to)
+    for send in ("SIGTERM", "SIGINT", "SIGUSR1")
+    for to in ("launcher", "one rank", "all ranks")
+]
 STOPS += [("SIGKILL", "launcher"), ("SIGINT", "everyone"), ("STOP", "run_dir")]
 
 
@@ -25,15 +34,27 @@ def name(send: str, to: str) -> str:
 
 def jobs(folder: Path) -> list[dict]:
     run = words(folder, folder / "stops", *LONG)
-    found = [{"name": "not stopped", "words": words(folder, folder / "not-stopped", *LONG, f"train.steps={COMPARED}")}]
+    found = [
+        {
+            "name": "not stopped",
+            "words": words(folder, folder / "not-stopped", *LONG, f"train.steps={COMPARED}"),
+        }
+    ]
     for send, to in STOPS:
-        action = {"steps": 2, "touch": "STOP"} if send == "STOP" else {"steps": 2, "send": send, "to": TARGETS[to]}
+        action = (
+            {"steps": 2, "touch": "STOP"}
+            if send == "STOP"
+            else {"steps": 2, "send": send, "to": TARGETS[to]}
+        )
         found.append({"name": name(send, to), "words": run, "actions": [action]})
     found.append(
         {
             "name": "SAVE",
             "words": run,
-            "actions": [{"steps": 2, "touch": "SAVE"}, {"steps": 10, "send": "SIGTERM", "to": ["0"]}],
+            "actions": [
+                {"steps": 2, "touch": "SAVE"},
+                {"steps": 10, "send": "SIGTERM", "to": ["0"]},
+            ],
         }
     )
     found.append(
@@ -49,14 +70,26 @@ def jobs(folder: Path) -> list[dict]:
             "name": "twice",
             "words": words(folder, folder / "twice"),
             "fault": "stop save.begin rank=1",
-            "actions": [{"steps": 2, "send": "SIGINT", "to": ["1"]}, {"steps": 2, "send": "SIGINT", "to": ["1"]}],
+            "actions": [
+                {"steps": 2, "send": "SIGINT", "to": ["1"]},
+                {"steps": 2, "send": "SIGINT", "to": ["1"]},
+            ],
         }
     )
-    evaluated = [f"data.eval={folder / 'data.jsonl'}", "train.eval_every=4", "train.eval_batch=2", "zero=stage3"]
+    evaluated = [
+        f"data.eval={folder / 'data.jsonl'}",
+        "train.eval_every=4",
+        "train.eval_batch=2",
+        "zero=stage3",
+    ]
     found.append({"name": "evaluated", "words": words(folder, folder / "evaluated", *evaluated)})
     stopped = words(folder, folder / "evaluated-in-parts", *evaluated)
-    found.append({"name": "evaluation 1", "words": stopped, "fault": "term eval.batch rank=1 nth=3"})
-    found.append({"name": "evaluation 2", "words": stopped, "fault": "term eval.batch rank=0 nth=25"})
+    found.append(
+        {"name": "evaluation 1", "words": stopped, "fault": "term eval.batch rank=1 nth=3"}
+    )
+    found.append(
+        {"name": "evaluation 2", "words": stopped, "fault": "term eval.batch rank=0 nth=25"}
+    )
     found.append({"name": "evaluation 3", "words": stopped})
     return found
 
@@ -98,18 +131,23 @@ def test_a_file_save_saves_and_goes_on(outcome):
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    happens="a signal while data and model are still loading", then="exit code 75 at once; nothing was to be saved"
+    happens="a signal while data and model are still loading",
+    then="exit code 75 at once; nothing was to be saved",
 )
 def test_a_signal_before_the_first_step(outcome):
     found = outcome["early"]
-    assert found["codes"] == {"0": 75, "1": 75} and found["result"]["status"] == "preempted", found["output"]
+    assert found["codes"] == {"0": 75, "1": 75} and found["result"]["status"] == "preempted", found[
+        "output"
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.fault(happens="a second Ctrl-C", then="stops at once, without saving")
 def test_a_second_interrupt_ends_at_once(outcome):
     found = outcome["twice"]
-    assert found["codes"]["1"] == 130 and not found["timeout"] and found["valid"] == [], found["output"]
+    assert found["codes"]["1"] == 130 and not found["timeout"] and found["valid"] == [], found[
+        "output"
+    ]
 
 
 @pytest.mark.slow
@@ -119,13 +157,24 @@ def test_a_second_interrupt_ends_at_once(outcome):
 )
 def test_an_evaluation_is_broken_off_and_made_up_for(outcome, folder):
     first, second, third = (outcome[f"evaluation {n}"] for n in (1, 2, 3))
-    assert first["codes"] == second["codes"] == {"0": 75, "1": 75}, first["output"] + second["output"]
+    assert first["codes"] == second["codes"] == {"0": 75, "1": 75}, (
+        first["output"] + second["output"]
+    )
     assert first["result"]["step"] == 4 and second["result"]["step"] == 10
-    assert third["codes"] == {"0": 0, "1": 0} and third["result"]["status"] == "done", third["output"]
+    assert third["codes"] == {"0": 0, "1": 0} and third["result"]["status"] == "done", third[
+        "output"
+    ]
     assert third["result"]["eval"] == outcome["evaluated"]["result"]["eval"]
     kept = ("kind", "step", "loss")
     lines = [
-        [[record.get(key) for key in kept] for record in metrics_log.read(folder / name / "metrics.jsonl")]
+        [
+            [record.get(key) for key in kept]
+            for record in metrics_log.read(folder / name / "metrics.jsonl")
+        ]
         for name in ("evaluated", "evaluated-in-parts")
     ]
-    assert lines[0] == lines[1] and [line[1] for line in lines[0] if line[0] == "eval"] == [4, 8, 10]
+    assert lines[0] == lines[1] and [line[1] for line in lines[0] if line[0] == "eval"] == [
+        4,
+        8,
+        10,
+    ]

@@ -15,9 +15,15 @@ SKIPPED = [3, 4, 7]
 
 def jobs(folder: Path) -> list[dict]:
     def run(name: str, *more: str, **others) -> dict:
-        return {"name": name, "words": words(folder, folder / name.replace(" ", "-"), *more), **others}
+        return {
+            "name": name,
+            "words": words(folder, folder / name.replace(" ", "-"), *more),
+            **others,
+        }
 
-    found = [run(f"skip {stage}", f"zero={stage}", nan={"rank": 1, "steps": SKIPPED}) for stage in STAGES]
+    found = [
+        run(f"skip {stage}", f"zero={stage}", nan={"rank": 1, "steps": SKIPPED}) for stage in STAGES
+    ]
     found += [
         run("row", "zero=stage2", nan={"rank": 0, "steps": [4, 5, 6, 7, 8]}),
         run("row", "zero=stage2"),
@@ -27,14 +33,23 @@ def jobs(folder: Path) -> list[dict]:
         run("die 1", "zero=stage2", fault="kill step rank=1 nth=4"),
         run("hang", "zero=stage2", "train.hang_timeout=3", fault="stop step rank=1 nth=4"),
         run("no space 0", "zero=stage2", fault="nospace save.tensor rank=0 nth=3"),
-        run("no space behind", "zero=stage2", "checkpoint.background=true", fault="nospace save.manifest rank=0"),
+        run(
+            "no space behind",
+            "zero=stage2",
+            "checkpoint.background=true",
+            fault="nospace save.manifest rank=0",
+        ),
     ]
     found[4]["name"] = "row again"
     if (folder / "disk").is_mount():
         disk, filler = folder / "disk", folder / "disk/filler"
         full = words(folder, disk / "run", "zero=stage2")
         found += [
-            {"name": "disk fills", "words": full, "fill": {"point": "save.written", "rank": 0, "file": str(filler)}},
+            {
+                "name": "disk fills",
+                "words": full,
+                "fill": {"point": "save.written", "rank": 0, "file": str(filler)},
+            },
             {"name": "disk is full", "words": full},
             {
                 "name": "disk fills while writing",
@@ -65,9 +80,14 @@ def test_a_bad_step_changes_nothing(outcome, stage):
     found = outcome[f"skip {stage}"]
     assert found["codes"] == {"0": 0, "1": 0}, found["output"]
     assert found["result"]["skipped_steps"] == 3 and found["bad"] == SKIPPED
-    assert all(found["losses"][str(step)] > 0 for step in range(1, STEPS + 1) if step not in SKIPPED)
+    assert all(
+        found["losses"][str(step)] > 0 for step in range(1, STEPS + 1) if step not in SKIPPED
+    )
     # Two ranks, batch 4, micro-batch 1: rank 1 has the odd positions.
-    assert "step 3: the loss is not finite; the update is skipped, 1 so far. Positions 9, 11 " in found["output"][0]
+    assert (
+        "step 3: the loss is not finite; the update is skipped, 1 so far. Positions 9, 11 "
+        in found["output"][0]
+    )
 
 
 @pytest.mark.slow
@@ -91,7 +111,8 @@ def test_nothing_is_saved_when_no_step_was_good(outcome):
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    happens="an exception on one rank", then="all end with 1 within a minute; its message is the result's error"
+    happens="an exception on one rank",
+    then="all end with 1 within a minute; its message is the result's error",
 )
 def test_the_failing_rank_is_heard(outcome):
     failed(outcome["raise"], "rank 1 ended first: RuntimeError: injected at step")
@@ -102,7 +123,8 @@ def test_the_failing_rank_is_heard(outcome):
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    happens="`kill -9` of a rank during a step", then="the others end with 1 within a minute and name it"
+    happens="`kill -9` of a rank during a step",
+    then="the others end with 1 within a minute and name it",
 )
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_dead_rank_takes_the_others_along(outcome, rank):
@@ -114,14 +136,18 @@ def test_a_dead_rank_takes_the_others_along(outcome, rank):
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    happens="a rank hangs (`train.hang_timeout`)", then="every rank dumps its stacks to a file and stderr; exit code 1"
+    happens="a rank hangs (`train.hang_timeout`)",
+    then="every rank dumps its stacks to a file and stderr; exit code 1",
 )
 def test_a_hang_dumps_every_rank_and_ends(outcome):
     found = outcome["hang"]
     failed(found, "no step for 3 seconds")
     assert found["codes"] == {"0": 1, "1": 1}
     for rank, place in enumerate(("trainer.py", "faults.py")):
-        assert place in found["stacks"][f"stacks-rank-{rank:05d}.txt"] and place in found["output"][rank]
+        assert (
+            place in found["stacks"][f"stacks-rank-{rank:05d}.txt"]
+            and place in found["output"][rank]
+        )
 
 
 @pytest.mark.slow

@@ -32,8 +32,19 @@ STEPS = 50
 @pytest.fixture
 def pair() -> tuple[GPTJForCausalLM, CausalLM]:
     torch.manual_seed(0)
-    config = GPTJConfig(n_embd=512, n_layer=2, n_head=2, rotary_dim=64, vocab_size=VOCAB, n_positions=512, embd_pdrop=0.0,
-                        attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=0, eos_token_id=0)
+    config = GPTJConfig(
+        n_embd=512,
+        n_layer=2,
+        n_head=2,
+        rotary_dim=64,
+        vocab_size=VOCAB,
+        n_positions=512,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     reference = GPTJForCausalLM(config)
     ours = CausalLM(copy.deepcopy(config))
     ours.load_state_dict(reference.state_dict())
@@ -42,16 +53,24 @@ def pair() -> tuple[GPTJForCausalLM, CausalLM]:
 
 def batch(seed: int = 1) -> dict[str, torch.Tensor]:
     ids = torch.randint(0, VOCAB, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(seed))
-    labels = torch.cat([torch.cat([part[1:], torch.tensor([IGNORE])]) for part in ids[0].split(LENGTHS)])[None]
+    labels = torch.cat(
+        [torch.cat([part[1:], torch.tensor([IGNORE])]) for part in ids[0].split(LENGTHS)]
+    )[None]
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
     # The boundaries stay on the host, as in training.
-    return {"input_ids": ids.to(DEVICE), "position_ids": positions.to(DEVICE), "labels": labels.to(DEVICE),
-            "cu_seqlens": torch.tensor([0, *LENGTHS]).cumsum(0).int()}
+    return {
+        "input_ids": ids.to(DEVICE),
+        "position_ids": positions.to(DEVICE),
+        "labels": labels.to(DEVICE),
+        "cu_seqlens": torch.tensor([0, *LENGTHS]).cumsum(0).int(),
+    }
 
 
 def loss_of(reference, given: dict[str, torch.Tensor]) -> torch.Tensor:
     """Summed over the documents, each read alone."""
-    logits = torch.cat([reference(input_ids=part[None]).logits[0] for part in given["input_ids"][0].split(LENGTHS)])
+    logits = torch.cat(
+        [reference(input_ids=part[None]).logits[0] for part in given["input_ids"][0].split(LENGTHS)]
+    )
     return F.cross_entropy(logits.float(), given["labels"][0], ignore_index=IGNORE, reduction="sum")
 
 
@@ -63,14 +82,22 @@ def test_loss_and_gradients_are_no_worse_than_eager_half_precision(pair, dtype):
     truth.backward()
     wanted = {name: p.grad.clone() for name, p in reference.named_parameters()}
     errors = {}
-    for name, model, loss in (("theirs", copy.deepcopy(reference).to(dtype), loss_of),
-                              ("ours", ours.to(dtype), lambda model, given: model(**given))):
+    for name, model, loss in (
+        ("theirs", copy.deepcopy(reference).to(dtype), loss_of),
+        ("ours", ours.to(dtype), lambda model, given: model(**given)),
+    ):
         model.zero_grad()
         value = loss(model, given)
         (value * 2.0**-8).backward()  # fp16's range
-        far = sum(float((p.grad.float() * 2.0**8 - wanted[n]).pow(2).sum()) for n, p in model.named_parameters())
+        far = sum(
+            float((p.grad.float() * 2.0**8 - wanted[n]).pow(2).sum())
+            for n, p in model.named_parameters()
+        )
         errors[name] = (abs(float(value - truth)) / float(truth), far**0.5)
-    assert errors["ours"][0] <= max(1.2 * errors["theirs"][0], 1e-3) and errors["ours"][1] <= 1.2 * errors["theirs"][1], errors
+    assert (
+        errors["ours"][0] <= max(1.2 * errors["theirs"][0], 1e-3)
+        and errors["ours"][1] <= 1.2 * errors["theirs"][1]
+    ), errors
 
 
 def test_half_precision_takes_the_variable_length_kernel():
@@ -85,7 +112,9 @@ def test_changing_a_document_changes_no_other(pair):
     with torch.no_grad():
         before = ours(**given).logits[0].split(LENGTHS)
         start = sum(LENGTHS[:2])
-        given["input_ids"][0, start : start + LENGTHS[2]] = (given["input_ids"][0, start : start + LENGTHS[2]] + 1) % VOCAB
+        given["input_ids"][0, start : start + LENGTHS[2]] = (
+            given["input_ids"][0, start : start + LENGTHS[2]] + 1
+        ) % VOCAB
         after = ours(**given).logits[0].split(LENGTHS)
     for i, (a, b) in enumerate(zip(before, after, strict=True)):
         assert torch.equal(a, b) == (i != 2)
@@ -112,8 +141,21 @@ def test_the_loss_of_fifty_steps_is_that_of_hugging_face(pair):
 
 
 def test_fp16_trains_with_loss_scaling(tmp_path):
-    words = ["recipe=quickstart", "model.dtype=fp16", "train.steps=12", f"run_dir={tmp_path}", "data.eval=null", "train.eval_every=0"]
-    done = subprocess.run([sys.executable, "launch/train.py", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    words = [
+        "recipe=quickstart",
+        "model.dtype=fp16",
+        "train.steps=12",
+        f"run_dir={tmp_path}",
+        "data.eval=null",
+        "train.eval_every=0",
+    ]
+    done = subprocess.run(
+        [sys.executable, "launch/train.py", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "train"]

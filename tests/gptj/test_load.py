@@ -21,7 +21,9 @@ CPU = torch.device("cpu")
 
 
 def build(folder: Path, **changes):
-    return build_model(ModelConfig(path=str(folder), dtype=Dtype.fp32, **changes), "lm", device=CPU, seed=0)
+    return build_model(
+        ModelConfig(path=str(folder), dtype=Dtype.fp32, **changes), "lm", device=CPU, seed=0
+    )
 
 
 @pytest.fixture
@@ -55,11 +57,16 @@ def test_sharded_pickles_in_fp16(copy):
     state = {name: tensor.half() for name, tensor in load_file(copy / "model.safetensors").items()}
     state["transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8).tril().bool()
     names = sorted(state)
-    parts = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+    parts = {
+        "pytorch_model-00001-of-00002.bin": names[::2],
+        "pytorch_model-00002-of-00002.bin": names[1::2],
+    }
     for file, held in parts.items():
         torch.save({name: state[name] for name in held}, copy / file)
     weight_map = {name: file for file, held in parts.items() for name in held}
-    (copy / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (copy / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     (copy / "model.safetensors").unlink()
     found = build(copy).state_dict()
     assert found.keys() == state.keys() - {"transformer.h.0.attn.bias"}
@@ -75,16 +82,22 @@ def test_pickles_as_torch_wrote_them_before_1_6(copy, small_gptj, shards):
     if shards == 1:
         parts = {"pytorch_model.bin": names}
     for file, held in parts.items():
-        torch.save({name: state[name] for name in held}, copy / file, _use_new_zipfile_serialization=False)
+        torch.save(
+            {name: state[name] for name in held}, copy / file, _use_new_zipfile_serialization=False
+        )
     if shards > 1:
         weight_map = {name: file for file, held in parts.items() for name in held}
-        (copy / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (copy / "pytorch_model.bin.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
     (copy / "model.safetensors").unlink()
     assert same(copy, small_gptj)
     weights = Weights(copy)
     assert weights.shape("transformer.wte.weight") == tuple(state["transformer.wte.weight"].shape)
     assert len(weights._open) == 1
-    assert all(torch.equal(weights[name], state[name]) for name in names) and len(weights._open) == 1
+    assert (
+        all(torch.equal(weights[name], state[name]) for name in names) and len(weights._open) == 1
+    )
 
     file = copy / next(reversed(parts))
     file.write_bytes(file.read_bytes()[:-100])
@@ -113,7 +126,9 @@ def test_random_reads_only_the_config_and_depends_on_the_seed_alone(copy):
     (copy / "model.safetensors").unlink()
     one, again = build(copy, init=Init.random), build(copy, init=Init.random)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), again.parameters(), strict=True))
-    other = build_model(ModelConfig(path=str(copy), dtype=Dtype.fp32, init=Init.random), "lm", device=CPU, seed=1)
+    other = build_model(
+        ModelConfig(path=str(copy), dtype=Dtype.fp32, init=Init.random), "lm", device=CPU, seed=1
+    )
     assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
     assert one.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
@@ -195,24 +210,42 @@ def test_hub_id_offline_says_what_to_do():
     assert "recipe=quickstart" in str(caught.value) and "model.path=DIR" in str(caught.value)
 
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 24207819307\n" % (b"4d7a" * 16)
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 24207819307\n" % (
+    b"4d7a" * 16
+)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "pytorch_model.bin", "tokenizer.json", "vocab.json",
-                                  "shard.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "config.json",
+        "pytorch_model.bin",
+        "tokenizer.json",
+        "vocab.json",
+        "shard.safetensors",
+        "model.safetensors.index.json",
+    ],
+)
 def test_a_git_lfs_pointer_is_named_before_anything_is_read(copy, name):
     """Weights, sharded or not, config and tokenizer; a remedy that names the folder where there is a repository."""
     if name == "pytorch_model.bin":
         (copy / "model.safetensors").unlink()
     if name.startswith("shard"):
         (copy / "model.safetensors").unlink()
-        (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"transformer.wte.weight": name}}))
+        (copy / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"transformer.wte.weight": name}})
+        )
     (copy / name).write_bytes(POINTER)
     (copy / ".git").mkdir()
-    cfg = Config(task=ClmConfig(), adapter=FullConfig(), model=ModelConfig(path=str(copy), dtype=Dtype.fp32))
+    cfg = Config(
+        task=ClmConfig(), adapter=FullConfig(), model=ModelConfig(path=str(copy), dtype=Dtype.fp32)
+    )
     (problem,) = absent(cfg, download=False)
-    assert str(problem) == (f"{copy / name}: this is a git-lfs pointer, not the file itself; its 22.55 GiB are still on the "
-                            f"server\n  git lfs install && git -C {copy} lfs pull")
+    assert str(problem) == (
+        f"{copy / name}: this is a git-lfs pointer, not the file itself; its 22.55 GiB are still on the "
+        f"server\n  git lfs install && git -C {copy} lfs pull"
+    )
     with pytest.raises(UserError, match=r"git-lfs pointer"):
         load_tokenizer(str(copy)) if name in TOKENIZER_FILES else build(copy)
 
@@ -223,5 +256,9 @@ def test_pointers_that_nothing_reads_do_not_matter(copy, small_gptj):
     (copy / "flax_model.msgpack").write_bytes(POINTER)
     assert same(copy, small_gptj)
     (copy / "model.safetensors").write_bytes(POINTER)
-    cfg = Config(task=ClmConfig(), adapter=FullConfig(), model=ModelConfig(path=str(copy), dtype=Dtype.fp32, init=Init.random))
+    cfg = Config(
+        task=ClmConfig(),
+        adapter=FullConfig(),
+        model=ModelConfig(path=str(copy), dtype=Dtype.fp32, init=Init.random),
+    )
     assert not list(absent(cfg, download=False))

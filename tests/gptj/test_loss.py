@@ -28,11 +28,18 @@ def tensors(dtype: torch.dtype = torch.float32, width: int = WIDTH) -> tuple[tor
 @pytest.mark.parametrize("scale", [1.0, 0.003])
 def test_value_and_gradients(scale, width):
     hidden, weight, bias, labels = tensors(width=width)
-    wanted = F.cross_entropy(F.linear(hidden, weight, bias), labels, ignore_index=IGNORE, reduction="sum") * scale
+    wanted = (
+        F.cross_entropy(
+            F.linear(hidden, weight, bias), labels, ignore_index=IGNORE, reduction="sum"
+        )
+        * scale
+    )
     gradients = torch.autograd.grad(wanted, (hidden, weight, bias))
     loss = chunked_cross_entropy(hidden, weight, bias, labels) * scale
     torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
-    for mine, theirs in zip(torch.autograd.grad(loss, (hidden, weight, bias)), gradients, strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(loss, (hidden, weight, bias)), gradients, strict=True
+    ):
         assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
@@ -42,10 +49,17 @@ def test_bf16_gradient_is_as_close_to_the_truth_as_plain_torch(width):
     hidden, weight, bias, labels = tensors(torch.bfloat16, width)
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight, bias)]
     truth = torch.autograd.grad(
-        F.cross_entropy(F.linear(*exact), labels, ignore_index=IGNORE, reduction="sum"), exact)
-    plain = torch.autograd.grad(F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, ignore_index=IGNORE,
-                                                reduction="sum"), (hidden, weight, bias))
-    ours = torch.autograd.grad(chunked_cross_entropy(hidden, weight, bias, labels), (hidden, weight, bias))
+        F.cross_entropy(F.linear(*exact), labels, ignore_index=IGNORE, reduction="sum"), exact
+    )
+    plain = torch.autograd.grad(
+        F.cross_entropy(
+            F.linear(hidden, weight, bias).float(), labels, ignore_index=IGNORE, reduction="sum"
+        ),
+        (hidden, weight, bias),
+    )
+    ours = torch.autograd.grad(
+        chunked_cross_entropy(hidden, weight, bias, labels), (hidden, weight, bias)
+    )
     for mine, theirs, true in zip(ours, plain, truth, strict=True):
         assert (mine.double() - true).norm() <= 1.25 * (theirs.double() - true).norm()
 
@@ -78,7 +92,9 @@ def test_nothing_scored_is_zero_with_zero_gradient(width):
 def test_token_losses_add_up():
     hidden, weight, bias, labels = tensors()
     losses = token_losses(hidden, weight, bias, labels)
-    wanted = F.cross_entropy(F.linear(hidden, weight, bias), labels, ignore_index=IGNORE, reduction="none")
+    wanted = F.cross_entropy(
+        F.linear(hidden, weight, bias), labels, ignore_index=IGNORE, reduction="none"
+    )
     torch.testing.assert_close(losses, wanted.detach(), rtol=1e-5, atol=1e-6)
 
 

@@ -21,12 +21,27 @@ VOCAB = 500
 
 
 def config(**changes) -> GPTJConfig:
-    values = dict(n_embd=64, n_layer=2, n_head=4, rotary_dim=8, vocab_size=VOCAB, n_positions=64, embd_pdrop=0.0,
-                  attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=0, eos_token_id=0, attn_implementation="eager")
+    values = dict(
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        rotary_dim=8,
+        vocab_size=VOCAB,
+        n_positions=64,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_implementation="eager",
+    )
     return GPTJConfig(**(values | changes))
 
 
-@pytest.fixture(params=[{}, {"rotary_dim": 16, "n_inner": 96}], ids=["rotary part", "rotary whole head, own n_inner"])
+@pytest.fixture(
+    params=[{}, {"rotary_dim": 16, "n_inner": 96}],
+    ids=["rotary part", "rotary whole head, own n_inner"],
+)
 def pair(request) -> tuple[GPTJForCausalLM, CausalLM]:
     torch.manual_seed(0)
     reference = GPTJForCausalLM(config(**request.param)).eval()
@@ -40,7 +55,9 @@ def packed_batch() -> dict[str, torch.Tensor]:
     ids = torch.randint(0, VOCAB, (1, sum(LENGTHS)))
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
     cu = torch.tensor([0, *LENGTHS]).cumsum(0).int()
-    labels = torch.cat([torch.cat([part[1:], torch.tensor([IGNORE])]) for part in ids[0].split(LENGTHS)])[None]
+    labels = torch.cat(
+        [torch.cat([part[1:], torch.tensor([IGNORE])]) for part in ids[0].split(LENGTHS)]
+    )[None]
     return {"input_ids": ids, "position_ids": positions, "cu_seqlens": cu, "labels": labels}
 
 
@@ -64,7 +81,9 @@ def test_packed_equals_separate_documents(pair, kind, checkpointing):
     without = {k: v for k, v in batch.items() if k != "labels"}
     torch.testing.assert_close(ours(**without)[0], logits, rtol=1e-5, atol=1e-5)
     for (name, mine), theirs in zip(ours.named_parameters(), reference.parameters(), strict=True):
-        assert (mine.grad - theirs.grad).abs().max() <= 1e-5 * theirs.grad.abs().max().clamp(min=1e-9), name
+        assert (mine.grad - theirs.grad).abs().max() <= 1e-5 * theirs.grad.abs().max().clamp(
+            min=1e-9
+        ), name
 
 
 def test_changing_a_document_changes_no_other(pair):
@@ -101,7 +120,9 @@ def test_rows_are_documents_and_keep_picks_logits(pair):
     torch.testing.assert_close(kept, wanted.view(27, -1)[[8, 26]], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("argument", ["attention_mask", "past_key_values", "cache", "use_cache", "inputs_embeds"])
+@pytest.mark.parametrize(
+    "argument", ["attention_mask", "past_key_values", "cache", "use_cache", "inputs_embeds"]
+)
 @pytest.mark.parametrize("head", HEADS)
 def test_an_argument_that_forward_does_not_know_is_an_error(head, argument):
     model = HEADS[head](config())
@@ -115,7 +136,10 @@ def test_library_model_has_the_same_tensors_and_text(pair):
     library = to_library_model(ours)
     assert type(library) is GPTJForCausalLM and library.config._attn_implementation == "sdpa"
     for name, tensor in library.state_dict().items():
-        assert torch.equal(tensor, wanted[name]) and tensor.data_ptr() == ours.state_dict()[name].data_ptr()
+        assert (
+            torch.equal(tensor, wanted[name])
+            and tensor.data_ptr() == ours.state_dict()[name].data_ptr()
+        )
     ids, mask = torch.randint(1, VOCAB, (3, 9)), torch.ones(3, 9, dtype=torch.long)
     mask[1, :4] = 0
     torch.testing.assert_close(library(ids).logits, reference(ids).logits, rtol=1e-5, atol=1e-5)
@@ -124,15 +148,25 @@ def test_library_model_has_the_same_tensors_and_text(pair):
     assert torch.equal(cached, reference.generate(input_ids=ids, attention_mask=mask, **settings))
 
 
-@pytest.mark.parametrize("how", [Sampling(12, 0), Sampling(12, 0.9, 0.8), Sampling(12, 1.0, top_k=5, stop=tuple("bdfhjlnprtvxz"))],
-                         ids=["greedy", "top_p", "top_k and a stop string"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        Sampling(12, 0),
+        Sampling(12, 0.9, 0.8),
+        Sampling(12, 1.0, top_k=5, stop=tuple("bdfhjlnprtvxz")),
+    ],
+    ids=["greedy", "top_p", "top_k and a stop string"],
+)
 def test_decoding_with_a_cache_and_without_gives_the_same_text(pair, how):
     _, ours = pair
     prompts = [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
     without = continue_flat(ours, Letters(), prompts, how, torch.device("cpu"))
     for prompt, ids in zip(prompts, without, strict=True):  # no text depends on its neighbours
         assert continue_flat(ours, Letters(), [prompt], how, torch.device("cpu")) == [ids]
-    assert continue_ids(to_library_model(ours), Letters(), prompts, how, torch.device("cpu")) == without
+    assert (
+        continue_ids(to_library_model(ours), Letters(), prompts, how, torch.device("cpu"))
+        == without
+    )
     if how.stop:
         texts = Letters().batch_decode(without)
         assert any(text.endswith(how.stop) for text in texts)
@@ -150,8 +184,13 @@ class Letters:
 
 def test_dropout_is_applied_and_seeded(pair):
     reference, _ = pair
-    values = config(attn_pdrop=0.3, resid_pdrop=0.2, embd_pdrop=0.1, rotary_dim=reference.config.rotary_dim,
-                    n_inner=reference.config.n_inner)
+    values = config(
+        attn_pdrop=0.3,
+        resid_pdrop=0.2,
+        embd_pdrop=0.1,
+        rotary_dim=reference.config.rotary_dim,
+        n_inner=reference.config.n_inner,
+    )
     model = CausalLM(values).train()
     model.load_state_dict(reference.state_dict())
     batch = packed_batch()

@@ -49,7 +49,12 @@ def _fork(job: dict[str, Any], rank: int) -> multiprocessing.Process:
 
 
 def _rank(job: dict[str, Any], rank: int) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["ranks"], "LOCAL_WORLD_SIZE": job["ranks"]}
+    names = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": job["ranks"],
+        "LOCAL_WORLD_SIZE": job["ranks"],
+    }
     os.environ.update({key: str(value) for key, value in names.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]))
     world = dist.connect(1)
@@ -66,7 +71,11 @@ def walk(case: dict[str, Any], path: str, world: dist.World) -> dict[str, int]:
     engine = build(case, path, world)
     accumulation = case["accumulation"]
     step(engine, accumulation, world)
-    found = {"weights": weights(engine.ds), "optimizer": optimizer(engine.ds), "host": host(engine.ds)}
+    found = {
+        "weights": weights(engine.ds),
+        "optimizer": optimizer(engine.ds),
+        "host": host(engine.ds),
+    }
     for micro in range(accumulation):
         backward(engine, world)
         last = micro == accumulation - 1
@@ -88,13 +97,17 @@ def build(case: dict[str, Any], path: str, world: dist.World) -> Engine:
     module = build_model(
         cfg.model, "lm", device=world.device, seed=0, partition=partition,
         place=partial(place_partitioned, world) if partition else None, reads=world.main or not partition)  # fmt: skip
-    return Engine(adapters.attach(module, kind, "lm", path, 0), settings, OptimConfig(weight_decay=0.1), world)
+    return Engine(
+        adapters.attach(module, kind, "lm", path, 0), settings, OptimConfig(weight_decay=0.1), world
+    )
 
 
 def backward(engine: Engine, world: dist.World) -> None:
     ids = torch.arange(16)[None]
     positions = torch.arange(16)[None]
-    loss = engine(input_ids=ids, position_ids=positions, labels=ids.roll(-1), cu_seqlens=torch.tensor([0, 16]))
+    loss = engine(
+        input_ids=ids, position_ids=positions, labels=ids.roll(-1), cu_seqlens=torch.tensor([0, 16])
+    )
     engine.backward(loss, 1.0)
 
 
@@ -134,7 +147,9 @@ def weights(ds: Any) -> int:
 def optimizer(ds: Any) -> int:
     """Masters (where they are not the weights themselves), moments and step counts."""
     own = {tensor.untyped_storage().data_ptr() for tensor in weight_tensors(ds)}
-    masters = [m.data for m in partitions._flat_masters(ds) if m.untyped_storage().data_ptr() not in own]
+    masters = [
+        m.data for m in partitions._flat_masters(ds) if m.untyped_storage().data_ptr() not in own
+    ]
     states = [value for state in ds.basic_optimizer.state.values() for value in state.values()]
     return total([*masters, *states])
 
@@ -164,7 +179,9 @@ def host(ds: Any) -> int:
     extra = [master.grad for master in masters] + list(
         getattr(wrapper, "param_buffer_of_bit16_for_cpu_offload_groups", ())
     )
-    staging = [getattr(wrapper, f"temp_grad_buffer_for_{place}_offload", None) for place in ("cpu", "gpu")]
+    staging = [
+        getattr(wrapper, f"temp_grad_buffer_for_{place}_offload", None) for place in ("cpu", "gpu")
+    ]
     return total([*extra, *staging])
 
 

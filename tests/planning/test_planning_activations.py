@@ -18,7 +18,15 @@ from finetune.planning.choose import build_job
 from finetune.planning.job import Job
 from finetune.planning.shape import ModelShape
 
-SHAPE = {**TINY, "n_embd": 128, "n_head": 2, "n_inner": 512, "n_layer": 3, "vocab_size": 1501, "n_positions": 1024}
+SHAPE = {
+    **TINY,
+    "n_embd": 128,
+    "n_head": 2,
+    "n_inner": 512,
+    "n_layer": 3,
+    "vocab_size": 1501,
+    "n_positions": 1024,
+}
 CASES = [
     (FullConfig(), "bf16", False), (FullConfig(), "fp32", False), (FullConfig(), "bf16", True),
     (LoraConfig(), "bf16", False), (LoraConfig(), "fp32", True), (LoraConfig(targets="all-linear"), "bf16", False),
@@ -76,7 +84,9 @@ def test_activations_equal_the_allocations(
     job = predicted_job(kind, dtype, checkpointing, packing=False)
     acts = activations(job)
     kept, forward, backward = measured(job, [512, 512], tmp_path)
-    head = 4 * 1501 * 128 if job.full else 0  # the fp32 sum of the head's gradient waits for the backward
+    head = (
+        4 * 1501 * 128 if job.full else 0
+    )  # the fp32 sum of the head's gradient waits for the backward
     assert kept - head == pytest.approx(acts.kept, rel=0.02, abs=40_000)
     stream = job.work.element_bytes * job.tokens * 128
     rebuilt = acts.block - stream if job.work.rebuilds else 0

@@ -12,7 +12,16 @@ from types import SimpleNamespace
 import pytest
 from plan_cases import CPU, GIB, TINY, config, gpu_machine, job
 
-from finetune.config import AdapterConfig, Config, FullConfig, LoraConfig, ModelConfig, Offload, TaskConfig, TrainConfig
+from finetune.config import (
+    AdapterConfig,
+    Config,
+    FullConfig,
+    LoraConfig,
+    ModelConfig,
+    Offload,
+    TaskConfig,
+    TrainConfig,
+)
 from finetune.errors import UserError
 from finetune.planning.activations import activations
 from finetune.planning.choose import Plan, all_options, plan
@@ -28,8 +37,12 @@ FULL, LORA = FullConfig(), LoraConfig()
 
 
 def six_b(adapter: AdapterConfig = FULL, **train: object) -> Config:
-    settings = replace(TrainConfig(micro_batch=1, global_batch=64, activation_checkpointing=True), **train)  # type: ignore[arg-type]
-    return Config(model=ModelConfig(path="asset:gptj_6b"), task=TaskConfig(), adapter=adapter, train=settings)
+    settings = replace(
+        TrainConfig(micro_batch=1, global_batch=64, activation_checkpointing=True), **train
+    )  # type: ignore[arg-type]
+    return Config(
+        model=ModelConfig(path="asset:gptj_6b"), task=TaskConfig(), adapter=adapter, train=settings
+    )
 
 
 def planned(cfg: Config, gpus: int, gib: float, host_gib: float = 512) -> Plan:
@@ -54,7 +67,9 @@ def chosen(cfg: Config, gpus: int, gib: float) -> Option:
         (LORA, 8, 12, Option(3)),
     ],
 )
-def test_six_billion_parameters(adapter: AdapterConfig, gpus: int, gib: float, option: Option) -> None:
+def test_six_billion_parameters(
+    adapter: AdapterConfig, gpus: int, gib: float, option: Option
+) -> None:
     assert chosen(six_b(adapter), gpus, gib) == option
 
 
@@ -65,7 +80,9 @@ def test_more_gpus_change_the_choice() -> None:
 def test_one_micro_step_and_nothing_to_shard_needs_no_sharding() -> None:
     assert chosen(six_b(LORA, global_batch=8), 8, 80) == Option(0)
     assert chosen(six_b(LORA, global_batch=1), 1, 80) == Option(0)
-    assert chosen(six_b(LORA, global_batch=16), 8, 80) == Option(1), "bf16 sums over micro-steps are not exact"
+    assert chosen(six_b(LORA, global_batch=16), 8, 80) == Option(1), (
+        "bf16 sums over micro-steps are not exact"
+    )
 
 
 def test_the_first_option_that_fits_is_taken() -> None:
@@ -141,7 +158,12 @@ def test_a_run_that_fits_nowhere_is_refused_with_the_table(tmp_path: Path) -> No
         plan_run(cfg, SimpleNamespace(size=2), tmp_path, None)  # type: ignore[arg-type]
     assert refusal.value.exit_code == 2
     text = refusal.value.render()
-    assert "does not fit" in text and "NOTHING FITS" in text and "What would fit:" in text and "machine.host_gib=" in text
+    assert (
+        "does not fit" in text
+        and "NOTHING FITS" in text
+        and "What would fit:" in text
+        and "machine.host_gib=" in text
+    )
     told = json.loads((tmp_path / "plan.json").read_text())
     assert told["fits"] is False and told["advice"]
 
@@ -177,22 +199,30 @@ def test_parts_add_up() -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [Option(0), Option(1), Option(2), Option(3), Option(2, "cpu"), Option(3, "cpu", "cpu")]
+    "option",
+    [Option(0), Option(1), Option(2), Option(3), Option(2, "cpu"), Option(3, "cpu", "cpu")],
 )
 @pytest.mark.parametrize("kind", [FULL, LORA], ids=["full", "lora"])
 def test_bytes_grow_with_what_they_should(option: Option, kind: AdapterConfig) -> None:
-    def need(length: int = 1024, micro: int = 1, checkpointing: bool = False, ranks: int = 2) -> int:
+    def need(
+        length: int = 1024, micro: int = 1, checkpointing: bool = False, ranks: int = 2
+    ) -> int:
         cfg = six_b(kind, micro_batch=micro, activation_checkpointing=checkpointing)
         cfg.task.max_length = length
         made = plan(cfg, gpu_machine(ranks, 80), SIX_B, ranks)
         return estimate(made.job, option).gpu_bytes
 
-    for sizes in ([need(n) for n in (128, 256, 512, 1024, 2048)], [need(micro=n) for n in (1, 2, 4, 8)]):
+    for sizes in (
+        [need(n) for n in (128, 256, 512, 1024, 2048)],
+        [need(micro=n) for n in (1, 2, 4, 8)],
+    ):
         assert all(small <= large for small, large in pairwise(sizes))
     assert need(checkpointing=True) <= need()
     assert need(micro=8, checkpointing=True) < need(micro=8)
     if option.stage:
-        assert all(large <= small for small, large in pairwise([need(ranks=n) for n in (2, 4, 8, 16)]))
+        assert all(
+            large <= small for small, large in pairwise([need(ranks=n) for n in (2, 4, 8, 16)])
+        )
 
 
 def test_frozen_weights_have_neither_gradients_nor_states() -> None:
@@ -239,9 +269,13 @@ def test_host_memory_of_optimizer_offload(monkeypatch: pytest.MonkeyPatch) -> No
     job_ = planned(six_b(), 1, 80).job
     parts = estimate(job_, Option(2, "cpu")).host_parts
     assert sum(parts.values()) - parts["processes"] == pytest.approx(103.1 * GIB, rel=0.01)
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True,pinned_max_round_threshold_mb:64")
+    monkeypatch.setenv(
+        "PYTORCH_ALLOC_CONF", "expandable_segments:True,pinned_max_round_threshold_mb:64"
+    )
     parts = estimate(job_, Option(2, "cpu")).host_parts
-    assert sum(parts.values()) - parts["processes"] == pytest.approx(18 * SIX_B.parameters(), rel=0.01)
+    assert sum(parts.values()) - parts["processes"] == pytest.approx(
+        18 * SIX_B.parameters(), rel=0.01
+    )
 
 
 def test_ranks_on_a_cpu_share_the_host() -> None:
@@ -257,7 +291,10 @@ def test_full_disk_is_noticed() -> None:
     machine = replace(gpu_machine(4, 80), disk_bytes=50 * GIB)
     made = plan(six_b(), machine, SIX_B, 4)
     assert not made.fits and made.chosen.short == "disk"
-    assert made.checkpoint_bytes == 12 * SIX_B.parameters() and made.export_bytes == 2 * SIX_B.parameters()
+    assert (
+        made.checkpoint_bytes == 12 * SIX_B.parameters()
+        and made.export_bytes == 2 * SIX_B.parameters()
+    )
 
 
 @pytest.mark.parametrize(
@@ -299,7 +336,16 @@ def test_contract_of_the_json() -> None:
     assert set(found["chosen"]) == {"zero", "offload_optimizer", "offload_params"}
     assert {"gpus", "gpu_bytes", "host_bytes"} <= set(found["machine"])
     assert found["parameters"] == {"total": 6_050_882_784, "trainable": 6_050_882_784}
-    keys = {"zero", "offload_optimizer", "offload_params", "gpu_bytes", "host_bytes", "disk_bytes", "fits", "parts"}
+    keys = {
+        "zero",
+        "offload_optimizer",
+        "offload_params",
+        "gpu_bytes",
+        "host_bytes",
+        "disk_bytes",
+        "fits",
+        "parts",
+    }
     for option in found["options"]:
         assert keys <= set(option) and set(option["parts"]) == set(PARTS)
     assert found["chosen"]["zero"] in {option["zero"] for option in found["options"]}

@@ -31,7 +31,11 @@ def test_given_values_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "gpu_free_bytes", lambda: [11 * GIB, 10 * GIB, 12 * GIB])
     machine = measure_machine(MachineConfig(gpus=16, gpu_gib=80, host_gib=100, disk_gib=7))
     assert (machine.gpus, machine.gpus_per_node, machine.nodes) == (16, 8, 2)
-    assert (machine.gpu_bytes, machine.host_bytes, machine.disk_bytes) == (80 * GIB, 100 * GIB, 7 * GIB)
+    assert (machine.gpu_bytes, machine.host_bytes, machine.disk_bytes) == (
+        80 * GIB,
+        100 * GIB,
+        7 * GIB,
+    )
     assert measure_machine(MachineConfig(gpus=4, gpu_gib=80, gpus_per_node=8)).gpus_per_node == 4
     measured = measure_machine(MachineConfig())
     assert (measured.gpus, measured.gpu_bytes) == (3, 10 * GIB), "the smallest GPU is the limit"
@@ -52,9 +56,18 @@ def test_no_gpu_is_a_cpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "visible, left",
-    [(None, [0, 1, 2]), ("", []), ("2", [2]), ("1,0", [1, 0]), ("GPU-abc,GPU-def", [0, 1]), ("0,-1", [0])],
+    [
+        (None, [0, 1, 2]),
+        ("", []),
+        ("2", [2]),
+        ("1,0", [1, 0]),
+        ("GPU-abc,GPU-def", [0, 1]),
+        ("0,-1", [0]),
+    ],
 )
-def test_visible_devices(monkeypatch: pytest.MonkeyPatch, visible: str | None, left: list[int]) -> None:
+def test_visible_devices(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, left: list[int]
+) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -75,7 +88,9 @@ def test_container_limit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_preset(path: Path) -> None:
     values = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(values, dict) and set(values) <= {field.name for field in fields(MachineConfig)}
+    assert isinstance(values, dict) and set(values) <= {
+        field.name for field in fields(MachineConfig)
+    }
     OmegaConf.merge(OmegaConf.structured(MachineConfig), values)
     if path.stem != "local":
         advertised = float(path.stem.split("_")[-1])
@@ -100,17 +115,31 @@ def test_the_program_prints_one_json_object() -> None:
     assert found["fits"] and found["machine"]["gpus"] == 4 and found["world_size"] == 4
 
 
-def test_this_machine_s_disk_does_not_limit_hardware_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_this_machine_s_disk_does_not_limit_hardware_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     found = planned_by_the_program("machine.gpus=8", "machine.gpu_gib=80", "machine.host_gib=512")
     assert found["fits"] and found["chosen"]["zero"] == "stage1"
     monkeypatch.setattr(module, "disk_free_bytes", lambda path: 3 * GIB)
     elsewhere = measure_machine(MachineConfig(gpus=8, gpu_gib=80), nvme_path="/nvme")
     assert min(elsewhere.disk_bytes, elsewhere.nvme_bytes or 0) > 2**50
-    assert measure_machine(MachineConfig(gpus=8, gpu_gib=80, disk_gib=9), nvme_path="/nvme").nvme_bytes == 9 * GIB
-    assert measure_machine(MachineConfig(gpus=1, gpu_gib=80), world_size=1, nvme_path="/nvme").nvme_bytes == 3 * GIB
+    assert (
+        measure_machine(MachineConfig(gpus=8, gpu_gib=80, disk_gib=9), nvme_path="/nvme").nvme_bytes
+        == 9 * GIB
+    )
+    assert (
+        measure_machine(
+            MachineConfig(gpus=1, gpu_gib=80), world_size=1, nvme_path="/nvme"
+        ).nvme_bytes
+        == 3 * GIB
+    )
 
 
 def test_nvme_is_planned_with_the_room_of_its_folder() -> None:
     found = planned_by_the_program("machine.gpus=1", "machine.gpu_gib=80", "machine.host_gib=64", "zero=auto",
                                    "zero.offload_optimizer=nvme", "zero.nvme_path=/tmp")  # fmt: skip
-    assert found["fits"] and found["chosen"] == {"zero": "stage3", "offload_optimizer": "nvme", "offload_params": "none"}
+    assert found["fits"] and found["chosen"] == {
+        "zero": "stage3",
+        "offload_optimizer": "nvme",
+        "offload_params": "none",
+    }

@@ -25,7 +25,15 @@ from finetune.training.out_of_memory import Overflow, is_host_overflow
 from finetune.training.rehearsal import longest_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-GPTJ = {"model_type": "gptj", "vocab_size": 50400, "n_positions": 2048, "n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64}
+GPTJ = {
+    "model_type": "gptj",
+    "vocab_size": 50400,
+    "n_positions": 2048,
+    "n_embd": 4096,
+    "n_layer": 28,
+    "n_head": 16,
+    "rotary_dim": 64,
+}
 
 
 def test_longest_rows_first_and_repeated_where_there_are_too_few():
@@ -63,18 +71,32 @@ def test_the_message_compares_and_offers_commands_without_what_they_replace(monk
     story.planned = plan(cfg, gpu_machine(1, 80), shape, 1)
     monkeypatch.setattr(out_of_memory, "_gpu_memory", lambda: (80 * GIB, 1 * GIB, 70 * GIB))
     with pytest.raises(torch.OutOfMemoryError) as caught, story.during("training"):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ...")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ..."
+        )
     error = story.explain(caught.value)
     assert isinstance(error, RunFailed) and error.exit_code == 1
     text = error.render()
-    assert text.startswith("while training: out of GPU memory: 2.50 GiB more were asked for, 1.00 GiB of 80.00 GiB are free")
-    assert "weights 11.27 GiB" in text and "this rank holds 70.00 GiB" in text and "other programs hold 9.00 GiB" in text
+    assert text.startswith(
+        "while training: out of GPU memory: 2.50 GiB more were asked for, 1.00 GiB of 80.00 GiB are free"
+    )
+    assert (
+        "weights 11.27 GiB" in text
+        and "this rank holds 70.00 GiB" in text
+        and "other programs hold 9.00 GiB" in text
+    )
     commands = [line.strip() for line in text.splitlines() if "launch/train.py" in line]
-    assert commands and all(line.startswith("deepspeed --num_gpus 1 launch/train.py recipe=clm_pile ") for line in commands)
+    assert commands and all(
+        line.startswith("deepspeed --num_gpus 1 launch/train.py recipe=clm_pile ")
+        for line in commands
+    )
     assert all("'run_dir=/a b'" in line and line.count(" zero=") <= 1 for line in commands)
 
 
-@pytest.mark.parametrize("allocate", [lambda: torch.empty(1 << 60, dtype=torch.uint8), lambda: np.empty(1 << 60, np.uint8)])
+@pytest.mark.parametrize(
+    "allocate",
+    [lambda: torch.empty(1 << 60, dtype=torch.uint8), lambda: np.empty(1 << 60, np.uint8)],
+)
 def test_the_allocators_own_errors_are_recognised(allocate):
     with pytest.raises((RuntimeError, MemoryError)) as caught:
         allocate()
@@ -96,28 +118,57 @@ def test_nothing_smaller_is_said():
 
 
 def test_a_process_that_is_short_of_memory_says_so_and_ends():
-    script = ("import time; from finetune.training.out_of_memory import HostWatch\n"
-              "with HostWatch(lambda free: print('free', free, flush=True), free=lambda: 5): time.sleep(60)")
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
+    script = (
+        "import time; from finetune.training.out_of_memory import HostWatch\n"
+        "with HostWatch(lambda free: print('free', free, flush=True), free=lambda: 5): time.sleep(60)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (1, "free 5\n")
 
 
 def test_enough_memory_is_left_alone():
-    with out_of_memory.HostWatch(lambda free: pytest.fail("not low"), free=lambda: 1 << 40) as watch:
+    with out_of_memory.HostWatch(
+        lambda free: pytest.fail("not low"), free=lambda: 1 << 40
+    ) as watch:
         assert watch.reserve <= 192 << 20
 
 
 @pytest.mark.slow
 def test_a_batch_that_does_not_fit_ends_the_run_before_its_first_step(tmp_path):
     """A limit on the address space makes a real allocation fail in a real run."""
-    words = ["recipe=quickstart", "debug=tiny", "train.threads=1", "zero=stage0", "task.max_length=2048", "train.micro_batch=64",
-             "train.global_batch=64", f"run_dir={tmp_path}"]
+    words = [
+        "recipe=quickstart",
+        "debug=tiny",
+        "train.threads=1",
+        "zero=stage0",
+        "task.max_length=2048",
+        "train.micro_batch=64",
+        "train.global_batch=64",
+        f"run_dir={tmp_path}",
+    ]
     limit = 5_600_000_000
-    done = subprocess.run([sys.executable, "launch/train.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=250,
-                          check=False, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+    done = subprocess.run(
+        [sys.executable, "launch/train.py", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["status"], result["step"]) == ("failed", 0)
     assert "while trying the longest batch, before step 1: out of host memory" in result["error"]
-    assert "predicted for this rank" in result["error"] and "train.activation_checkpointing=true" in result["error"]
+    assert (
+        "predicted for this rank" in result["error"]
+        and "train.activation_checkpointing=true" in result["error"]
+    )
     assert (tmp_path / "report.html").exists()

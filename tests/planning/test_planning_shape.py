@@ -15,7 +15,14 @@ import transformers
 from plan_cases import TINY, write_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from finetune.config import AdapterConfig, FullConfig, Ia3Config, LoraConfig, PrefixConfig, PromptConfig
+from finetune.config import (
+    AdapterConfig,
+    FullConfig,
+    Ia3Config,
+    LoraConfig,
+    PrefixConfig,
+    PromptConfig,
+)
 from finetune.errors import UserError
 from finetune.planning.shape import ModelShape, load_shape
 
@@ -50,7 +57,9 @@ def wrapped(head: str, adapter: AdapterConfig) -> torch.nn.Module:
 @pytest.mark.parametrize("head", MODELS)
 def test_tensors_equal_transformers(head: str) -> None:
     shape = ModelShape.from_config(TINY, head, 2 if head == "qa" else 5)
-    wanted = [(name, tuple(p.shape)) for name, p in reference(head, shape.num_labels).named_parameters()]
+    wanted = [
+        (name, tuple(p.shape)) for name, p in reference(head, shape.num_labels).named_parameters()
+    ]
     assert list(shape.tensors()) == wanted
     assert shape.parameters() == sum(prod(size) for _, size in wanted)
 
@@ -84,7 +93,9 @@ def test_flops_agree_with_a_counter() -> None:
     """Matrix products and attention of one dense sequence; the counter sees all scores, not the causal half."""
     length = 32
     shape = ModelShape.from_config(TINY)
-    model = transformers.GPTJForCausalLM(transformers.GPTJConfig(**TINY, attn_implementation="eager"))
+    model = transformers.GPTJForCausalLM(
+        transformers.GPTJConfig(**TINY, attn_implementation="eager")
+    )
     ids = torch.arange(length)[None]
     counter = FlopCounterMode(display=False)
     with counter:
@@ -94,13 +105,17 @@ def test_flops_agree_with_a_counter() -> None:
     assert counter.get_total_flops() == length * (flops.forward + square)
     with counter:
         loss.backward()
-    assert counter.get_total_flops() == pytest.approx(length * (flops.backward + 2 * square), rel=1e-6)
+    assert counter.get_total_flops() == pytest.approx(
+        length * (flops.backward + 2 * square), rel=1e-6
+    )
     assert flops.recompute == flops.forward - 2 * shape.head_parameters()
     frozen = shape.flops_per_token(length, LoraConfig())
     assert frozen.backward < flops.backward and frozen.recompute == 0
 
 
-@pytest.mark.parametrize("broken, says", [({"model_type": "gpt2"}, "gpt2"), ({"model_type": "gptj"}, "n_embd")])
+@pytest.mark.parametrize(
+    "broken, says", [({"model_type": "gpt2"}, "gpt2"), ({"model_type": "gptj"}, "n_embd")]
+)
 def test_other_configs_are_refused(tmp_path: Path, broken: dict, says: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(broken))
     with pytest.raises(UserError, match=says):
@@ -131,5 +146,7 @@ def test_shape_of_a_directory(tmp_path: Path) -> None:
 def test_no_torch_is_imported() -> None:
     heavy = "('torch', 'deepspeed', 'transformers', 'peft', 'matplotlib')"
     code = f"import sys, finetune.planning.shape, finetune.plan; print([m for m in {heavy} if m in sys.modules])"
-    ran = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
     assert ran.stdout.strip() == "[]"

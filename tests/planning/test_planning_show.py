@@ -31,7 +31,9 @@ def test_align() -> None:
     assert align([["a", "1"], ["bbb", "22"]], left=(0,)) == ["a     1", "bbb  22"]
 
 
-@pytest.mark.parametrize("gpus, gib, adapter", [(4, 80, FullConfig()), (1, 24, LoraConfig()), (1, 4, FullConfig())])
+@pytest.mark.parametrize(
+    "gpus, gib, adapter", [(4, 80, FullConfig()), (1, 24, LoraConfig()), (1, 4, FullConfig())]
+)
 def test_picture(tmp_path: Path, gpus: int, gib: int, adapter: object) -> None:
     file = tmp_path / "plan.png"
     draw(plan_6b(gpus, gib, adapter), file)  # type: ignore[arg-type]

@@ -20,19 +20,40 @@ from finetune.planning.states import States, model_states
 
 HERE = Path(__file__).parent
 Walked = dict[int, list[list[dict[str, int]]]]
-SETTINGS = [("bf16", 1, "full"), ("bf16", 2, "full"), ("bf16", 2, "lora"), ("fp32", 1, "lora"), ("fp32", 2, "full")]
+SETTINGS = [
+    ("bf16", 1, "full"),
+    ("bf16", 2, "full"),
+    ("bf16", 2, "lora"),
+    ("fp32", 1, "lora"),
+    ("fp32", 2, "full"),
+]
 PLAIN = [
     {"stage": stage, "dtype": dtype, "accumulation": accumulation, "adapter": adapter}
     for stage, (dtype, accumulation, adapter) in product((0, 1, 2, 3), SETTINGS)
 ]
 OFFLOADED = [
-    {"stage": stage, "dtype": "bf16", "accumulation": accumulation, "adapter": "full", "offload": "cpu"}
+    {
+        "stage": stage,
+        "dtype": "bf16",
+        "accumulation": accumulation,
+        "adapter": "full",
+        "offload": "cpu",
+    }
     for stage, accumulation in product((1, 2, 3), (1, 2))
 ] + [
-    {"stage": 3, "dtype": "bf16", "accumulation": 2, "adapter": "full", "offload": "cpu", "params": "cpu"},
+    {
+        "stage": 3,
+        "dtype": "bf16",
+        "accumulation": 2,
+        "adapter": "full",
+        "offload": "cpu",
+        "params": "cpu",
+    },
     {"stage": 3, "dtype": "bf16", "accumulation": 2, "adapter": "lora", "params": "cpu"},
 ]
-FEW = [case for case in PLAIN if (case["dtype"], case["accumulation"]) in (("bf16", 2), ("fp32", 1))]
+FEW = [
+    case for case in PLAIN if (case["dtype"], case["accumulation"]) in (("bf16", 2), ("fp32", 1))
+]
 WORLDS = {1: PLAIN + OFFLOADED, 2: PLAIN + OFFLOADED, 4: FEW}
 CASES = [(ranks, case) for ranks, cases in WORLDS.items() for case in cases]
 
@@ -41,13 +62,18 @@ CASES = [(ranks, case) for ranks, cases in WORLDS.items() for case in cases]
 def walked(tmp_path_factory: pytest.TempPathFactory) -> Walked:
     """Figures of all engines: [ranks][rank][case]."""
     out = tmp_path_factory.mktemp("walk")
-    jobs = [{"ranks": n, "cases": cases, "out": str(out), "port": free_port()} for n, cases in WORLDS.items()]
+    jobs = [
+        {"ranks": n, "cases": cases, "out": str(out), "port": free_port()}
+        for n, cases in WORLDS.items()
+    ]
     paths = os.pathsep.join([str(HERE), str(HERE.parents[1])])
     ran = subprocess.run(
         [sys.executable, str(HERE / "plan_engine_walk.py"), *map(json.dumps, jobs)], capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, timeout=900)  # fmt: skip
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
-    return {n: [json.loads((out / f"{n}-{rank}.json").read_text()) for rank in range(n)] for n in WORLDS}
+    return {
+        n: [json.loads((out / f"{n}-{rank}.json").read_text()) for rank in range(n)] for n in WORLDS
+    }
 
 
 def free_port() -> int:
@@ -64,23 +90,38 @@ def predicted(case: dict[str, Any], ranks: int, rank: int) -> States:
 
 
 def name(value: int | dict[str, Any]) -> str:
-    return f"{value}ranks" if isinstance(value, int) else "-".join(str(part) for part in value.values())
+    return (
+        f"{value}ranks"
+        if isinstance(value, int)
+        else "-".join(str(part) for part in value.values())
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks, case", [(n, case) for n, case in CASES if case in PLAIN], ids=name)
-def test_states_equal_the_engine_s_tensors(ranks: int, case: dict[str, Any], walked: Walked) -> None:
+def test_states_equal_the_engine_s_tensors(
+    ranks: int, case: dict[str, Any], walked: Walked
+) -> None:
     for rank, figures in enumerate(walked[ranks]):
         found, states = figures[WORLDS[ranks].index(case)], predicted(case, ranks, rank)
-        wanted = {"weights": states.weights, "optimizer": states.optimizer, "gradients": states.gradients, "host": 0}
+        wanted = {
+            "weights": states.weights,
+            "optimizer": states.optimizer,
+            "gradients": states.gradients,
+            "host": 0,
+        }
         if case["accumulation"] > 1:
             wanted["kept_gradients"] = states.kept_gradients
         assert found == wanted, f"rank {rank}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks, case", [(n, case) for n, case in CASES if case in OFFLOADED], ids=name)
-def test_offloaded_states_equal_the_engine_s_tensors(ranks: int, case: dict[str, Any], walked: Walked) -> None:
+@pytest.mark.parametrize(
+    "ranks, case", [(n, case) for n, case in CASES if case in OFFLOADED], ids=name
+)
+def test_offloaded_states_equal_the_engine_s_tensors(
+    ranks: int, case: dict[str, Any], walked: Walked
+) -> None:
     """On a CPU host and device are one memory: the sums must agree, wherever a tensor is booked."""
     for rank, figures in enumerate(walked[ranks]):
         found, states = figures[WORLDS[ranks].index(case)], predicted(case, ranks, rank)
@@ -91,4 +132,6 @@ def test_offloaded_states_equal_the_engine_s_tensors(ranks: int, case: dict[str,
             # Views of other ranks' gradients still hold the bucket; the peak, which counts, was before.
             assert gradients >= states.gradients and states.peak_gradients >= gradients
             gradients = states.gradients
-        assert found["weights"] + found["optimizer"] + found["host"] + gradients == host + device, f"rank {rank}"
+        assert found["weights"] + found["optimizer"] + found["host"] + gradients == host + device, (
+            f"rank {rank}"
+        )

@@ -44,8 +44,11 @@ def test_a_failing_callback_is_reported_once_and_the_others_go_on(caplog):
         callbacks.finish({"status": "done"})
     assert ear.heard == [1, 2, 3, "done"]
     assert Broken.calls == 1
-    assert [record.getMessage() for record in caplog.records if "Broken" in record.getMessage()] == [
-        "Broken failed in train_step and is switched off for this run; training goes on. OSError: disk full"]
+    assert [
+        record.getMessage() for record in caplog.records if "Broken" in record.getMessage()
+    ] == [
+        "Broken failed in train_step and is switched off for this run; training goes on. OSError: disk full"
+    ]
 
 
 def test_interrupts_are_not_swallowed():
@@ -67,8 +70,15 @@ def test_state_goes_back_to_the_callback_it_came_from():
 
 
 def test_every_moment_reaches_the_callbacks(tmp_path: Path):
-    moments = {"start": (RunInfo(tmp_path, "r", 1),), "train_step": ({"step": 1},), "evaluation": ({"step": 1},),
-               "sample": (1, "a", "b"), "checkpoint": (1, "p"), "finish": ({},), "message": ("m",)}
+    moments = {
+        "start": (RunInfo(tmp_path, "r", 1),),
+        "train_step": ({"step": 1},),
+        "evaluation": ({"step": 1},),
+        "sample": (1, "a", "b"),
+        "checkpoint": (1, "p"),
+        "finish": ({},),
+        "message": ("m",),
+    }
     heard = []
     listener = Callback()
     for name in moments:

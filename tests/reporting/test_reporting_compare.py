@@ -40,18 +40,26 @@ def test_the_best_run_is_marked_and_numbers_are_the_files(pair):
     context = page_context([read_run(folder) for folder in pair])
     results = context["results"]
     assert [row[0] for row in results.rows] == ["a", "b"] and results.best == 0
-    assert results.rows[1][1:3] == ["failed", "60"] and results.rows[0][results.head.index("eval loss")] == "2.3000"
+    assert (
+        results.rows[1][1:3] == ["failed", "60"]
+        and results.rows[0][results.head.index("eval loss")] == "2.3000"
+    )
 
 
 def test_settings_that_are_the_same_are_left_out(pair):
     rows = page_context([read_run(folder) for folder in pair])["settings"].rows
-    assert {row[0]: row[1:] for row in rows} == {"optim.lr": ["0.005", "0.001"], "train.steps": ["200", "60"]}
+    assert {row[0]: row[1:] for row in rows} == {
+        "optim.lr": ["0.005", "0.001"],
+        "train.steps": ["200", "60"],
+    }
 
 
 def test_jobs_of_a_sweep_are_named_by_what_varied(tmp_path):
     for n in range(2):
         make_run(tmp_path / str(n), steps=3)
-        (tmp_path / f"{n}/job.json").write_text(json.dumps({"chosen": {"optim.lr": f"1e-{n}", "adapter.rank": "4"}}))
+        (tmp_path / f"{n}/job.json").write_text(
+            json.dumps({"chosen": {"optim.lr": f"1e-{n}", "adapter.rank": "4"}})
+        )
     names = run_names([read_run(tmp_path / str(n)) for n in range(2)])
     assert names == ["0: lr=1e-0 rank=4", "1: lr=1e-1 rank=4"]
 
@@ -66,9 +74,16 @@ def test_words_of_the_program(pair, tmp_path):
     def runs(*words: str) -> list[str]:
         return compose_config(list(words), "report").config.runs
 
-    assert runs("run=a", "run=b c") == ["a", "b c"] and runs("runs=x/*") == ["x/*"] and runs("runs=[a,b]") == ["a", "b"]
+    assert (
+        runs("run=a", "run=b c") == ["a", "b c"]
+        and runs("runs=x/*") == ["x/*"]
+        and runs("runs=[a,b]") == ["a", "b"]
+    )
     out = tmp_path / "both.html"
-    assert run(compose_config([f"run={pair[0]}", f"run={pair[1]}", f"out={out}"], "report")) == 0 and out.is_file()
+    assert (
+        run(compose_config([f"run={pair[0]}", f"run={pair[1]}", f"out={out}"], "report")) == 0
+        and out.is_file()
+    )
     with pytest.raises(UserError, match="name a run"):
         run(compose_config([], "report"))
 
@@ -77,5 +92,10 @@ def test_differences_from_the_recipe():
     config = plain_config(compose_train(["recipe=quickstart", "optim.lr=0.5", "run_dir=x"]))
     found = from_recipe(config, recipe_config("quickstart"))
     assert found is not None and found.rows == [["optim.lr", "0.01", "0.5"]]
-    assert from_recipe(plain_config(compose_train(["recipe=quickstart"])), recipe_config("quickstart")).rows == []
+    assert (
+        from_recipe(
+            plain_config(compose_train(["recipe=quickstart"])), recipe_config("quickstart")
+        ).rows
+        == []
+    )
     assert recipe_config("gone") is None and from_recipe({"name": "gone"}, None) is None

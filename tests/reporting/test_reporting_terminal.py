@@ -21,8 +21,17 @@ from finetune.reporting.terminal import NOISY, Display, summary_table
 from finetune.reporting.terminal_text import clock, figure, plain_line
 from finetune.sharding.ops import hushed
 
-RECORD = {"kind": "train", "step": 12, "loss": 2.3456, "lr": 1e-4, "grad_norm": 1.234, "tokens": 5120,
-          "tokens_per_second": 1234.4, "host_bytes": 2 * 2**30, "gpu_bytes": 0}
+RECORD = {
+    "kind": "train",
+    "step": 12,
+    "loss": 2.3456,
+    "lr": 1e-4,
+    "grad_norm": 1.234,
+    "tokens": 5120,
+    "tokens_per_second": 1234.4,
+    "host_bytes": 2 * 2**30,
+    "gpu_bytes": 0,
+}
 
 
 def plain() -> tuple[Display, io.StringIO]:
@@ -36,18 +45,38 @@ def run_info(tmp_path: Path, steps: int, **more) -> RunInfo:
 
 def test_a_plain_line_holds_every_figure():
     assert plain_line(RECORD, 100, 12.2) == (
-        "step  12/100  loss 2.3456  lr 1.0e-04  grad 1.23  1,234 tok/s  host 2.00 GiB  ETA 0:12")
+        "step  12/100  loss 2.3456  lr 1.0e-04  grad 1.23  1,234 tok/s  host 2.00 GiB  ETA 0:12"
+    )
 
 
 def test_figures_that_are_missing_are_left_out_but_nan_is_shown():
-    bare = {"step": 1, "loss": float("nan"), "lr": 1e-4, "grad_norm": None, "tokens_per_second": None}
+    bare = {
+        "step": 1,
+        "loss": float("nan"),
+        "lr": 1e-4,
+        "grad_norm": None,
+        "tokens_per_second": None,
+    }
     assert plain_line(bare, 9, None) == "step 1/9  loss nan  lr 1.0e-04  ETA -"
 
 
-@pytest.mark.parametrize(("value", "text"), [
-    (7.19058, "7.1906"), (0.9312499, "0.9312"), (44.70118, "44.701"), (889.5663, "889.57"), (1602.31, "1,602.3"),
-    (123456.7, "123,457"), (-2.5, "-2.5000"), (0.0, "0.0000"), (0.0001236, "1.236e-04"), (45041, "45,041"), (None, "-"),
-    (float("nan"), "nan")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (7.19058, "7.1906"),
+        (0.9312499, "0.9312"),
+        (44.70118, "44.701"),
+        (889.5663, "889.57"),
+        (1602.31, "1,602.3"),
+        (123456.7, "123,457"),
+        (-2.5, "-2.5000"),
+        (0.0, "0.0000"),
+        (0.0001236, "1.236e-04"),
+        (45041, "45,041"),
+        (None, "-"),
+        (float("nan"), "nan"),
+    ],
+)
 def test_one_way_to_write_a_figure(value, text):
     assert figure(value) == text
 
@@ -55,10 +84,25 @@ def test_one_way_to_write_a_figure(value, text):
 def test_the_end_of_a_run_says_what_it_came_to_and_what_to_do_with_it(tmp_path: Path):
     display, out = plain()
     display.start(run_info(tmp_path, 3, config={"task": {"kind": "qa"}}))
-    lines = [{**RECORD, "step": step, "loss": loss} for step, loss in ((1, 4.0), (2, 3.0), (3, 9.5))]
+    lines = [
+        {**RECORD, "step": step, "loss": loss} for step, loss in ((1, 4.0), (2, 3.0), (3, 9.5))
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    display.finish({"status": "done", "step": 3, "loss": 9.5, "eval": {"loss": 1602.31, "f1": 0.5}, "tokens": 300,
-                    "seconds": 3.0, "export": "export", "export_step": 2, "best": 0.75, "best_step": 2, "best_metric": "f1"})
+    display.finish(
+        {
+            "status": "done",
+            "step": 3,
+            "loss": 9.5,
+            "eval": {"loss": 1602.31, "f1": 0.5},
+            "tokens": 300,
+            "seconds": 3.0,
+            "export": "export",
+            "export_step": 2,
+            "best": 0.75,
+            "best_step": 2,
+            "best_metric": "f1",
+        }
+    )
     assert out.getvalue().splitlines() == [
         "done at step 3  300 tokens in 0:03",
         "  training    loss 5.5000, last 3 steps averaged",
@@ -66,20 +110,32 @@ def test_the_end_of_a_run_says_what_it_came_to_and_what_to_do_with_it(tmp_path: 
         "  best        f1 0.7500 at step 2, which is exported",
         f"  page        {tmp_path}/report.html",
         f"  export      {tmp_path}/export",
-        f"  try it      python launch/generate.py model={tmp_path}/export question=\"...\" context=\"...\""]
+        f'  try it      python launch/generate.py model={tmp_path}/export question="..." context="..."',
+    ]
 
 
 def test_a_run_that_was_stopped_ends_with_the_command_to_go_on(tmp_path: Path):
     display, out = plain()
     display.start(run_info(tmp_path, 3, extra={"overrides": ["recipe=quickstart"]}))
-    display.finish({"status": "preempted", "stopped_by": "SIGINT", "step": 2, "loss": 9.5, "eval": {}, "export": None})
+    display.finish(
+        {
+            "status": "preempted",
+            "stopped_by": "SIGINT",
+            "step": 2,
+            "loss": 9.5,
+            "eval": {},
+            "export": None,
+        }
+    )
     lines = out.getvalue().splitlines()
     assert lines[0] == "stopped by you (Ctrl-C) at step 2"
     assert lines[-1] == f"to go on: deepspeed launch/train.py recipe=quickstart run_dir={tmp_path}"
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3723, "1:02:03"), (90000, "1d 01:00"),
-                                               (None, "-")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0:00"), (59.6, "1:00"), (3723, "1:02:03"), (90000, "1d 01:00"), (None, "-")],
+)
 def test_clock(seconds, text):
     assert clock(seconds) == text
 
@@ -102,7 +158,9 @@ def test_a_long_run_prints_again_after_a_while(tmp_path: Path, monkeypatch):
     display.start(run_info(tmp_path, 1000))
     for step in range(1, 101):
         now[0] += 1.0
-        display.train_step({**RECORD, "step": step, "tokens": 100 * step, "tokens_per_second": 100.0})
+        display.train_step(
+            {**RECORD, "step": step, "tokens": 100 * step, "tokens_per_second": 100.0}
+        )
     lines = out.getvalue().splitlines()
     assert len(lines) == 20
     assert lines[-1].endswith("ETA 15:04"), "904 steps are left at one second each"
@@ -113,7 +171,9 @@ def test_time_spent_evaluating_is_not_in_the_eta(tmp_path: Path):
     display, out = plain()
     display.start(run_info(tmp_path, 20))
     for step in (6, 12):
-        display.train_step({**RECORD, "step": step, "tokens": 100 * step, "tokens_per_second": 100.0})
+        display.train_step(
+            {**RECORD, "step": step, "tokens": 100 * step, "tokens_per_second": 100.0}
+        )
         subsets = {"ArXiv": {"loss": 1.5, "tokens": 9}}
         display.evaluation({"kind": "eval", "step": step, "loss": 2.0, "subsets": subsets})
     text = out.getvalue()
@@ -147,7 +207,11 @@ def test_a_phase_whose_total_is_known_later_shows_its_share(monkeypatch):
         for done in (10, 50, 200):
             now[0] += 4
             phase.update(done)
-    assert out.getvalue().splitlines() == ["tokenising x ...", "tokenising x: 25%", "tokenising x: done in 0:12"]
+    assert out.getvalue().splitlines() == [
+        "tokenising x ...",
+        "tokenising x: 25%",
+        "tokenising x: done in 0:12",
+    ]
 
 
 def test_a_phase_that_fails_says_so():
@@ -160,7 +224,9 @@ def test_a_phase_that_fails_says_so():
 
 def test_a_plain_table_is_aligned():
     out = io.StringIO()
-    summary_table("Run", [("a", "1"), ("longer", "[b]2[/b]")], Console(file=out, force_terminal=False))
+    summary_table(
+        "Run", [("a", "1"), ("longer", "[b]2[/b]")], Console(file=out, force_terminal=False)
+    )
     assert out.getvalue() == "Run\n  a       1\n  longer  [b]2[/b]\n"
 
 
@@ -184,7 +250,10 @@ logging.getLogger("finetune").error("LOUD project")
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
     assert "QUIET" not in said
-    assert all(f"LOUD {who}" in said for who in ("DeepSpeed", "transformers.modeling_utils", "mine", "project"))
+    assert all(
+        f"LOUD {who}" in said
+        for who in ("DeepSpeed", "transformers.modeling_utils", "mine", "project")
+    )
 
 
 def test_verbose_changes_nothing():

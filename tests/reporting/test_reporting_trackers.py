@@ -16,8 +16,18 @@ from finetune.reporting.redact import redact, redact_words
 from finetune.reporting.trackers import TensorboardTracker, WandbTracker, build_trackers
 
 SECRET = "SENTINEL0123456789"
-HF, OPENAI, HEX = "hf_" + "A1b2" * 8, "sk-" + "a1B2" * 10, "0123456789abcdef0123456789abcdef01234567"
-EVAL = {"kind": "eval", "step": 4, "loss": 1.5, "perplexity": 4.48, "subsets": {"ArXiv": {"loss": 1.25}}}
+HF, OPENAI, HEX = (
+    "hf_" + "A1b2" * 8,
+    "sk-" + "a1B2" * 10,
+    "0123456789abcdef0123456789abcdef01234567",
+)
+EVAL = {
+    "kind": "eval",
+    "step": 4,
+    "loss": 1.5,
+    "perplexity": 4.48,
+    "subsets": {"ArXiv": {"loss": 1.25}},
+}
 
 
 def train(step: int, loss: float) -> dict:
@@ -49,10 +59,16 @@ def test_tensorboard_hides_the_steps_that_a_resumed_run_repeats(tmp_path: Path):
     second.finish({"status": "done"})
 
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 11.0), (2, 12.0), (3, 3.0)]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
+        (1, 11.0),
+        (2, 12.0),
+        (3, 3.0),
+    ]
     assert [(e.step, round(e.value, 2)) for e in events.Scalars("eval/ArXiv/loss")] == [(4, 1.25)]
     assert "train/grad_norm" not in events.Tags()["scalars"]
-    assert not any(SECRET.encode() in path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert not any(
+        SECRET.encode() in path.read_bytes() for path in (tmp_path / "tensorboard").iterdir()
+    )
 
 
 def test_wandb_offline_resumes_its_id_and_stores_no_secret(tmp_path: Path, monkeypatch, capsys):
@@ -61,10 +77,16 @@ def test_wandb_offline_resumes_its_id_and_stores_no_secret(tmp_path: Path, monke
     monkeypatch.setenv("WANDB_API_KEY", key)
     words = ["recipe=quick", f"hub_token={SECRET}", f"note={HF}", "--api_key", SECRET]
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
-    config = {"model": {"path": "PUBLICPATH", "token": SECRET}, "url": f"https://me:{SECRET}@host/x", "note": OPENAI}
+    config = {
+        "model": {"path": "PUBLICPATH", "token": SECRET},
+        "url": f"https://me:{SECRET}@host/x",
+        "note": OPENAI,
+    }
     state: dict = {}
     for start in (0, 2):
-        callbacks = CallbackList([WandbTracker(WandbConfig(enabled=True, group="sweep", tags=["t"]))])
+        callbacks = CallbackList(
+            [WandbTracker(WandbConfig(enabled=True, group="sweep", tags=["t"]))]
+        )
         callbacks.restore(state)
         callbacks.start(run_info(tmp_path, start, config))
         for step in (start + 1, start + 2):
@@ -76,13 +98,22 @@ def test_wandb_offline_resumes_its_id_and_stores_no_secret(tmp_path: Path, monke
         assert len(set(kept)) == 1, "a resumed run keeps its id"
         callbacks.finish({"status": "done", "loss": 1.0, "error": None, "wandb_key": SECRET})
         assert len(callbacks.callbacks) == 1, "the tracker was switched off"
-    synced = [shlex.split(line.partition("wandb sync ")[2]) for line in capsys.readouterr().out.splitlines()
-              if line.startswith("wandb was offline")]
-    assert sorted(synced) == sorted([str(path)] for path in (tmp_path / "wandb").glob("offline-run-*"))
-    files = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file() and not path.is_symlink()]
+    synced = [
+        shlex.split(line.partition("wandb sync ")[2])
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("wandb was offline")
+    ]
+    assert sorted(synced) == sorted(
+        [str(path)] for path in (tmp_path / "wandb").glob("offline-run-*")
+    )
+    files = [
+        path for path in (tmp_path / "wandb").rglob("*") if path.is_file() and not path.is_symlink()
+    ]
     stored = b"\n".join(path.read_bytes() for path in files)
     assert b"PUBLICPATH" in stored and b"sweep" in stored, "the run itself must be there"
-    assert {path.name for path in files if path.suffix == ".wandb"} == {f"run-{state['WandbTracker']['run_id']}.wandb"}
+    assert {path.name for path in files if path.suffix == ".wandb"} == {
+        f"run-{state['WandbTracker']['run_id']}.wandb"
+    }
     for secret in (SECRET, HF, OPENAI, key):
         assert secret.encode() not in stored
     assert sys.argv[2] == f"hub_token={SECRET}", "the program's own command line is untouched"
@@ -103,14 +134,20 @@ def test_wandb_keeps_the_export_as_an_artifact_when_asked(tmp_path: Path, monkey
         assert len(callbacks.callbacks) == 1, "the tracker was switched off"
         wandb.teardown()  # wandb's own process has written everything then
         stored[asked] = b"".join(path.read_bytes() for path in (run_dir / "wandb").rglob("*.wandb"))
-    assert b"adapter_model.safetensors" in stored[True] and b"adapter_model.safetensors" not in stored[False]
+    assert (
+        b"adapter_model.safetensors" in stored[True]
+        and b"adapter_model.safetensors" not in stored[False]
+    )
 
 
 def test_wandb_without_a_key_goes_on_offline(tmp_path: Path, monkeypatch, caplog):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     tracker = WandbTracker(WandbConfig(enabled=True))
     monkeypatch.setattr(type(tracker.wandb.api), "api_key", None)
-    assert tracker._options(run_info(tmp_path))["mode"] == "offline" and "logging offline" in caplog.text
+    assert (
+        tracker._options(run_info(tmp_path))["mode"] == "offline"
+        and "logging offline" in caplog.text
+    )
 
 
 def test_a_missing_package_and_a_wrong_mode_are_told_before_training(monkeypatch):
@@ -123,24 +160,60 @@ def test_a_missing_package_and_a_wrong_mode_are_told_before_training(monkeypatch
 
 def test_a_tracker_that_cannot_start_does_not_stop_the_run(tmp_path: Path):
     (tmp_path / "tensorboard").write_text("a file where the folder should be")
-    callbacks = CallbackList(build_trackers(TrackerConfig(tensorboard=TensorboardConfig(enabled=True))))
+    callbacks = CallbackList(
+        build_trackers(TrackerConfig(tensorboard=TensorboardConfig(enabled=True)))
+    )
     callbacks.start(run_info(tmp_path))
     callbacks.train_step(train(1, 1.0))
     assert callbacks.callbacks == []
 
 
-@pytest.mark.parametrize("key", ["token", "hf_token", "hubToken", "use_auth_token", "api_key", "apiKey",
-                                 "WANDB_API_KEY", "wandb_key", "password", "db-password", "client_secret",
-                                 "Authorization", "aws_secret_access_key", "ssh_private_key", "credentials",
-                                 "tracker.wandb.api_key"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "token",
+        "hf_token",
+        "hubToken",
+        "use_auth_token",
+        "api_key",
+        "apiKey",
+        "WANDB_API_KEY",
+        "wandb_key",
+        "password",
+        "db-password",
+        "client_secret",
+        "Authorization",
+        "aws_secret_access_key",
+        "ssh_private_key",
+        "credentials",
+        "tracker.wandb.api_key",
+    ],
+)
 def test_secret_keys(key):
     assert redact({key: "value"}) == {key: "***"}
     assert redact({key: {"nested": "value"}}) == {key: "***"}
 
 
-@pytest.mark.parametrize("key", ["sort_key", "text_key", "tokenizer", "tokens", "max_new_tokens", "sample_tokens",
-                                 "eos_token", "pad_token", "bos_token_id", "token_count", "author", "keys", "key",
-                                 "monkey", "model.tokenizer"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "sort_key",
+        "text_key",
+        "tokenizer",
+        "tokens",
+        "max_new_tokens",
+        "sample_tokens",
+        "eos_token",
+        "pad_token",
+        "bos_token_id",
+        "token_count",
+        "author",
+        "keys",
+        "key",
+        "monkey",
+        "model.tokenizer",
+    ],
+)
 def test_innocent_keys(key):
     assert redact({key: "value"}) == {key: "value"}
 
@@ -148,19 +221,51 @@ def test_innocent_keys(key):
 @pytest.mark.parametrize("value", [HF, OPENAI, HEX, "ghp_" + "a1B2" * 9])
 def test_secret_values(value):
     assert redact({"note": value, "list": [value], "text": f"use {value} here"}) == {
-        "note": "***", "list": ["***"], "text": "use *** here"}
+        "note": "***",
+        "list": ["***"],
+        "text": "use *** here",
+    }
 
 
 def test_values_that_only_look_alike_stay():
-    config = {"revision": HEX, "model": {"commit": HEX}, "path": "hf_models/sk-learn", "n": 3, "on": True, "no": None,
-              "password": None, "use_auth_token": False, "hash64": "ab" * 32, "model.path": f"/cache/snapshots/{HEX}",
-              "train": f"/cache/snapshots/{HEX}/*.jsonl", "note": f"read train-{HEX}.jsonl, {HEX}.csv, a\\{HEX}",
-              "folder": "sk-bank-reviews-2024-train", "file": "sk-learn_classification_data_v2_20240131.jsonl",
-              "words": "bearer internationalization", "host": "hdfs-namenode.example.org?x=1", "eval": HEX}
+    config = {
+        "revision": HEX,
+        "model": {"commit": HEX},
+        "path": "hf_models/sk-learn",
+        "n": 3,
+        "on": True,
+        "no": None,
+        "password": None,
+        "use_auth_token": False,
+        "hash64": "ab" * 32,
+        "model.path": f"/cache/snapshots/{HEX}",
+        "train": f"/cache/snapshots/{HEX}/*.jsonl",
+        "note": f"read train-{HEX}.jsonl, {HEX}.csv, a\\{HEX}",
+        "folder": "sk-bank-reviews-2024-train",
+        "file": "sk-learn_classification_data_v2_20240131.jsonl",
+        "words": "bearer internationalization",
+        "host": "hdfs-namenode.example.org?x=1",
+        "eval": HEX,
+    }
     assert redact(config) == config
 
 
 def test_command_lines():
-    words = ["recipe=r", "hf_token=x", "--api-key", "x", f"a.b={HF}", f"model.revision={HEX}", "plain"]
-    assert redact_words(words) == ["recipe=r", "hf_token=***", "--api-key", "***", "a.b=***", f"model.revision={HEX}",
-                                   "plain"]
+    words = [
+        "recipe=r",
+        "hf_token=x",
+        "--api-key",
+        "x",
+        f"a.b={HF}",
+        f"model.revision={HEX}",
+        "plain",
+    ]
+    assert redact_words(words) == [
+        "recipe=r",
+        "hf_token=***",
+        "--api-key",
+        "***",
+        "a.b=***",
+        f"model.revision={HEX}",
+        "plain",
+    ]

@@ -36,7 +36,10 @@ def main(words: dict[str, str]) -> int:
             if stopped:
                 return end(run_dir, "preempted", step - 1, None, 75)
             loss = 1 + distance + 1 / step
-            file.write(json.dumps({"kind": "eval", "step": step, "loss": loss, "accuracy": 1 / loss}) + "\n")
+            file.write(
+                json.dumps({"kind": "eval", "step": step, "loss": loss, "accuracy": 1 / loss})
+                + "\n"
+            )
             file.flush()
             time.sleep(10 if slow else 0.02)
     return end(run_dir, "done", STEPS, {"loss": loss, "accuracy": 1 / loss}, 0)
@@ -44,9 +47,19 @@ def main(words: dict[str, str]) -> int:
 
 def end(run_dir: Path, status: str, step: int, evaluated: dict | None, code: int) -> int:
     loss = evaluated and evaluated["loss"]
-    (run_dir / "result.json").write_text(json.dumps({"status": status, "step": step, "loss": loss, "eval": evaluated}))
+    (run_dir / "result.json").write_text(
+        json.dumps({"status": status, "step": step, "loss": loss, "eval": evaluated})
+    )
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main(dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word and not word.startswith("-"))))
+    sys.exit(
+        main(
+            dict(
+                word.split("=", 1)
+                for word in sys.argv[1:]
+                if "=" in word and not word.startswith("-")
+            )
+        )
+    )

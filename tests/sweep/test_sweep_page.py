@@ -17,19 +17,43 @@ from finetune.sweep.show import View, brief, render, shortest
 
 
 def job(n: int, status: str, value: float | None, lr: str, rank: str = "<4>") -> dict:
-    return {"job": n, "status": status, "value": value, "chosen": {"optim.lr": lr, "adapter.rank": rank}, "step": 6,
-            "overrides": ["recipe=quickstart", f"optim.lr={lr}"], "run_dir": f"/x/{n}", "loss": value, "eval": {},
-            "tokens_per_second": 10.0, "seconds": 61.0, "error": "it <broke>" if status == FAILED else None}
+    return {
+        "job": n,
+        "status": status,
+        "value": value,
+        "chosen": {"optim.lr": lr, "adapter.rank": rank},
+        "step": 6,
+        "overrides": ["recipe=quickstart", f"optim.lr={lr}"],
+        "run_dir": f"/x/{n}",
+        "loss": value,
+        "eval": {},
+        "tokens_per_second": 10.0,
+        "seconds": 61.0,
+        "error": "it <broke>" if status == FAILED else None,
+    }
 
 
 JOBS = [job(2, DONE, 1.0, "1e-4"), job(0, DONE, 2.0, "1e-2"), job(1, FAILED, None, "1e-3", "8")]
-SUMMARY = {"name": "s", "strategy": "grid", "total": 3, "words": [], "launcher": ["--num_gpus", "2"],
-           "metric": "eval loss", "direction": "minimize", "best": 2, "jobs": JOBS}
+SUMMARY = {
+    "name": "s",
+    "strategy": "grid",
+    "total": 3,
+    "words": [],
+    "launcher": ["--num_gpus", "2"],
+    "metric": "eval loss",
+    "direction": "minimize",
+    "best": 2,
+    "jobs": JOBS,
+}
 
 
 def test_a_wide_spread_is_logarithmic_and_words_are_categories():
     rates = scale_of("optim.lr", [1e-4, 1e-2, 1e-3])
-    assert rates.log and rates.at(1e-3) == pytest.approx(0.5) and rates.at(1e-4) == pytest.approx(1 - rates.at(1e-2))
+    assert (
+        rates.log
+        and rates.at(1e-3) == pytest.approx(0.5)
+        and rates.at(1e-4) == pytest.approx(1 - rates.at(1e-2))
+    )
     assert [text for _, text in rates.axis.ticks] == ["0.0001", "0.001", "0.01"]
     assert not scale_of("rank", [4.0, 8.0]).log and scale_of("x", [None]) is None
     words = scale_of("schedule", ["cosine", "linear", "cosine"])
@@ -52,8 +76,12 @@ def test_lines_meet_the_axes_where_the_values_are():
     assert [float(v) for v in y] == pytest.approx([1000, 400 * (1 - metric.at(1.0))], abs=0.1)
     marks = scatter(JOBS, scales[0], metric, tone_of(JOBS)).marks
     assert {m["job"]: (m["x"], m["y"]) for m in marks} == {
-        n: (pytest.approx(100 * scales[0].at(lr), abs=0.01), pytest.approx(100 * metric.at(value), abs=0.01))
-        for n, lr, value in ((2, 1e-4, 1.0), (0, 1e-2, 2.0))}
+        n: (
+            pytest.approx(100 * scales[0].at(lr), abs=0.01),
+            pytest.approx(100 * metric.at(value), abs=0.01),
+        )
+        for n, lr, value in ((2, 1e-4, 1.0), (0, 1e-2, 2.0))
+    }
 
 
 def test_the_page_escapes_and_asks_nothing_of_the_network(tmp_path: Path):
@@ -68,7 +96,9 @@ def test_the_page_escapes_and_asks_nothing_of_the_network(tmp_path: Path):
 
 
 def test_the_page_of_a_sweep_that_only_begins(tmp_path: Path):
-    (tmp_path / "sweep.json").write_text(json.dumps(SUMMARY | {"best": None, "jobs": [job(0, "running", None, "1")]}))
+    (tmp_path / "sweep.json").write_text(
+        json.dumps(SUMMARY | {"best": None, "jobs": [job(0, "running", None, "1")]})
+    )
     assert "No job has a figure yet" in build_sweep_page(tmp_path).read_text()
 
 
@@ -81,8 +111,15 @@ def test_the_table_has_the_best_first_with_its_command():
 
 def test_short_names_and_figures():
     assert shortest(["optim.lr", "adapter.rank"]) == {"optim.lr": "lr", "adapter.rank": "rank"}
-    assert shortest(["a.dropout", "b.dropout"]) == {"a.dropout": "a.dropout", "b.dropout": "b.dropout"}
-    assert [brief(v) for v in ("0.00025687148", "cosine-annealing", "16")] == ["0.0002569", "cosine-annealing", "16"]
+    assert shortest(["a.dropout", "b.dropout"]) == {
+        "a.dropout": "a.dropout",
+        "b.dropout": "b.dropout",
+    }
+    assert [brief(v) for v in ("0.00025687148", "cosine-annealing", "16")] == [
+        "0.0002569",
+        "cosine-annealing",
+        "16",
+    ]
 
 
 def test_without_a_terminal_each_event_is_one_plain_line(tmp_path: Path):
@@ -98,6 +135,10 @@ def test_without_a_terminal_each_event_is_one_plain_line(tmp_path: Path):
 
 
 def test_a_sweep_in_a_folder_called_sweep_is_not_a_sweep_sweep(tmp_path: Path):
-    for name, title in (("sweep", "sweep"), ("lr-sweep", "lr-sweep"), ("20260101-120000", "sweep 20260101-120000")):
+    for name, title in (
+        ("sweep", "sweep"),
+        ("lr-sweep", "lr-sweep"),
+        ("20260101-120000", "sweep 20260101-120000"),
+    ):
         (tmp_path / "sweep.json").write_text(json.dumps(SUMMARY | {"name": name}))
         assert f"<h1>{title}</h1>" in build_sweep_page(tmp_path).read_text()

@@ -21,12 +21,19 @@ def command(folder: Path, *words: str) -> list[str]:
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen:
-    return subprocess.Popen(command(folder, *words), cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command(folder, *words),
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(folder, *words), cwd=ROOT, text=True, capture_output=True, timeout=300, check=False)
+    return subprocess.run(
+        command(folder, *words), cwd=ROOT, text=True, capture_output=True, timeout=300, check=False
+    )
 
 
 def jobs(folder: Path) -> dict[int, dict]:
@@ -34,7 +41,9 @@ def jobs(folder: Path) -> dict[int, dict]:
 
 
 def starts(folder: Path) -> dict[int, int]:
-    return {int(p.parent.name): len(p.read_text().splitlines()) for p in folder.glob("*/starts.txt")}
+    return {
+        int(p.parent.name): len(p.read_text().splitlines()) for p in folder.glob("*/starts.txt")
+    }
 
 
 def wait_until(ready, seconds: float = 200) -> None:
@@ -58,17 +67,28 @@ def test_a_failed_job_does_not_end_the_sweep(tmp_path):
     assert "half is too much" in found[1]["error"] and "Try 1e-8." in found[1]["error"]
     ranked = json.loads((tmp_path / "sweep.json").read_text())["jobs"]
     assert [job["value"] for job in ranked[:4]] == pytest.approx([1 + 1 / 6] * 2 + [2 + 1 / 6] * 2)
-    assert "optim.lr=0.001" in ranked[0]["overrides"] and f"run={tmp_path}/{ranked[0]['job']}" in done.stdout
+    assert (
+        "optim.lr=0.001" in ranked[0]["overrides"]
+        and f"run={tmp_path}/{ranked[0]['job']}" in done.stdout
+    )
     page = (tmp_path / "sweep.html").read_text()
-    assert page.count("<tr data-job=") == 6 and page.count('class="way') >= 4 and "half is too much" in page
+    assert (
+        page.count("<tr data-job=") == 6
+        and page.count('class="way') >= 4
+        and "half is too much" in page
+    )
 
 
 def test_all_jobs_are_one_group_in_wandb_unless_the_user_names_one(tmp_path):
     for name, more in (("own", []), ("named", ["tracker.wandb.group=mine"])):
-        done = run(tmp_path / name, "recipe=quickstart", "optim.lr=1e-2,1e-3", "tracker=[wandb]", *more)
+        done = run(
+            tmp_path / name, "recipe=quickstart", "optim.lr=1e-2,1e-3", "tracker=[wandb]", *more
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         told = [json.loads((tmp_path / name / str(n) / "words.json").read_text()) for n in range(2)]
-        assert [words["tracker.wandb.group"] for words in told] == [more[0].split("=")[1] if more else name] * 2
+        assert [words["tracker.wandb.group"] for words in told] == [
+            more[0].split("=")[1] if more else name
+        ] * 2
 
 
 def test_on_failure_stop(tmp_path):
@@ -88,15 +108,26 @@ def test_a_killed_parent_goes_on_and_repeats_nothing(tmp_path):
     done = run(tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert {n: job["status"] for n, job in jobs(tmp_path).items()} == {
-        0: "done", 1: "failed", 2: "done", 3: "done", 4: "failed", 5: "done"}
-    assert starts(tmp_path) == {0: 1, 1: 2, 2: 2, 3: 1, 4: 1, 5: 1}, "only the failed and the interrupted start again"
-    assert {f.parent.name: len(f.read_text().splitlines()) for f in tmp_path.glob("*/metrics.jsonl")} == {
-        n: 6 for n in "0235"}, "every step is there once"
+        0: "done",
+        1: "failed",
+        2: "done",
+        3: "done",
+        4: "failed",
+        5: "done",
+    }
+    assert starts(tmp_path) == {0: 1, 1: 2, 2: 2, 3: 1, 4: 1, 5: 1}, (
+        "only the failed and the interrupted start again"
+    )
+    assert {
+        f.parent.name: len(f.read_text().splitlines()) for f in tmp_path.glob("*/metrics.jsonl")
+    } == {n: 6 for n in "0235"}, "every step is there once"
 
 
 def test_ctrl_c_lets_the_jobs_save(tmp_path):
     parent = start(tmp_path, *GRID, "sweep.parallel=2", "train.early_stopping=20")
-    wait_until(lambda: (tmp_path / "0/metrics.jsonl").exists() and (tmp_path / "2/metrics.jsonl").exists())
+    wait_until(
+        lambda: (tmp_path / "0/metrics.jsonl").exists() and (tmp_path / "2/metrics.jsonl").exists()
+    )
     parent.send_signal(signal.SIGINT)
     output = parent.communicate(timeout=200)[0]
     assert parent.returncode == 75, output
@@ -106,8 +137,15 @@ def test_ctrl_c_lets_the_jobs_save(tmp_path):
 
 
 def test_optuna_prunes_survives_a_kill_and_counts_each_trial_once(tmp_path):
-    words = ["recipe=quickstart", "sweep=optuna", "sweep.trials=6", "sweep.prune_after=1", "optim.warmup=0",
-             "optim.lr=tag(log,interval(1e-6,1e-2))", "train.early_stopping=3"]
+    words = [
+        "recipe=quickstart",
+        "sweep=optuna",
+        "sweep.trials=6",
+        "sweep.prune_after=1",
+        "optim.warmup=0",
+        "optim.lr=tag(log,interval(1e-6,1e-2))",
+        "train.early_stopping=3",
+    ]
     parent = start(tmp_path, *words)
     wait_until(lambda: (tmp_path / "3/metrics.jsonl").exists())
     os.kill(parent.pid, signal.SIGKILL)
@@ -115,7 +153,10 @@ def test_optuna_prunes_survives_a_kill_and_counts_each_trial_once(tmp_path):
     done = run(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     found = jobs(tmp_path)
-    assert sorted(found) == list(range(6)) and {job["status"] for job in found.values()} <= {"done", "pruned"}
+    assert sorted(found) == list(range(6)) and {job["status"] for job in found.values()} <= {
+        "done",
+        "pruned",
+    }
     assert len({tuple(job["overrides"]) for job in found.values()}) == 6
     assert starts(tmp_path) == {0: 1, 1: 1, 2: 1, 3: 2, 4: 1, 5: 1}
     import optuna
@@ -125,9 +166,14 @@ def test_optuna_prunes_survives_a_kill_and_counts_each_trial_once(tmp_path):
     storage = JournalStorage(JournalFileBackend(str(tmp_path / "study.log")))
     study = optuna.load_study(study_name="sweep", storage=storage)
     assert {t.number: t.state.name for t in study.trials} == {
-        n: {"done": "COMPLETE", "pruned": "PRUNED"}[job["status"]] for n, job in found.items()}
-    best = min((job for job in found.values() if job["status"] == "done"), key=lambda job: job["value"])
-    assert study.best_trial.number == best["job"] and study.best_value == pytest.approx(best["value"])
+        n: {"done": "COMPLETE", "pruned": "PRUNED"}[job["status"]] for n, job in found.items()
+    }
+    best = min(
+        (job for job in found.values() if job["status"] == "done"), key=lambda job: job["value"]
+    )
+    assert study.best_trial.number == best["job"] and study.best_value == pytest.approx(
+        best["value"]
+    )
 
 
 def test_a_hopeless_job_is_stopped_early(tmp_path):
@@ -146,24 +192,34 @@ def test_a_hopeless_job_is_stopped_early(tmp_path):
         job = study.next()
         job.run_dir.mkdir()
         assert not study.should_prune(job, reports(loss)), "not before two jobs are done"
-        (job.run_dir / "result.json").write_text(json.dumps({"status": "done", "loss": loss, "eval": {"loss": loss}}))
+        (job.run_dir / "result.json").write_text(
+            json.dumps({"status": "done", "loss": loss, "eval": {"loss": loss}})
+        )
         job.status = DONE
         study.ended(job)
     good, bad = study.next(), study.next()
     assert not study.should_prune(good, reports(1.4)) and study.should_prune(bad, reports(1.6))
     bad.status = PRUNED
     study.ended(bad)
-    assert [trial.state.name for trial in study.study.trials] == ["COMPLETE", "COMPLETE", "RUNNING", "PRUNED"]
+    assert [trial.state.name for trial in study.study.trials] == [
+        "COMPLETE",
+        "COMPLETE",
+        "RUNNING",
+        "PRUNED",
+    ]
     assert study.next() is None
 
 
-@pytest.mark.parametrize("words,remedy", [
-    (["recipe=quickstart", "optim.lrr=1,2"], "Did you mean optim.lr"),
-    (["recipe=clm_pille", "optim.lr=1,2"], "Did you mean recipe=clm_pile?"),
-    (["recipe=quickstart", "sweep=lr_rnak"], "Did you mean sweep=lr_rank?"),
-    (["recipe=quickstart", "sweep.parallel=0"], "sweep.parallel=1"),
-    (["recipe=quickstart", "optim.lr=interval(1,2)"], "sweep=random"),
-])
+@pytest.mark.parametrize(
+    "words,remedy",
+    [
+        (["recipe=quickstart", "optim.lrr=1,2"], "Did you mean optim.lr"),
+        (["recipe=clm_pille", "optim.lr=1,2"], "Did you mean recipe=clm_pile?"),
+        (["recipe=quickstart", "sweep=lr_rnak"], "Did you mean sweep=lr_rank?"),
+        (["recipe=quickstart", "sweep.parallel=0"], "sweep.parallel=1"),
+        (["recipe=quickstart", "optim.lr=interval(1,2)"], "sweep=random"),
+    ],
+)
 def test_a_wrong_sweep_starts_nothing(words, remedy, tmp_path):
     done = run(tmp_path / "s", *words)
     assert done.returncode == 2 and remedy in done.stderr and "Traceback" not in done.stderr

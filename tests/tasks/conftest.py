@@ -23,8 +23,12 @@ def tokenizer():
 def tokenizers_once():
     """Copying and hashing 50400 entries takes a second; the tests' encoders share one copy."""
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((encode_instruct, "TextTokenizer"), (encode_classify, "TextTokenizer"), (encode_qa, "_OffsetTokenizer"),
-                             (encode_qa, "tokenizer_fingerprint")):
+        for module, name in (
+            (encode_instruct, "TextTokenizer"),
+            (encode_classify, "TextTokenizer"),
+            (encode_qa, "_OffsetTokenizer"),
+            (encode_qa, "tokenizer_fingerprint"),
+        ):
             patch.setattr(module, name, lru_cache(None)(getattr(module, name)))
         yield
 
@@ -40,7 +44,9 @@ def make(tokenizer, tmp_path):
 
     def write(name, records):
         path = tmp_path / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        path.write_text(
+            "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        )
         return str(path)
 
     def made(cfg, records, eval_records=None, packing=True, previous=None, on_bad_row="error"):
@@ -51,7 +57,9 @@ def make(tokenizer, tmp_path):
         if not previous:
             task.prepare(store, None)
         if eval_records is not None:
-            store = build_store(write("eval", eval_records), "train", task.encoder(), on_bad_row=on_bad_row)
+            store = build_store(
+                write("eval", eval_records), "train", task.encoder(), on_bad_row=on_bad_row
+            )
         return Made(task, store, task.rows(store))
 
     return made

@@ -31,11 +31,17 @@ class Made:
         """The i-th example's token columns and scalars, as lists."""
         a, b = self.store.offsets[i : i + 2]
         columns = {n: c for n, c in self.store.columns.items() if c.kind in ("token", "scalar")}
-        return {name: self.store.column(name)[a:b].tolist() if column.kind == "token"
-                else self.store.column(name)[i].item() for name, column in columns.items()}
+        return {
+            name: self.store.column(name)[a:b].tolist()
+            if column.kind == "token"
+            else self.store.column(name)[i].item()
+            for name, column in columns.items()
+        }
 
     def batch(self, indices=None) -> dict[str, Any]:
-        return self.task.collate(self.store, self.rows, range(len(self.rows)) if indices is None else indices)
+        return self.task.collate(
+            self.store, self.rows, range(len(self.rows)) if indices is None else indices
+        )
 
     def loss(self, model, indices=None) -> torch.Tensor:
         return self.task.loss(model, to_device(self.batch(indices), CPU))
@@ -43,12 +49,24 @@ class Made:
 
 def models(head: str, num_labels: int = 2, seed: int = 0):
     """Our model and Hugging Face's eager one, fp32, with the same weights."""
-    config = GPTJConfig(vocab_size=50400, n_embd=32, n_layer=2, n_head=2, rotary_dim=8, n_positions=256,
-                        num_labels=num_labels, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+    config = GPTJConfig(
+        vocab_size=50400,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        rotary_dim=8,
+        n_positions=256,
+        num_labels=num_labels,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+    )
     torch.manual_seed(seed)
     ours = HEADS[head](config)
     for parameter in ours.parameters():
-        torch.nn.init.normal_(parameter, std=0.3) if parameter.dim() > 1 else torch.nn.init.normal_(parameter, 0.5, 0.2)
+        torch.nn.init.normal_(parameter, std=0.3) if parameter.dim() > 1 else torch.nn.init.normal_(
+            parameter, 0.5, 0.2
+        )
     config = copy_config(config)  # ours left its kind of attention on the other
     config._attn_implementation = "eager"
     config.pad_token_id = None  # one sequence at a time: the last token is the last token

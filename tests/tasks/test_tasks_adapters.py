@@ -30,23 +30,56 @@ from finetune.tasks.base import to_device
 from tests.peft_reference import run_peft
 
 ADAPTERS = {
-    "lora": LoraConfig(rank=4, targets="all-linear"), "rslora": LoraConfig(rank=4, targets="q_proj,fc_in", rslora=True),
-    "dora": LoraConfig(rank=4, targets="all-linear", dora=True), "ia3": Ia3Config(targets="all-linear"),
-    "prompt": PromptConfig(virtual_tokens=3), "prefix": PrefixConfig(virtual_tokens=3)}
+    "lora": LoraConfig(rank=4, targets="all-linear"),
+    "rslora": LoraConfig(rank=4, targets="q_proj,fc_in", rslora=True),
+    "dora": LoraConfig(rank=4, targets="all-linear", dora=True),
+    "ia3": Ia3Config(targets="all-linear"),
+    "prompt": PromptConfig(virtual_tokens=3),
+    "prefix": PrefixConfig(virtual_tokens=3),
+}
 HEADS = {"lm": "lm_head", "classify": "score", "qa": "qa_outputs"}
-KINDS = {"lm": peft.PeftModelForCausalLM, "classify": peft.PeftModelForSequenceClassification,
-         "qa": peft.PeftModelForQuestionAnswering}
+KINDS = {
+    "lm": peft.PeftModelForCausalLM,
+    "classify": peft.PeftModelForSequenceClassification,
+    "qa": peft.PeftModelForQuestionAnswering,
+}
 CASES = [(head, name) for head in HEADS for name in ADAPTERS]
 CONTEXT = "The old mill by the river was sold in 1912 to a baker from Ghent."
 DATA = {
-    "lm": (InstructConfig(template="plain", max_length=16), [{"prompt": "a b c", "completion": " d"},
-                                                             {"prompt": "2+2?", "completion": " 4"},
-                                                             {"prompt": "Hi", "completion": " a b c d e f"}]),
-    "classify": (ClassifyConfig(), [{"text": "a b c d", "label": "no"}, {"text": "2+2?", "label": "yes"},
-                                    {"text": "Hi", "label": "no"}]),
-    "qa": (QaConfig(max_length=24, stride=4), [
-        {"id": "1", "context": CONTEXT, "question": "Sold when?", "answers": {"text": ["1912"], "answer_start": [38]}},
-        {"id": "2", "context": CONTEXT, "question": "Who?", "answers": {"text": [], "answer_start": []}}])}
+    "lm": (
+        InstructConfig(template="plain", max_length=16),
+        [
+            {"prompt": "a b c", "completion": " d"},
+            {"prompt": "2+2?", "completion": " 4"},
+            {"prompt": "Hi", "completion": " a b c d e f"},
+        ],
+    ),
+    "classify": (
+        ClassifyConfig(),
+        [
+            {"text": "a b c d", "label": "no"},
+            {"text": "2+2?", "label": "yes"},
+            {"text": "Hi", "label": "no"},
+        ],
+    ),
+    "qa": (
+        QaConfig(max_length=24, stride=4),
+        [
+            {
+                "id": "1",
+                "context": CONTEXT,
+                "question": "Sold when?",
+                "answers": {"text": ["1912"], "answer_start": [38]},
+            },
+            {
+                "id": "2",
+                "context": CONTEXT,
+                "question": "Who?",
+                "answers": {"text": [], "answer_start": []},
+            },
+        ],
+    ),
+}
 
 
 def pair(head: str, name: str):
@@ -54,7 +87,9 @@ def pair(head: str, name: str):
     ours, theirs = models(head)
     ours = adapters.attach(ours, ADAPTERS[name], head, "base", seed=0)
     torch.manual_seed(0)
-    theirs = peft.get_peft_model(theirs, adapters.peft_config(ADAPTERS[name], head), autocast_adapter_dtype=False)
+    theirs = peft.get_peft_model(
+        theirs, adapters.peft_config(ADAPTERS[name], head), autocast_adapter_dtype=False
+    )
     torch.manual_seed(1)
     for parameter in ours.parameters():
         if parameter.requires_grad:
@@ -66,12 +101,15 @@ def pair(head: str, name: str):
 def outputs(theirs, head: str, ids: list[int]) -> torch.Tensor:
     """What peft's own forward lets the head say at each token of one text, (T, outputs)."""
     found: list[torch.Tensor] = []
-    layer = [module for name, module in theirs.named_modules()
-             if name.endswith((HEADS[head], f"{HEADS[head]}.modules_to_save.default"))][-1]
+    layer = [
+        module
+        for name, module in theirs.named_modules()
+        if name.endswith((HEADS[head], f"{HEADS[head]}.modules_to_save.default"))
+    ][-1]
     hook = layer.register_forward_hook(lambda module, given, output: found.append(output[0]))
     run_peft(theirs, ids)
     hook.remove()
-    return found[0][-len(ids):]
+    return found[0][-len(ids) :]
 
 
 def reference_loss(theirs, head: str, made) -> torch.Tensor:
@@ -88,8 +126,10 @@ def reference_loss(theirs, head: str, made) -> torch.Tensor:
             total = total + F.cross_entropy(found[-1], torch.tensor(made.batch([i])["targets"][0]))
         else:
             first = example["context_at"]
-            sides = [F.cross_entropy(found[first:, side], torch.tensor(example[key] - first))
-                     for side, key in enumerate(("start", "end"))]
+            sides = [
+                F.cross_entropy(found[first:, side], torch.tensor(example[key] - first))
+                for side, key in enumerate(("start", "end"))
+            ]
             total = total + (sides[0] + sides[1]) / 2
     return total
 
@@ -101,10 +141,16 @@ def test_outputs_loss_and_gradients_are_plain_pefts(make, head, name, packing):
     made = make(cfg, rows, packing=packing)
     ours, theirs = pair(head, name)
     batch = to_device(made.batch(), CPU)
-    flat = ours(input_ids=batch["ids"][None], position_ids=batch["positions"][None], cu_seqlens=batch["cu_seqlens"])
+    flat = ours(
+        input_ids=batch["ids"][None],
+        position_ids=batch["positions"][None],
+        cu_seqlens=batch["cu_seqlens"],
+    )
     flat = flat[0]
-    alone = [outputs(theirs, head, batch["ids"][a:b].tolist())
-             for a, b in zip(batch["cu_seqlens"][:-1], batch["cu_seqlens"][1:], strict=True)]
+    alone = [
+        outputs(theirs, head, batch["ids"][a:b].tolist())
+        for a, b in zip(batch["cu_seqlens"][:-1], batch["cu_seqlens"][1:], strict=True)
+    ]
     torch.testing.assert_close(flat, torch.cat(alone), rtol=1e-5, atol=1e-5)
     ours_loss, their_loss = made.loss(ours), reference_loss(theirs, head, made)
     torch.testing.assert_close(ours_loss, their_loss, rtol=1e-5, atol=1e-6)
@@ -142,12 +188,23 @@ def test_the_saved_adapter_opens_in_plain_peft_and_here(tmp_path, head, name):
     fresh = KINDS[head].from_pretrained(models(head)[1], str(tmp_path / "adapter"))
     ids = [17, 10, 17, 30, 50256]
     wanted = ours.eval()(input_ids=torch.tensor([ids]))[0].detach()
-    torch.testing.assert_close(outputs(fresh.eval(), head, ids).detach(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        outputs(fresh.eval(), head, ids).detach(), wanted, rtol=1e-5, atol=1e-5
+    )
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert head == "lm" or HEADS[head] in config["modules_to_save"]
-    (tmp_path / "adapter" / "finetune.json").write_text(json.dumps(
-        {"head": head, "dtype": "fp32", "base": str(tmp_path / "base"), "kind": "adapter", "task": {"num_labels": 2},
-         "settings": {}}))
+    (tmp_path / "adapter" / "finetune.json").write_text(
+        json.dumps(
+            {
+                "head": head,
+                "dtype": "fp32",
+                "base": str(tmp_path / "base"),
+                "kind": "adapter",
+                "task": {"num_labels": 2},
+                "settings": {},
+            }
+        )
+    )
     again = load_export(tmp_path / "adapter", Dtype.fp32, CPU).module(input_ids=torch.tensor([ids]))
     torch.testing.assert_close(again[0].detach(), wanted, rtol=1e-6, atol=1e-6)
 
@@ -170,8 +227,15 @@ def test_why_virtual_tokens_do_not_generate_through_peft(name):
     computes something else. When this fails, peft's own generation can be used again."""
     _, theirs = pair("lm", name)
     ids = torch.tensor([[17, 10, 17, 30]])
-    generated = theirs.eval().generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False,
-                                       pad_token_id=50256, output_logits=True, return_dict_in_generate=True)
+    generated = theirs.eval().generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=2,
+        do_sample=False,
+        pad_token_id=50256,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
     wanted = theirs(input_ids=generated.sequences[:, :5]).logits[0, -1]
     assert not torch.allclose(generated.logits[1][0], wanted, atol=1e-4)
 

@@ -12,8 +12,14 @@ from task_setup import EOS, evaluate_on, models
 
 from finetune.config import ClmConfig
 
-TEXTS = [("A", "The Senate met."), ("B", "Rates of growth, by year:"), ("A", "It adjourned at noon until the following day."),
-         ("C", "x"), ("B", "Total 1 2 3 4 5 6 7 8 9"), ("A", "Mr. Adams spoke.")]
+TEXTS = [
+    ("A", "The Senate met."),
+    ("B", "Rates of growth, by year:"),
+    ("A", "It adjourned at noon until the following day."),
+    ("C", "x"),
+    ("B", "Total 1 2 3 4 5 6 7 8 9"),
+    ("A", "Mr. Adams spoke."),
+]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -26,15 +32,21 @@ def test_loss_and_perplexity_per_subset(make, tokenizer, ranks, packing):
     sums: dict[str, list[float]] = {}
     for piece, target, name in _pieces(tokenizer, packing):
         logits = theirs(input_ids=torch.tensor([piece])).logits[0]
-        loss = F.cross_entropy(logits, torch.tensor(target), ignore_index=-100, reduction="sum").item()
+        loss = F.cross_entropy(
+            logits, torch.tensor(target), ignore_index=-100, reduction="sum"
+        ).item()
         total = sums.setdefault(name, [0.0, 0])
         total[0], total[1] = total[0] + loss, total[1] + sum(t >= 0 for t in target)
     for metrics in found:
-        assert {name: row["tokens"] for name, row in metrics["subsets"].items()} == {n: c for n, (_, c) in sums.items() if c}
+        assert {name: row["tokens"] for name, row in metrics["subsets"].items()} == {
+            n: c for n, (_, c) in sums.items() if c
+        }
         for name, (loss, count) in sums.items():
             if count:
                 assert metrics["subsets"][name]["loss"] == pytest.approx(loss / count, rel=1e-5)
-                assert metrics["subsets"][name]["perplexity"] == pytest.approx(math.exp(loss / count), rel=1e-4)
+                assert metrics["subsets"][name]["perplexity"] == pytest.approx(
+                    math.exp(loss / count), rel=1e-4
+                )
         whole = sum(loss for loss, _ in sums.values()) / sum(count for _, count in sums.values())
         assert metrics["loss"] == pytest.approx(whole, rel=1e-5)
         assert metrics["perplexity"] == pytest.approx(math.exp(whole), rel=1e-4)

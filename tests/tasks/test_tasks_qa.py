@@ -29,8 +29,15 @@ A_TO_F = [64, 275, 269, 288, 304, 277]
 
 
 def row(context, question="Who?", answers=(), name="q1"):
-    return {"id": name, "context": context, "question": question,
-            "answers": {"text": [text for text, _ in answers], "answer_start": [start for _, start in answers]}}
+    return {
+        "id": name,
+        "context": context,
+        "question": question,
+        "answers": {
+            "text": [text for text, _ in answers],
+            "answer_start": [start for _, start in answers],
+        },
+    }
 
 
 BOB = row("Ada met Bob.", answers=[("Bob", 8)])
@@ -46,25 +53,54 @@ def cfg(**options) -> QaConfig:
 def test_question_context_and_null_slot(make):
     made = make(cfg(), [BOB])
     assert made.example(0) == {
-        "ids": [*WHO, NEWLINE, *ADA, EOS], "char_start": [0, 0, 0, 0, 2, 3, 7, 11, 0],
-        "char_end": [0, 0, 0, 2, 3, 7, 11, 12, 0], "context_at": 3, "start": 6, "end": 6, "window": 0, "answers": 1}
+        "ids": [*WHO, NEWLINE, *ADA, EOS],
+        "char_start": [0, 0, 0, 0, 2, 3, 7, 11, 0],
+        "char_end": [0, 0, 0, 2, 3, 7, 11, 12, 0],
+        "context_at": 3,
+        "start": 6,
+        "end": 6,
+        "window": 0,
+        "answers": 1,
+    }
     assert json.loads(made.store.blob("question", 0)) == {
-        "id": "q1", "where": f"{_path(made)}:1 id q1", "context": "Ada met Bob.", "answers": ["Bob"]}
+        "id": "q1",
+        "where": f"{_path(made)}:1 id q1",
+        "context": "Ada met Bob.",
+        "answers": ["Bob"],
+    }
 
 
 def _path(made):
     return json.loads((made.store.path / "meta.json").read_text())["spec"]
 
 
-@pytest.mark.parametrize("answers", [
-    {"text": [""], "answer_start": [-1]}, [{"text": "", "answer_start": -1}], "{'text': [''], 'answer_start': [-1]}",
-    [{"text": None, "answer_start": -1}], {"text": [], "answer_start": []}])
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"text": [""], "answer_start": [-1]},
+        [{"text": "", "answer_start": -1}],
+        "{'text': [''], 'answer_start': [-1]}",
+        [{"text": None, "answer_start": -1}],
+        {"text": [], "answer_start": []},
+    ],
+)
 def test_an_empty_answer_at_minus_one_is_no_answer(make, answers):
-    article = {"paragraphs": [{"context": "Ada met Bob.", "qas": [
-        {"id": "q2", "question": "Why?", "answers": answers, "is_impossible": True}]}]}
+    article = {
+        "paragraphs": [
+            {
+                "context": "Ada met Bob.",
+                "qas": [
+                    {"id": "q2", "question": "Why?", "answers": answers, "is_impossible": True}
+                ],
+            }
+        ]
+    }
     rows = [BOB, NOBODY | {"answers": answers}] + ([article] if isinstance(answers, list) else [])
     made = make(cfg(), rows)
-    assert all((made.example(i)["start"], made.example(i)["answers"]) == (8, 0) for i in range(1, len(rows)))
+    assert all(
+        (made.example(i)["start"], made.example(i)["answers"]) == (8, 0)
+        for i in range(1, len(rows))
+    )
 
 
 def test_no_answer_is_the_trailing_token_which_sees_everything(make):
@@ -76,8 +112,14 @@ def test_no_answer_is_the_trailing_token_which_sees_everything(make):
 def test_windows_overlap_and_those_without_the_answer_point_at_their_null_slot(make):
     made = make(cfg(max_length=7), [LONG])  # three context tokens a window
     examples = [made.example(i) for i in range(len(made.store))]
-    assert [e["ids"] for e in examples] == [[*WHO, NEWLINE, *A_TO_F[a:b], EOS] for a, b in ((0, 3), (2, 5), (4, 6))]
-    assert [(e["start"], e["end"], e["window"]) for e in examples] == [(6, 6, 0), (5, 5, 1), (3, 3, 2)]
+    assert [e["ids"] for e in examples] == [
+        [*WHO, NEWLINE, *A_TO_F[a:b], EOS] for a, b in ((0, 3), (2, 5), (4, 6))
+    ]
+    assert [(e["start"], e["end"], e["window"]) for e in examples] == [
+        (6, 6, 0),
+        (5, 5, 1),
+        (3, 3, 2),
+    ]
     assert [e["char_start"][3] for e in examples] == [0, 3, 7]
     assert [bool(made.store.blob("question", i)) for i in range(3)] == [True, False, False]
     assert made.task.notes(made.store) == ["1 of 1 contexts are read in several windows: 3 in all"]
@@ -85,28 +127,47 @@ def test_windows_overlap_and_those_without_the_answer_point_at_their_null_slot(m
 
 def test_an_answer_cut_by_a_window_is_not_its_target(make):
     made = make(cfg(max_length=7), [row(LETTERS, answers=[("c d", 4)])])
-    assert [(made.example(i)["start"], made.example(i)["end"]) for i in range(3)] == [(6, 6), (3, 4), (5, 5)]
+    assert [(made.example(i)["start"], made.example(i)["end"]) for i in range(3)] == [
+        (6, 6),
+        (3, 4),
+        (5, 5),
+    ]
 
 
 def test_of_several_answers_the_first_that_is_whole_in_a_window_counts(make):
     made = make(cfg(max_length=7), [row(LETTERS, answers=[("f", 10), ("a", 0)])])
-    assert [(made.example(i)["start"], made.example(i)["end"]) for i in range(3)] == [(3, 3), (6, 6), (4, 4)]
+    assert [(made.example(i)["start"], made.example(i)["end"]) for i in range(3)] == [
+        (3, 3),
+        (6, 6),
+        (4, 4),
+    ]
 
 
 def test_tokens_of_one_character_belong_together(make):
     context = "Zoë 🦜🙂 met Bob."  # the parrot takes several tokens with the same offsets
-    made = make(cfg(max_length=32), [row(context, answers=[("🦜", 4)]), row(context, answers=[("🦜🙂 met", 4)])])
+    made = make(
+        cfg(max_length=32),
+        [row(context, answers=[("🦜", 4)]), row(context, answers=[("🦜🙂 met", 4)])],
+    )
     chars = np.stack([made.store.column("char_start"), made.store.column("char_end")], 1)
     for i, text in enumerate(("🦜", "🦜🙂 met")):
         a, b = (int(made.store.offsets[i]) + made.example(i)[name] for name in ("start", "end"))
-        assert context[chars[a, 0]:chars[b, 1]].strip() == text
+        assert context[chars[a, 0] : chars[b, 1]].strip() == text
     assert made.example(0)["end"] > made.example(0)["start"]
 
 
 def test_spans_and_window_starts():
     chars = np.array([[0, 2], [2, 3], [3, 7], [7, 11], [11, 12]])
-    assert [token_span(chars, *span) for span in ((0, 3), (4, 7), (8, 12))] == [(0, 1), (2, 2), (3, 4)]
-    assert window_starts(6, 3, 1) == [0, 2, 4] and window_starts(3, 3, 1) == [0] and window_starts(7, 3, 1) == [0, 2, 4]
+    assert [token_span(chars, *span) for span in ((0, 3), (4, 7), (8, 12))] == [
+        (0, 1),
+        (2, 2),
+        (3, 4),
+    ]
+    assert (
+        window_starts(6, 3, 1) == [0, 2, 4]
+        and window_starts(3, 3, 1) == [0]
+        and window_starts(7, 3, 1) == [0, 2, 4]
+    )
 
 
 def test_every_answer_of_the_shipped_data_is_found_again(tokenizer):
@@ -118,18 +179,33 @@ def test_every_answer_of_the_shipped_data_is_found_again(tokenizer):
         question = json.loads(store.blob("question", i) or "null") or question  # noqa: F821
         a, b = (int(store.offsets[i]) + int(store.column(name)[i]) for name in ("start", "end"))
         if b < store.offsets[i + 1] - 1:
-            text = question["context"][starts[a]:ends[b]]
+            text = question["context"][starts[a] : ends[b]]
             found += 1
             # An annotation may end inside a token ("patients" of "patients'"): then the tokens around it are meant.
-            assert any(answer in text for answer in question["answers"]), (text, question["answers"])
+            assert any(answer in text for answer in question["answers"]), (
+                text,
+                question["answers"],
+            )
     assert found >= 50 and (context > 0).all()
 
 
 def test_articles_and_flat_rows_give_the_same_windows(make):
     flat = make(cfg(), [BOB, NOBODY])
-    qas = [{"id": "q1", "question": "Who?", "answers": [{"text": "Bob", "answer_start": 8}], "is_impossible": False},
-           {"id": "q2", "question": "Why?", "answers": [], "is_impossible": True,
-            "plausible_answers": [{"text": "Ada", "answer_start": 0}]}]
+    qas = [
+        {
+            "id": "q1",
+            "question": "Who?",
+            "answers": [{"text": "Bob", "answer_start": 8}],
+            "is_impossible": False,
+        },
+        {
+            "id": "q2",
+            "question": "Why?",
+            "answers": [],
+            "is_impossible": True,
+            "plausible_answers": [{"text": "Ada", "answer_start": 0}],
+        },
+    ]
     article = {"title": "T", "paragraphs": [{"context": "Ada met Bob.", "qas": qas}]}
     nested = make(cfg(), [article])
     assert [nested.example(i) for i in range(2)] == [flat.example(i) for i in range(2)]
@@ -138,7 +214,9 @@ def test_articles_and_flat_rows_give_the_same_windows(make):
 def test_a_batch_selects_context_and_null_slot(make):
     made = make(cfg(), [BOB, NOBODY])
     batch = made.batch()
-    assert batch["pool"].tolist() == [3, 4, 5, 6, 7, 8, 12, 13, 14, 15, 16, 17] and batch["sizes"] == [6, 6]
+    assert batch["pool"].tolist() == [3, 4, 5, 6, 7, 8, 12, 13, 14, 15, 16, 17] and batch[
+        "sizes"
+    ] == [6, 6]
     assert batch["starts"].tolist() == [3, 5] and batch["ends"].tolist() == [3, 5]
     assert made.task.count(batch) == 2 and batch["tokens"] == 18
 
@@ -149,7 +227,10 @@ def _reference(theirs, made) -> torch.Tensor:
     for i in range(len(made.store)):
         example = made.example(i)
         out = theirs(input_ids=torch.tensor([example["ids"]]))
-        for logits, target in ((out.start_logits, example["start"]), (out.end_logits, example["end"])):
+        for logits, target in (
+            (out.start_logits, example["start"]),
+            (out.end_logits, example["end"]),
+        ):
             masked = logits[0].clone()
             masked[: example["context_at"]] = float("-inf")
             losses.append(F.cross_entropy(masked[None], torch.tensor([target])))
@@ -181,13 +262,20 @@ def test_a_rank_without_rows_takes_part_with_loss_zero(make):
     ours, _ = models("qa")
     loss = made.loss(ours, [])
     loss.backward()
-    assert float(loss.detach()) == 0 and made.task.count(made.batch([])) == 0 and made.batch([])["tokens"] == 0
+    assert (
+        float(loss.detach()) == 0
+        and made.task.count(made.batch([])) == 0
+        and made.batch([])["tokens"] == 0
+    )
     assert all(p.grad is not None and not p.grad.any() for p in ours.parameters())
 
 
 def _brute_force(window, max_tokens):
-    spans = [(window[a, 0] + window[b, 1] - window[-1].sum(), a, b) for a in range(len(window) - 1)
-             for b in range(a, min(len(window) - 1, a + max_tokens))]
+    spans = [
+        (window[a, 0] + window[b, 1] - window[-1].sum(), a, b)
+        for a in range(len(window) - 1)
+        for b in range(a, min(len(window) - 1, a + max_tokens))
+    ]
     return sorted(spans, reverse=True)
 
 
@@ -208,6 +296,7 @@ def test_decoding_without_a_valid_span():
 
 def _official(prediction, answers):
     """evaluate-v2.0.py, as published."""
+
     def normalize(s):
         s = "".join(ch for ch in s.lower() if ch not in set(string.punctuation))
         return " ".join(re.sub(re.compile(r"\b(a|an|the)\b", re.UNICODE), " ", s).split())
@@ -223,11 +312,21 @@ def _official(prediction, answers):
         return 2 * precision * recall / (precision + recall)
 
     gold = [a for a in answers if normalize(a)] or [""]
-    return max(int(normalize(a) == normalize(prediction)) for a in gold), max(f1(a, prediction) for a in gold)
+    return max(int(normalize(a) == normalize(prediction)) for a in gold), max(
+        f1(a, prediction) for a in gold
+    )
 
 
-CASES = [("the Cat!", ["cat"]), ("a cat sat", ["cat sat", "the dog"]), ("", []), ("cat", []), ("", ["cat"]),
-         ("The", ["the", "cat"]), ("cat cat dog", ["cat dog dog"]), ("24 mm Hg", ["24 mm-Hg", "mm Hg"])]
+CASES = [
+    ("the Cat!", ["cat"]),
+    ("a cat sat", ["cat sat", "the dog"]),
+    ("", []),
+    ("cat", []),
+    ("", ["cat"]),
+    ("The", ["the", "cat"]),
+    ("cat cat dog", ["cat dog dog"]),
+    ("24 mm Hg", ["24 mm-Hg", "mm Hg"]),
+]
 
 
 @pytest.mark.parametrize(("prediction", "answers"), CASES)
@@ -237,6 +336,7 @@ def test_scores_are_the_official_scripts(prediction, answers):
 
 def _official_v1(prediction, answers):
     """evaluate-v1.1.py, as published."""
+
     def normalize(s):
         s = "".join(ch for ch in s.lower() if ch not in set(string.punctuation))
         return " ".join(re.sub(r"\b(a|an|the)\b", " ", s).split())
@@ -249,7 +349,9 @@ def _official_v1(prediction, answers):
         precision, recall = same / len(pred), same / len(gold)
         return 2 * precision * recall / (precision + recall)
 
-    return max(int(normalize(a) == normalize(prediction)) for a in answers), max(f1(a, prediction) for a in answers)
+    return max(int(normalize(a) == normalize(prediction)) for a in answers), max(
+        f1(a, prediction) for a in answers
+    )
 
 
 @pytest.mark.parametrize(("prediction", "answers"), [(p, a) for p, a in CASES if a])
@@ -258,7 +360,10 @@ def test_without_unanswerable_questions_the_rules_of_v1_hold(prediction, answers
 
 
 def test_blanks_around_an_answer_do_not_move_its_tokens(make):
-    plain, blank = (make(cfg(), [row("Ada met Bob. Hi", answers=[answer])]).example(0) for answer in (("Bob", 8), (" Bob. ", 7)))
+    plain, blank = (
+        make(cfg(), [row("Ada met Bob. Hi", answers=[answer])]).example(0)
+        for answer in (("Bob", 8), (" Bob. ", 7))
+    )
     assert (plain["start"], plain["end"]) == (6, 6) and (blank["start"], blank["end"]) == (6, 7)
 
 
@@ -272,8 +377,12 @@ def test_a_span_of_blanks_is_no_answer(make):
     order = sorted(range(slots), key=lambda i: texts[i] != "")  # the blanks score best
     scores = np.zeros((1, slots), np.float32)
     scores[0] = np.arange(slots, 0, -1)
-    windows = {"example": np.array([0]), "first": np.array([[spans[i][0] for i in order]]),
-               "last": np.array([[spans[i][1] for i in order]]), "score": scores}
+    windows = {
+        "example": np.array([0]),
+        "first": np.array([[spans[i][0] for i in order]]),
+        "last": np.array([[spans[i][1] for i in order]]),
+        "score": scores,
+    }
     found = meter._question(0, windows)
     assert found["span"] == next(texts[i] for i in order if texts[i]) and "" not in found["n_best"]
 
@@ -282,7 +391,9 @@ def test_answers_that_cannot_be_found_are_counted(make):
     made = make(cfg(max_length=7), [row(LETTERS, answers=[("a b c d", 0)])])
     assert made.task.notes(made.store)[1].startswith("1 answers are whole in no window")
     made = make(cfg(max_answer_tokens=2), [row(LETTERS, answers=[("a b c", 0)])])
-    assert made.task.notes(made.store)[0].startswith("1 answers are longer than task.max_answer_tokens = 2")
+    assert made.task.notes(made.store)[0].startswith(
+        "1 answers are longer than task.max_answer_tokens = 2"
+    )
 
 
 def test_summary_splits_by_kind_only_with_unanswerable_questions():
@@ -302,8 +413,13 @@ def test_best_threshold_is_brute_forces():
         spans = [s if a else 0.0 for s, a in zip(spans, answerable, strict=True)]
 
         def total(threshold, spans=spans, margins=margins, answerable=answerable):
-            return sum((m > threshold) * (not a) if m > threshold else s
-                       for s, m, a in zip(spans, margins, answerable, strict=True)) / 9
+            return (
+                sum(
+                    (m > threshold) * (not a) if m > threshold else s
+                    for s, m, a in zip(spans, margins, answerable, strict=True)
+                )
+                / 9
+            )
 
         threshold, best = best_threshold(spans, margins, answerable)
         assert best == pytest.approx(max(total(t) for t in [min(margins) - 1, *margins]))
@@ -316,9 +432,15 @@ def _expected_answer(theirs, made, examples, threshold, cfg):
     for i in examples:
         e = made.example(i)
         out = theirs(input_ids=torch.tensor([e["ids"]]))
-        logits = torch.stack([out.start_logits[0], out.end_logits[0]], 1).detach().numpy()[e["context_at"]:]
+        logits = (
+            torch.stack([out.start_logits[0], out.end_logits[0]], 1)
+            .detach()
+            .numpy()[e["context_at"] :]
+        )
         for value, a, b in _brute_force(logits, cfg.max_answer_tokens):
-            found.append((value, e["char_start"][e["context_at"] + a], e["char_end"][e["context_at"] + b]))
+            found.append(
+                (value, e["char_start"][e["context_at"] + a], e["char_end"][e["context_at"] + b])
+            )
     value, a, b = max(found)
     return "" if -value > threshold else (a, b)
 
@@ -329,13 +451,17 @@ def test_answers_over_all_windows_of_a_question(make, threshold):
     made = make(config, [BOB, NOBODY, LONG])
     ours, theirs = models("qa", seed=3)
     (found,), predictions = evaluate_on(1, ours, made)
-    for examples, asked, prediction in zip(([0, 1], [2, 3], [4, 5, 6]), (BOB, NOBODY, LONG), predictions, strict=True):
+    for examples, asked, prediction in zip(
+        ([0, 1], [2, 3], [4, 5, 6]), (BOB, NOBODY, LONG), predictions, strict=True
+    ):
         expected = _expected_answer(theirs, made, examples, threshold, config)
         text = expected if expected == "" else asked["context"][slice(*expected)].strip()
         assert prediction["prediction"] == text and prediction["id"] == asked["id"]
     official = [_official(p["prediction"], p["answers"]) for p in predictions]
     assert [found["exact_match"], found["f1"]] == pytest.approx(np.mean(official, axis=0))
-    assert found["questions"] == 3 and found["has_answer"]["questions"] == 2 and found["windows"] == 7
+    assert (
+        found["questions"] == 3 and found["has_answer"]["questions"] == 2 and found["windows"] == 7
+    )
     assert found["loss"] == pytest.approx(float(_reference(theirs, made).detach()), rel=1e-5)
     assert all(p["prediction"] == "" for p in predictions) == (threshold == -100.0)
 
@@ -361,47 +487,76 @@ def test_one_rank_and_three_report_the_same(make):
     assert several == [alone] * 3 and theirs == predictions and len(predictions) == 4
 
 
-@pytest.mark.parametrize("answers", [
-    {"text": [""], "answer_start": [-1]}, {"text": [None], "answer_start": [None]}, [{"text": "", "answer_start": -1}],
-    '{"text": [""], "answer_start": [-1]}',
-])
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"text": [""], "answer_start": [-1]},
+        {"text": [None], "answer_start": [None]},
+        [{"text": "", "answer_start": -1}],
+        '{"text": [""], "answer_start": [-1]}',
+    ],
+)
 def test_an_empty_text_at_minus_one_is_no_answer(make, answers):
     made = make(cfg(), [NOBODY | {"answers": answers}])
     assert made.example(0) == make(cfg(), [NOBODY]).example(0) and made.task.unanswerable
 
 
 def test_articles_may_mark_unanswerable_questions_by_an_empty_text(make):
-    qas = [{"id": "a", "question": "Why?", "is_impossible": True, "answers": [{"text": "", "answer_start": start}]}
-           for start in (-1, 0)] + [{"id": "b", "question": "Why?", "answers": [{"text": "", "answer_start": -1}]}]
+    qas = [
+        {
+            "id": "a",
+            "question": "Why?",
+            "is_impossible": True,
+            "answers": [{"text": "", "answer_start": start}],
+        }
+        for start in (-1, 0)
+    ] + [{"id": "b", "question": "Why?", "answers": [{"text": "", "answer_start": -1}]}]
     made = make(cfg(), [{"paragraphs": [{"context": "Ada met Bob.", "qas": qas}]}])
     assert [made.example(i)["start"] for i in range(3)] == [8, 8, 8]
-    for bad in ({"answers": [{"text": "", "answer_start": 0}]},
-                {"is_impossible": False, "answers": [{"text": "", "answer_start": -1}]},
-                {"answers": [{"text": "Bob", "answer_start": -1}]}):
-        article = {"paragraphs": [{"context": "Ada met Bob.", "qas": [{"id": "a", "question": "Who?"} | bad]}]}
+    for bad in (
+        {"answers": [{"text": "", "answer_start": 0}]},
+        {"is_impossible": False, "answers": [{"text": "", "answer_start": -1}]},
+        {"answers": [{"text": "Bob", "answer_start": -1}]},
+    ):
+        article = {
+            "paragraphs": [
+                {"context": "Ada met Bob.", "qas": [{"id": "a", "question": "Who?"} | bad]}
+            ]
+        }
         with pytest.raises(UserError, match="id a: "):
             make(cfg(), [article])
 
 
 def test_a_bad_question_does_not_cost_its_article(make):
-    qas = [{"id": "good", "question": "Who?", "answers": [{"text": "Bob", "answer_start": 8}]},
-           {"id": "bad", "question": "Who?", "answers": [{"text": "Bob", "answer_start": 7}]}]
-    made = make(cfg(), [{"paragraphs": [{"context": "Ada met Bob.", "qas": qas}]}], on_bad_row="skip")
+    qas = [
+        {"id": "good", "question": "Who?", "answers": [{"text": "Bob", "answer_start": 8}]},
+        {"id": "bad", "question": "Who?", "answers": [{"text": "Bob", "answer_start": 7}]},
+    ]
+    made = make(
+        cfg(), [{"paragraphs": [{"context": "Ada met Bob.", "qas": qas}]}], on_bad_row="skip"
+    )
     assert len(made.store) == 1 and made.store.stats["bad_rows"] == 1
-    assert "id bad: answer 'Bob' does not stand at answer_start = 7" in made.store.stats["bad_row_messages"][0]
+    assert (
+        "id bad: answer 'Bob' does not stand at answer_start = 7"
+        in made.store.stats["bad_row_messages"][0]
+    )
 
 
 def test_a_preview_that_a_person_can_check(make):
     made = make(cfg(), [BOB, NOBODY])
     assert preview(made.task, made.store, made.rows, made.task.tokenizer, 9) == (
         "-- row 0, example 0: 9 tokens, answer of 1 tokens\nWho?\\n\nAda met\n⟦ Bob⟧\n.<|endoftext|>\n\n"
-        "-- row 1, example 1: 9 tokens, no answer: the null slot\nWhy?\\n\nAda met Bob.\n⟦<|endoftext|>⟧")
+        "-- row 1, example 1: 9 tokens, no answer: the null slot\nWhy?\\n\nAda met Bob.\n⟦<|endoftext|>⟧"
+    )
 
 
 def test_answers_may_stand_in_a_string_as_csv_files_have_them(make):
     row = {"id": "1", "context": "Paris is big.", "question": "What?"}
-    answers = [{"text": ["Paris"], "answer_start": [0]}, {"text": [], "answer_start": []},
-               [{"text": "big", "answer_start": 9}]]
+    answers = [
+        {"text": ["Paris"], "answer_start": [0]},
+        {"text": [], "answer_start": []},
+        [{"text": "big", "answer_start": 9}],
+    ]
     plain = make(QaConfig(), [row | {"answers": answer} for answer in answers])
     quoted = make(QaConfig(), [row | {"answers": json.dumps(answer)} for answer in answers])
     assert [plain.example(i) for i in range(3)] == [quoted.example(i) for i in range(3)]

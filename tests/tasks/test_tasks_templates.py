@@ -14,8 +14,10 @@ from finetune.tasks.build import build_task
 
 EOS = "<|endoftext|>"
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-ALPACA_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further context. "
-                "Write a response that appropriately completes the request.")
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+)
 
 
 def turn(role, content):
@@ -23,18 +25,38 @@ def turn(role, content):
 
 
 ONE = [turn("user", "2+2?"), turn("assistant", "4")]
-TWO = [turn("system", "Be nice."), turn("user", "Hi"), turn("assistant", "Hello"), turn("user", "Bye"),
-       turn("assistant", "Ciao")]
-WITH_INPUT = [{"role": "user", "content": "Add.\n\n2+2", "instruction": "Add.", "input": "2+2"}, turn("assistant", "4")]
+TWO = [
+    turn("system", "Be nice."),
+    turn("user", "Hi"),
+    turn("assistant", "Hello"),
+    turn("user", "Bye"),
+    turn("assistant", "Ciao"),
+]
+WITH_INPUT = [
+    {"role": "user", "content": "Add.\n\n2+2", "instruction": "Add.", "input": "2+2"},
+    turn("assistant", "4"),
+]
 
 EXPECTED = {
     ("alpaca", "ONE"): [f"{ALPACA}\n\n### Instruction:\n2+2?\n\n### Response:\n", "4"],
-    ("alpaca", "WITH_INPUT"): [f"{ALPACA_INPUT}\n\n### Instruction:\nAdd.\n\n### Input:\n2+2\n\n### Response:\n", "4"],
-    ("alpaca", "TWO"): ["Be nice.\n\n### Instruction:\nHi\n\n### Response:\n", "Hello",
-                        "\n\n### Instruction:\nBye\n\n### Response:\n", "Ciao"],
+    ("alpaca", "WITH_INPUT"): [
+        f"{ALPACA_INPUT}\n\n### Instruction:\nAdd.\n\n### Input:\n2+2\n\n### Response:\n",
+        "4",
+    ],
+    ("alpaca", "TWO"): [
+        "Be nice.\n\n### Instruction:\nHi\n\n### Response:\n",
+        "Hello",
+        "\n\n### Instruction:\nBye\n\n### Response:\n",
+        "Ciao",
+    ],
     ("chat", "ONE"): ["User: 2+2?\n\nAssistant:", " 4"],
     ("chat", "WITH_INPUT"): ["User: Add.\n\n2+2\n\nAssistant:", " 4"],
-    ("chat", "TWO"): ["Be nice.\n\nUser: Hi\n\nAssistant:", " Hello", "\n\nUser: Bye\n\nAssistant:", " Ciao"],
+    ("chat", "TWO"): [
+        "Be nice.\n\nUser: Hi\n\nAssistant:",
+        " Hello",
+        "\n\nUser: Bye\n\nAssistant:",
+        " Ciao",
+    ],
     ("plain", "ONE"): ["2+2?", "4"],
     ("plain", "WITH_INPUT"): ["Add.\n\n2+2", "4"],
     ("plain", "TWO"): ["Be nice.Hi", "Hello", "Bye", "Ciao"],
@@ -52,8 +74,9 @@ def test_transformers_makes_the_same_ids_of_a_shipped_template(name, tokenizer):
     """An export's tokenizer with this chat template needs nothing of ours, also in a second turn."""
     template = load_template(name, EOS)
     for messages in (ONE[:1], WITH_INPUT[:1], TWO[:4]):
-        theirs = tokenizer.apply_chat_template(messages, chat_template=template.text, add_generation_prompt=True,
-                                               return_dict=False)
+        theirs = tokenizer.apply_chat_template(
+            messages, chat_template=template.text, add_generation_prompt=True, return_dict=False
+        )
         assert theirs == prompt_ids(template, tokenizer, messages)
 
 
@@ -65,9 +88,13 @@ def test_every_shipped_template_is_tested():
 def test_generation_reads_what_training_put_before_the_completion(name, tokenizer):
     template = load_template(name, EOS)
     asked = prompt_ids(template, tokenizer, TWO[:4])
-    first, answer, second, _ = (tokenizer(text)["input_ids"] for text in template.pieces(TWO, "here"))
+    first, answer, second, _ = (
+        tokenizer(text)["input_ids"] for text in template.pieces(TWO, "here")
+    )
     assert asked == [*first, *answer, tokenizer.eos_token_id, *second]
-    assert prompt_ids(template, tokenizer, "2+2?") == tokenizer(EXPECTED[name, "ONE"][0])["input_ids"]
+    assert (
+        prompt_ids(template, tokenizer, "2+2?") == tokenizer(EXPECTED[name, "ONE"][0])["input_ids"]
+    )
 
 
 CHATML = """{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}
@@ -84,8 +111,11 @@ def test_a_foreign_chat_template_from_a_file(tmp_path):
     template = load_template(str(path), EOS, "<s>")
     # Its own eos ends the completion; what it writes behind belongs to the next prompt.
     assert template.pieces(TWO[1:], "here") == [
-        "<s><|im_start|>user\nHi<|im_end|><|endoftext|>\n<|im_start|>assistant\n", "Hello<|im_end|>",
-        "\n<|im_start|>user\nBye<|im_end|><|endoftext|>\n<|im_start|>assistant\n", "Ciao<|im_end|>"]
+        "<s><|im_start|>user\nHi<|im_end|><|endoftext|>\n<|im_start|>assistant\n",
+        "Hello<|im_end|>",
+        "\n<|im_start|>user\nBye<|im_end|><|endoftext|>\n<|im_start|>assistant\n",
+        "Ciao<|im_end|>",
+    ]
 
 
 def test_it_reads_as_transformers_reads_it(tokenizer):
@@ -93,24 +123,26 @@ def test_it_reads_as_transformers_reads_it(tokenizer):
     theirs = tokenizer.apply_chat_template(TWO[1:], chat_template=CHATML, tokenize=False)
     first, answer, second, last = ours.pieces(TWO[1:], "here")
     assert theirs == first + answer + EOS + second + last + EOS + "\n"
-    asked = tokenizer.apply_chat_template(TWO[1:4], chat_template=CHATML, tokenize=False, add_generation_prompt=True)
+    asked = tokenizer.apply_chat_template(
+        TWO[1:4], chat_template=CHATML, tokenize=False, add_generation_prompt=True
+    )
     assert asked == first + answer + EOS + second
 
 
 THEIRS = {  # as users bring them: without eos, with one and a newline behind it, without system messages, with marks and macros
     "chatml without eos": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}"
-                          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
     "a newline behind eos": "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content + eos_token }}\n{% endfor %}"
-                            "{% if add_generation_prompt %}<|assistant|>\n{% endif %}\n",
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}\n",
     "no system messages": "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
-                          "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}{% endif %}{% endfor %}",
+    "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}{% endif %}{% endfor %}",
     "one turn": "{{ raise_exception('one') if messages | length > 2 else '' }}Q: {{ messages[0].content }}\nA:"
-                "{{ ' ' + messages[1].content if messages | length > 1 else '' }}",
+    "{{ ' ' + messages[1].content if messages | length > 1 else '' }}",
     "generation marks": CHATML,
     "generation marks without eos": CHATML.replace("{{ eos_token }}", ""),
     "macros and spaces": "\n  {% macro say(m) %}{{ m.content | trim }}{% endmacro %}\n{% set ns = namespace(n=0) %}\n"
-                         "{% for m in messages %}{% set ns.n = ns.n + 1 %}\n  {{ m.role }}: {{ say(m) }}\n{% endfor %}  "
-                         "{% if add_generation_prompt %}assistant:{% endif %}",
+    "{% for m in messages %}{% set ns.n = ns.n + 1 %}\n  {{ m.role }}: {{ say(m) }}\n{% endfor %}  "
+    "{% if add_generation_prompt %}assistant:{% endif %}",
 }
 
 
@@ -136,20 +168,25 @@ def test_an_exports_chat_template_gives_trainings_ids(tmp_path, tokenizer, name,
     asked = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     assert len(starts) == len(asked) > 0
     for at, i in zip(starts, asked, strict=True):
-        assert there.apply_chat_template(messages[:i], add_generation_prompt=True, return_dict=False) == ids[:at]
+        assert (
+            there.apply_chat_template(messages[:i], add_generation_prompt=True, return_dict=False)
+            == ids[:at]
+        )
     assert chat_template_differs(there, task.template, messages) is None
 
 
 def test_a_token_across_the_beginning_of_an_answer_is_told(tokenizer):
     template = load_template("plain", EOS)
-    there = tokenizer_for(tokenizer, "lm", {"template": "plain", "template_text": template.text}, 50400)
+    there = tokenizer_for(
+        tokenizer, "lm", {"template": "plain", "template_text": template.text}, 50400
+    )
     told = chat_template_differs(there, template, [turn("user", "th"), turn("assistant", "e")])
     assert told == "['the', '<|endoftext|>'] where training read ['th', 'e', '<|endoftext|>']"
 
 
 def test_tojson_is_transformers_own(tokenizer):
     text = "{% for m in messages %}{{ m.content | tojson }}{{ m | tojson(ensure_ascii=True) }}\n{% endfor %}"
-    messages = [turn("user", "it's <é> \"&\""), turn("assistant", "no")]
+    messages = [turn("user", 'it\'s <é> "&"'), turn("assistant", "no")]
     theirs = tokenizer.apply_chat_template(messages, chat_template=text, tokenize=False)
     assert Template("mine", text, EOS)._render(messages, False, "here") == theirs
     with pytest.raises(UserError, match="today's date"):

@@ -33,8 +33,12 @@ RecipeOf = Callable[[str], Config | None]
 """Name of a recipe -> its config as it is now; None where it is not known."""
 
 
-def build_report(run_dir: Path | str, picture: bool = True, out: Path | None = None,
-                 recipe_of: RecipeOf | None = None) -> Path:
+def build_report(
+    run_dir: Path | str,
+    picture: bool = True,
+    out: Path | None = None,
+    recipe_of: RecipeOf | None = None,
+) -> Path:
     """Write run_dir/report.html (and curves.png) from what the run has written so far; returns the page's path.
 
     Args:

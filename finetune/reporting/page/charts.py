@@ -63,7 +63,11 @@ class Drawing:
 
 def column(records: list[dict[str, Any]], key: str) -> list[Point]:
     """(step, value) of every record that has a finite number under `key`."""
-    return [(float(record["step"]), float(record[key])) for record in records if is_number(record.get(key))]
+    return [
+        (float(record["step"]), float(record[key]))
+        for record in records
+        if is_number(record.get(key))
+    ]
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -92,7 +96,7 @@ def thin(points: list[Point], limit: int = MAX_POINTS) -> list[Point]:
     size = math.ceil(len(points) / (limit / 2))
     kept: list[Point] = []
     for begin in range(0, len(points), size):
-        chunk = points[begin:begin + size]
+        chunk = points[begin : begin + size]
         kept += sorted({min(chunk, key=lambda p: p[1]), max(chunk, key=lambda p: p[1])})
     return sorted({points[0], *kept, points[-1]})
 
@@ -107,11 +111,29 @@ def draw(chart: Chart, steps: tuple[float, float] | None = None) -> Drawing:
     xs = [*(steps or ()), *(x for s in series for x, _ in s.points)]
     ys = [y for s in series for _, y in s.points] + ([0.0] if chart.from_zero else [])
     x_axis, y_axis = _axis(min(xs), max(xs), "step", pad=False), _axis(min(ys), max(ys), chart.unit)
-    paths = [{"name": s.name, "color": s.color, "style": s.style, "d": _path(s, x_axis, y_axis),
-              "dots": _dots(s, x_axis, y_axis)} for s in series]
-    hover = {"unit": chart.unit, "x": [x_axis.low, x_axis.high], "y": [y_axis.low, y_axis.high],
-             "series": [{"name": s.name, "color": s.color, "points": [[x, float(f"{y:.6g}")] for x, y in s.points]}
-                        for s in series]}
+    paths = [
+        {
+            "name": s.name,
+            "color": s.color,
+            "style": s.style,
+            "d": _path(s, x_axis, y_axis),
+            "dots": _dots(s, x_axis, y_axis),
+        }
+        for s in series
+    ]
+    hover = {
+        "unit": chart.unit,
+        "x": [x_axis.low, x_axis.high],
+        "y": [y_axis.low, y_axis.high],
+        "series": [
+            {
+                "name": s.name,
+                "color": s.color,
+                "points": [[x, float(f"{y:.6g}")] for x, y in s.points],
+            }
+            for s in series
+        ],
+    }
     return Drawing(chart, x_axis, y_axis, paths, hover)
 
 
@@ -157,7 +179,11 @@ def _axis(low: float, high: float, unit: str, pad: bool = True) -> Axis:
 
 def _nice_step(spread: float, unit: str) -> float:
     """About four ticks, a round number apart; for bytes round in the unit they are written in."""
-    scale = next((s for s in (2.0**40, 2.0**30, 2.0**20, 2.0**10) if spread >= s), 1.0) if unit == "bytes" else 1.0
+    scale = (
+        next((s for s in (2.0**40, 2.0**30, 2.0**20, 2.0**10) if spread >= s), 1.0)
+        if unit == "bytes"
+        else 1.0
+    )
     rough = spread / scale / 4
     power = 10.0 ** math.floor(math.log10(rough))
     return scale * power * next(m for m in (1, 2, 5, 10) if rough <= m * power * (1 + 1e-9))

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.reporting.page.charts import SMOOTH_FROM, Chart, Point, Series, column, is_number, smooth
+from finetune.reporting.page.charts import (
+    SMOOTH_FROM,
+    Chart,
+    Point,
+    Series,
+    column,
+    is_number,
+    smooth,
+)
 from finetune.reporting.page.files import RunFiles
 
 SHARES = ("accuracy", "f1", "exact_match")
@@ -14,14 +22,38 @@ def curves(run: RunFiles) -> list[Chart]:
     """Every chart that has at least one point."""
     train, evals = run.train, run.evals
     charts = [
-        Chart("Loss", [*_averaged("training", column(train, "loss")),
-                       Series("evaluation", column(evals, "loss"), 2, "dots")]),
-        Chart("Evaluation", [Series(name.replace("_", " "), column(evals, name), color, "dots")
-                             for color, name in enumerate(SHARES, 1)], "share"),
+        Chart(
+            "Loss",
+            [
+                *_averaged("training", column(train, "loss")),
+                Series("evaluation", column(evals, "loss"), 2, "dots"),
+            ],
+        ),
+        Chart(
+            "Evaluation",
+            [
+                Series(name.replace("_", " "), column(evals, name), color, "dots")
+                for color, name in enumerate(SHARES, 1)
+            ],
+            "share",
+        ),
         Chart("Perplexity", [Series("evaluation", column(evals, "perplexity"), 2, "dots")]),
-        Chart("Learning rate", [Series("learning rate", column(train, "lr"), 1)], "exp", from_zero=True),
-        Chart("Gradient norm", _averaged("before clipping", column(train, "grad_norm")), from_zero=True),
-        Chart("Tokens per second", _averaged("all ranks", column(train, "tokens_per_second")), from_zero=True),
+        Chart(
+            "Learning rate",
+            [Series("learning rate", column(train, "lr"), 1)],
+            "exp",
+            from_zero=True,
+        ),
+        Chart(
+            "Gradient norm",
+            _averaged("before clipping", column(train, "grad_norm")),
+            from_zero=True,
+        ),
+        Chart(
+            "Tokens per second",
+            _averaged("all ranks", column(train, "tokens_per_second")),
+            from_zero=True,
+        ),
         Chart("MFU", _averaged("of the GPU's peak", column(train, "mfu")), "share", from_zero=True),
         _memory_chart(run),
     ]
@@ -48,7 +80,9 @@ def predicted(run: RunFiles) -> dict[str, float]:
 
 def chosen_option(run: RunFiles) -> dict[str, Any]:
     chosen = run.plan.get("chosen") or {}
-    return next((option for option in run.plan.get("options") or [] if _is_option(option, chosen)), {})
+    return next(
+        (option for option in run.plan.get("options") or [] if _is_option(option, chosen)), {}
+    )
 
 
 def ranks_per_node(run: RunFiles) -> int:
@@ -65,7 +99,10 @@ def _is_option(option: dict[str, Any], chosen: dict[str, Any]) -> bool:
 def _averaged(name: str, points: list[Point]) -> list[Series]:
     if len(points) < SMOOTH_FROM:
         return [Series(name, points, 1)]
-    return [Series(f"{name}, each step", points, 1, "faint"), Series(f"{name}, averaged", smooth(points), 1)]
+    return [
+        Series(f"{name}, each step", points, 1, "faint"),
+        Series(f"{name}, averaged", smooth(points), 1),
+    ]
 
 
 def _memory_chart(run: RunFiles) -> Chart:
@@ -76,5 +113,7 @@ def _memory_chart(run: RunFiles) -> Chart:
         series.append(Series(f"{name}, measured", points, color))
         if points and key in expected:
             ends = [points[0][0], points[-1][0]]
-            series.append(Series(f"{name}, predicted", [(x, expected[key]) for x in ends], color, "dashed"))
+            series.append(
+                Series(f"{name}, predicted", [(x, expected[key]) for x in ends], color, "dashed")
+            )
     return Chart("Memory of a rank", series, "bytes", from_zero=True)

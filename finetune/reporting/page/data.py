@@ -50,17 +50,28 @@ def sections(data: dict[str, Any]) -> list[DataSection]:
 def _section(name: str, part: dict[str, Any]) -> DataSection:
     by_column = [names for names in (part.get("tokens_by_name") or {}).values() if names]
     subsets = part.get("subsets") or (by_column[0] if by_column else {})
-    complaints = [str(line) for key in ("notes", "bad_row_messages") for line in part.get(key) or []]
-    return DataSection(name, _facts(part), _lengths(part.get("lengths")), _subsets(subsets), complaints)
+    complaints = [
+        str(line) for key in ("notes", "bad_row_messages") for line in part.get(key) or []
+    ]
+    return DataSection(
+        name, _facts(part), _lengths(part.get("lengths")), _subsets(subsets), complaints
+    )
 
 
 def _facts(part: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(key.replace("_", " "), fact_text(key, value)) for key, value in part.items()
-            if key not in SHOWN_APART and isinstance(value, (str, int, float, bool))]
+    return [
+        (key.replace("_", " "), fact_text(key, value))
+        for key, value in part.items()
+        if key not in SHOWN_APART and isinstance(value, (str, int, float, bool))
+    ]
 
 
 def fact_text(key: str, value: Any) -> str:
-    if isinstance(value, float) and 0 <= value <= 1 and key.endswith(("efficiency", "share", "fraction")):
+    if (
+        isinstance(value, float)
+        and 0 <= value <= 1
+        and key.endswith(("efficiency", "share", "fraction"))
+    ):
         return f"{value:.1%}"
     if is_number(value):
         return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
@@ -111,7 +122,14 @@ def _subsets(subsets: Any) -> list[Bar]:
 
 def _size(value: Any) -> float:
     if isinstance(value, dict):
-        value = next((value[key] for key in ("tokens", "documents", "rows", "count", "share") if key in value), 0)
+        value = next(
+            (
+                value[key]
+                for key in ("tokens", "documents", "rows", "count", "share")
+                if key in value
+            ),
+            0,
+        )
     return float(value) if is_number(value) else 0.0
 
 

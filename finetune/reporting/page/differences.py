@@ -21,13 +21,21 @@ def from_recipe(config: dict[str, Any], recipe_config: Config | None) -> Table |
     recipe, ours = dict(flat(plain_config(recipe_config))), dict(flat(config))
     # Keys that only the recipe has came after the run.
     keys = [key for key in ours if key not in NOT_SETTINGS and recipe.get(key) != ours[key]]
-    return Table(["key", "recipe", "this run"], [[key, recipe.get(key, ABSENT), ours[key]] for key in keys])
+    return Table(
+        ["key", "recipe", "this run"], [[key, recipe.get(key, ABSENT), ours[key]] for key in keys]
+    )
 
 
 def between(names: list[str], settings: list[dict[str, Any]]) -> Table:
     """Keys that are not the same in all of several configs or environments; one column each."""
     columns = [dict(flat(values)) for values in settings]
     keys = dict.fromkeys(key for column in columns for key in column)
-    different = [key for key in keys
-                 if key not in NOT_SETTINGS and len({column.get(key, ABSENT) for column in columns}) > 1]
-    return Table(["key", *names], [[key, *(column.get(key, ABSENT) for column in columns)] for key in different])
+    different = [
+        key
+        for key in keys
+        if key not in NOT_SETTINGS and len({column.get(key, ABSENT) for column in columns}) > 1
+    ]
+    return Table(
+        ["key", *names],
+        [[key, *(column.get(key, ABSENT) for column in columns)] for key in different],
+    )

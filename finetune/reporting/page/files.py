@@ -59,8 +59,11 @@ def read_run(run_dir: Path | str) -> RunFiles:
 
 def _by_step(records: list[Record], kind: str) -> list[Record]:
     """One record a step, the newest: a step that was repeated counts as the repetition."""
-    found = {record["step"]: record for record in records
-             if record.get("kind") == kind and isinstance(record.get("step"), int)}
+    found = {
+        record["step"]: record
+        for record in records
+        if record.get("kind") == kind and isinstance(record.get("step"), int)
+    }
     return [found[step] for step in sorted(found)]
 
 

@@ -24,12 +24,18 @@ def curves_png(charts: list[Chart], title: str) -> bytes:
     panels = figure.subplots(rows, 2, squeeze=False).flat
     for panel, chart in zip(panels, charts, strict=False):
         _draw(panel, chart)
-    for panel in list(figure.axes)[len(charts):]:
+    for panel in list(figure.axes)[len(charts) :]:
         panel.set_axis_off()
     buffer = io.BytesIO()
     # A layout engine would draw everything twice.
-    figure.subplots_adjust(left=0.07, right=0.985, bottom=0.5 / figure.get_figheight(), wspace=0.16, hspace=0.42,
-                           top=1 - 0.75 / figure.get_figheight())
+    figure.subplots_adjust(
+        left=0.07,
+        right=0.985,
+        bottom=0.5 / figure.get_figheight(),
+        wspace=0.16,
+        hspace=0.42,
+        top=1 - 0.75 / figure.get_figheight(),
+    )
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
@@ -46,16 +52,21 @@ def _draw(panel, chart: Chart) -> None:
     if chart.from_zero:
         panel.set_ylim(bottom=0)
     axis = draw(chart).y
-    panel.set_yticks([axis.low + (axis.high - axis.low) * at / 100 for at, _ in axis.ticks],
-                     [text for _, text in axis.ticks])
+    panel.set_yticks(
+        [axis.low + (axis.high - axis.low) * at / 100 for at, _ in axis.ticks],
+        [text for _, text in axis.ticks],
+    )
     if len(shown) > 1:
         panel.legend(fontsize=8, frameon=False)
 
 
 def _line(panel, series: Series) -> None:
     xs, ys = zip(*series.points, strict=True)
-    style = {"faint": {"alpha": 0.3, "linewidth": 0.9}, "dashed": {"linestyle": (0, (4, 3)), "linewidth": 1.4},
-             "dots": {"marker": "o", "markersize": 4, "linewidth": 1.6}}.get(series.style, {"linewidth": 1.8})
+    style = {
+        "faint": {"alpha": 0.3, "linewidth": 0.9},
+        "dashed": {"linestyle": (0, (4, 3)), "linewidth": 1.4},
+        "dots": {"marker": "o", "markersize": 4, "linewidth": 1.6},
+    }.get(series.style, {"linewidth": 1.8})
     if len(xs) == 1:
         style = {**style, "marker": "o"}
     panel.plot(xs, ys, color=COLORS[series.color - 1], label=series.name, **style)

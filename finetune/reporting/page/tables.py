@@ -80,8 +80,17 @@ def status_words(run: RunFiles) -> str:
 
 def tiles(run: RunFiles) -> list[Tile]:
     """The figures at the top; those that a run does not have yet are left out."""
-    found = [_progress(run), _loss(run), _best(run), _throughput(run), _time(run), _trainable(run), _sharding(run),
-             _peak(run, "host", "peak_host_bytes", "host_bytes"), _peak(run, "GPU", "peak_gpu_bytes", "gpu_bytes")]
+    found = [
+        _progress(run),
+        _loss(run),
+        _best(run),
+        _throughput(run),
+        _time(run),
+        _trainable(run),
+        _sharding(run),
+        _peak(run, "host", "peak_host_bytes", "host_bytes"),
+        _peak(run, "GPU", "peak_gpu_bytes", "gpu_bytes"),
+    ]
     return [tile for tile in found if tile is not None]
 
 
@@ -98,35 +107,73 @@ def evaluations(run: RunFiles) -> Table | None:
     if not run.evals:
         return None
     names = [name for name in EVAL_METRICS if any(name in record for record in run.evals)]
-    rows = [[f"{record['step']:,}", *(figure(record.get(name)) for name in names)] for record in run.evals]
+    rows = [
+        [f"{record['step']:,}", *(figure(record.get(name)) for name in names)]
+        for record in run.evals
+    ]
     return Table(["step", *(name.replace("_", " ") for name in names)], rows, _best_index(run))
 
 
 def later(run: RunFiles) -> Table | None:
     """What launch/evaluate.py wrote: the task's own metrics on its data, and lm-eval's tasks."""
-    own = [(name.replace("_", " "), figure(value)) for name, value in run.later.items() if is_number(value)]
-    rows = [[str(run.later.get("data") or "evaluation"), ", ".join(f"{name} {value}" for name, value in own)]] if own else []
+    own = [
+        (name.replace("_", " "), figure(value))
+        for name, value in run.later.items()
+        if is_number(value)
+    ]
+    rows = (
+        [
+            [
+                str(run.later.get("data") or "evaluation"),
+                ", ".join(f"{name} {value}" for name, value in own),
+            ]
+        ]
+        if own
+        else []
+    )
     suite = run.later.get("lm_eval")
     tasks = suite.get("tasks") if isinstance(suite, dict) else None
     for name, found in (tasks if isinstance(tasks, dict) else {}).items():
         if isinstance(found, dict):
-            rows.append([f"lm-eval: {name}", ", ".join(f"{k} {figure(v)}" for k, v in found.items() if is_number(v))])
+            rows.append(
+                [
+                    f"lm-eval: {name}",
+                    ", ".join(f"{k} {figure(v)}" for k, v in found.items() if is_number(v)),
+                ]
+            )
     return Table(["evaluated on", "result"], rows) if rows else None
 
 
 def groups(run: RunFiles) -> Table | None:
     """Subsets or classes at the last evaluation that has them, with the change of loss since the first."""
-    with_groups = [record for record in run.evals if record.get("subsets") or record.get("per_class")]
+    with_groups = [
+        record for record in run.evals if record.get("subsets") or record.get("per_class")
+    ]
     if not with_groups:
         return None
-    first, last = (record.get("subsets") or record["per_class"] for record in (with_groups[0], with_groups[-1]))
+    first, last = (
+        record.get("subsets") or record["per_class"] for record in (with_groups[0], with_groups[-1])
+    )
     rows_of = {str(name): row for name, row in last.items() if isinstance(row, dict)}
     names = list(dict.fromkeys(key for row in rows_of.values() for key in row))
     changed = len(with_groups) > 1 and "loss" in names
-    rows = [[name, *(figure(row.get(key)) for key in names), *([_change(first.get(name), row)] if changed else [])]
-            for name, row in rows_of.items()]
-    head = ["subset" if with_groups[-1].get("subsets") else "class", *(name.replace("_", " ") for name in names)]
-    return Table([*head, *(["loss since first"] if changed else [])], rows, note=f"step {with_groups[-1]['step']:,}")
+    rows = [
+        [
+            name,
+            *(figure(row.get(key)) for key in names),
+            *([_change(first.get(name), row)] if changed else []),
+        ]
+        for name, row in rows_of.items()
+    ]
+    head = [
+        "subset" if with_groups[-1].get("subsets") else "class",
+        *(name.replace("_", " ") for name in names),
+    ]
+    return Table(
+        [*head, *(["loss since first"] if changed else [])],
+        rows,
+        note=f"step {with_groups[-1]['step']:,}",
+    )
 
 
 def memory(run: RunFiles) -> Memory | None:
@@ -134,11 +181,23 @@ def memory(run: RunFiles) -> Memory | None:
     expected = predicted(run)
     rows = []
     for name, key in (("GPU", "gpu_bytes"), ("host", "host_bytes")):
-        measured = run.result.get(f"peak_{key}") or max((r.get(key) or 0 for r in run.train), default=0)
+        measured = run.result.get(f"peak_{key}") or max(
+            (r.get(key) or 0 for r in run.train), default=0
+        )
         if expected.get(key) or measured:
-            rows.append([f"{name}, peak of a rank", _bytes(expected.get(key)), _bytes(measured),
-                         _ratio(measured, expected.get(key))])
-    note = f"host of a node divided by its {ranks_per_node(run)} ranks" if ranks_per_node(run) > 1 else ""
+            rows.append(
+                [
+                    f"{name}, peak of a rank",
+                    _bytes(expected.get(key)),
+                    _bytes(measured),
+                    _ratio(measured, expected.get(key)),
+                ]
+            )
+    note = (
+        f"host of a node divided by its {ranks_per_node(run)} ranks"
+        if ranks_per_node(run) > 1
+        else ""
+    )
     table = Table(["", "predicted", "measured", "of predicted"], rows, note=note)
     return Memory(table, _bars(run, expected)) if rows else None
 
@@ -148,7 +207,9 @@ def _bars(run: RunFiles, expected: dict[str, float]) -> list[Bar]:
     option, ranks = chosen_option(run), ranks_per_node(run)
     device = _numbers(option.get("parts"))
     host = {name: value / ranks for name, value in _numbers(option.get("host_parts")).items()}
-    if "tensors" in host or not (host or "gpu_bytes" in expected):  # without a GPU the tensors are in the host's memory
+    if "tensors" in host or not (
+        host or "gpu_bytes" in expected
+    ):  # without a GPU the tensors are in the host's memory
         host.pop("tensors", None)
         host = {name: host.get(name, 0) + device.get(name, 0) for name in [*host, *device]}
     found = []
@@ -160,8 +221,15 @@ def _bars(run: RunFiles, expected: dict[str, float]) -> list[Bar]:
         if name == "host":
             parts["process"] = parts.get("process", 0) + max(0, total - sum(parts.values()))
         largest = sorted((item for item in parts.items() if item[1] > 0), key=lambda item: -item[1])
-        found.append(Bar(f"{name}, predicted {gib(total)}", [
-            Part(part, gib(value), value / total, PARTS.index(part) if part in PARTS else 0) for part, value in largest]))
+        found.append(
+            Bar(
+                f"{name}, predicted {gib(total)}",
+                [
+                    Part(part, gib(value), value / total, PARTS.index(part) if part in PARTS else 0)
+                    for part, value in largest
+                ],
+            )
+        )
     return found
 
 
@@ -171,8 +239,14 @@ def _numbers(values: Any) -> dict[str, float]:
 
 def samples(run: RunFiles) -> list[dict[str, str]]:
     """Newest first."""
-    return [{"step": str(record.get("step", "?")), "prompt": str(record.get("prompt", "")),
-             "text": str(record.get("text", ""))} for record in reversed(run.samples)]
+    return [
+        {
+            "step": str(record.get("step", "?")),
+            "prompt": str(record.get("prompt", "")),
+            "text": str(record.get("text", "")),
+        }
+        for record in reversed(run.samples)
+    ]
 
 
 def config_rows(run: RunFiles) -> Rows:
@@ -183,12 +257,19 @@ def flat(value: Any, prefix: str = "") -> Rows:
     """Nested values as dotted keys."""
     if not isinstance(value, dict):
         return [(prefix, "null" if value is None else str(value))]
-    return [row for key, item in value.items() for row in flat(item, f"{prefix}.{key}" if prefix else str(key))]
+    return [
+        row
+        for key, item in value.items()
+        for row in flat(item, f"{prefix}.{key}" if prefix else str(key))
+    ]
 
 
 def environment_rows(run: RunFiles) -> Rows:
     """Lists as one line each; empty values left out."""
-    shown = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in run.env.items()}
+    shown = {
+        key: " ".join(map(str, value)) if isinstance(value, list) else value
+        for key, value in run.env.items()
+    }
     return flat({key: value for key, value in shown.items() if value not in ("", None)})
 
 
@@ -202,12 +283,20 @@ def commands(run: RunFiles) -> Rows:
     export = run.run_dir / str(run.result.get("export") or "export")
     found = [] if run.result.get("status") == "done" else [("continue", _again(run))]
     found.append(("evaluate", command(["deepspeed", "launch/evaluate.py", place])))
-    found += [(f"export {kind}", command(["python", "launch/export.py", place, f"kind={kind}"])) for kind in kinds]
-    return [*found, ("generate", generate_command(export, str((run.config.get("task") or {}).get("kind"))))]
+    found += [
+        (f"export {kind}", command(["python", "launch/export.py", place, f"kind={kind}"]))
+        for kind in kinds
+    ]
+    return [
+        *found,
+        ("generate", generate_command(export, str((run.config.get("task") or {}).get("kind")))),
+    ]
 
 
 def _again(run: RunFiles) -> str:
-    words = [str(word) for word in run.env.get("overrides") or []] or [f"recipe={run.config.get('name') or 'R'}"]
+    words = [str(word) for word in run.env.get("overrides") or []] or [
+        f"recipe={run.config.get('name') or 'R'}"
+    ]
     return train_command(words, run.run_dir)
 
 
@@ -229,30 +318,53 @@ def _best(run: RunFiles) -> Tile | None:
         return None
     key, record = criterion([run]), run.evals[index]
     first = run.evals[0].get(key)
-    note = f"step {record['step']:,}" + (f", from {figure(first)}" if index and is_number(first) else "")
-    return Tile(f"best {key.replace('_', ' ')}" if key != "loss" else "best eval loss", figure(record[key]), note)
+    note = f"step {record['step']:,}" + (
+        f", from {figure(first)}" if index and is_number(first) else ""
+    )
+    return Tile(
+        f"best {key.replace('_', ' ')}" if key != "loss" else "best eval loss",
+        figure(record[key]),
+        note,
+    )
 
 
 def criterion(runs: list[RunFiles]) -> str:
     """The metric that ranks evaluations: train.metric or the task's own, as the first run has it that says so."""
     named = [(run.config.get("train") or {}).get("metric") for run in runs]
     tasks = [run.config.get("task") or {} for run in runs]
-    own = [next(iter(METRICS.get(str(task.get("problem") or task.get("kind")), {})), None) for task in tasks]
-    measured = {name for run in runs for record in [*run.evals, run.result.get("eval") or {}] for name, value in record.items()
-                if is_number(value)}
-    return next((name for name in [*named, *own, "accuracy", "f1", "exact_match"] if name in measured), "loss")
+    own = [
+        next(iter(METRICS.get(str(task.get("problem") or task.get("kind")), {})), None)
+        for task in tasks
+    ]
+    measured = {
+        name
+        for run in runs
+        for record in [*run.evals, run.result.get("eval") or {}]
+        for name, value in record.items()
+        if is_number(value)
+    }
+    return next(
+        (name for name in [*named, *own, "accuracy", "f1", "exact_match"] if name in measured),
+        "loss",
+    )
 
 
 def _best_index(run: RunFiles) -> int | None:
     key = criterion([run])
-    scored = [(record[key], index) for index, record in enumerate(run.evals) if is_number(record.get(key))]
+    scored = [
+        (record[key], index) for index, record in enumerate(run.evals) if is_number(record.get(key))
+    ]
     if not scored:
         return None
-    return (max(scored, key=lambda s: (s[0], -s[1])) if DIRECTIONS.get(key) == "max" else min(scored))[1]
+    return (
+        max(scored, key=lambda s: (s[0], -s[1])) if DIRECTIONS.get(key) == "max" else min(scored)
+    )[1]
 
 
 def _throughput(run: RunFiles) -> Tile | None:
-    speeds = sorted(r["tokens_per_second"] for r in run.train if is_number(r.get("tokens_per_second")))
+    speeds = sorted(
+        r["tokens_per_second"] for r in run.train if is_number(r.get("tokens_per_second"))
+    )
     speed = run.result.get("tokens_per_second") or (speeds[len(speeds) // 2] if speeds else None)
     return Tile("tokens per second", f"{speed:,.0f}", "all ranks") if is_number(speed) else None
 
@@ -268,7 +380,9 @@ def _trainable(run: RunFiles) -> Tile | None:
     total, trainable = counts.get("total"), counts.get("trainable")
     if not is_number(total) or not is_number(trainable) or not total:
         return None
-    return Tile("trained parameters", large(trainable), f"{trainable / total:.2%} of {large(total)}")
+    return Tile(
+        "trained parameters", large(trainable), f"{trainable / total:.2%} of {large(total)}"
+    )
 
 
 def _sharding(run: RunFiles) -> Tile | None:
@@ -329,8 +443,10 @@ def confusion(run: RunFiles) -> Confusion | None:
     for record in [*reversed(run.evals), run.later]:
         names, counts = record.get("labels"), record.get("confusion")
         if _drawable(names, counts):
-            rows = [(str(name), [_cell(n, sum(row), i == j) for j, n in enumerate(row)])
-                    for i, (name, row) in enumerate(zip(names, counts, strict=True))]
+            rows = [
+                (str(name), [_cell(n, sum(row), i == j) for j, n in enumerate(row)])
+                for i, (name, row) in enumerate(zip(names, counts, strict=True))
+            ]
             return Confusion([str(name) for name in names], rows, record.get("step"))
     return None
 
@@ -340,7 +456,13 @@ def _cell(count: int, total: int, right: bool) -> Cell:
 
 
 def _drawable(names: Any, counts: Any) -> bool:
-    if not isinstance(names, list) or not isinstance(counts, list) or not 0 < len(names) <= MOST_CLASSES:
+    if (
+        not isinstance(names, list)
+        or not isinstance(counts, list)
+        or not 0 < len(names) <= MOST_CLASSES
+    ):
         return False
     return len(counts) == len(names) and all(
-        isinstance(row, list) and len(row) == len(names) and all(map(is_number, row)) for row in counts)
+        isinstance(row, list) and len(row) == len(names) and all(map(is_number, row))
+        for row in counts
+    )

@@ -13,16 +13,30 @@ from markupsafe import Markup
 FOLDER = Path(__file__).parent
 
 
-def render(template: str, context: dict[str, Any], styles: tuple[str, ...] = (),
-           scripts: tuple[str, ...] = (), folder: Path = FOLDER) -> bytes:
+def render(
+    template: str,
+    context: dict[str, Any],
+    styles: tuple[str, ...] = (),
+    scripts: tuple[str, ...] = (),
+    folder: Path = FOLDER,
+) -> bytes:
     """The page as UTF-8. page.css and page.js are always in it, `styles` and `scripts` after them.
 
     Args:
         folder: where the template, its styles and its scripts are; it may build on the templates of this folder.
     """
-    style = Markup("\n".join([_text(FOLDER / "page.css"), *(_text(folder / name) for name in styles)]))
-    script = Markup("\n".join([_text(FOLDER / "page.js"), *(_text(folder / name) for name in scripts)]))
-    return _environment(folder).get_template(template).render(**context, style=style, script=script).encode("utf-8")
+    style = Markup(
+        "\n".join([_text(FOLDER / "page.css"), *(_text(folder / name) for name in styles)])
+    )
+    script = Markup(
+        "\n".join([_text(FOLDER / "page.js"), *(_text(folder / name) for name in scripts)])
+    )
+    return (
+        _environment(folder)
+        .get_template(template)
+        .render(**context, style=style, script=script)
+        .encode("utf-8")
+    )
 
 
 def write_page(path: Path, content: bytes) -> Path:
@@ -42,8 +56,13 @@ def _text(file: Path) -> str:
 def _environment(folder: Path) -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(loader=FileSystemLoader([folder, FOLDER]), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader([folder, FOLDER]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters["data"] = _script_data
     return environment
 
