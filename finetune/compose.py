@@ -23,9 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from finetune import config as schema
 from finetune.config import KINDS, Literals, all_keys, field_classes
-from finetune.errors import UserError, command, hydra_quoted, setting
+from finetune.errors import BESIDE, UserError, command, hydra_quoted, setting
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = BESIDE
 CONF, RECIPES = ROOT / "conf", ROOT / "recipes"
 
 DATA_SUFFIXES = (".jsonl", ".json", ".zst", ".gz", ".csv", ".tsv", ".parquet", ".txt")

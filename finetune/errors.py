@@ -5,7 +5,15 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+INSTALLED = not (CHECKOUT / "launch" / "train.py").is_file()
+"""Tell an installed package, which carries conf/, recipes/ and launch/ inside, from a checkout."""
+BESIDE = Path(__file__).resolve().parent / "beside" if INSTALLED else CHECKOUT
+"""Folder of conf/, recipes/ and launch/."""
+SCRIPT = re.compile(r"launch/\w+\.py")
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -96,8 +104,17 @@ def setting(key: str, value: Any) -> str:
 
 
 def command(words: Iterable[Any]) -> str:
-    """Words in one line that a shell reads as they are."""
-    return " ".join(_shell_quoted(str(word)) for word in words)
+    """Words in one line that a shell reads as they are.
+
+    `python launch/plan.py ...` and `deepspeed launch/train.py ...` become `finetune-gptj plan ...` and `finetune-gptj
+    train ...` where there is no checkout, only an installed package.
+    """
+    words = [str(word) for word in words]
+    script = next((i for i, word in enumerate(words) if SCRIPT.fullmatch(word)), None)
+    if INSTALLED and script is not None:
+        program = Path(words[script]).stem
+        words = ["finetune-gptj", program, *words[1:script], *words[script + 1 :]]
+    return " ".join(_shell_quoted(word) for word in words)
 
 
 def _shell_quoted(word: str) -> str:
