@@ -1,4 +1,7 @@
-"""Everything that is wrong with a config, at once, each with what to type instead. Derives nothing; no torch."""
+"""Report every problem of a config at once, each with a remedy to type.
+
+Derives nothing and imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +44,11 @@ def check(
     Args:
         world_size: ranks of this run.
         cuda: whether it trains on GPUs.
-        absent: (config, whether all else is well) -> what the config names and is not there, and what the model that is
-            there has no positions for; None: nothing is looked up, and the model has GPT-J's own positions.
+        absent: (config, whether all else is well) -> problems with what the config names: missing
+            files, and lengths beyond the positions of the model. None: nothing is looked up, and
+            the model is taken to have GPT-J's own positions.
     """
-    # Alone: other problems may repeat the value.
+    # Raised alone, as other problems may repeat the value.
     problems = list(secret_problems(asdict(cfg)))
     if problems:
         raise problems_error("the configuration", problems)
@@ -55,7 +59,7 @@ def check(
 
 
 def planning_problems(cfg: Config, world_size: int, cuda: bool, positions: int) -> None:
-    """As `check`, without the demand for data: a plan needs none.
+    """Check a config like `check`, but without requiring data, as a plan needs none.
 
     Args:
         positions: n_positions of the model.
@@ -67,12 +71,12 @@ def planning_problems(cfg: Config, world_size: int, cuda: bool, positions: int) 
 
 
 def length_problems(cfg: Config, positions: int) -> Iterator[UserError]:
-    """Sequences, and virtual tokens before them, for which the model has no positions."""
+    """Yield the problem of sequences, with virtual tokens, that exceed the model's positions."""
     return room_problems(cfg.task.max_length, getattr(cfg.adapter, "virtual_tokens", 0), positions)
 
 
 def room_problems(max_length: int, virtual_tokens: int, positions: int) -> Iterator[UserError]:
-    """`length_problems` of plain numbers.
+    """Yield the problems of `length_problems`, given plain numbers.
 
     Args:
         max_length: task.max_length.
@@ -373,13 +377,13 @@ def _rest(cfg: Config) -> Iterator[UserError]:
         )
 
 
-# A task's settings without its data: the problems in them, each with its remedy, and the metrics it is judged by.
+# Checks of a task's settings without its data, each with a remedy, and the metrics of a task.
 PROBLEMS = ("single_label", "multi_label", "regression")
 TRUNCATIONS = ("head", "head_tail")
 
 
 def metrics_of(cfg: TaskConfig) -> dict[str, str]:
-    """Metric -> "min" or "max", the task's own metric first."""
+    """Return metric -> "min" or "max", the task's own metric first."""
     kind = (
         cfg.problem
         if isinstance(cfg, ClassifyConfig)
@@ -389,16 +393,19 @@ def metrics_of(cfg: TaskConfig) -> dict[str, str]:
 
 
 def best_metric(cfg: TaskConfig, name: str | None) -> tuple[str, str]:
-    """(metric, "min" or "max") by which the best evaluation is chosen; `name` is train.metric."""
+    """Return (metric, "min" or "max") by which the best evaluation is chosen.
+
+    `name` is train.metric.
+    """
     metrics = metrics_of(cfg)
     name = name or next(iter(metrics))
     return name, metrics[name]
 
 
 def metric_problems(cfg: TaskConfig, name: str | None) -> Iterator[UserError]:
-    """A train.metric that evaluations of this task do not have."""
+    """Yield a problem if evaluations of this task do not have train.metric."""
     if isinstance(cfg, ClassifyConfig) and cfg.problem not in METRICS:
-        return  # told by `task_problems`
+        return  # reported by `task_problems`
     metrics = metrics_of(cfg)
     if name and name not in metrics:
         what = f"task.problem={cfg.problem}" if isinstance(cfg, ClassifyConfig) else "this task"
@@ -409,7 +416,7 @@ def metric_problems(cfg: TaskConfig, name: str | None) -> Iterator[UserError]:
 
 
 def task_problems(cfg: TaskConfig) -> Iterator[UserError]:
-    """The problems of one task section; none for a sound one."""
+    """Yield the problems of one task section."""
     if isinstance(cfg, ClassifyConfig):
         yield from _classify(cfg)
     elif isinstance(cfg, QaConfig):
@@ -419,7 +426,7 @@ def task_problems(cfg: TaskConfig) -> Iterator[UserError]:
 
 
 def refuse_task(cfg: TaskConfig) -> None:
-    """Raise the first of the problems."""
+    """Raise the first of the problems of a task section."""
     for problem in task_problems(cfg):
         raise problem
 

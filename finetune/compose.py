@@ -1,4 +1,4 @@
-"""Words to a typed config, with Hydra: defaults, config groups, a recipe, then the command line."""
+"""Compose a typed config with Hydra: defaults, config groups, a recipe, the command line."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ class Composed:
 
 
 class CompositionError(UserError):
-    """Words that Hydra or the schema refuses; the cause is Hydra's own error.
+    """Raised when Hydra or the schema rejects the command line; the cause is Hydra's own error.
 
     Args:
-        problem: what Hydra says.
-        overrides: all the words.
+        problem: Hydra's message.
+        overrides: all words of the command line.
         program: the program that they were typed for.
-        key: a key that was added as `+key=value`, though the schema has none of this name.
+        key: a key that was added as `+key=value` although the schema has no such key.
     """
 
     def __init__(self, problem: str, overrides: list[str], program: str, key: str = ""):
@@ -67,12 +67,13 @@ class CompositionError(UserError):
 
 
 def register(words: Iterable[str] = (), program: str = "train", node: type = schema.Config) -> None:
-    """Put the schema and the recipes into Hydra's store; idempotent.
+    """Register the schema and the recipes in Hydra's config store; idempotent.
 
     Args:
         program, node: a program and the schema of its own settings.
-        words: the command line. Where it picks another kind of adapter or task than a recipe, the recipe's numbers
-            for its own kind fall away: `recipe=classify_lora adapter=full` has no use for a rank.
+        words: the command line. If it selects another kind of adapter or task than a recipe does,
+            the recipe's settings of its own kind are dropped: `recipe=classify_lora adapter=full`
+            has no use for a rank.
     """
     typed = dict(word.split("=", 1) for word in words if "=" in word)
     _register_schemas(program, node)
@@ -99,7 +100,7 @@ def _recipe(path: Path) -> Any:
 
 
 def _fitting(recipe: Any, typed: dict[str, str]) -> Any:
-    """The recipe without the keys that the typed kinds do not share with its own."""
+    """Drop a recipe's keys that the kinds chosen on the command line do not share with its own."""
     entries = recipe.get("defaults", [])
     own = {
         key.removeprefix("override /"): value for entry in entries for key, value in entry.items()
@@ -113,7 +114,7 @@ def _fitting(recipe: Any, typed: dict[str, str]) -> Any:
 
 
 def _kind(group: str, option: str | None) -> str | None:
-    """The schema of a group's option: adapter=dora is of kind lora."""
+    """Return the kind of a group's option: adapter=dora is of kind lora."""
     file = CONF / group / f"{option}.yaml"
     if not option or not file.is_file():
         return None
@@ -128,11 +129,11 @@ def compose_words(
     node: type = schema.Config,
     implied: Iterable[str] = (),
 ) -> Composed:
-    """Compose the words of one program and convert to dataclasses.
+    """Compose the command line of one program and convert the result to dataclasses.
 
     Args:
         node: the schema of the program's settings.
-        implied: further words that nobody typed.
+        implied: further words that the user did not type.
 
     Raises:
         CompositionError: an unknown group, option or key, or a value of the wrong type.
@@ -155,22 +156,23 @@ def compose_words(
 
 
 def compose_train(overrides: list[str]) -> schema.Config:
-    """The training config, composed and settled."""
+    """Compose the training config and settle what depends on the whole command line."""
     return settle(compose_words(overrides))
 
 
 @cache
 def recipe_config(name: str) -> schema.Config | None:
-    """The config of a recipe as it is now; None where there is no such recipe, or it no longer composes."""
+    """Compose a recipe as it is now; None if it does not exist or no longer composes."""
     try:
         return compose_train([f"recipe={name}"] if name != "custom" else [])
     except Exception:
-        # Config groups may have moved on since the run that asks: its page must not fail for want of a comparison.
+        # Config groups may have changed since the run in question; its page must not fail because
+        # the recipe cannot be compared.
         return None
 
 
 def settle(composed: Composed) -> schema.Config:
-    """What only the whole command line can tell: the run's name, steps against epochs, a debug run's data."""
+    """Settle what needs the whole command line: run name, steps or epochs, a debug run's data."""
     cfg = composed.config
     if cfg.name == "custom" and composed.choices.get("recipe"):
         cfg.name = str(composed.choices["recipe"])
@@ -186,7 +188,7 @@ def settle(composed: Composed) -> schema.Config:
 
 
 def _has_own_data(cfg: schema.Config, overrides: list[str]) -> bool:
-    """Whether there are training data: typed by the user, or those of the recipe where they are at hand."""
+    """Tell whether there is training data: given by the user, or the recipe's if available."""
     typed = any(word.lstrip("+").split("=")[0] in ("data", "data.train") for word in overrides)
     if typed or not cfg.data.train:
         return bool(cfg.data.train)
@@ -200,7 +202,10 @@ def _has_own_data(cfg: schema.Config, overrides: list[str]) -> bool:
 
 
 def _settle_length(train: schema.TrainConfig, overrides: list[str]) -> None:
-    """Of steps and epochs the one typed by the user counts: a recipe's other one must not cut it short."""
+    """Let the length that the user typed, steps or epochs, override the recipe's other one.
+
+    Otherwise the recipe's value could end the run early.
+    """
     typed = {word.lstrip("+").split("=")[0] for word in overrides}
     if "train.steps" in typed and "train.epochs" not in typed and train.steps is not None:
         train.epochs = None
@@ -209,7 +214,7 @@ def _settle_length(train: schema.TrainConfig, overrides: list[str]) -> None:
 
 
 def _refuse_additions(overrides: list[str], program: str, node: type) -> None:
-    """`+key=value` would add a key that nothing reads; and secrets are never settings."""
+    """Reject `+key=value`, which adds a key that nothing reads, and secrets given as settings."""
     known = {*all_keys(node), "recipe"}
     for word in overrides:
         key = word.lstrip("+").split("=")[0]
@@ -227,20 +232,22 @@ def strip_launcher_arguments(argv: list[str]) -> list[str]:
     return [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]
 
 
-# The words of a command line: settings as people type them, as Hydra must read them, and as commands to paste.
+# The words of a command line: settings as people type them, as Hydra must read them, and as
+# commands to paste.
 #
-#     prompt=3.10                typed     -> `hydra_words` -> prompt='3.10'        read by Hydra as the text 3.10
+#     prompt=3.10                typed     -> `hydra_words` -> prompt='3.10'        Hydra reads text
 #     run, "runs/lr=1 (a, b)"    a value   -> `setting`     -> run='runs/lr=1 (a, b)'
 #     several such words         a command -> `command`     -> quoted for the shell too
 #
-# Hydra's grammar takes 3.10 for a number, null for nothing and a comma for a sweep. Settings that the schema types as text
-# are therefore read here, character by character, and handed to Hydra in quotes:
+# Hydra's grammar reads 3.10 as a number, null as None and a comma as a sweep. Settings that the
+# schema types as text are therefore read here, character by character, and passed to Hydra in
+# quotes:
 #
-#     Text, list[Text]   somebody's words: nothing in them has a meaning, neither quotes nor null nor ${...}
-#     str, list[str]     names and paths: quotes around the whole value fall away, null unsets an Optional one, and
-#                        ${key} or ${oc.env:NAME} is replaced as everywhere in Hydra
+#     Text, list[Text]   free text, taken literally: quotes, null and ${...} have no special meaning
+#     str, list[str]     names and paths: quotes around the whole value are removed, null unsets an
+#                        Optional one, and ${key} or ${oc.env:NAME} is interpolated as in Hydra
 #
-# Everything else (numbers, choices of groups, Any) stays Hydra's.
+# Everything else (numbers, choices of groups, Any) is left to Hydra.
 TEXT_TYPE = re.compile(r"(Optional\[)?(list\[)?(str|Text)\]*")
 SETTING = re.compile(r"(\+{0,2})([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
 """`key=value`, with Hydra's + for keys that are to be added; not `~key`, `group@package=` and flags."""
@@ -254,7 +261,7 @@ REFERENCE = re.compile(r"\$\{([\w.]+)(:|\})")
 
 @dataclass(frozen=True)
 class Reading:
-    """How the text of one setting is read."""
+    """Rules for reading the text of one setting."""
 
     prose: bool
     """Typed as Text: nothing in it has a meaning."""
@@ -266,7 +273,7 @@ class Reading:
 
 @cache
 def text_settings(node: type) -> dict[str, Reading]:
-    """Dotted key -> reading, of every setting that a program's schema types as text."""
+    """Map the dotted key of every text setting in a program's schema to its reading rules."""
     return dict(_readings(node, ""))
 
 
@@ -279,11 +286,12 @@ def _readings(node: type, prefix: str) -> Iterator[tuple[str, Reading]]:
 
 
 def hydra_words(words: list[str], node: type, literals: Literals) -> list[str]:
-    """Words that Hydra reads as exactly the texts that were typed; words of other settings unchanged.
+    """Quote text settings so that Hydra reads exactly what was typed; leave other words unchanged.
 
     Args:
         node: the schema of the program that they are for.
-        literals: keeps the texts that OmegaConf would change; give it what was composed, to put them back.
+        literals: keeps the texts that OmegaConf would change; apply it to the composed config to
+            restore them.
 
     Raises:
         UserError: a list of texts without brackets, or one that cannot be read.
@@ -309,7 +317,7 @@ def hydra_words(words: list[str], node: type, literals: Literals) -> list[str]:
 
 
 def _for_hydra(text: str, reading: Reading, keys: set[str], literals: Literals) -> str:
-    """One text in quotes; its `${...}` stays alive where it is a name's or path's and refers to something."""
+    """Quote one text; in names and paths, `${...}` that refers to something stays unquoted."""
     refers = not reading.prose and (
         "\\${" in text
         or any(
@@ -321,10 +329,10 @@ def _for_hydra(text: str, reading: Reading, keys: set[str], literals: Literals) 
 
 
 def read_text(key: str, value: str, reading: Reading) -> str | list[str] | None:
-    """The text, or the list of texts, that is meant by what stands behind `key=`.
+    """Parse the value of `key=` into a text or a list of texts.
 
     Raises:
-        UserError: several texts without brackets, or an item of a list is empty.
+        UserError: several texts without brackets, or an empty item in a list.
     """
     if reading.optional and value.lower() == "null" and (reading.many or not reading.prose):
         return None
@@ -353,7 +361,7 @@ def _read_list(key: str, value: str, reading: Reading) -> list[str]:
 
 
 def _items(key: str, inner: str) -> Iterator[str]:
-    """The items between the brackets of a list. In double quotes they are read as JSON, so that "\\n" is a newline."""
+    """Yield the items of a bracketed list; double-quoted ones are JSON, so "\\n" is a newline."""
     start = 0
     while inner[start:].strip():
         quoted = QUOTED.match(inner, start)
@@ -374,7 +382,7 @@ def _items(key: str, inner: str) -> Iterator[str]:
 
 
 def split_values(value: str) -> list[str]:
-    """The values of a sweep: what stands between commas that are in neither quotes nor brackets."""
+    """Split a sweep's values at the commas that are in neither quotes nor brackets."""
     parts, depth, start, at = list[str](), 0, 0, 0
     while at < len(value):
         quoted = QUOTED.match(value, at) if at == start else None
@@ -390,10 +398,11 @@ def split_values(value: str) -> list[str]:
 
 
 def refuse_file_list(key: str, value: Any) -> None:
-    """Tell how several files are given to a setting that takes one path, pattern or folder.
+    """Reject a list of files for a setting that takes one path, pattern or folder.
 
     Raises:
-        UserError: the text is a list of files; no file has that name.
+        UserError: the text is a list of files and no file has that name; the message tells how to
+            give several files.
     """
     if not isinstance(value, str) or "," not in value or os.path.exists(os.path.expanduser(value)):
         return
@@ -440,7 +449,7 @@ def _shared_start(texts: list[str]) -> str:
 
 
 def unquoted(value: str) -> str:
-    """A name or path without Hydra's quotes around the whole of it, or without its escapes."""
+    """Strip Hydra's quotes around a whole name or path, or else its escapes."""
     quoted = QUOTED.fullmatch(value)
     if quoted and value == value.strip():
         return _unescaped(quoted[1], "'") if quoted[1] is not None else _unescaped(quoted[2], '"')
@@ -448,7 +457,7 @@ def unquoted(value: str) -> str:
 
 
 def _unescaped(text: str, quote: str) -> str:
-    """What Hydra reads between quotes: a backslash escapes the quote, and a backslash in front of one."""
+    """Undo Hydra's escapes: a backslash escapes a quote, or a backslash before a quote."""
     return re.sub(rf"(\\+)({quote}|\Z)", lambda found: "\\" * (len(found[1]) // 2) + found[2], text)
 
 

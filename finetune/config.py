@@ -1,8 +1,8 @@
-"""The schema: one dataclass per conf group, its unit under every field.
+"""The schema: one dataclass per conf group, with a description under every field.
 
-Flow: argv -> Hydra -> these classes -> `check` -> the rest of the program. yaml only fills values; nothing
-downstream ever sees a DictConfig. `check` only validates and returns all problems at once; it derives nothing.
-Does not compose (see `compose.py`) and imports no torch.
+Flow: argv -> Hydra -> these classes -> `check` -> the rest of the program. yaml only fills values;
+nothing downstream ever sees a DictConfig. `check` only validates, and raises one error that lists
+all problems; it derives nothing. Does not compose (see `compose.py`) and imports no torch.
 """
 
 from __future__ import annotations
@@ -173,12 +173,12 @@ class DataConfig:
 
 @dataclass
 class AdapterConfig:
-    """What is trained; the kinds are subclasses."""
+    """Base class of the adapter kinds, which say what is trained."""
 
 
 @dataclass
 class FullConfig(AdapterConfig):
-    """Every weight is trained; there is nothing to set."""
+    """Full fine-tuning: every weight is trained, and there is nothing to set."""
 
 
 @dataclass
@@ -465,7 +465,7 @@ SAVED_HEADS = {"score": "classify", "qa_outputs": "qa"}
 
 
 def adapter_head(values: dict[str, Any], where: str) -> str:
-    """lm, classify or qa: which head of GPT-J an adapter of plain peft was trained with.
+    """Return the head of GPT-J that an adapter of plain peft was trained with: lm, classify or qa.
 
     Args:
         values: of its adapter_config.json.
@@ -487,17 +487,19 @@ def adapter_head(values: dict[str, Any], where: str) -> str:
     return ADAPTER_HEADS[task]
 
 
-# A config as plain values, for config.yaml, exports and trackers, and back again: every text as it is.
+# Conversion between a config and plain values, for config.yaml, exports and trackers. Texts are
+# kept as they are.
 #
-# OmegaConf reads `${...}` in a text as a reference and `???` as a missing value. A prompt or a label may hold either.
+# OmegaConf reads `${...}` in a text as a reference and `???` as a missing value, but a prompt or a
+# label may contain either.
 class Literals:
-    """Texts that OmegaConf would read as something else, kept aside while it composes."""
+    """Holds texts that OmegaConf would misread, while it composes."""
 
     def __init__(self) -> None:
         self._texts: list[str] = []
 
     def aside(self, value: Any) -> Any:
-        """`value` with a stand-in for every such text; dicts and lists are copied."""
+        """Return `value` with a placeholder for every such text; dicts and lists are copied."""
         if isinstance(value, dict):
             return {key: self.aside(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
@@ -508,7 +510,7 @@ class Literals:
         return f"\ufdd0{len(self._texts) - 1}\ufdd0"
 
     def back(self, value: Any) -> Any:
-        """The composed value with its texts again; dataclasses are filled in place."""
+        """Return the composed value with its texts restored; dataclasses are filled in place."""
         if is_dataclass(value) and not isinstance(value, type):
             for field in fields(value):
                 setattr(value, field.name, self.back(getattr(value, field.name)))
@@ -523,9 +525,9 @@ class Literals:
 
 
 def plain_config(cfg: Config) -> dict[str, Any]:
-    """Return the config as it is; task and adapter name their kinds, so that it can be read back.
+    """Return the config as plain values; task and adapter name their kinds, so it can be read back.
 
-    `check` has refused secrets in it: nothing here is hidden or shortened.
+    `check` has refused configs with secrets: nothing here is hidden or shortened.
     """
     values = plain_values(cfg)
     values["task"]["kind"] = type(cfg.task).__name__.removesuffix("Config").lower()
@@ -534,35 +536,41 @@ def plain_config(cfg: Config) -> dict[str, Any]:
 
 
 def plain_values(cfg: Any) -> dict[str, Any]:
-    """Any of the schema's dataclasses as dicts, lists, numbers and texts."""
+    """Convert any of the schema's dataclasses to dicts, lists, numbers and texts."""
     return _without_enums(asdict(cfg))
 
 
 def typed(kind: type, values: dict[str, Any]) -> Any:
-    """A dataclass of the schema from plain values; keys that the schema no longer has are left out."""
+    """Build a dataclass of the schema from plain values.
+
+    Keys that the schema no longer has are left out.
+    """
     known, literals = {f.name for f in fields(kind)}, Literals()
     kept = literals.aside({key: value for key, value in values.items() if key in known})
     return literals.back(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), kept)))
 
 
 def to_yaml(values: dict[str, Any]) -> str:
-    """Plain values as yaml that OmegaConf and `read_yaml` read alike."""
+    """Return plain values as yaml that OmegaConf and `read_yaml` read alike."""
     return yaml.dump(
         values, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False
     )
 
 
 def read_yaml(file: Path) -> Any:
-    """The values of a yaml file, `${...}` in texts left as it stands.
+    """Return the values of a yaml file, with `${...}` in texts kept literally.
 
     Raises:
-        yaml.YAMLError: it is none.
+        yaml.YAMLError: the file is not valid yaml.
     """
     return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes also texts that only OmegaConf, not yaml itself, takes for a number: 1e-3."""
+    """Dumper that also quotes texts which only OmegaConf takes for a number.
+
+    An example is 1e-3, which yaml itself reads as text.
+    """
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -603,7 +611,7 @@ KINDS = {
 
 
 def all_keys(node: type, prefix: str = "") -> Iterable[str]:
-    """Dotted names of every key under a schema, of every kind of a group."""
+    """Yield the dotted names of every key under a schema, for every kind of a group."""
     for f in fields(node):
         kinds = field_classes(node, f)
         for kind in kinds:
@@ -613,10 +621,10 @@ def all_keys(node: type, prefix: str = "") -> Iterable[str]:
 
 
 def field_classes(node: type, key: Field) -> list[type]:
-    """The schemas of the section that a field holds; none for a plain key."""
+    """Return the schemas of the section that a field holds; none for a plain key."""
     if key.name in KINDS and "Config" in str(key.type):
         return list(KINDS[key.name].values())
-    # Annotations are text: look them up where the schema was written.
+    # Annotations are text: look them up in the module that defines the schema.
     kind = getattr(sys.modules[node.__module__], str(key.type), None)
     return [kind] if isinstance(kind, type) and is_dataclass(kind) else []
 

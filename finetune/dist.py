@@ -1,8 +1,9 @@
-"""Ranks: start-up, the control plane, and sums over ranks.
+"""Distributed start-up, the control plane, and sums over ranks.
 
-Two planes. Gradients and weights travel by DeepSpeed on NCCL (CUDA) or gloo (CPU). Counts, decisions and errors
-travel on a gloo group of their own, so that no step waits for a GPU to learn a number the host already knows.
-Works under the deepspeed launcher, torchrun and plain python (one process).
+There are two planes. Gradients and weights are sent by DeepSpeed over NCCL (CUDA) or gloo (CPU).
+Counts, decisions and errors are sent over a separate gloo group, so that no step waits for a GPU to
+learn a number that the host already knows. Works under the deepspeed launcher, torchrun and plain
+python (one process).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ CONTROL_TIMEOUT = timedelta(days=7)
 
 @dataclass(frozen=True)
 class World:
-    """Who we are among the processes of this run."""
+    """This process's place among the processes of the run, and its control group."""
 
     rank: int
     size: int
@@ -41,7 +42,7 @@ class World:
         return self.rank == 0
 
     def split(self) -> World:
-        """The same ranks on a group of their own, for another thread. Collective."""
+        """Return the same ranks on a new group, for use by another thread. Collective."""
         if self.size == 1:
             return self
         return replace(self, control=torch_dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
@@ -66,7 +67,7 @@ class World:
             torch_dist.barrier(group=self.control)
 
     def broadcast(self, value: T) -> T:
-        """Rank 0's value, on every rank."""
+        """Return rank 0's value on every rank."""
         if self.size == 1:
             return value
         box = [value]
@@ -74,7 +75,7 @@ class World:
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in rank order, on every rank."""
+        """Return the values of all ranks, in rank order, on every rank."""
         if self.size == 1:
             return [value]
         box: list = [None] * self.size
@@ -82,14 +83,14 @@ class World:
         return box
 
     def gather_numbers(self, values: list[float]) -> list[list[float]]:
-        """Every rank's numbers, equally many, in rank order: one small exchange."""
+        """Return every rank's numbers, equally many, in rank order, in one small exchange."""
         n, table = len(values), [0.0] * (len(values) * self.size)
         table[self.rank * n : (self.rank + 1) * n] = values
         table = self.sum(table)
         return [table[i : i + n] for i in range(0, len(table), n)]
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0 while the others wait; its result, or its error, reaches every rank."""
+        """Run `work` on rank 0 while the others wait; every rank gets its result or its error."""
         outcome: tuple[T | None, Exception | None] = (None, None)
         if self.main:
             try:
@@ -105,7 +106,7 @@ class World:
 
 
 def connect(threads: int = 0) -> World:
-    """Join the process group that the launcher describes in the environment, or make one of a single process.
+    """Join the launcher's process group (see the environment), or create one of a single process.
 
     Args:
         threads: CPU threads of this rank; 0: its share of the cores that this job may use.
@@ -119,7 +120,7 @@ def connect(threads: int = 0) -> World:
     cuda = torch.cuda.is_available()
     if (
         cuda and max(local_size, local_rank + 1) > torch.cuda.device_count()
-    ):  # on every rank, so that rank 0 says it
+    ):  # on every rank, so that rank 0 reports it
         raise UserError(
             f"{local_size} ranks on this node, but no GPU for each: there are {torch.cuda.device_count()}",
             remedy=f"Start with deepspeed --num_gpus {torch.cuda.device_count()} ...",
@@ -150,14 +151,14 @@ def disconnect() -> None:
 
 
 def use_cores(threads: int, local_size: int) -> None:
-    """Compute on `threads` CPU threads, or on this process's share of the cores that the job may use."""
+    """Use `threads` CPU threads, or this process's share of the cores that the job may use."""
     process.one_arena()
     mine = os.sched_getaffinity(0)
     torch.set_num_threads(threads or max(1, len(mine) // (1 if _bound(mine) else local_size)))
 
 
 def _bound(mine: set[int]) -> bool:
-    """Whether the launcher (deepspeed --bind_cores_to_rank) has given this rank cores of its own already."""
+    """Tell whether the launcher (deepspeed --bind_cores_to_rank) has bound this rank to cores."""
     try:
         return mine < os.sched_getaffinity(os.getppid())
     except OSError:
@@ -165,9 +166,9 @@ def _bound(mine: set[int]) -> bool:
 
 
 def seed_for(seed: int, position: int) -> None:
-    """Seed torch for the micro-batch whose first sample stands at `position` of the data order.
+    """Seed torch for the micro-batch whose first sample is at `position` of the data order.
 
-    Dropout is thereby a pure function of the seed and the data: resuming needs no generator state, and the same
-    micro-batches get the same masks on any number of ranks.
+    Dropout is thereby a pure function of the seed and the data: resuming needs no generator state,
+    and the same micro-batches get the same masks on any number of ranks.
     """
     torch.manual_seed((seed * 1_000_003 + position + 1) % (2**63 - 1))

@@ -1,8 +1,9 @@
-"""Settings of a process: glibc's heap, OpenMP's waiting threads, and the variables that launchers set. No torch.
+"""Process settings: glibc's heap, OpenMP's waiting threads, and the variables that launchers set.
 
-The heap in CPU runs: a step's freed memory is kept for the next step, and given back once it is full of holes. By
-default every big tensor is mapped, paged in and unmapped anew; on two cores that is a fifth of a step. Kept instead,
-memory is reused at once, but batches of unequal documents slowly tear the heap into pieces that fit nothing.
+The heap in CPU runs: a step's freed memory is kept for the next step, and released once it is too
+fragmented. By default every big tensor is mapped, paged in and unmapped anew; on two cores that is
+a fifth of a step. Memory that is kept is reused at once, but batches of unequal documents slowly
+fragment the heap into pieces that fit nothing. Imports no torch.
 """
 
 from __future__ import annotations
@@ -22,15 +23,21 @@ GROWTH = 1.1
 
 
 def one_arena() -> None:
-    """All threads share one heap: call it before there are any. Does nothing where the C library is not glibc."""
+    """Make all threads share one heap. Call it before there are any threads.
+
+    Does nothing if the C library is not glibc.
+    """
     libc = _libc()
     if libc is not None:
         libc.mallopt(ARENA_MAX, 1)
 
 
 def keep_freed_memory() -> None:
-    """From now on free() keeps memory in the process. For steps that repeat, not for loading: what is read, cast and
-    gathered once would stay, twice the size of the model at stage 3."""
+    """Make free() keep memory in the process from now on.
+
+    Use it for steps that repeat, not for loading: memory for reading, casting and gathering weights
+    would stay, twice the size of the model at stage 3.
+    """
     libc = _libc()
     if libc is not None:
         libc.mallopt(MMAP_THRESHOLD, 1 << 30)
@@ -38,7 +45,7 @@ def keep_freed_memory() -> None:
 
 
 def release() -> None:
-    """Give free pages back to the system."""
+    """Return free pages to the system."""
     libc = _libc()
     if libc is not None:
         libc.malloc_trim(0)
@@ -51,7 +58,11 @@ class Watch:
         self.lowest = 0
 
     def after_step(self, host_bytes: int) -> None:
-        """Args: host_bytes: resident memory now."""
+        """Release free memory if the resident memory has grown too much.
+
+        Args:
+            host_bytes: resident memory now.
+        """
         self.lowest = min(self.lowest or host_bytes, host_bytes)
         if host_bytes > GROWTH * self.lowest:
             release()
@@ -66,7 +77,7 @@ def _libc() -> ctypes.CDLL | None:
         return None
 
 
-# What launchers put into the environment. No torch.
+# Variables that launchers put into the environment. Needs no torch.
 LAUNCHER_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
@@ -84,21 +95,22 @@ LAUNCHER_VARIABLES = (
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on at this moment."""
+    """Return a TCP port that nobody listens on at this moment."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
-# How long a CPU thread without work spins before it sleeps; to be settled before torch is imported.
+# The time that an idle CPU thread spins before it sleeps; it must be set before torch is imported.
 #
-# GNU's OpenMP spins for 300,000 rounds, about a millisecond. Where another program wants a core, the thread that all wait
-# for is the one that waits for a core, and those that spin keep it from getting one. 1000 rounds cost nothing on an idle
-# machine and nearly double the speed on a shared one (docs/performance.md).
+# GNU's OpenMP spins for 300,000 rounds, about a millisecond. If another program wants a core, the
+# thread that all others wait for is itself waiting for a core, and the spinning threads keep it
+# from getting one. 1000 rounds cost nothing on an idle machine and nearly double the speed on a
+# shared one (docs/performance.md).
 ROUNDS = "1000"
 
 
 def spin_briefly(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Unless the environment says how threads are to wait."""
+    """Set GOMP_SPINCOUNT unless the user configured how threads wait."""
     if "OMP_WAIT_POLICY" not in environ:
         environ.setdefault("GOMP_SPINCOUNT", ROUNDS)

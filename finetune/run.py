@@ -2,7 +2,7 @@
 
 argv -> app.compose_train -> Config -> [here] -> exit code
 
-The parts are strangers to each other; this file alone knows them all and builds them in order.
+The parts do not import each other; only this file knows them all, and it builds them in order.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ from finetune.training.trainer import Hooks, Result, Trainer
 
 
 def run(cfg: Config, words: list[str]) -> int:
-    """Train as `cfg` says; every rank calls this. Returns the process's exit code.
+    """Train as `cfg` says and return the exit code of the process; called by every rank.
 
     Args:
         words: the k=v words of the command line, for the page's "continue" command.
@@ -88,7 +88,10 @@ def run(cfg: Config, words: list[str]) -> int:
 
 
 def run_in(world: World, cfg: Config, words: list[str] | None = None) -> Result:
-    """One run among the ranks of `world`. A failure leaves result.json and the page behind, then is raised."""
+    """Run one training among the ranks of `world`.
+
+    On failure, result.json and the report page are written before the error is raised.
+    """
     silence_libraries(cfg.verbose, world.rank)
     world.on_main(lambda: check(cfg, world.size, world.device.type == "cuda", absent))
     stop_signals.hold()
@@ -143,7 +146,7 @@ def _run(
         )
     memory.planned = world.on_main(
         lambda: plan_run(cfg, world, run_dir, None)
-    )  # before data are tokenised for hours
+    )  # before hours of tokenising
     inputs = prepare_inputs(cfg, world, display, say)
     memory.planned = planned = world.on_main(
         lambda: plan_run(cfg, world, run_dir, inputs.task.num_labels)
@@ -240,7 +243,7 @@ def _run(
         _run_info(cfg, memory.words, run_dir, state, length, parameters, world, planned, inputs)
     )
     if world.device.type == "cpu":
-        process.release()  # what the probe left free is not what the run holds
+        process.release()  # memory freed by the probe does not belong to the run
     memory.start_host = int(world.maximum(machine.host_bytes()))
     with memory.during("training"), stop.flagged(), hang:
         result = with_logged(trainer.fit(state), run_dir)
@@ -284,7 +287,7 @@ def _run(
 
 
 def _take(run_dir: Path, lock: RunLock, watchers: CallbackList) -> None:
-    """The run directory is this run's; what the one before it became is no longer true."""
+    """Take over the run directory and remove the outcome of the run before."""
     lock.take(watchers.message)
     (run_dir / metrics_log.RESULT).unlink(missing_ok=True)
 
@@ -301,7 +304,7 @@ def _engine(
     display: Display | None,
     memory: Overflow,
 ) -> tuple[Engine, dict[str, int]]:
-    """The model in DeepSpeed's hands, and its parameters, in all and trained."""
+    """Build the DeepSpeed engine, and count all parameters and the trained ones."""
     phase = partial(_phase, display)
     connect_deepspeed(world, phase)
     if sharding.on_nvme and sharding.nvme_folder:
@@ -319,7 +322,10 @@ def _engine(
 def _module(
     cfg: Config, task: Task, config: dict, world: World, display: Display | None
 ) -> torch.nn.Module:
-    """GPT-J with its weights and adapter; at stage 3 rank 0 reads and every rank keeps its part."""
+    """Build GPT-J with its weights and adapter.
+
+    At stage 3, rank 0 reads the weights and every rank keeps its part.
+    """
     partition = partitioned_build(config, world)
     sharded = partition is not None
     with _phase(display, f"loading {cfg.model.path}"):
@@ -348,7 +354,7 @@ def _run_info(
     planned: Plan,
     inputs: Inputs,
 ) -> RunInfo:
-    """What listeners are told once, before the first step; what was found in the data is a file too."""
+    """Build the RunInfo that callbacks receive before the first step, and write data_stats.json."""
     statistics = inputs.statistics(cfg.task.max_length)
     if world.main:
         metrics_log.write_json(run_dir / "data_stats.json", statistics)
@@ -374,7 +380,7 @@ def _run_info(
 def _checkpoints(
     cfg: Config, inputs: Inputs, sharding: Sharding, world: World, run_dir: Path
 ) -> Checkpoints:
-    """The run's checkpoints, cleared of what a kill left, or of all where nothing is to be resumed."""
+    """Open the run's checkpoints; clean up incomplete ones, or set all aside with resume=never."""
     weights = world.on_main(lambda: weights_identity(local_folder(cfg.model)))
     found = Checkpoints(
         run_dir / "checkpoints",
@@ -391,7 +397,7 @@ def _checkpoints(
 
 
 def _identity(cfg: Config, store: Store, weights: str) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same run."""
+    """Return the values that must not change when a run is resumed."""
     plain = plain_config(cfg)
     return {
         "data": store.fingerprint,
@@ -410,7 +416,10 @@ def _identity(cfg: Config, store: Store, weights: str) -> dict[str, Any]:
 
 
 def _in_background(cfg: Config, sharding: Sharding, world: World) -> bool:
-    """Where the optimizer's states are on GPUs they must be copied to the host anyway: then write from that copy."""
+    """Tell whether checkpoints are written in the background.
+
+    Optimizer states on GPUs must be copied to the host anyway, so they are written from that copy.
+    """
     if cfg.checkpoint.background == "auto":
         return world.device.type == "cuda" and sharding.offload_optimizer is Offload.none
     return bool(cfg.checkpoint.background)
@@ -419,21 +428,21 @@ def _in_background(cfg: Config, sharding: Sharding, world: World) -> bool:
 def _cut_off(
     run_dir: Path, error: RunFailed, world: World, ends: LastWords, memory: Overflow
 ) -> None:
-    """result.json and the last words of a rank that a watch is about to end from another thread."""
+    """Write result.json and the final message of a rank that a watch thread is about to end."""
     ends.write(error.render())
     if ends.speaks():
         metrics_log.write_result(
             run_dir, failed_result(run_dir, error, world, memory.start_host, memory.stage)
         )
         print(f"error: {error.render()}", file=sys.stderr, flush=True)
-        with suppress(Exception):  # the page is worth a try, and nothing after it
+        with suppress(Exception):  # the page is best effort and must not hide the error
             build_report(run_dir, picture=False, recipe_of=recipe_config)
 
 
 def _watch(
     callbacks: CallbackList, cfg: Config, run_dir: Path, state: TrainState, after: int
 ) -> None:
-    """Add the listeners, after dropping what metrics.jsonl holds beyond step `after`, the checkpoint's."""
+    """Add the callbacks, after dropping records beyond the checkpoint's step `after`."""
     for name in (metrics_log.METRICS, metrics_log.SAMPLES):
         metrics_log.truncate(run_dir / name, after, state.owes_evaluation)
     callbacks.callbacks[:0] = [MetricsLog(run_dir)]
@@ -444,7 +453,7 @@ def _watch(
 def _batches(
     cfg: Config, inputs: Inputs, world: World, state: TrainState, length: Length
 ) -> StepBatches:
-    """This rank's share of every step that is left."""
+    """Build this rank's batches for every remaining step."""
     return StepBatches(
         inputs.collate,
         Order(len(inputs.rows), cfg.seed, shuffle=True),
@@ -462,7 +471,10 @@ def _batches(
 def _evaluation(
     cfg: Config, engine: Engine, inputs: Inputs, world: World, hang: HangWatch, stop: StopRequest
 ):
-    """What the trainer calls to evaluate; None where there are no data. It returns None when a stop came between."""
+    """Build the trainer's evaluation function; None if there is no evaluation data.
+
+    The function itself returns None when a stop request interrupted it.
+    """
     task, store = inputs.task, inputs.eval
     if store is None:
         return None

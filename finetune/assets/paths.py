@@ -1,7 +1,7 @@
-"""Where the files that ship with the project lie: `finetune/assets/NAME`.
+"""Paths of the files that ship with the project: `finetune/assets/NAME`.
 
-`asset:NAME/...` in a config key becomes an absolute path here, so recipes work from any directory.
-Reads nothing and downloads nothing.
+`resolve` turns `asset:NAME/...` in a config key into an absolute path, so that recipes work from
+any directory. Nothing is read or downloaded.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ ASSETS = Path(__file__).resolve().parent
 
 
 def asset(name: str) -> Path:
-    """The directory of one asset.
+    """Return the directory of one asset.
 
     Raises:
-        UserError: there is no such asset; the message lists those that exist.
+        UserError: there is no such asset; the message lists the existing ones.
     """
     existing = _existing()
     if name not in existing:
@@ -32,7 +32,7 @@ def asset(name: str) -> Path:
 
 
 def resolve(spec: str) -> str:
-    """`asset:NAME/...` as an absolute path; anything else unchanged."""
+    """Return `asset:NAME/...` as an absolute path, and any other text unchanged."""
     if not spec.startswith(PREFIX):
         return spec
     name, _, rest = spec[len(PREFIX) :].partition("/")

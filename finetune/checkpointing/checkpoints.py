@@ -1,12 +1,15 @@
-"""Checkpoints that are complete or absent, and resume at any number of ranks and any ZeRO stage.
+"""Checkpoints that are written atomically and resume with any number of ranks and any ZeRO stage.
 
-save: each rank writes its fragments to .tmp-step-N and hashes them as it writes -> gather -> manifest -> fsync ->
-      rename to step-N -> retention. In the background: the same in a thread, from a copy, on a group of its own.
-load: newest step whose manifest verifies -> masters and moments by parameter name and element range -> weights.
+save: each rank writes its fragments to .tmp-step-N and hashes them as it writes -> gather ->
+      manifest -> fsync -> rename to step-N -> retention. In the background: the same in a thread,
+      from a copy, on a process group of its own.
+load: newest step whose manifest verifies -> masters and moments by parameter name and element range
+      -> weights.
 
-A fragment is named by parameter and first element ("transformer.wte.weight|0|master"), so another number of ranks or
-another stage only cuts the same numbers elsewhere. Frozen weights are not written.
-Random state is not stored: dropout and data order are functions of the seed and the position.
+A fragment is named by parameter and first element ("transformer.wte.weight|0|master"), so another
+number of ranks or another stage only cuts the same numbers at other places. Frozen weights are not
+written. Random state is not stored: dropout and data order are functions of the seed and the
+position.
 """
 
 from __future__ import annotations
@@ -61,7 +64,7 @@ UNTOUCHED = "Earlier checkpoints are untouched. Free some space and run the same
 
 @dataclass
 class _Save:
-    """One checkpoint on its way to the disk."""
+    """A checkpoint that is being written."""
 
     step: int
     pieces: Pieces
@@ -73,16 +76,18 @@ class _Save:
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. Collective: every rank makes one.
+    """The checkpoints of one run directory. Collective: every rank creates one.
 
     Args:
         folder: run_dir/checkpoints.
-        keep: newest ones kept, at least 2.
-        identity: what must not change between save and resume, e.g. {"data": hash, "seed": 0}.
+        keep: number of newest checkpoints to keep, at least 2.
+        identity: settings that must not change between save and resume, e.g. {"data": hash,
+            "seed": 0}.
         may_change: names in `identity` that the user allows to differ.
-        background: copy the tensors to the host, train on, and write meanwhile.
-        origin: own checkpoint that the user named to continue from; newer ones that stem from it go before it.
-        best: whether that of the best evaluation is kept beside the newest, whatever its age.
+        background: copy the tensors to the host and write them while training continues.
+        origin: this run's checkpoint that the user chose to continue from; newer ones that stem
+            from it take precedence.
+        best: whether to keep the checkpoint of the best evaluation too, whatever its age.
     """
 
     def __init__(
@@ -116,12 +121,14 @@ class Checkpoints:
     # ------------------------------------------------------------------ save
 
     def save(self, engine, state: TrainState) -> None:
-        """Write step-N; collective. On any failure the staging folder is gone and older checkpoints are untouched.
+        """Write step-N. Collective.
 
-        In the background it returns once the tensors are copied; failures come out of the next `save` or `wait`.
+        On any failure the staging folder is removed and older checkpoints are untouched. In the
+        background the call returns once the tensors are copied; failures are raised by the next
+        `save` or `wait`.
 
         Raises:
-            RunFailed: the disk is full or not writable; says how much is missing.
+            RunFailed: the disk is full or not writable; the message says how much is missing.
         """
         self.wait()
         partitions.ensure_states(engine)
@@ -148,13 +155,13 @@ class Checkpoints:
         self._thread.start()
 
     def mark_evaluated(self, state: TrainState) -> None:
-        """Add what the evaluation of this step changed to the checkpoint of the step, which was saved before it."""
+        """Update the step's checkpoint, saved before its evaluation, with what that changed."""
         if self.world.main:
             self._marks = {state.step: {name: getattr(state, name) for name in MARKS}}
             self._write_marks(state.step)
 
     def wait(self) -> None:
-        """Until nothing is being written; raises what went wrong in the background."""
+        """Block until nothing is being written; raise the error of a failed background save."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -164,11 +171,11 @@ class Checkpoints:
 
     @property
     def broken(self) -> bool:
-        """Whether a save in the background failed on this rank; `wait` raises it."""
+        """Tell whether a background save failed on this rank; `wait` raises its error."""
         return self._error is not None
 
     def finished(self) -> list[tuple[int, str]]:
-        """(step, path) of checkpoints that became complete since the last call."""
+        """Return (step, path) of the checkpoints completed since the last call."""
         done, self._finished = self._finished, []
         return done
 
@@ -244,9 +251,10 @@ class Checkpoints:
         self._retain(save.step, save.about["state"]["best_step"])
 
     def _write_marks(self, step: int) -> None:
-        """Called when there are marks and when there is a folder: with a save in the background either may be first.
+        """Write the evaluation's marks into the checkpoint of `step` once both exist.
 
-        Marks that a full disk refuses leave the evaluation owed.
+        Called when the marks arrive and when the folder is complete: with a background save either
+        may come first. If the disk is too full for the marks, the evaluation remains due.
         """
         marks, folder = self._marks.get(step), step_folder(self.folder, step)
         if marks and folder.is_dir():
@@ -273,10 +281,12 @@ class Checkpoints:
             )
 
     def require_room(self, engine, several: bool) -> None:
-        """Before the first step: room for all checkpoints that will be there at once, those here now included.
+        """Check before the first step that the disk has room for all checkpoints kept at once.
+
+        Existing checkpoints are included.
 
         Raises:
-            RunFailed: the disk is too small; says how much is missing.
+            RunFailed: the disk is too small; the message says how much is missing.
         """
         partitions.ensure_states(engine)
         one = int(self.world.sum([self._pieces(engine).bytes])[0])
@@ -295,8 +305,11 @@ class Checkpoints:
         self.world.on_main(check)
 
     def _retain(self, step: int, best: int) -> None:
-        """Delete what is older than the newest `keep` that are known to be sound, but for the best where that is wanted;
-        nothing while they are fewer."""
+        """Delete checkpoints older than the newest `keep` that are known to be sound.
+
+        The best one is kept too if `self.best` is set. Nothing is deleted while there are fewer
+        than `keep`.
+        """
         if len(self._sound) < self.keep:
             return
         kept = sorted(self._sound)[-self.keep :] + [best] * self.best
@@ -305,7 +318,7 @@ class Checkpoints:
                 self._discard(path)
 
     def _discard(self, path: Path) -> None:
-        """Renamed first: a checkpoint is never seen half deleted."""
+        """Delete a checkpoint, renaming it first so that a half-deleted one is never visible."""
         doomed = self.folder / f".tmp-old-{path.name}"
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(path, doomed)
@@ -315,30 +328,36 @@ class Checkpoints:
     # ------------------------------------------------------------------ start
 
     def newest(self) -> int:
-        """Step that this run continues from or saved last and that is in its own folder; -1: none. Collective."""
+        """Return the newest sound step in this run's own folder; -1 if there is none. Collective.
+
+        It is the step that this run continues from or saved last.
+        """
         return self.world.broadcast(max(self._sound, default=-1))
 
     def clean(self) -> None:
-        """Remove what an interrupted save left behind; rank 0, before training."""
+        """Remove the files that an interrupted save left behind; on rank 0, before training."""
         if self.folder.is_dir():
             for path in self.folder.glob(".tmp-*"):
                 shutil.rmtree(path, ignore_errors=True)
 
     def set_aside(self) -> None:
-        """For resume=never: older checkpoints must not be taken for this run's; they are kept under another name."""
+        """Rename the folder of older checkpoints, so that they are not mistaken for this run's.
+
+        Used with resume=never.
+        """
         if step_folders(self.folder):
             stamp = time.strftime("%Y%m%d-%H%M%S")
             os.replace(self.folder, self.folder.with_name(f"{self.folder.name}-before-{stamp}"))
 
     def restore(self, engine, folder: Path) -> TrainState:
-        """Load one verified checkpoint into the engine, to go on from it; any world size, any stage."""
+        """Load a verified checkpoint of any world size and stage, and continue from it."""
         self._check_identity(read_state(folder), folder)
         state = self.load(engine, folder)
         self.world.on_main(lambda: self._continue_from(folder))
         return state
 
     def load(self, engine, folder: Path) -> TrainState:
-        """Weights, averages and loss scale of one verified checkpoint; collective."""
+        """Load weights, moments and loss scale of a verified checkpoint. Collective."""
         saved, source = read_state(folder), Saved(folder)
         partitions.ensure_states(engine)
         for piece in partitions.fragments(engine, write=True):
@@ -353,7 +372,7 @@ class Checkpoints:
         return TrainState(**{key: value for key, value in saved["state"].items() if key in known})
 
     def _continue_from(self, folder: Path) -> None:
-        """Valid checkpoints beyond the one that was named would be taken for newer ones: they get another name."""
+        """Rename valid checkpoints beyond the chosen one: they would be taken for newer ones."""
         if folder.parent.resolve() != self.folder.resolve():
             return
         self._sound.add(step_of(folder))
@@ -384,7 +403,7 @@ class Checkpoints:
 
 
 def _leaves(identity: dict[str, Any]) -> dict[str, Any]:
-    """The identity with a dotted key for each setting of a section, so that only what differs is told."""
+    """Flatten the identity to one dotted key per setting, so that only differences are reported."""
     leaves = dict[str, Any]()
     for key, value in identity.items():
         section = _section(value)
@@ -396,7 +415,10 @@ def _leaves(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def _section(value: Any) -> dict[str, Any] | None:
-    """The settings of a section; older checkpoints keep it as text: `OptimConfig(lr=0.01, schedule='cosine')`."""
+    """Return the settings of a section.
+
+    Older checkpoints store a section as text: `OptimConfig(lr=0.01, schedule='cosine')`.
+    """
     if isinstance(value, dict):
         return value
     if not isinstance(value, str) or not re.fullmatch(r"\w+Config\(.*\)", value, re.DOTALL):

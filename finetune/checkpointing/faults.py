@@ -1,10 +1,13 @@
-"""Named points where a test can kill, stop or break this very process; without an order they cost one comparison.
+"""Named points where a test can kill, stop or break this process.
+
+Without an order a point costs one comparison.
 
     FINETUNE_FAULT="kill save.manifest rank=0 nth=2" deepspeed launch/train.py ...
 
-An order is ACTION POINT [rank=R] [nth=N]; several are joined by `;`. Actions: kill (SIGKILL), nospace (OSError ENOSPC),
-fail (RuntimeError), stop (never returns), term (SIGTERM to itself). Points are the first arguments of `point` in the sources. Used by
-tests/faults and bench/soak.py; no program arms anything by itself.
+An order is ACTION POINT [rank=R] [nth=N]; several are joined by `;`. Actions: kill (SIGKILL),
+nospace (OSError ENOSPC), fail (RuntimeError), stop (never returns), term (SIGTERM to itself).
+Points are the first arguments of `point` in the sources. Used by tests/faults and bench/soak.py; no
+program arms anything by itself.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ VARIABLE = "FINETUNE_FAULT"
 
 
 class Order:
-    """One fault that waits for its point."""
+    """A fault to trigger at a named point."""
 
     def __init__(self, text: str):
         self.action, self.name, *rest = text.split()
@@ -26,7 +29,7 @@ class Order:
         self.rank, self.left = values.get("rank"), int(values.get("nth", 1))
 
     def meets(self, name: str) -> bool:
-        """Whether this is the time: the nth passing of the point on the rank."""
+        """Count a passing of the point, and tell whether it is the nth one on the rank."""
         if name != self.name or self.rank not in (None, os.environ.get("RANK", "0")):
             return False
         self.left -= 1
@@ -34,12 +37,12 @@ class Order:
 
 
 def arm(text: str) -> None:
-    """Replace all orders."""
+    """Replace all orders by those of `text`."""
     _orders[:] = [Order(part) for part in text.split(";") if part.strip()]
 
 
 def point(name: str) -> None:
-    """Here a fault may strike."""
+    """Mark a point in the code where a fault can be triggered."""
     if _orders:
         for order in _orders:
             if order.meets(name):

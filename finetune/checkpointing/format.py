@@ -1,12 +1,12 @@
-"""The files of a checkpoint: written in one pass with their hash, verified, found again. No engine, no ranks.
+"""The files of a checkpoint: write them in one pass with their hash, verify them, find them again.
 
     checkpoints/step-00000010/
       manifest.json                     every file with size and hash
-      state.json                        step, tokens, best metric, what the run was
-      evaluated.json                    what the evaluation of this step, done after the save, changed in the state
+      state.json                        step, tokens, best metric, description of the run
+      evaluated.json                    changes to the state by an evaluation done after the save
       optim-00000-of-00002.safetensors  fp32 master, exp_avg, exp_avg_sq of the ranges rank 0 owned
 
-Nothing is pickled, so nothing that is read can run.
+Knows no engine and no ranks. Nothing is pickled, so reading a checkpoint cannot execute code.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Entry = dict[str, Any]
 
 
 class Pieces:
-    """Flat fp32 tensors for one file: their sizes are known before the first is there, and one is held at a time.
+    """Flat fp32 tensors for one file, with sizes known in advance and one tensor held at a time.
 
     Args:
         sizes: name -> elements, in the order of the file.
@@ -52,11 +52,11 @@ class Pieces:
 
     @classmethod
     def of(cls, pairs: list[tuple[str, Tensor]]) -> Pieces:
-        """Tensors that are in memory anyway."""
+        """Build pieces from tensors that are in memory already."""
         return cls({name: tensor.numel() for name, tensor in pairs}, lambda: pairs)
 
     def copied(self) -> Pieces:
-        """The same numbers on the host, whatever happens to the originals."""
+        """Return a copy on the host that is independent of the original tensors."""
         return Pieces.of([(name, tensor.to("cpu", copy=True)) for name, tensor in self.tensors()])
 
     @property
@@ -68,7 +68,7 @@ class Pieces:
 
 
 def file_hash(path: Path) -> str:
-    """blake2b-128 of a file's bytes."""
+    """Return the blake2b-128 hash of a file's bytes."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as f:
         while chunk := f.read(HASH_CHUNK):
@@ -77,12 +77,12 @@ def file_hash(path: Path) -> str:
 
 
 def entry_of(path: Path) -> Entry:
-    """Size and hash of a small file."""
+    """Return size and hash of a small file."""
     return {"size": path.stat().st_size, "hash": file_hash(path)}
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomic: a reader sees the old file or the new one."""
+    """Write JSON atomically: a reader sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as f:
         json.dump(value, f, indent=1)
@@ -92,10 +92,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, pieces: Pieces) -> Entry:
-    """Write fp32 tensors as one safetensors file, on the disk when this returns; its size and hash.
+    """Write fp32 tensors as one safetensors file, synced to disk, and return its size and hash.
 
-    One pass: safetensors' own writer copies every tensor, and hashing would read the file again. The format is
-    eight bytes with the header's length, the header as JSON, the tensors one after another.
+    This takes one pass, while safetensors' own writer copies every tensor and a separate hash would
+    read the file again. The format is eight bytes with the header's length, the header as JSON,
+    then the tensors one after another.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -132,7 +133,7 @@ def _safetensors(pieces: Pieces):
 
 
 def write_manifest(folder: Path, step: int, files: dict[str, Entry]) -> None:
-    """The last file of a checkpoint; it vouches for the others and for itself."""
+    """Write the last file of a checkpoint, with hashes of the other files and of itself."""
     write_json(
         folder / MANIFEST,
         {"format": FORMAT, "step": step, "files": files, "hash": _own_hash(step, files)},
@@ -148,7 +149,7 @@ def _own_hash(step: int, files: dict[str, Entry]) -> str:
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
+    """Return the finished checkpoints, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if STEP_DIR.match(path.name) and path.is_dir())
@@ -159,12 +160,12 @@ def step_of(folder: Path) -> int:
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Where the finished checkpoint of `step` lies in run_dir/checkpoints."""
+    """Return the folder of the finished checkpoint of `step` in run_dir/checkpoints."""
     return folder / f"step-{step:08d}"
 
 
 def verify(folder: Path) -> str | None:
-    """Why a checkpoint is not valid, naming the file; None when every byte is what was written."""
+    """Return why a checkpoint is invalid, naming the file; None if every byte is as written."""
     file = folder / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
@@ -202,7 +203,7 @@ def _verify_file(folder: Path, name: str, entry: Entry) -> str | None:
 
 
 def newest_valid(folder: Path, warn) -> Path | None:
-    """Newest checkpoint that verifies; `warn(text)` names each one that does not."""
+    """Return the newest checkpoint that verifies; `warn(text)` names each one that does not."""
     for path in reversed(step_folders(folder)):
         reason = verify(path)
         if reason is None:
@@ -212,20 +213,21 @@ def newest_valid(folder: Path, warn) -> Path | None:
 
 
 def read_state(folder: Path) -> dict:
-    """state.json of a checkpoint, with the marks of an evaluation that was done after it was saved."""
+    """Return state.json of a checkpoint, updated by an evaluation that was done after the save."""
     saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
     try:
         marks = json.loads((folder / EVALUATED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none: the evaluation is still owed, or there was none
+    except (OSError, ValueError):  # absent: the evaluation is still to be done, or there was none
         return saved
     return {**saved, "state": saved["state"] | marks}
 
 
 def find_resume(resume: str, run_dir: Path, warn) -> Path | None:
-    """Checkpoint to continue from, or None for a fresh start.
+    """Return the checkpoint to continue from, or None for a fresh start.
 
-    `resume` may name one of this run's own checkpoints: then that one, or the newest that stems from it. Another run's
-    directory counts until this run has a checkpoint of its own. So the same command continues an interrupted run.
+    `resume` may name one of this run's own checkpoints: then the result is that one, or the newest
+    that stems from it. Another run's directory counts until this run has a checkpoint of its own,
+    so the same command continues an interrupted run.
 
     Raises:
         UserError: resuming was asked for (a directory), or this run has only damaged checkpoints.
@@ -270,12 +272,12 @@ def _named_checkpoint(path: Path, warn) -> Path:
 
 
 def folder_bytes(folder: Path) -> int:
-    """What the files in a folder occupy."""
+    """Return the total size of the files in a folder."""
     return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
 
 
 def free_bytes(folder: Path) -> int:
-    """Free space of the disk that holds `folder`, which need not exist yet."""
+    """Return the free space of the disk that holds `folder`, which need not exist yet."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
@@ -285,7 +287,7 @@ def free_bytes(folder: Path) -> int:
 
 
 class Saved:
-    """Element ranges of a checkpoint, whoever wrote them."""
+    """Element ranges of a checkpoint, whichever ranks wrote them."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -301,7 +303,7 @@ class Saved:
         return sorted({name for name, _ in self.pieces})
 
     def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) as fp32.
+        """Return elements [start, start + numel) as fp32.
 
         Raises:
             UserError: the checkpoint has no such parameter, or not all of the range.
@@ -323,5 +325,5 @@ class Saved:
 
 
 def saved_masters(folder: Path) -> Saved:
-    """The trained weights of a checkpoint in fp32, by name and range; for exporting without an engine."""
+    """Open the trained fp32 weights of a checkpoint, to export without an engine."""
     return Saved(folder)

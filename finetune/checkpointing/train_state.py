@@ -1,4 +1,4 @@
-"""Where a run stands: the few numbers that, with weights and averages, continue it."""
+"""Training progress: the few numbers that, with weights and optimizer states, resume a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class TrainState:
-    """Where a run stands; the data position is step x global_batch."""
+    """Progress of a run; the data position is step x global_batch."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -36,7 +36,7 @@ class TrainState:
     """What trackers keep, by class name."""
 
     def rank_by(self, metric: str) -> bool:
-        """Take `metric` for what is best; True where that drops a best value of another metric."""
+        """Rank evaluations by `metric`; return True if this drops another metric's best value."""
         dropped = bool(self.metric) and self.metric != metric and self.best is not None
         if dropped:
             self.best, self.best_step, self.without_gain = None, 0, 0

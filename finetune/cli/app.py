@@ -1,8 +1,10 @@
 """Command line to typed config: every launch script goes through `main`.
 
-argv -> drop the launcher's --local_rank -> compose.py -> typed config -> `run(config)`
--> exit code. Hydra's own main is used only for what it prints (`--info`, `--cfg hydra`): its error handling exits with 1
-where a wrong config must exit with 2, and its output directories differ between ranks. Does not know what the programs do.
+argv -> drop the launcher's --local_rank -> compose.py -> typed config -> `run(config)` -> exit code
+
+Hydra's own main is used only for what it prints (`--info`, `--cfg hydra`): its error handling exits
+with 1 where a wrong config must exit with 2, and its output directories differ between ranks. This
+module does not depend on what the programs do.
 """
 
 from __future__ import annotations
@@ -82,10 +84,11 @@ MOST_PROBLEMS = 8
 
 
 def compose_config(overrides: list[str], name: str = "train") -> Composed:
-    """Compose and convert to dataclasses.
+    """Compose the config and convert it to dataclasses.
 
     Raises:
-        UserError: an unknown group, option or key, or a value of the wrong type; the nearest name is suggested.
+        UserError: a group, option or key is unknown, or a value has the wrong type; the nearest
+            name is suggested.
     """
     overrides = _schema_words(without_hydra(overrides, name), name)
     try:
@@ -101,9 +104,10 @@ def _compose(words: list[str], name: str) -> Composed:
 
 
 def explained(error: UserError) -> UserError:
-    """An error of composing in the words of a person who mistyped; any other error as it is.
+    """Rephrase a composition error for a user who mistyped; return any other error unchanged.
 
-    Hydra stops at the first word that is wrong: the others are found by composing without it, and told at once.
+    Hydra stops at the first wrong word. The others are found by composing without it, and all are
+    reported at once.
     """
     if not isinstance(error, CompositionError):
         return error
@@ -126,7 +130,7 @@ def explained(error: UserError) -> UserError:
 
 
 def _schema_words(words: list[str], name: str) -> list[str]:
-    """The command line's words with the schema's keys."""
+    """Translate the words of the command line to the schema's keys."""
     if name == "report":
         return report_words(words)
     renamed = ALIASES.get(name, {})
@@ -147,11 +151,12 @@ Program = Callable[[Composed], int | None]
 
 
 def main(run: Program | str, name: str, argv: list[str] | None = None) -> int:
-    """Run one program; returns its exit code. Prints a UserError without a traceback.
+    """Run one program and return its exit code; a UserError is printed without a traceback.
 
     Args:
-        run: the program; gets what was composed, returns an exit code or None for 0. As text: the module whose `run`
-            it is, imported once the command line is known to be right.
+        run: the program; takes the composed config and returns an exit code, or None for 0. A
+            string names the module whose `run` is called; it is imported once the command line is
+            known to be valid.
         name: primary config, e.g. "train".
     """
     argv = strip_launcher_arguments(sys.argv[1:] if argv is None else argv)
@@ -190,7 +195,7 @@ def _program(run: Program | str) -> Program:
 
 
 def _print_help(name: str, topics: list[str]) -> int:
-    """On rank 0 alone; exit code 2 for a topic that does not exist."""
+    """Print help on rank 0 only; return exit code 2 for a topic that does not exist."""
     if os.environ.get("RANK", "0") != "0":
         return EXIT_DONE
     try:
@@ -202,7 +207,10 @@ def _print_help(name: str, topics: list[str]) -> int:
 
 
 def report_error(error: UserError) -> None:
-    """Print on rank 0; other ranks wait so that the launcher does not kill rank 0 before it has spoken."""
+    """Print the error on rank 0.
+
+    The other ranks wait, so that the launcher does not kill rank 0 before it has printed.
+    """
     if error.spoken:
         return
     if os.environ.get("RANK", "0") != "0":
@@ -213,7 +221,7 @@ def report_error(error: UserError) -> None:
 
 
 def _print(name: str, words: list[str], flags: dict[str, str]) -> int:
-    """What `--cfg`, `--info` and their like ask for; on rank 0 alone.
+    """Print what `--cfg`, `--info` and similar options ask for, on rank 0 only.
 
     Raises:
         UserError: the settings do not compose.
@@ -229,7 +237,7 @@ def _print(name: str, words: list[str], flags: dict[str, str]) -> int:
         return EXIT_DONE
     composed = compose_config(words, name)
     if flags.get("--cfg") == "job":
-        # Settled as a run would find it: the recipe's name, one of steps and epochs, a debug run's data.
+        # Resolved as in a run: the recipe's name, one of steps and epochs, a debug run's data.
         values: Any = redact(
             plain_values(settle(composed) if name in ("train", "plan") else composed.config)
         )
@@ -257,14 +265,17 @@ def _print(name: str, words: list[str], flags: dict[str, str]) -> int:
 
 
 def typed_text(words: Iterable[str], key: str, program: str) -> str | None:
-    """The text that the last word about `key` gives it; None where there is none."""
+    """Return the text that the last word for `key` assigns to it; None if there is no such word."""
     values = [found[3] for word in words if (found := SETTING.fullmatch(word)) and found[2] == key]
     text = read_text(key, values[-1], text_settings(SCHEMAS[program])[key]) if values else None
     return text if isinstance(text, str) else None
 
 
 def report_words(words: list[str]) -> list[str]:
-    """`run=A run=B` and `runs=A*` -> `runs=['A','B']`: Hydra knows each key once, and lists in brackets."""
+    """Convert `run=A run=B` and `runs=A*` to `runs=['A','B']`.
+
+    Hydra accepts each key only once, and lists only in brackets.
+    """
     single = [unquoted(word[4:]) for word in words if word.startswith("run=")]
     several = [
         unquoted(word[5:])
@@ -282,7 +293,10 @@ def report_words(words: list[str]) -> list[str]:
 
 
 def trained_task(words: list[str]) -> list[str]:
-    """`["task=qa"]` for words of evaluate that name a run or an export with that task, and no task; [] otherwise."""
+    """Return e.g. `["task=qa"]` if evaluate's words name a run or an export but no task.
+
+    The task is that of the run or export. Returns [] otherwise.
+    """
     run, export = (typed_text(words, key, "evaluate") for key in ("run", "export_dir"))
     if any(word.startswith("task=") for word in words):
         return []
@@ -293,12 +307,12 @@ def trained_task(words: list[str]) -> list[str]:
             else _task_of_export(Path(resolve(export or "")).expanduser())
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, UserError):
-        return []  # nothing there, or not ours: said elsewhere
+        return []  # nothing there, or not ours: reported elsewhere
     return [f"task={kind}"]
 
 
 def _task_of_run(folder: Path) -> str:
-    """Of a run directory, or of one of its checkpoints/step-N."""
+    """Return the task of a run directory, or of one of its checkpoints/step-N."""
     place = next(
         place for place in (folder, *folder.parents[:2]) if (place / "config.yaml").is_file()
     )

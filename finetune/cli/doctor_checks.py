@@ -1,6 +1,7 @@
-"""The doctor's checks: what is installed (Python, torch against driver and compiler, DeepSpeed's ops, versions), and the machine.
+"""Checks of the `doctor` program: the installed software and the machine.
 
-Imports torch (it has to ask it), never deepspeed: importing that is what may hang or fail.
+The software checks cover Python, torch against driver and compiler, DeepSpeed's ops, and versions.
+The module has to import torch, but never imports deepspeed, because that import may hang or fail.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def torch_and_cuda() -> Check:
 
 
 def cuda_compiler() -> Check:
-    """DeepSpeed refuses to compile its CUDA ops with another major version than torch's."""
+    """Check the CUDA compiler: DeepSpeed compiles its ops only with torch's major version."""
     torch = _torch()
     if torch is None or not torch.version.cuda or not torch.cuda.is_available():
         return green("cuda compiler", "not needed without a GPU")
@@ -150,7 +151,7 @@ def backends() -> Check:
 
 
 def tested_versions() -> Check:
-    """Installed packages against the ranges this project was tested with."""
+    """Compare installed packages with the version ranges that this project was tested with."""
     from packaging.requirements import Requirement
 
     metadata = _metadata()
@@ -181,7 +182,7 @@ def tested_versions() -> Check:
 
 
 def _metadata() -> Any:
-    """What pyproject.toml declared when this project was installed; None when it was not."""
+    """Return the metadata of this project's installation; None if it is not installed."""
     try:
         return importlib.metadata.metadata(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
@@ -235,7 +236,7 @@ def _op(name: str, why: str, prebuilt: dict[str, bool]) -> Check:
 
 
 def _prebuilt(package: Path) -> dict[str, bool]:
-    """`installed_ops` of DeepSpeed's build record, read without importing DeepSpeed."""
+    """Return `installed_ops` of DeepSpeed's build record without importing DeepSpeed."""
     try:
         tree = ast.parse((package / "git_version_info_installed.py").read_text())
     except (OSError, SyntaxError):
@@ -279,12 +280,12 @@ def _compiler() -> str | None:
 
 
 def _ninja() -> str | None:
-    """torch looks for `ninja` on PATH; the wheel puts it beside this Python."""
+    """Find `ninja` on PATH, as torch does, or beside this Python, where the wheel puts it."""
     return shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
 
 
 def _output(command: list[str | None]) -> str:
-    """Standard output, "" when the program is missing, fails or hangs."""
+    """Return the standard output of `command`; "" if the program is missing, fails or hangs."""
     try:
         return subprocess.run(
             [str(word) for word in command], capture_output=True, text=True, timeout=20
@@ -293,7 +294,7 @@ def _output(command: list[str | None]) -> str:
         return ""
 
 
-# One finding of the doctor.
+# Results of a check.
 GREEN, YELLOW, RED = "green", "yellow", "red"
 
 
@@ -318,14 +319,14 @@ def red(name: str, finding: str, remedy: str) -> Check:
     return Check(name, RED, finding, remedy)
 
 
-# Checks of the machine: processors, memory and its limits, disk, ulimits, the port, the Hugging Face cache.
+# Checks of the machine: processors, memory and its limits, disk, ulimits, port, Hugging Face cache.
 GIB = 2**30
 PORT = 29500
 OFFLINE_FLAGS = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
 def cores() -> int:
-    """Processors that this process may run on."""
+    """Return the number of processors that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -399,7 +400,7 @@ def open_files() -> Check:
 
 
 def locked_memory() -> Check:
-    """Offload and NCCL over InfiniBand pin host memory."""
+    """Check the limit on locked memory: offload and NCCL over InfiniBand pin host memory."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if (
         soft not in (-1, resource.RLIM_INFINITY)
@@ -453,7 +454,7 @@ def hub_cache() -> Check:
 
 
 def memory_limit() -> int | None:
-    """The tightest limit on memory of this process's cgroups, v2 or v1, in bytes; None without one."""
+    """Return the tightest memory limit of this process's cgroups (v2 or v1), in bytes, or None."""
     found = []
     for path in _cgroup_files("memory", "memory.max", "memory.limit_in_bytes"):
         text = _read(path)
@@ -463,7 +464,7 @@ def memory_limit() -> int | None:
 
 
 def _cpu_quota() -> float | None:
-    """Cores' worth of time that this process's cgroups allow; None without a limit."""
+    """Return the CPU quota of this process's cgroups, in cores; None if there is no limit."""
     found = []
     for path in _cgroup_files("cpu", "cpu.max", "cpu.cfs_quota_us"):
         words = _read(path).split()
@@ -474,7 +475,7 @@ def _cpu_quota() -> float | None:
 
 
 def _cgroup_files(controller: str, v2: str, v1: str) -> list[Path]:
-    """The limit files of every level above this process that exists here."""
+    """Return the existing limit files of all cgroup levels above this process."""
     root, found = Path("/sys/fs/cgroup"), []
     for line in _read(Path("/proc/self/cgroup")).splitlines():
         number, names, place = line.split(":", 2)
@@ -490,7 +491,7 @@ def _cgroup_files(controller: str, v2: str, v1: str) -> list[Path]:
             for level in (inside, *inside.parents)
             if level == base or base in level.parents
         ]
-        # In a container the place is the host's, and the own limits are at the root.
+        # In a container the path is the host's, and the container's own limits are at the root.
         found.append(base / name)
     return [path for path in dict.fromkeys(found) if path.is_file()]
 

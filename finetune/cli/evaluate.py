@@ -1,4 +1,4 @@
-"""`launch/evaluate.py`: metrics of a run or an export on any data, over any number of ranks."""
+"""`launch/evaluate.py`: metrics of a run or an export on any data, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ TOO_LARGE = (
 
 
 def run(composed: Composed) -> int:
-    """Evaluate, print a table, write eval.json (and predictions.jsonl where the task makes some)."""
+    """Evaluate, print a table, write eval.json (and predictions.jsonl if the task makes some)."""
     cfg: EvaluateConfig = composed.config
     if bool(cfg.run) == bool(cfg.export_dir):
         raise UserError(
@@ -92,7 +92,7 @@ def _run(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> int:
         _lm_eval(cfg, folder, subject.load(), world)
         return EXIT_DONE
 
-    # All that can be wrong with the words and the data is told before the weights are loaded.
+    # Report every problem of the arguments and the data before the weights are loaded.
     shape = load_shape(str(subject.model))
     for problem in room_problems(settings.max_length, subject.virtual_tokens, shape.n_positions):
         raise problem
@@ -139,7 +139,7 @@ def _run(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> int:
 
 
 def _lm_eval(cfg: EvaluateConfig, folder: Path, trained: Trained, world: World) -> None:
-    """lm-eval's figures into eval.json, beside those of the model's own task."""
+    """Write lm-eval's metrics to eval.json, beside those of the model's own task."""
     if trained.head != "lm":
         raise UserError(
             f"lm-eval asks language models; this one has the head '{trained.head}'",
@@ -176,7 +176,7 @@ def _lm_eval(cfg: EvaluateConfig, folder: Path, trained: Trained, world: World) 
 
 
 def _before(folder: Path) -> dict[str, Any]:
-    """What eval.json holds already."""
+    """Return the present contents of eval.json."""
     try:
         return json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -185,7 +185,7 @@ def _before(folder: Path) -> dict[str, Any]:
 
 @dataclass
 class Subject:
-    """What is evaluated, before its weights are loaded."""
+    """The model to evaluate and its task, before its weights are loaded."""
 
     folder: Path
     about: dict[str, Any]
@@ -201,11 +201,11 @@ class Subject:
 
 
 def _subject(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> Subject:
-    """The run or export that was named, with what was typed besides."""
+    """Build the subject from the run or export that was named and the other words typed."""
     if cfg.run:
         folder, checkpoint = checkpoint_of(Path(cfg.run).expanduser().absolute())
         config = load_config(folder)
-        check_base(config, checkpoint)  # before data are tokenised for a model that is another
+        check_base(config, checkpoint)  # fail before tokenising data for a wrong base model
         settings, data = config.task, config.data
         about, head = about_of_run(folder), head_of(settings)
         if cfg.base:
@@ -240,7 +240,7 @@ def _subject(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> Subject
     settings = typed_task(about["settings"])
     if type(settings) is not type(
         cfg.task
-    ):  # another task was typed: what it shares with the trained one is kept
+    ):  # another task was typed: keep what it shares with the trained one
         settings = replace(cfg.task, max_length=settings.max_length)
     if head_of(settings) != about["head"]:
         raise UserError(
@@ -277,7 +277,11 @@ def _override_task(settings: Any, given: Any, typed_keys: set[str]) -> Any:
 
 
 def _tokenizer(cfg: EvaluateConfig, folder: Path) -> str | None:
-    """An export's own, also a run's, which has the template of chats; before there is one, what the run trains with."""
+    """Return the tokenizer to load: that of the export, also for a run that has one.
+
+    An export's tokenizer has the chat template. Before a run has an export, return the tokenizer
+    that it trains with.
+    """
     if not cfg.run:
         return str(folder)
     export = folder / "export"
@@ -313,7 +317,7 @@ def _report(
 
 
 def _tell(folder: Path) -> None:
-    """Say where the figures are; a run's page gets them too."""
+    """Print where the metrics are, and update a run's report page."""
     print(f"written to {folder / 'eval.json'}")
     if (folder / "metrics.jsonl").is_file():
         build_report(folder, picture=False, recipe_of=recipe_config)

@@ -1,8 +1,9 @@
-"""`launch/export.py`: an export from a checkpoint of any stage and world size, in one process without a GPU.
+"""`launch/export.py`: an export from a checkpoint of any stage and world size, without a GPU.
 
-The base streams from its files, the trained weights from the checkpoint's fp32 masters, tensor by tensor into the
-export's files; a merge is done in fp32 and rounded once. This process holds a tensor, never the model. Verification
-by outputs happens in two further processes, one after the other, each of which holds the model once.
+The base streams from its files and the trained weights from the checkpoint's fp32 masters, tensor
+by tensor, into the export's files; a merge is done in fp32 and rounded once. This process holds one
+tensor at a time, never the model. Verification by outputs takes place in two further processes, one
+after the other, each of which holds the model once.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ VERIFY = {
 
 @dataclass
 class Source:
-    """What is exported: a run's config and one of its checkpoints."""
+    """The source of an export: a run's config and one of its checkpoints."""
 
     cfg: Config
     folder: Path
@@ -74,7 +75,7 @@ class Source:
     """The trained model's GPTJConfig."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the whole model in fp32 or the run's precision, one at a time."""
+        """Yield every tensor of the whole model in fp32 or the run's precision, one at a time."""
         masters = Masters(self.checkpoint)
         names = set(masters.names())
         pretrained = self.cfg.model.init is Init.pretrained
@@ -90,7 +91,7 @@ class Source:
                 if source is not None and known
                 else draw(name, shape, self.config, self.cfg.seed)
             )
-            # What computed during training was the base in the run's precision: merge with exactly that.
+            # Training computed with the base in the run's precision: merge with exactly that.
             base = base.to(DTYPES[self.cfg.model.dtype.value])
             yield name, merged_tensor(name, base, self.cfg.adapter, masters, names)
 
@@ -101,7 +102,7 @@ class Source:
         }
 
     def adapter_shell(self) -> nn.Module:
-        """The model with its adapter, without memory behind its parameters."""
+        """Return the model with its adapter, without memory behind its parameters."""
         model = meta_model(self.config, self.info.head)
         return adapters.attach(
             model, self.cfg.adapter, self.info.head, self.info.base, self.cfg.seed
@@ -109,7 +110,7 @@ class Source:
 
 
 def run(composed: Composed) -> int:
-    """Write and verify one export; prints its figures."""
+    """Write and verify one export, and print its statistics."""
     app: ExportAppConfig = composed.config
     silence_libraries(app.verbose, 0)
     verify = _check(app)
@@ -163,7 +164,7 @@ def _export(
 
 
 def _check(app: ExportAppConfig) -> str:
-    """Problems that need no run; which verification is meant."""
+    """Raise for problems that can be seen without the run, and return the kind of verification."""
     if not app.run or not app.kind:
         raise UserError(
             "run=RUN_DIR and kind=adapter|merged|full are both needed",
@@ -269,7 +270,10 @@ def _write_adapter(source: Source, stage: Path) -> None:
 
 
 def _reference(source: Source, kind: str, stage: Path) -> dict[str, Tensor]:
-    """Outputs of the model as it was trained, in the export's precision, from a process that ends."""
+    """Return outputs of the model as it was trained, in the export's precision.
+
+    They are computed in a separate process that ends afterwards.
+    """
     texts, out = (
         stage.with_name(f"{stage.name}.{end}") for end in ("texts.json", "outputs.safetensors")
     )

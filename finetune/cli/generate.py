@@ -1,8 +1,9 @@
-"""`launch/generate.py`: what an export, or any GPT-J checkpoint, says.
+"""`launch/generate.py`: run an export, or any GPT-J checkpoint, on prompts.
 
-Language models continue prompts (with `chat=true` inside the template they were trained with), classification exports
-label them, question answering exports find the answer in a context. Prompts come from the argument, a file or standard
-input. Batches are left-padded and give the same text as one by one. A single prompt streams to the terminal.
+Language models continue prompts (with `chat=true` inside the template they were trained with),
+classification exports label them, question answering exports find the answer in a context. Prompts
+come from the argument, a file or standard input. Batches are left-padded and give the same text as
+prompts one by one. A single prompt streams to the terminal.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ TABLES = (".json", ".ndjson", ".csv", ".tsv", ".parquet")
 
 @dataclass
 class Asked:
-    """A row of prompts."""
+    """One row of the prompts."""
 
     where: str
     """Its place, for errors."""
@@ -112,10 +113,10 @@ def _check(cfg: GenerateConfig) -> None:
 
 
 def read_prompts(cfg: GenerateConfig) -> Iterator[Asked]:
-    """Read what is asked from `prompt=`, `question=` and `context=`, the file `prompts=`, or standard input.
+    """Read prompts from `prompt=`, `question=` and `context=`, the file `prompts=`, or stdin.
 
     Raises:
-        UserError: nothing, or a row that cannot be read.
+        UserError: there is no prompt, or a row cannot be read.
     """
     if cfg.prompt is not None:
         yield Asked("prompt", {"prompt": cfg.prompt})
@@ -155,7 +156,7 @@ def _lines(file: Path) -> Iterator[Asked]:
 
 
 def _check_ids(speaker: Speaker, head: str, asked: list[Asked], cfg: GenerateConfig) -> None:
-    """The model has a row for every token that is asked; `speaker` need not be loaded.
+    """Check that the model has an embedding row for every token; `speaker` need not be loaded.
 
     Raises:
         UserError: names the first row with a token that it does not have.
@@ -181,7 +182,7 @@ def _check_ids(speaker: Speaker, head: str, asked: list[Asked], cfg: GenerateCon
 
 
 def _check_questions(cfg: GenerateConfig, speaker: Speaker, asked: list[Asked]) -> None:
-    """Every row has what this head needs, and fits.
+    """Check that every row has the fields that this head needs, and fits.
 
     Raises:
         UserError: names the first row that does not.
@@ -214,12 +215,12 @@ def _check_questions(cfg: GenerateConfig, speaker: Speaker, asked: list[Asked]) 
 
 
 def _texts(row: Asked, speaker: Speaker) -> list[str]:
-    """The text that a classifier judges, or its two texts, from the fields that it was trained on.
+    """Return the text, or the two texts, to classify, from the fields used in training.
 
-    A single text may be the row's `prompt` as well, where it has no such field.
+    A single text may also be the row's `prompt` if the row has no such field.
 
     Raises:
-        UserError: a text is absent, blank, or no text.
+        UserError: a text is absent, blank, or not a string.
     """
     cfg = speaker.task.cfg
     if (
@@ -245,10 +246,10 @@ def _texts(row: Asked, speaker: Speaker) -> list[str]:
 
 
 def _questions(row: Asked) -> list[Question]:
-    """What the row asks, in either layout of training data, with or without answers.
+    """Return the row's questions, in either layout of training data, with or without answers.
 
     Raises:
-        UserError: question or context is absent, blank, or no text.
+        UserError: question or context is absent, blank, or not a string.
     """
     found: list[Question] = []
     for item in questions(without_answers(row.record), row.where):
@@ -263,17 +264,17 @@ def _questions(row: Asked) -> list[Question]:
 
 
 def _ids(row: Asked, speaker: Speaker, cfg: GenerateConfig) -> list[int]:
-    """The row's text as ids, or its conversation, which is always written in the export's template.
+    """Return the ids of the row's text, or of its conversation in the export's template.
 
     Raises:
-        UserError: neither is there.
+        UserError: the row has neither.
     """
     prompt = _prompt(row, speaker)
     return speaker.ids(prompt, cfg.chat or isinstance(prompt, list))
 
 
 def _prompt(row: Asked, speaker: Speaker) -> Any:
-    """The row's prompt, or its conversation."""
+    """Return the row's prompt, or its conversation."""
     where = row.where
     if speaker.chats:
         try:
@@ -311,7 +312,7 @@ def _sampling(cfg: GenerateConfig) -> Sampling:
 
 
 def stops(cfg: GenerateConfig) -> list[str]:
-    """The texts that end a continuation; an empty one would end it at once."""
+    """Return the texts that end a continuation, without empty ones, which would end it at once."""
     return [stop for stop in cfg.stop or [] if stop]
 
 

@@ -1,4 +1,4 @@
-"""Hydra's and OmegaConf's errors in the words of a person who mistyped: what is wrong, and what was probably meant."""
+"""Translation of Hydra's and OmegaConf's errors to what is wrong and what was probably meant."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finetune.errors import UserError, command, hydra_quoted, setting
 
 
 def composition_mistake(error: CompositionError, conf: Path) -> UserError:
-    """The likely mistake behind words that did not compose.
+    """Return the likely mistake behind words that do not compose.
 
     Args:
         conf: the folder of config groups.
@@ -31,7 +31,7 @@ def composition_mistake(error: CompositionError, conf: Path) -> UserError:
 
 
 def user_error(error: Exception, overrides: list[str], name: str, conf: Path) -> UserError:
-    """What composing `overrides` for program `name` failed at.
+    """Return the user's error for a failure to compose `overrides` for program `name`.
 
     Args:
         conf: the folder of config groups.
@@ -72,7 +72,7 @@ def user_error(error: Exception, overrides: list[str], name: str, conf: Path) ->
 
 
 def unknown_option(word: str, name: str, conf: Path) -> UserError:
-    """`--learning_rate`: the error for a word that only looks like an option."""
+    """Return the error for a word that only looks like an option, such as `--learning_rate`."""
     key = word.lstrip("-").split("=")[0]
     near = nearest_keys(key, name, conf)
     remedy = f"Did you mean {near[0]}=...?  " if near else ""
@@ -92,7 +92,7 @@ def unknown_key(key: str, name: str, conf: Path, text: str = "") -> UserError:
 
 
 def nearest_keys(key: str, name: str, conf: Path) -> list[str]:
-    """At most three keys or groups that `key` may stand for, the likeliest first."""
+    """Return at most three keys or groups that `key` may stand for, the likeliest first."""
     keys = sorted(set(all_keys(schemas.SCHEMAS.get(name, schema.Config)))) + _groups(name, conf)
     leaf = key.rpartition(".")[2]
     if name in ("train", "plan") and leaf in OTHERS and OTHERS[leaf] != key:
@@ -144,7 +144,10 @@ def _no_value(word: str, name: str, conf: Path) -> UserError:
 
 
 def _of_another_kind(key: str, conf: Path) -> str:
-    """Which options of the group have this key, e.g. adapter=lora has adapter.rank; "" when none has."""
+    """Return a sentence on the options of the group that have this key; "" if none has.
+
+    For example, adapter=lora has adapter.rank.
+    """
     group, _, leaf = key.partition(".")
     kinds = [
         kind
@@ -164,7 +167,7 @@ def _of_another_kind(key: str, conf: Path) -> str:
 
 
 def kind_of(path: Path) -> str:
-    """The schema's kind that an option builds on."""
+    """Return the kind in the schema that an option builds on."""
     found = re.search(r"/schema/\w+@_here_: (\w+)", path.read_text(encoding="utf-8"))
     return found[1] if found else path.stem
 
@@ -184,7 +187,7 @@ def _doc_of(key: str) -> str:
 
 
 def _groups(name: str, conf: Path) -> list[str]:
-    """Config groups as words: recipe, adapter, ..."""
+    """Return the names of the config groups: recipe, adapter, ..."""
     return (
         ["recipe", *sorted(p.name for p in conf.iterdir() if p.is_dir())]
         if name in ("train", "plan")
@@ -204,11 +207,13 @@ def _alike(a: str, b: str) -> float:
     return difflib.SequenceMatcher(None, a, b).ratio()
 
 
-# What other programs call our keys, so that a habit of theirs gets an answer instead of "no such key". No torch.
+# Names of other programs for our keys, so that a user who types one gets a hint instead of "no such
+# key". Does not import torch.
 #
-# docs/coming_from.md shows the same tables; a test holds both to the keys that exist. Hydra's own options and settings
-# (`--multirun`, `hydra.sweep.dir=...`) do here what they do there, or are answered too: these programs are started by
-# DeepSpeed's launcher, on many ranks, where Hydra's own directories and launchers have no place.
+# docs/coming_from.md shows the same tables; a test checks both against the existing keys. Hydra's
+# own options and settings (`--multirun`, `hydra.sweep.dir=...`) work as in Hydra or get a hint too:
+# these programs are started by DeepSpeed's launcher, on many ranks, where Hydra's own directories
+# and launchers do not apply.
 TRAINER = {
     "model_name_or_path": "model.path",
     "model_revision": "model.revision",
@@ -434,10 +439,13 @@ HYDRA_SETTINGS = {
 
 
 def split_flags(argv: list[str]) -> tuple[list[str], dict[str, str]]:
-    """(settings and unknown options, Hydra's options by their long names).
+    """Split argv into settings and Hydra's options.
+
+    Returns:
+        (settings and unknown options, Hydra's options by their long names).
 
     Raises:
-        UserError: an option of Hydra's that has no effect here, or that lacks its value.
+        UserError: an option of Hydra's has no effect here, or lacks its value.
     """
     words, flags, rest = list[str](), dict[str, str](), list(argv)
     while rest:
@@ -472,14 +480,14 @@ def split_flags(argv: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def without_hydra(words: list[str], name: str, multirun: bool = False) -> list[str]:
-    """The words with Hydra's own settings turned into this program's.
+    """Replace Hydra's own settings by the equivalent settings of this program.
 
     Args:
         name: the program.
-        multirun: whether they start a sweep.
+        multirun: whether the words start a sweep.
 
     Raises:
-        UserError: one that has no effect here; says what to type instead.
+        UserError: a setting has no effect here; the message says what to type instead.
     """
     return [own for word in words for own in _own(word, name, multirun)]
 

@@ -1,8 +1,9 @@
-"""Examples encoded once into memory-mapped columns; the cache of them.
+"""Cache of examples, encoded once into memory-mapped columns.
 
-Flow: (files, encoder, policy) -> fingerprint -> <cache>/<fingerprint>; if it is not there: lock, write to
-a temporary folder beside it, fsync, rename. Any number of processes may call `build_store` at once: one builds, the
-others wait and open the result. Bad rows stop the build or are counted, as `on_bad_row` says.
+Flow: (files, encoder, policy) -> fingerprint -> <cache>/<fingerprint>; if it does not exist: lock,
+write to a temporary folder beside it, fsync, rename. Any number of processes may call `build_store`
+at once: one builds, the others wait and open the result. Bad rows stop the build or are counted, as
+`on_bad_row` says.
 """
 
 from __future__ import annotations
@@ -67,14 +68,14 @@ def build_store(
     progress: Progress | None = None,
     limit: TokenLimit | None = None,
 ) -> Store:
-    """The store of these data under this encoder, from the cache or built now.
+    """Open the store of these data under this encoder, building it if the cache does not have it.
 
     Args:
-        limit: ids that the model has no row for are refused, at the row that holds the first of them.
+        limit: rejects ids that the model has no embedding row for, naming the row of the first one.
 
     Raises:
-        UserError: a bad row with on_bad_row=error, more than `max_bad_rows` of them with skip, a faulty file, no
-            example at all, or a disk that is full or not writable.
+        UserError: a bad row with on_bad_row=error, more than `max_bad_rows` of them with skip, a
+            faulty file, no example at all, or a disk that is full or not writable.
     """
     assert on_bad_row in ("error", "skip")
     source = open_source(spec, split, config, options)
@@ -93,7 +94,10 @@ def build_store(
 
 
 def _reuse(folder: Path, max_bad_rows: int, limit: TokenLimit | None) -> Store:
-    """The finished store; it may have been built under a higher cap than today's, and for a larger embedding."""
+    """Open a finished store and check it against the current limits.
+
+    It may have been built with a higher `max_bad_rows` or for a larger embedding.
+    """
     store = Store(folder)
     if limit:
         ids = store.column("ids")
@@ -108,7 +112,7 @@ def _reuse(folder: Path, max_bad_rows: int, limit: TokenLimit | None) -> Store:
 
 
 def default_cache_dir() -> Path:
-    """$FINETUNE_CACHE, or finetune-gptj in the user's cache folder."""
+    """Return $FINETUNE_CACHE, or finetune-gptj in the user's cache folder."""
     if os.environ.get("FINETUNE_CACHE"):
         return Path(os.environ["FINETUNE_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-gptj"
@@ -167,7 +171,10 @@ def _build(
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """One builder per store. A flock ends with its process, so a killed builder blocks nobody."""
+    """Allow one builder per store.
+
+    A flock ends with its process, so a killed builder blocks no other.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "a") as file:
         try:
@@ -179,7 +186,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """What a killed builder, or damage, left: called with the lock held."""
+    """Remove what a killed builder left, or a damaged store; call with the lock held."""
     for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     if folder.exists():

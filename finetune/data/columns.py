@@ -1,7 +1,7 @@
 """The layout of a store on disk: one binary file per column and a meta.json.
 
-Flow: `cache` builds a folder with `ColumnWriter`, `Store` opens it as memory maps. Encoders declare their columns with
-`Column`.
+Flow: `cache` builds a folder with `ColumnWriter`, `Store` opens it as memory maps. Encoders declare
+their columns with `Column`.
 
 A store with two examples of 4 and 2 tokens, a category and a blob:
 
@@ -39,7 +39,7 @@ Example = dict[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """What a column holds and as which numpy type."""
+    """Kind and numpy type of a column."""
 
     kind: str
     """token: one value per token; scalar: one number; category: one string; blob: bytes."""
@@ -48,7 +48,10 @@ class Column:
 
 
 class PartlyBad(UserError):
-    """A record of many parts (a SQuAD article) some of which are bad: the good ones' examples, and what is wrong."""
+    """Raised for a record of many parts (a SQuAD article) some of which are bad.
+
+    It carries the examples of the good parts and tells what is wrong with the others.
+    """
 
     def __init__(self, examples: list[Example], faults: list[UserError]):
         first = faults[0]
@@ -57,22 +60,25 @@ class PartlyBad(UserError):
 
 
 class Encoder(Protocol):
-    """Turns records into examples. `encode` is called from one thread at a time."""
+    """Encoder of records into examples. `encode` is called from one thread at a time."""
 
     columns: dict[str, Column]
     """Always with the token column `ids`."""
 
     def fingerprint(self) -> str:
-        """Changes with everything that changes the examples."""
+        """Return a string that changes with everything that changes the examples."""
         ...
 
     def encode(self, batch: list[tuple[str, dict]]) -> list[Union[list[Example], UserError]]:
-        """Per record its examples (none: skipped in silence) or what is wrong with it, or `PartlyBad`."""
+        """Return, for each record, its examples or the error that describes what is wrong with it.
+
+        A record without examples is skipped silently; `PartlyBad` is an error with examples.
+        """
         ...
 
 
 class Store:
-    """A finished store: columns as read-only memory maps."""
+    """A complete store: columns as read-only memory maps."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -92,7 +98,7 @@ class Store:
         return open_array(self.path / f"{name}.bin", self.columns[name].dtype)
 
     def names(self, category: str) -> list[str]:
-        """The strings of a category column, by index, in the order in which the data shows them first."""
+        """Return the strings of a category column by index, in order of first appearance."""
         return self._names[category]
 
     def blob(self, name: str, example: int) -> bytes:
@@ -100,14 +106,14 @@ class Store:
         return self.column(name)[offsets[example] : offsets[example + 1]].tobytes()
 
     def place(self, example: int) -> str:
-        """Where an example came from, as exactly as the store knows: file:line, or its number."""
+        """Return the origin of an example: file:line if the store knows it, else its number."""
         if "where" in self.columns:
             return self.blob("where", example).decode("utf-8", "replace")
         return f"{self.spec}, example {example + 1} of {len(self)}"
 
 
 def open_store(path: Path) -> Store:
-    """A store that was built before.
+    """Open a store that was built before.
 
     Raises:
         UserError: the folder is not a complete store.
@@ -123,7 +129,10 @@ def open_store(path: Path) -> Store:
 
 
 def store_fault(path: Path) -> str | None:
-    """Why a folder is no complete store, or None: every file must have the size that meta.json states."""
+    """Return why a folder is not a complete store, or None if it is.
+
+    Every file must have the size that meta.json states.
+    """
     try:
         sizes = json.loads((path / META).read_text(encoding="utf-8"))["sizes"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -145,15 +154,15 @@ def open_array(path: Path, dtype: str) -> np.ndarray:
     return np.memmap(path, dtype, mode="r")
 
 
-# Writes examples to the column files of a store, in a thread of its own.
+# Writing examples to the column files of a store, in a separate thread.
 #
-# Flow: lists of examples -> one concatenated array per column -> appended to the column's file; meta.json comes
-# last. Counts the statistics on the way. Does not decide where the folder is (see `cache`).
+# Flow: lists of examples -> one concatenated array per column -> appended to the column's file;
+# meta.json comes last. Statistics are counted on the way. `cache` decides where the folder is.
 QUEUED_BATCHES = 2
 
 
 class ColumnWriter:
-    """Appends examples to one folder; `close` returns the sizes of its files."""
+    """Writer that appends examples to one folder; `close` returns the sizes of its files."""
 
     def __init__(self, folder: Path, columns: dict[str, Column]):
         assert columns["ids"].kind == "token" and all(c.kind in KINDS for c in columns.values())
@@ -189,7 +198,10 @@ class ColumnWriter:
         self.histogram += np.bincount(np.frexp(lengths - 0.5)[1].clip(0, 63), minlength=64)
 
     def stats(self) -> dict[str, Any]:
-        """`lengths` counts examples of at most 1, 2, 4, 8, ... tokens (and more than the bin before)."""
+        """Return the statistics of the examples written so far.
+
+        `lengths` counts examples of at most 1, 2, 4, 8, ... tokens (and more than the bin before).
+        """
         lengths = {str(2**k): int(n) for k, n in enumerate(self.histogram) if n}
         by_name = {
             column: dict(counter.most_common()) for column, counter in self.tokens_by_name.items()
@@ -209,7 +221,7 @@ class ColumnWriter:
         return {f"{name}.bin": (self.folder / f"{name}.bin").stat().st_size for name in self._files}
 
     def abandon(self) -> None:
-        """Close after a failure: what cannot be flushed to a full disk is of no interest."""
+        """Close after a failure, ignoring what cannot be flushed to a full disk."""
         for file in self._files.values():
             with suppress(OSError):
                 file.close()
@@ -242,7 +254,10 @@ class ColumnWriter:
 
 
 class WriterThread:
-    """Runs a ColumnWriter beside the encoder: turning lists of ids into arrays would cost it a third of its time."""
+    """Thread that runs a ColumnWriter beside the encoder.
+
+    Converting lists of ids to arrays would cost the encoder a third of its time.
+    """
 
     def __init__(self, writer: ColumnWriter):
         self.writer = writer
@@ -256,7 +271,7 @@ class WriterThread:
         self._queue.put(examples)
 
     def finish(self) -> None:
-        """Wait until everything is written; raises what the thread met, e.g. a full disk."""
+        """Wait until everything is written; re-raise the thread's error, e.g. a full disk."""
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join()
@@ -266,7 +281,7 @@ class WriterThread:
         while (examples := self._queue.get()) is not None:
             if (
                 self._fault is None
-            ):  # after a fault go on reading: append must not block on a full queue
+            ):  # keep reading after a fault: append must not block on a full queue
                 try:
                     self.writer.append(examples)
                 except BaseException as error:
@@ -287,10 +302,10 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
 def _concatenate(values: list, dtype: str, total: int) -> np.ndarray:
     if isinstance(values[0], np.ndarray):
         return np.concatenate(values).astype(dtype, copy=False)
-    # Half the time of np.array(list); an id that does not fit raises OverflowError.
+    # Takes half the time of np.array(list); an id that does not fit raises OverflowError.
     return np.fromiter(chain.from_iterable(values), dtype, total)
 
 
-# The one number that data and loss share.
+# Label of positions that are not scored, shared by data and loss.
 IGNORE = -100
 """Label of a token that is not scored."""

@@ -1,16 +1,19 @@
 """Encoder of labelled texts: single label, multi-label and regression.
 
-Flow: text (and pair) -> ids, a closing eos -> label by name (or as a number). Texts t, pairs p, eos E, newline n:
+Flow: text (and pair) -> ids, a closing eos -> label by name (or as a number). With text tokens t,
+pair tokens p, eos E and newline n:
 
     single   t t t t E            pair   t t t n p p E
-                     ^ pooled: it alone has read everything                ^
+                     ^ pooled: sees the whole text   ^
 
-The eos is appended, and pooled by its position; its id is never looked for. Too long texts lose tokens, never the eos:
-truncation head keeps t1 t2 t3 t4, head_tail t1 t2 t5 t6; of a pair the longer text gives first.
+The eos is appended, and pooled by its position; its id is never searched for. Texts that are too
+long lose tokens, never the eos: truncation head keeps t1 t2 t3 t4, head_tail t1 t2 t5 t6; of a pair
+the longer text loses tokens first.
 
-The encoder knows label names once the task has learnt them; before, every name is taken as it comes. A row's label is
-matched by its spelling, then by its meaning (`True` is `true`, `1.0` is `1`), and only then, where names were given, as
-a position among them. A label that could be two of the names is refused.
+The encoder knows label names once the task has collected them; before that, every name is accepted.
+A row's label is matched by its spelling, then by its meaning (`True` is `true`, `1.0` is `1`), and
+only then, if names were configured, as a position among them. A label that matches two of the names
+is refused.
 """
 
 from __future__ import annotations
@@ -50,12 +53,15 @@ TRUTHS = ({"false": False, "true": True}, {"no": False, "yes": True}, {"0": Fals
 
 
 class ClassifyEncoder:
-    """Rows -> columns `ids`, `label` (category, or number), `where` (file:line) and `cut` (tokens lost).
+    """Encoder of rows to the columns `ids`, `label`, `where` and `cut`.
+
+    `label` is a category or a number, `where` is file:line, and `cut` counts the tokens lost.
 
     Args:
         names: label names in the order of the head's outputs, or None while they are not known.
-        by_index: integer labels count in `names`.
-        plain: texts are read as plain transformers reads them (`PlainText`), not as drawn above; None: as drawn.
+        by_index: integer labels are positions in `names`.
+        plain: encode texts as plain transformers does (`PlainText`), not as drawn above; None: as
+            drawn.
     """
 
     def __init__(
@@ -125,14 +131,17 @@ class ClassifyEncoder:
         return results
 
     def text_ids(self, texts: list[list[str]]) -> list[tuple[list[int], int]]:
-        """For each single text or pair: ids of which the last is the pooled one, and how many tokens were cut."""
+        """Return the ids and the number of tokens cut, for each single text or pair.
+
+        The last id is the pooled one.
+        """
         if self._plain:
             return [self._plain.ids(parts, self.cfg.max_length) for parts in texts]
         ids = iter(self._texts([part for parts in texts for part in parts]))
         return [self._join([next(ids) for _ in parts]) for parts in texts]
 
     def _row(self, where: str, record: dict) -> tuple[list[str], Label] | UserError | None:
-        """Texts and label; what is wrong with the row; or None where its weight leaves it out."""
+        """Return a row's texts and label, its error, or None if its weight leaves it out."""
         cfg = self.cfg
         try:
             if not counts(
@@ -147,7 +156,7 @@ class ClassifyEncoder:
             return error
 
     def _join(self, parts: list[list[int]]) -> tuple[list[int], int]:
-        """Ids of one or two texts with eos, at most `max_length`, and how many were cut."""
+        """Return at most `max_length` ids of one or two texts with eos, and how many were cut."""
         glue = self._separator if len(parts) == 2 else []
         room = self.cfg.max_length - 1 - len(glue)
         kept = [
@@ -160,10 +169,10 @@ class ClassifyEncoder:
 
 
 def labelled_texts(record: dict, cfg: ClassifyConfig, where: str) -> list[str]:
-    """The text that a row is about, or its two texts.
+    """Return the text of a row, or its two texts.
 
     Raises:
-        UserError: one is absent, no string, or blank.
+        UserError: a text is absent, not a string, or blank.
     """
     texts = [text_field(record, cfg.text_field, where, "task.text_field")]
     if cfg.text_pair_field:
@@ -172,22 +181,24 @@ def labelled_texts(record: dict, cfg: ClassifyConfig, where: str) -> list[str]:
 
 
 class PlainText:
-    """Texts as the classifiers of plain transformers read them: the tokenizer's own special tokens, and no more.
+    """Encoder of texts as in plain transformers: only the tokenizer's own special tokens are added.
 
-    What is pooled is the last token that is not `pad`, wherever the tokenizer puts that (GenericForSequenceClassification
-    in transformers/modeling_layers.py). It cannot see what stands behind it, so that is left out:
+    The last token that is not `pad` is pooled, wherever the tokenizer puts it
+    (GenericForSequenceClassification in transformers/modeling_layers.py). It cannot see the tokens
+    after it, so these are left out:
 
         t t t t P P  ->  t t t t          pad = P
 
     Args:
-        pad: pad_token_id of the model's config.json; None: the last token is pooled, whatever it is.
+        pad: pad_token_id of the model's config.json; None: the last token is pooled, whatever it
+            is.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pad: int | None):
         self.tokenizer, self.pad = tokenizer, pad
 
     def ids(self, texts: list[str], max_length: int) -> tuple[list[int], int]:
-        """Ids of one text or of a pair, and how many tokens were cut."""
+        """Return the ids of one text or of a pair, and how many tokens were cut."""
         whole = self.tokenizer(*texts)["input_ids"]
         ids = (
             whole
@@ -202,7 +213,7 @@ class PlainText:
 
 
 def shares(parts: list[list[int]], room: int) -> list[int]:
-    """Tokens that each text may keep: the longer one gives first."""
+    """Return how many tokens each text may keep; the longer one loses tokens first."""
     lengths = [len(ids) for ids in parts]
     if len(lengths) == 1 or sum(lengths) <= room:
         return [min(length, room) for length in lengths]
@@ -212,7 +223,7 @@ def shares(parts: list[list[int]], room: int) -> list[int]:
 
 
 def cut_text(ids: list[int], room: int, truncation: str) -> list[int]:
-    """The head, or the head and the tail (the head one token longer where `room` is odd)."""
+    """Return the head, or head and tail (the head is one token longer if `room` is odd)."""
     if len(ids) <= room:
         return ids
     tail = room // 2 if truncation == "head_tail" else 0
@@ -220,7 +231,7 @@ def cut_text(ids: list[int], room: int, truncation: str) -> list[int]:
 
 
 class LabelReader:
-    """Field -> label of the configured problem, or what is wrong with it."""
+    """Reader of a field as a label of the configured problem; reports fields that are not valid."""
 
     def __init__(self, cfg: ClassifyConfig, names: list[str] | None, by_index: bool):
         self.field, self.problem, self.names, self.by_index = (
@@ -279,9 +290,10 @@ class LabelReader:
         return json.dumps(names, ensure_ascii=False)
 
     def _refuse_zeros_and_ones(self, values: list, where: str) -> None:
-        """[1.0, 0.0] is no list of names; [1, 0] could be one, but not beside two names of which it has one number each.
+        """Refuse a list of zeros and ones that is an indicator vector, not a list of labels.
 
-        More than two zeros and ones name a label twice.
+        [1.0, 0.0] is no list of names. [1, 0] could be one, but not if there are two names and it
+        has one number for each. More than two zeros and ones name a label twice.
         """
         if not values or not all(isinstance(v, (bool, int, float)) and v in (0, 1) for v in values):
             return
@@ -308,10 +320,10 @@ class LabelReader:
         return number
 
     def _known(self, value: Any, where: str) -> str:
-        """The label's name among those that are known: by spelling, by meaning, by position, in this order.
+        """Return the known label name that matches by spelling, meaning or position, in this order.
 
         Raises:
-            UserError: it is none of them, or could be two of them.
+            UserError: the value matches none of the names, or two of them.
         """
         name = self._name(value, where)
         if self.names is None or name in self.names:
@@ -327,7 +339,7 @@ class LabelReader:
         if not alike and self._truth and truth is not None:
             alike = [other for other in self.names if self._truth[label_key(other)] is truth]
             if place and place not in alike and "yes" in self._truth:
-                alike = [place]  # integers count in [yes, no] as in any list
+                alike = [place]  # integers are positions in [yes, no] as in any list
             elif place and place not in alike:
                 raise UserError(
                     f"label {name} could be '{alike[0]}' by its meaning and '{place}' by its place in "
@@ -365,7 +377,7 @@ class LabelReader:
         return name
 
     def _missing(self, record: dict, where: str) -> UserError:
-        """The remedy proposes no field that is a text already."""
+        """Return the error for a missing label; the remedy suggests no field used as a text."""
         others = {name: value for name, value in record.items() if name not in self._texts}
         remedy = field_error(others, self.field, where, "task.label_field").remedy
         return UserError(
@@ -383,17 +395,17 @@ NO_ZEROS_AND_ONES = f"List the labels that apply, not zeros and ones for all of 
 
 
 def label_key(name: str) -> str:
-    """What a label means, however it is spelled: `True` and `true` are one label, `1.0` and `1` are one."""
+    """Normalise a label's spelling: `True` and `true` are one label, and so are `1.0` and `1`."""
     plain = name.strip().casefold()
     whole = re.fullmatch(r"(-?\d+)\.0+", plain)
     return whole[1] if whole else plain
 
 
 def refuse_double_spellings(names: list[str], label_field: str) -> None:
-    """Names collected from data must differ in more than their spelling.
+    """Check that names collected from data differ in more than their spelling.
 
     Raises:
-        UserError: `Positive` beside `positive`, `1` beside `1.0`.
+        UserError: there is `Positive` beside `positive`, or `1` beside `1.0`.
     """
     for _, same in groupby(sorted(names, key=label_key), key=label_key):
         spellings = sorted(same)
@@ -406,14 +418,14 @@ def refuse_double_spellings(names: list[str], label_field: str) -> None:
 
 
 def _quoted(names: list[str]) -> str:
-    """The first names as messages list them."""
+    """Return the first names as a list for messages."""
     return ", ".join(f"'{n}'" for n in names[:8]) + (
         f" and {len(names) - 8} more" if len(names) > 8 else ""
     )
 
 
 def unseen(name: str, names: list[str], by_index: bool, where: str) -> UserError:
-    """The label is none of those that the head has outputs for."""
+    """Return the error for a label that the head has no output for."""
     origin = "task.labels has" if by_index else "the training data have"
     return UserError(
         f"label '{name}' is unknown: {origin} {_quoted(names)}",
@@ -423,7 +435,7 @@ def unseen(name: str, names: list[str], by_index: bool, where: str) -> UserError
 
 
 def sort_names(names: list[str]) -> list[str]:
-    """Integers by value, other names by spelling."""
+    """Sort names, integers by value and others by spelling."""
     if all(map(_is_integer, names)):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)

@@ -1,8 +1,8 @@
 """Encoder of plain documents for causal language modelling.
 
-Flow: record -> text field -> GPT-2 BPE ids -> ids + eos, as one example per document. Cuts nothing (`packing` does)
-and adds no bos. Strings such as "<|endoftext|>" inside a document become the special id, as in GPT-2's own
-convention: data that must not end documents has to be cleaned before.
+Flow: record -> text field -> GPT-2 BPE ids -> ids + eos, as one example per document. Cuts nothing
+(`packing` does) and adds no bos. Strings such as "<|endoftext|>" inside a document become the
+special id, as in GPT-2's own convention: data that must not end documents has to be cleaned before.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 PIECE_CHARACTERS = 1 << 15
 GROUP_CHARACTERS = 4 << 20
 CACHED_WORDS = 200_000
-# A space or newline behind a letter or digit starts a new word of GPT-2's pattern, whatever stands before or after.
+# A space or newline behind a letter or digit starts a new word of GPT-2's pattern, whatever stands
+# before or after.
 WORD_END = re.compile(r"[^\W_](?=[ \n])")
 
 
 class TextEncoder:
-    """Documents -> columns `ids` (with a closing eos) and `subset`."""
+    """Encode documents to the columns `ids` (with a closing eos) and `subset`."""
 
     def __init__(
         self,
@@ -80,7 +81,7 @@ class TextEncoder:
         return {"ids": ids, "subset": self._subset(record)}
 
     def _text(self, where: str, record: dict) -> str | UserError:
-        """The document; "" where its weight leaves it out."""
+        """Return the document; "" if its weight leaves it out."""
         try:
             if not counts(record, self.weight_field, (self.text_field, self.subset_field), where):
                 return ""
@@ -103,7 +104,10 @@ class TextEncoder:
 
 
 class TextTokenizer:
-    """Texts -> ids by the tokenizer's own threads, also within one long text; special tokens are not added."""
+    """Encode texts to ids with the tokenizer's own threads, also within one long text.
+
+    Special tokens are not added.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
@@ -111,15 +115,18 @@ class TextTokenizer:
 
     @cached_property
     def _backend(self) -> Tokenizer:
-        """A copy, made when there is something to encode: truncation and padding that others set on theirs would cut
-        documents in silence."""
+        """A copy of the backend tokenizer, made on first use.
+
+        Truncation and padding that others set on the original would silently cut documents.
+        """
         from tokenizers import Tokenizer
 
         copy = Tokenizer.from_str(backend(self._tokenizer).to_str())
         copy.no_truncation()
         copy.no_padding()
-        # BPE keeps the first 10000 words it meets and no later one; 200000 save a fifth of the time on English.
-        # Private, hence optional: without it the ids are the same.
+        # BPE caches the first 10000 words it meets and none after them. A cache of 200000 saves a
+        # fifth of the time on English. The method is private, hence optional: without it the ids
+        # are the same.
         if hasattr(copy.model, "_resize_cache"):
             copy.model._resize_cache(CACHED_WORDS)
         return copy
@@ -140,7 +147,7 @@ class TextTokenizer:
         return results
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
-        """First character and the one behind the last of every token of one text."""
+        """Return (start, end) characters of every token of one text; the end is exclusive."""
         return self._backend.encode(text, add_special_tokens=False).offsets
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
@@ -151,12 +158,15 @@ class TextTokenizer:
 
 
 def ids_dtype(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The smallest type that holds every id; GPT-J's 50400 fit 16 bits."""
+    """Return the smallest type that holds every id; GPT-J's 50400 fit 16 bits."""
     return "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
 
 
 def _splits_at_spaces(model: Any) -> bool:
-    """Whether a text may be cut before a space without changing its ids: GPT-2's byte-level pattern, unnormalised."""
+    """Tell whether a text may be cut before a space without changing its ids.
+
+    This holds for GPT-2's byte-level pattern without normalisation.
+    """
     split, added = model.pre_tokenizer, model.get_added_tokens_decoder().values()
     return (
         type(split).__name__ == "ByteLevel"
@@ -168,7 +178,10 @@ def _splits_at_spaces(model: Any) -> bool:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut a long text before spaces, so that threads share it and its encoding does not hold all of it at once."""
+    """Cut a long text before spaces.
+
+    Threads can then share it, and its encoding does not hold all of it at once.
+    """
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
         found = WORD_END.search(text, start + PIECE_CHARACTERS)

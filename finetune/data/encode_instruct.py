@@ -1,16 +1,21 @@
 """Encoder of instructions: conversations -> ids of which only the assistant's are scored.
 
-Flow: row -> messages (`instruct_rows`) -> prompt and completion texts (`instruct_template`) -> ids, each text by itself, so that
-a completion starts at a token of its own. With prompt tokens P P P, completion C C and eos E:
+Flow: row -> messages (`instruct_rows`) -> prompt and completion texts (`instruct_template`) -> ids.
+Each text is encoded by itself, so that a completion starts at a token of its own. With prompt
+tokens P P P, completion C C and eos E:
 
-    ids      P P P C C E        two turns, too long for max_length 8:    p p P P C E | P C C E
-    scored   0 0 0 1 1 1                                        example 1:  P P C E     scored 0 0 1 1
-                                                                example 2:  P P C E P C C E      0 0 0 0 0 1 1 1
+    ids      P P P C C E
+    scored   0 0 0 1 1 1
 
-eos is scored after every completion: without it the model never learns to stop. A completion that is marked as not to be
-scored is part of the next prompt, its eos included. What does not fit loses tokens from its left, never from a
-completion; a conversation that does not fit becomes several examples that score every completion once, each behind as
-much of what was said before as there is room for. Packs nothing (`packing`).
+    two turns, too long for max_length 8:  p p P P C E | P C C E
+    example 1:  P P C E             scored 0 0 1 1
+    example 2:  P P C E P C C E     scored 0 0 0 0 0 1 1 1
+
+eos is scored after every completion: without it the model never learns to stop. A completion that
+is marked as not to be scored is part of the next prompt, its eos included. A prompt that does not
+fit loses tokens on its left; a completion never loses any. A conversation that does not fit becomes
+several examples that score every completion once, each with as much of the preceding conversation
+as there is room for. Packing is done elsewhere (`packing`).
 """
 
 from __future__ import annotations
@@ -39,7 +44,10 @@ Pieces = tuple[list[str], list[Scored]]
 
 
 class InstructEncoder:
-    """Rows -> columns `ids`, `scored` (1 where the token is a target), `cut` (tokens lost on the left) and `where`."""
+    """Encoder of rows to the columns `ids`, `scored`, `cut` and `where`.
+
+    `scored` is 1 where the token is a target; `cut` counts the tokens lost on the left.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, cfg: InstructConfig, template: Template):
         self.cfg, self.template = cfg, template
@@ -86,7 +94,7 @@ class InstructEncoder:
         return results
 
     def _pieces(self, where: str, record: dict) -> Pieces | UserError | None:
-        """What is read and written; what is wrong with the row; or None where its own mark leaves it out."""
+        """Return prompts and completions of a row, its error, or None if its mark leaves it out."""
         try:
             read = conversation(record, where, self.cfg)
             if read is None:
@@ -108,7 +116,10 @@ class InstructEncoder:
             return error
 
     def _flags(self, text: str, scored: Scored, size: int) -> list[bool]:
-        """Which ids of a completion, the closing eos included, are scored: those of whose characters all are."""
+        """Return which ids of a completion, including the closing eos, are scored.
+
+        An id is scored if all of its characters are.
+        """
         if not isinstance(scored, list):
             return [True] * size
         return [
@@ -151,9 +162,9 @@ class InstructEncoder:
 
 
 def _spread(scored: list[bool], content: str, text: str) -> list[bool]:
-    """Marks of the characters of a content -> of the completion in which the template wrote it.
+    """Map marks of a content's characters to the completion that the template made of it.
 
-    What the template adds, or eos, is scored as the content's first or last character is.
+    Text that the template adds, or eos, is scored as the content's first or last character is.
     """
     kept = content.strip()
     first = len(content) - len(content.lstrip())
@@ -163,10 +174,12 @@ def _spread(scored: list[bool], content: str, text: str) -> list[bool]:
 
 
 def windows(ends: list[int], max_length: int) -> list[tuple[int, int, int]]:
-    """(begin, scored from, end) of examples that score every turn once, as few as go in order.
+    """Return (begin, scored from, end) of examples that score every turn once.
+
+    Turns stay in order, in as few examples as possible.
 
     Args:
-        ends: where each turn ends, in tokens from the conversation's start.
+        ends: end of each turn, in tokens from the conversation's start.
     """
     found, first = [], 0
     while first < len(ends):
@@ -182,10 +195,11 @@ def windows(ends: list[int], max_length: int) -> list[tuple[int, int, int]]:
 def chat_template_differs(
     tokenizer: PreTrainedTokenizerBase, template: Template, messages: list[Message]
 ) -> str | None:
-    """How `apply_chat_template` of an export's tokenizer departs from what training read; None where it does not.
+    """Describe how an export's `apply_chat_template` differs from training; None if it does not.
 
-    Compares the whole conversation and what stands before each answer. Where the texts are equal, ids can differ at the
-    beginning of an answer alone: training begins a token there, a whole text may have one across it.
+    Compares the whole conversation and the text before each answer. If the texts are equal, ids can
+    differ only at the beginning of an answer: in training a token starts there, while in the
+    tokenized whole text a token may span that place.
     """
     ends = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     for kept, asks in [*((messages[:i], True) for i in ends), (messages[: ends[-1] + 1], False)]:
@@ -211,7 +225,7 @@ def chat_template_differs(
 def prompt_ids(
     template: Template, tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message]
 ) -> list[int]:
-    """What a model reads before it answers: the ids that training put before a completion."""
+    """Return the ids of a prompt for generation, the same that precede a completion in training."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     pieces = tokenizer(template.pieces(messages, "prompt"), add_special_tokens=False)["input_ids"]
     eos = cast(int, tokenizer.eos_token_id)
@@ -223,14 +237,14 @@ def prompt_ids(
 def _window(
     ids: np.ndarray, scored: np.ndarray, begin: int, scored_from: int, end: int, lost: int
 ) -> Example:
-    """`lost`: tokens in front of it that no example has."""
+    """Build one example; `lost` counts the tokens before it that are in no example."""
     flags = scored[begin:end].copy()
     flags[: max(0, scored_from - begin)] = 0
     return {"ids": ids[begin:end], "scored": flags, "cut": lost}
 
 
 def refuse_eos(messages: list[Message], eos: str, where: str) -> None:
-    """Raise UserError where a text holds the token that ends turns."""
+    """Raise a UserError if a text contains the token that ends turns."""
     for message in messages:
         if eos and eos in message["content"]:
             raise UserError(

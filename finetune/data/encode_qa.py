@@ -1,15 +1,16 @@
-"""Encoder of extractive question answering: a question and its context -> windows with a slot for "no answer".
+"""Encoder of questions and contexts into windows with a slot for "no answer" (extractive QA).
 
-Flow: questions (`qa_rows`) -> ids of question and context -> windows that overlap by `stride` tokens. Question q, newline
-n, context c1 to c5, eos E; three context tokens fit, stride 1:
+Flow: questions (`qa_rows`) -> ids of question and context -> windows that overlap by `stride`
+tokens. Question q, newline n, context c1 to c5, eos E; three context tokens fit, stride 1:
 
-    window 0   q q n c1 c2 c3 E       answer c4 c5: not here, so both targets are at E
+    window 0   q q n c1 c2 c3 E       answer c4 c5 is not here, so both targets are at E
     window 1   q q n c3 c4 c5 E       targets start c4, end c5
                ^ first                 ^ null slot
 
-The question comes first because in a causal model a token sees only what stands before it: every context token has
-read the question, and the trailing eos everything. At index 0, where BERT puts "no answer", GPT-J has read nothing.
-Of several annotated answers the first that lies wholly in a window is its target. Scores nothing.
+The question comes first because a token of a causal model attends only to earlier tokens: every
+context token sees the question, and the trailing eos sees everything. At index 0, where BERT puts
+"no answer", GPT-J has seen nothing. Of several annotated answers, the first one that lies wholly in
+a window is its target. Scoring is done elsewhere.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ SEPARATOR = "\n"
 
 
 class QaEncoder:
-    """Rows -> windows, one example each.
+    """Encoder of rows into windows, one example each.
 
-    Columns: `ids`; `char_start`, `char_end` of every token in the context, 0 elsewhere; `context_at`, the first context
-    token; `start`, `end`, the targets, all counted from the example's first token; `window`, its number within the
-    question; `answers`, how many the question has; `question`, JSON with id, where, context and answers, in its
-    window 0 only.
+    Columns: `ids`; `char_start`, `char_end` of every token in the context, 0 elsewhere;
+    `context_at`, the first context token; `start`, `end`, the targets, all counted from the
+    example's first token; `window`, its number within the question; `answers`, how many the
+    question has; `question`, JSON with id, where, context and answers, in its window 0 only.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, cfg: QaConfig):
@@ -140,7 +141,7 @@ class QaEncoder:
         }
 
     def _room(self, question: Question, prefix: list[int], context_length: int) -> int:
-        """Context tokens that fit beside the question and the null slot."""
+        """Return how many context tokens fit beside the question and the null slot."""
         room = self.cfg.max_length - len(prefix) - 1
         if room < 1 or (context_length > room and room <= self.cfg.stride):
             raise UserError(
@@ -154,7 +155,10 @@ class QaEncoder:
 
 
 class _OffsetTokenizer:
-    """Texts -> encodings with ids and character offsets, by a copy of the tokenizer that cuts and pads nothing."""
+    """Tokenizer of texts into ids and character offsets.
+
+    It is a copy of the given tokenizer, without truncation and padding.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         from tokenizers import Tokenizer
@@ -168,9 +172,10 @@ class _OffsetTokenizer:
 
 
 def token_span(chars: np.ndarray, start: int, end: int) -> tuple[int, int]:
-    """First and last token that hold characters [start, end) of the text; `chars` (T, 2) are the tokens' offsets.
+    """Return the first and last token of the characters [start, end) of the text.
 
-    The tokens of one character that BPE splits all have its offsets: the span takes them all.
+    `chars` (T, 2) are the tokens' offsets. If BPE splits a character, its tokens all have the
+    offsets of that character, and the span includes them all.
     """
     first = int(np.searchsorted(chars[:, 1], start, side="right"))
     last = int(np.searchsorted(chars[:, 0], end, side="left")) - 1
@@ -178,7 +183,10 @@ def token_span(chars: np.ndarray, start: int, end: int) -> tuple[int, int]:
 
 
 def window_starts(length: int, room: int, stride: int) -> list[int]:
-    """Where windows of `room` tokens begin that overlap by `stride`; the last one may be shorter."""
+    """Return the starts of windows of `room` tokens that overlap by `stride`.
+
+    The last window may be shorter.
+    """
     starts = [0]
     while starts[-1] + room < length:
         starts.append(starts[-1] + room - stride)

@@ -1,6 +1,6 @@
-"""What the encoders of all tasks share: a text field that must be there, lists in table cells, row weights, fingerprints.
+"""Helpers of all encoders: required text fields, lists in table cells, row weights, fingerprints.
 
-Does not know any format; `sources` finds fields, `formats` names JSON's types.
+Independent of file formats; `sources` finds fields, `formats` names JSON's types.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ MEND = f"Mend the row; {SKIP}"
 
 
 def text_field(record: dict, field: str, where: str, option_key: str) -> str:
-    """The field's text.
+    """Return the field's text.
 
     Raises:
-        UserError: it is absent, no string, or holds nothing but white space.
+        UserError: the field is absent, not a string, or contains only white space.
     """
     value = get_field(record, field)
     if value is MISSING:
@@ -33,7 +33,7 @@ def text_field(record: dict, field: str, where: str, option_key: str) -> str:
 
 
 def full_text(value: Any, name: str, where: str) -> str:
-    """`value`, if it is a string with more than white space; `name` is what an error calls it."""
+    """Return `value` if it is a non-blank string; `name` is its name in error messages."""
     if not isinstance(value, str):
         raise UserError(f"{name} is {json_type(value)}, not a string", where, MEND)
     if not value.strip():
@@ -42,9 +42,10 @@ def full_text(value: Any, name: str, where: str) -> str:
 
 
 def parsed_cell(value: Any) -> Any:
-    """The array or object that a string holds as JSON or as Python writes it; any other value as it is.
+    """Parse an array or object from a string in JSON or Python syntax; return other values as is.
 
-    CSV files and text columns of parquet files have no other way to hold one; pandas writes lists as Python does.
+    CSV files and text columns of parquet files have no other way to store one; pandas writes lists
+    in Python syntax.
     """
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
@@ -62,21 +63,22 @@ def parsed_cell(value: Any) -> Any:
 def counts(
     record: dict, weight_field: str | None, others: Sequence[str | None], where: str
 ) -> bool:
-    """Tell whether a row takes part, by the training weight that it may carry: 1 does, 0 is left out.
+    """Tell whether a row takes part, by its training weight: 1 takes part, 0 is left out.
 
     Args:
-        weight_field: `task.weight_field`; rows without it, or with null or an empty cell, take part.
-        others: fields that the task reads as something else.
+        weight_field: `task.weight_field`; rows without it, or with null or an empty cell, take
+            part.
+        others: fields that the task uses for other purposes.
 
     Raises:
-        UserError: the weight is another number; losses are not weighed row by row.
+        UserError: the weight is another number; losses are not weighted row by row.
     """
     if weight_field is None or weight_field in others:
         return True
     value = get_field(record, weight_field)
     try:
         weight = float(value) if isinstance(value, (bool, int, float, str)) else math.nan
-    except (ValueError, OverflowError):  # a text is no weight
+    except (ValueError, OverflowError):  # text that is not a number is not a weight
         return True
     if math.isnan(weight) or weight == 1:
         return True
@@ -91,10 +93,10 @@ def counts(
 
 
 def shown(text: str, length: int = 40) -> str:
-    """A text as error messages quote it, cut in its middle."""
+    """Shorten a text in its middle and quote it for an error message."""
     return repr(text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 2 :]}")
 
 
 def digest(*parts: Any) -> str:
-    """A fingerprint of plain values."""
+    """Return a fingerprint of plain values."""
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()

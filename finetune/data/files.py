@@ -1,7 +1,8 @@
-"""The data files that a spec names, and what is remarkable about them. Reads only the first bytes of each.
+"""Find the data files that a spec names, and report what is unusual about them.
 
-Flow: file, directory, glob, or several of them with commas -> files in reading order. What would be trained on twice, or
-cannot be data, is refused; what is left out, or probably not meant for training, is told.
+Flow: file, directory, glob, or several of them with commas -> files in reading order. Reads only
+the first bytes of each. Files that would be trained on twice, or that cannot be data, are refused;
+files that are left out, or are probably not meant for training, are reported.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ SAMPLE_BYTES = 1 << 20
 
 @dataclass
 class Files:
-    """What a spec names on this machine."""
+    """The files on this machine that a spec names."""
 
     paths: list[Path]
     """In reading order."""
@@ -88,10 +89,11 @@ class Files:
 
 
 def find_files(spec: str) -> Files | None:
-    """Return the files that a spec names; None where nothing of this name is here.
+    """Return the files that a spec names; None if nothing of this name exists here.
 
     Raises:
-        UserError: an unknown format, files that hold the same twice, or a directory or glob without data.
+        UserError: an unknown format, two files with the same data, or a directory or glob without
+            data.
     """
     spec = os.path.expanduser(resolve(spec))
     path = Path(spec)
@@ -121,7 +123,7 @@ def find_files(spec: str) -> Files | None:
 
 
 def suffix(path: Path) -> str | None:
-    """The known format suffix of a file name, e.g. `.jsonl.zst`."""
+    """Return the known format suffix of a file name, e.g. `.jsonl.zst`."""
     name = path.name.lower()
     return next(
         (known for known in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(known)), None
@@ -129,7 +131,7 @@ def suffix(path: Path) -> str | None:
 
 
 def notes_on(files: Files, training: bool) -> list[str]:
-    """What people should know about the files that a spec names, one line each."""
+    """Return notes for users on the files that a spec names, one line each."""
     notes = []
     if files.left_out:
         kinds = " ".join(sorted({path.suffix or "no suffix" for path in files.left_out}))
@@ -161,7 +163,7 @@ def notes_on(files: Files, training: bool) -> list[str]:
 
 
 def shared(train: Files, held_out: Files) -> list[str]:
-    """A note where files of the evaluation are training files too, by path or by content."""
+    """Return a note if evaluation files are also training files, by path or by content."""
     trained = set(train.paths)
     same = {
         path
@@ -179,7 +181,7 @@ def shared(train: Files, held_out: Files) -> list[str]:
 
 
 def nearby(path: Path) -> str:
-    """The remedy for a path that is not there."""
+    """Return the remedy for a path that does not exist."""
     folder = path.parent
     if not folder.is_dir():
         return f"The directory {folder} does not exist either."
@@ -191,7 +193,10 @@ def nearby(path: Path) -> str:
 
 
 def address_error(spec: str) -> UserError:
-    """Data are read from this machine: the command that brings them here."""
+    """Return the error for a remote address, with the command that copies the data here.
+
+    Data are read from this machine only.
+    """
     scheme, _, rest = spec.partition("://")
     remedy = f"Copy it to this machine and give the file. {KNOWN}"
     if scheme == "file":
@@ -202,7 +207,7 @@ def address_error(spec: str) -> UserError:
         name = re.sub(r"^datasets/", "", rest) if scheme == "hf" else id_[2]
         remedy = f"Try data.train={'/'.join(name.split('/')[:2])}"
     elif scheme in ("http", "https"):
-        # A page of these two shows a file; the file itself has another address.
+        # A page at these two addresses shows a file; the file itself has another address.
         direct = re.sub(
             r"(huggingface\.co/.*?)/blob/",
             r"\1/resolve/",
@@ -214,7 +219,10 @@ def address_error(spec: str) -> UserError:
 
 
 def identity(path: Path) -> list:
-    """Changes whenever a file does: path, size, time of change and a hash of its content or its two ends."""
+    """Return values that change whenever a file does.
+
+    These are its path, size, time of modification, and a hash of its content or of its two ends.
+    """
     try:
         status = path.stat()
         return [
@@ -228,7 +236,8 @@ def identity(path: Path) -> list:
 
 
 def check_format(path: Path) -> None:
-    """
+    """Refuse a file of unknown format.
+
     Raises:
         UserError: the file's name ends with none of the known suffixes.
     """
@@ -243,7 +252,7 @@ def _in_directory(path: Path) -> Files:
 
 
 def _sorted_out(paths: list[Path], spec: str) -> Files:
-    """The data among files that no one named one by one."""
+    """Select the data among files that were not named one by one."""
     data = [path for path in paths if suffix(path) and not METADATA.fullmatch(path.name)]
     unknown = [
         path
@@ -260,7 +269,9 @@ def _sorted_out(paths: list[Path], spec: str) -> Files:
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """Visible files in a directory and below it, linked directories included, each of them once.
+    """Yield the visible files in a directory and below it, each of them once.
+
+    Linked directories are followed.
 
     Raises:
         UserError: a `datasets` folder lies in it.
@@ -289,7 +300,7 @@ def _entries(folder: Path) -> Iterator[Path]:
 
 
 def _listed(spec: str) -> Files:
-    """Several specs with commas between them, each of which must be here."""
+    """Find the files of several specs with commas between them, each of which must exist here."""
     together = Files([], chosen=True)
     for part in filter(None, map(str.strip, spec.split(","))):
         files = find_files(part)
@@ -313,7 +324,7 @@ def _listed(spec: str) -> Files:
 
 
 def _refuse_content(path: Path) -> None:
-    """Refuse what is no data file whatever its name says.
+    """Refuse a file that cannot be data, whatever its name says.
 
     Raises:
         UserError: unknown format, a git-lfs pointer, an archive, a database or a web page.
@@ -338,7 +349,7 @@ def _refuse_content(path: Path) -> None:
 
 
 def _refuse_packed_twice(paths: list[Path]) -> None:
-    """A file beside its own compressed copy would be trained on twice."""
+    """Refuse a file beside its own compressed copy, which would be trained on twice."""
     plain: dict[str, Path] = {}
     for path in paths:
         name = re.sub(r"\.(gz|zst)$", "", str(path), flags=re.IGNORECASE)
@@ -354,7 +365,7 @@ def _refuse_packed_twice(paths: list[Path]) -> None:
 
 
 def _same_content(paths: list[Path]) -> list[list[Path]]:
-    """Groups of files with one content. Only files of one size are read."""
+    """Return groups of files with the same content; only files of equal size are read."""
     by_size: dict[int, list[Path]] = {}
     for path in dict.fromkeys(paths):
         by_size.setdefault(path.stat().st_size, []).append(path)
@@ -367,7 +378,10 @@ def _same_content(paths: list[Path]) -> list[list[Path]]:
 
 @lru_cache(maxsize=100_000)
 def _sample_hash(path: Path, size: int, changed: int) -> str:
-    """A hash of the whole file, or of both ends of a large one; `changed` only distinguishes versions of it."""
+    """Return a hash of the whole file, or of both ends of a large one.
+
+    `changed` only tells versions of the file apart in the cache.
+    """
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         if size <= FULL_HASH_BYTES:

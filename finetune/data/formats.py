@@ -1,7 +1,8 @@
 """One reader per file format: path -> (where, record), or a UserError for a bad row.
 
-Flow: lines or chunks of `compressed_files` -> rows. A bad row is yielded and reading goes on behind it; a fault after which
-the rest of the file cannot be trusted is raised. Knows no spec, no globs and no fields.
+Flow: lines or chunks of `compressed_files` -> rows. A bad row is yielded and reading continues
+after it; a fault that makes the rest of the file unreliable is raised. Knows no spec, no globs and
+no fields.
 """
 
 from __future__ import annotations
@@ -60,7 +61,10 @@ def parse_line(path: Path, line: Line) -> Row:
 
 
 def check_object(record: Any, where: str, surrogates: bool = True) -> Row:
-    """The row, if it is an object whose strings are valid Unicode (JSON may escape half a surrogate pair)."""
+    """Return the row if it is an object whose strings are valid Unicode.
+
+    JSON may escape half a surrogate pair.
+    """
     if not isinstance(record, dict):
         return UserError(
             f"the row is {json_type(record)}, not an object",
@@ -81,7 +85,10 @@ def check_object(record: Any, where: str, surrogates: bool = True) -> Row:
 def txt_rows(
     path: Path, count: Count | None = None, options: FileOptions = DEFAULTS
 ) -> Iterator[Row]:
-    """The file as one document, or documents of at most about 32 MiB that end at a newline; white space is none."""
+    """Yield the file as one document, or in documents of at most about 32 MiB.
+
+    The latter end at a newline. A remainder of white space alone is no document.
+    """
     parts: list[bytes] = []
     size, good, start = 0, 0, 1
     try:
@@ -128,9 +135,9 @@ def parquet_rows(
 
 
 def arrow_rows(batch: Any, name: str, start: int) -> Iterator[Row]:
-    """Rows of an Arrow record batch or table; `where` is `name[i]`.
+    """Yield the rows of an Arrow record batch or table; `where` is `name[i]`.
 
-    Binary columns that hold UTF-8 become strings: Spark, Hive and others write text so.
+    Binary columns that hold UTF-8 become strings, since Spark, Hive and others write text that way.
     """
     binary = any("binary" in str(column.type) for column in batch.schema)
     try:
@@ -149,7 +156,7 @@ def arrow_rows(batch: Any, name: str, start: int) -> Iterator[Row]:
 
 
 def _with_text(value: Any) -> Any:
-    """The value with strings in place of all bytes in it that are UTF-8."""
+    """Return the value with all bytes in it that are UTF-8 decoded to strings."""
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
@@ -161,7 +168,7 @@ def _with_text(value: Any) -> Any:
 
 
 def json_type(value: Any) -> str:
-    """A value's type in JSON's words."""
+    """Return the name of a value's type in JSON."""
     names = {
         bool: "a boolean",
         int: "a number",
@@ -190,7 +197,7 @@ def _document(path: Path, data: bytes, start: int) -> Row:
 
 
 def _character_start(chunk: bytes) -> int:
-    """Where the last character of a chunk without any newline starts."""
+    """Return the start of the last character of a chunk without any newline."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     decoder.decode(chunk)
     return len(chunk) - len(decoder.getstate()[0])

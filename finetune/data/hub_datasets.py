@@ -1,7 +1,7 @@
-"""Folders of `save_to_disk` and hub ids, read through `datasets`.
+"""Read folders of `save_to_disk` and hub ids through `datasets`.
 
-Flow: spec -> Dataset (memory-mapped) -> rows. Without network it says so within seconds instead of retrying for
-minutes. Runs no code of a repository and reads no plain files (see `sources`).
+Flow: spec -> Dataset (memory-mapped) -> rows. A missing network is reported within seconds instead
+of after minutes of retries. Runs no code of a repository and reads no plain files (see `sources`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def looks_like_hub_id(spec: str) -> bool:
 
 
 def is_saved_dataset(path: Path) -> bool:
-    """Whether a folder was made by `save_to_disk`."""
+    """Tell whether a folder was made by `save_to_disk`."""
     single = all((path / name).is_file() for name in ("state.json", "dataset_info.json"))
     return single or (path / "dataset_dict.json").is_file()
 
@@ -56,7 +56,10 @@ class DatasetSource:
         self.identity = [spec, split, self.dataset._fingerprint, len(self.dataset)]
 
     def _named(self, row: Row) -> Row:
-        """Class labels by name, as an export should know them; -1 is the mark of a row without one."""
+        """Replace class ids by class names, as an export should know them.
+
+        The id -1 marks a row without a label.
+        """
         if isinstance(row, UserError):
             return row
         where, record = row
@@ -79,7 +82,7 @@ class DatasetSource:
 
 
 def _class_names(feature: Any) -> list[str] | None:
-    """Of a ClassLabel, or of a list of them."""
+    """Return the class names of a ClassLabel, or of a list of them."""
     return getattr(getattr(feature, "feature", feature), "names", None)
 
 
@@ -114,7 +117,7 @@ def _from_hub(spec: str, split: str, config: str | None) -> Any:
     reachable = not offline and _reachable()
     try:
         return _load(spec, config, split, reachable)
-    except Exception as error:  # the hub's, requests' and datasets' classes have no common base
+    except Exception as error:  # the classes of the hub, requests and datasets have no common base
         if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
             reason = " ".join(str(error).split())
             raise UserError(
@@ -137,7 +140,7 @@ def _load(spec: str, config: str | None, split: str, online: bool) -> Any:
     from huggingface_hub import constants
 
     before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-    # Offline, what is in the cache still loads, at once; online mode would retry for minutes first.
+    # Offline mode loads what is cached, at once; online mode would retry for minutes first.
     datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = not online
     try:
         return datasets.load_dataset(spec, config, split=split)
@@ -151,7 +154,10 @@ def _offline_flag() -> str | None:
 
 
 def _reachable() -> bool:
-    """Whether the hub answers; a proxy is taken at its word. In a thread: name lookup has no time limit."""
+    """Tell whether the hub answers; a configured proxy is assumed to work.
+
+    Runs in a thread, since name lookup has no time limit.
+    """
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
         return True
     url = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))

@@ -1,16 +1,17 @@
-"""Rows of the four instruction layouts -> one list of messages, checked.
+"""Conversion of rows in the four instruction layouts to one checked list of messages.
 
     prompt     {"prompt": "2+2?", "completion": "4"}
     messages   {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
     alpaca     {"instruction": "Add.", "input": "2+2", "output": "4"}
     sharegpt   {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]}
 
-All become messages of the second layout; prompt and completion may be lists of such messages too. Turns may name their
-fields in either way, and a field `system` beside them is the system message. A conversation is: perhaps a system
-message, then user and assistant in turn.
+All become messages of the second layout; prompt and completion may also be lists of such messages.
+Turns may name their fields in either way, and a field `system` beside them is the system message. A
+conversation is an optional system message, then user and assistant in turn.
 
-A turn of the assistant may be marked as not to be scored (`TRAINED`, `MASKED`), and so may a row. What is not scored is
-read all the same by the turns behind it. Turns behind the last scored one are left out. Renders and tokenises nothing.
+Marks (`TRAINED`, `MASKED`) can exclude an assistant's turn, or a whole row, from scoring. Later
+turns still see the unscored ones. Turns after the last scored one are left out. This module does
+not render or tokenise.
 """
 
 from __future__ import annotations
@@ -63,14 +64,15 @@ Scored = Union[bool, list[bool]]
 def conversation(
     record: dict, where: str, cfg: InstructConfig
 ) -> tuple[list[Message], list[Scored]] | None:
-    """The row's messages, the last of them a scored one of the assistant, and which are scored.
+    """Return a row's messages, ending with a scored one of the assistant, and which are scored.
 
     Returns:
-        None for a row whose own mark leaves it out.
+        None if a mark leaves the whole row out.
 
     Raises:
-        UserError: the row has none of the layouts (or not the one that `cfg.format` names), or breaks its rules; no
-            turn of it is scored; a mark is unknown or has a value that says neither yes nor no.
+        UserError: the row has none of the layouts (or not the one that `cfg.format` names), or
+            breaks its rules; none of its turns is scored; a mark is unknown or its value is neither
+            yes nor no.
     """
     layout = layout_of(record, cfg) if cfg.format == "auto" else cfg.format
     if layout is None:
@@ -98,14 +100,14 @@ def conversation(
 
 
 def question(record: dict, where: str, cfg: InstructConfig) -> str | list[Message]:
-    """What a row asks, read as `conversation` reads it, answered or not.
+    """Return the question of a row, read as `conversation` reads it, with or without an answer.
 
     Returns:
-        The prompt; or messages, the last of them the user's, where there is more to it: earlier turns, a system
-        message, an input.
+        The prompt; or messages that end with the user's if there is more than a prompt: earlier
+        turns, a system message, an input.
 
     Raises:
-        UserError: the row asks nothing, or breaks its layout's rules.
+        UserError: the row has no question, or breaks its layout's rules.
     """
     layout = layout_of(record, cfg) if cfg.format == "auto" else cfg.format
     asks = {
@@ -153,7 +155,10 @@ def check_format(name: str) -> None:
 
 
 def layout_of(record: dict, cfg: InstructConfig) -> str | None:
-    """The first layout all of whose fields the row has, better not as null: tables of mixed rows fill gaps with it."""
+    """Return the first layout all of whose fields the row has.
+
+    Layouts without null fields are preferred, because tables of mixed rows fill gaps with null.
+    """
     fields = {
         "prompt": (cfg.prompt_field, cfg.completion_field),
         "messages": ("messages",),
@@ -205,7 +210,7 @@ def _alpaca(record: dict, where: str, cfg: InstructConfig) -> list[Message]:
 
 
 def _instruction(record: dict, where: str) -> Message:
-    """The user's turn of an alpaca row."""
+    """Build the user's turn of an alpaca row."""
     instruction = text_field(record, "instruction", where, "task.format=prompt task.prompt_field")
     if record.get("history"):
         raise UserError(
@@ -236,12 +241,12 @@ def _are_turns(value: Any) -> bool:
 
 
 def _with_system(record: dict, turns: list[Message], where: str) -> list[Message]:
-    """The turns behind the row's system message, unless they begin with one."""
+    """Put the row's system message before the turns, unless they begin with one."""
     return turns if turns[0]["role"] == "system" else _system(record, where) + turns
 
 
 def _system(record: dict, where: str) -> list[Message]:
-    """The system message that stands beside the turns, if there is one."""
+    """Return the system message given beside the turns, if there is one."""
     text = record.get("system")
     if text is None or text == "":
         return []
@@ -271,7 +276,10 @@ def _turns(record: dict, where: str, field: str, style: str) -> list[Message]:
 
 
 def _list(turns: Any, field: str, where: str, style: str) -> list[Message]:
-    """Messages of a list of turns that say role and content, or from and value; `style` is the expected first key."""
+    """Convert turns with role and content, or from and value, to messages.
+
+    `style` is the expected first key.
+    """
     turns = parsed_cell(turns)
     if not isinstance(turns, list):
         cell = "A text cell must hold a JSON array. " if isinstance(turns, str) else ""
@@ -320,10 +328,10 @@ def _turn(turn: Any, name: str, where: str, style: str) -> Message:
 
 
 def _mark(turn: dict, name: str, where: str) -> bool | None:
-    """Whether a turn's marks say that it is scored; None where it has none.
+    """Tell whether a turn is scored according to its marks; None if it has no marks.
 
     Raises:
-        UserError: two marks contradict each other, or one cannot be followed.
+        UserError: two marks contradict each other, or one cannot be applied.
     """
     marks: dict[str, bool] = {}
     for key, value in turn.items():
@@ -351,7 +359,10 @@ def _mark(turn: dict, name: str, where: str) -> bool | None:
 
 
 def _detail(turn: dict, content: str, name: str, where: str) -> list[bool] | None:
-    """Which characters of a turn are scored where it marks parts of itself: those that no part names are not."""
+    """Return which characters of a turn are scored if it marks parts of its text.
+
+    Characters that no part names are not scored.
+    """
     key = next((key for key in DETAILS if turn.get(key)), None)
     if key is None:
         return None
@@ -380,7 +391,7 @@ def _detail(turn: dict, content: str, name: str, where: str) -> list[bool] | Non
 
 
 def _left_out(record: dict, where: str, cfg: InstructConfig) -> bool:
-    """Tell whether marks of the whole row leave it out."""
+    """Tell whether a mark of the whole row leaves it out."""
     if not counts(record, cfg.weight_field, (cfg.prompt_field, cfg.completion_field), where):
         return True
     return any(
@@ -389,7 +400,7 @@ def _left_out(record: dict, where: str, cfg: InstructConfig) -> bool:
 
 
 def _yes_or_no(value: Any) -> bool | None:
-    """True or false, 1 or 0, however they are written."""
+    """Parse true or false, 1 or 0, in any spelling; None for anything else."""
     text = str(value).strip().lower()
     return {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(
         text
@@ -408,7 +419,10 @@ def _role_hint(role: str, roles: dict[str, str]) -> str:
 
 
 def _joined(content: Any) -> Any:
-    """The text of content that is a list of text parts, {"type": "text", "text": ..}; anything else as it is."""
+    """Join content that is a list of text parts; return other content unchanged.
+
+    A text part is {"type": "text", "text": ..}.
+    """
     if not isinstance(content, list) or not content:
         return content
     texts = [

@@ -1,15 +1,17 @@
-"""Prompt templates: a conversation -> the texts a model reads and the texts it must write.
+"""Prompt templates, which split a conversation into prompts and the completions to learn.
 
-Flow: name or file -> Template -> pieces(messages): prompt, completion, prompt, completion, ... A template is a Jinja
-chat template as Hugging Face's tokenizers carry them, and runs in a sandbox: files may come from anywhere. What the
-assistant writes is found by rendering the conversation up to each turn, so that no template needs marks of its own:
+Flow: name or file -> Template -> pieces(messages): prompt, completion, prompt, completion, ... A
+template is a Jinja chat template as in Hugging Face's tokenizers, and runs in a sandbox, because
+files may come from anywhere. The assistant's texts are found by rendering the conversation up to
+each turn, so that a template needs no marks:
 
     messages   user "2+2?"            assistant "4"    user "3+3?"         assistant "6"
     rendered   User: 2+2?..Assistant: | 4 |            ..User: 3+3?..Assistant: | 6 |
     pieces     [prompt                , completion     , prompt                 , completion]
 
-Training puts eos behind every completion. A template that does not write it there itself is exported inside another one
-that does (`Template.chat_template`). Knows no tokenizer but its eos, and no data format.
+Training appends eos to every completion. A template that does not write eos itself is exported
+inside another one that does (`Template.chat_template`). Of the tokenizer only the eos is used here;
+data formats are handled elsewhere.
 """
 
 from __future__ import annotations
@@ -65,10 +67,10 @@ RENDER_FAULTS = (
 
 
 class Template:
-    """A compiled template. It may write eos behind the assistant's words, or leave that to the encoder.
+    """A compiled template; it may write eos after the assistant's text or leave it to the encoder.
 
     Args:
-        name: what errors and exports call it.
+        name: its name in errors and exports.
         eos: text of the token that ends a completion; `pieces` leaves it out.
     """
 
@@ -87,12 +89,13 @@ class Template:
         """What an export carries: rendered whole, it writes the pieces in turn, with eos behind every completion."""
 
     def pieces(self, messages: list[Message], where: str) -> list[str]:
-        """Prompt and completion texts in turn; the last is a prompt when the assistant has the next word.
+        """Return prompt and completion in turn, ending with a prompt if the assistant is next.
 
-        Completions come without eos, also where the template writes one.
+        Completions come without eos, even if the template writes one.
 
         Raises:
-            UserError: the template refuses these messages, or rewrites earlier turns when later ones follow.
+            UserError: the template rejects these messages, or rewrites earlier turns when later
+                ones follow.
         """
         pieces: list[str] = []
         done = carried = ""
@@ -113,10 +116,10 @@ class Template:
         return pieces
 
     def _chat_template(self) -> str:
-        """The template itself where it writes what training reads, else the template inside `WITH_EOS`.
+        """Return the template if it renders what training reads, else the template in `WITH_EOS`.
 
         Raises:
-            UserError: neither does.
+            UserError: neither of the two does.
         """
         wanted: list[tuple[list[Message], str]] = []
         for messages in TRIALS:
@@ -179,7 +182,7 @@ class Template:
 
 
 def load_template(spec: str, eos: str, bos: str = "") -> Template:
-    """A template that ships with the project, by name, or any file with a Jinja chat template."""
+    """Load a shipped template by name, or any file with a Jinja chat template."""
     shipped, path = FOLDER / f"{spec}.jinja", Path(spec).expanduser()
     if spec.isidentifier() and shipped.is_file():
         return Template(spec, shipped.read_text(encoding="utf-8"), eos, bos)
@@ -198,7 +201,7 @@ def load_template(spec: str, eos: str, bos: str = "") -> Template:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """As transformers compiles chat templates; the same file must read the same here and there."""
+    """Create the Jinja environment that transformers uses, so that templates render the same."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -223,14 +226,17 @@ def _tojson(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """transformers', which escapes nothing for HTML as Jinja's own does."""
+    """Serialise to JSON as transformers does, without the HTML escapes of Jinja's own filter."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`, transformers' mark of the assistant's words, is read through."""
+    """Extension that accepts and ignores transformers' `{% generation %}...{% endgeneration %}`.
+
+    transformers marks the assistant's text with it.
+    """
 
     tags = {"generation"}  # noqa: RUF012
 

@@ -1,8 +1,11 @@
-"""Records of a data spec: files, globs, directories, `datasets` folders and hub ids -> (where, record).
+"""Readers of data specs: files, globs, directories, `datasets` folders and hub ids.
 
-Flow: spec -> source (its files) -> one reader per format (`formats`, `csv_file`, `large_json`, `hub_datasets`) -> rows in a fixed
-order. One pass, bounded memory. Bad rows are yielded as UserErrors, so that the caller counts or stops; faults of a
-whole file are raised. Knows no task: fields are looked up by `get_field`.
+Each record is yielded as (where, record).
+
+Flow: spec -> source (its files) -> one reader per format (`formats`, `csv_file`, `large_json`,
+`hub_datasets`) -> rows in a fixed order. One pass, bounded memory. Bad rows are yielded as
+UserErrors, so that the caller can count them or stop; errors that concern a whole file are raised.
+Independent of the task: fields are looked up by `get_field`.
 """
 
 from __future__ import annotations
@@ -59,10 +62,11 @@ READING = "files-2"
 def read(
     spec: str, split: str, count: Count | None = None, options: FileOptions = DEFAULTS
 ) -> Iterator[Row]:
-    """All rows of a spec in order; `count` is told the bytes read of the files.
+    """Yield all rows of a spec in order; `count` is called with the bytes read of the files.
 
     Raises:
-        UserError: nothing there, or a file as a whole is missing, truncated, corrupt or of unknown format.
+        UserError: the spec matches nothing, or a whole file is missing, truncated, corrupt or of
+            unknown format.
     """
     return open_source(spec, split, options=options).rows(count)
 
@@ -70,7 +74,10 @@ def read(
 def open_source(
     spec: str, split: str, config: str | None = None, options: FileOptions = DEFAULTS
 ) -> Source:
-    """What a spec stands for; `split` matters to `datasets` folders and hub ids only, `config` to hub ids."""
+    """Return the source that a spec refers to.
+
+    `split` applies only to `datasets` folders and hub ids, `config` only to hub ids.
+    """
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", spec):
         raise address_error(spec)
     local = os.path.expanduser(resolve(spec))
@@ -86,7 +93,7 @@ def open_source(
 
 
 class FileSource:
-    """Data files in reading order."""
+    """Data files in the order in which they are read."""
 
     def __init__(self, files: Files, options: FileOptions = DEFAULTS):
         self.files, self.options = files, options
@@ -94,7 +101,7 @@ class FileSource:
 
     @property
     def identity(self) -> list:
-        """Changes whenever a file, or the way in which it is read, does."""
+        """Return a value that changes whenever a file, or the way it is read, changes."""
         return [
             READING,
             self.options.encoding,
@@ -125,11 +132,14 @@ def file_options(data: DataConfig) -> FileOptions:
 
 
 def data_notes(data: DataConfig) -> dict[str, list[str]]:
-    """What people should know about the files of a run, by train and eval. Opens nothing that is not a file here."""
+    """Return notes for the user on the data files of a run, by "train" and "eval".
+
+    Only files on this machine are opened.
+    """
     train = None
     with suppress(
         UserError
-    ):  # an evaluation may be long after the training, whose data need not be here any more
+    ):  # an evaluation may come long after the training, whose data may be gone by then
         train = _local_files(data.train)
     held_out = _local_files(data.eval)
     notes: dict[str, list[str]] = {
@@ -153,9 +163,10 @@ def _local_files(spec: str | None) -> Files | None:
 
 
 def get_field(record: dict, field: str) -> Any:
-    """`record[field]`, or with dots `record["a"]["b"]`; MISSING when it is not there.
+    """Return `record[field]`, or `record["a"]["b"]` for a field "a.b"; MISSING if it is absent.
 
-    A key that holds the dots itself wins: CSV headers such as `meta.pile_set_name` work.
+    A key that contains the dots itself takes precedence, so that CSV headers such as
+    `meta.pile_set_name` work.
     """
     if field in record:
         return record[field]
@@ -168,7 +179,7 @@ def get_field(record: dict, field: str) -> Any:
 
 
 def field_error(record: dict, field: str, where: str, option_key: str) -> UserError:
-    """The field is missing: names those that are there, and the override that is probably right."""
+    """Return the error for a missing field, with the fields present and a likely override."""
     fields = _field_names(record)
     present = ", ".join(f"'{name}'" for name in fields[:12]) or "no field at all"
     texts = [name for name in fields if isinstance(get_field(record, name), str)]
@@ -180,7 +191,7 @@ def field_error(record: dict, field: str, where: str, option_key: str) -> UserEr
 
 
 def _field_names(record: dict, prefix: str = "") -> list[str]:
-    """Names with dots down to two levels: what a user can type."""
+    """Return the field names that a user can type: dotted, down to two levels."""
     names = []
     for key, value in record.items():
         if isinstance(value, dict) and not prefix:
@@ -190,7 +201,7 @@ def _field_names(record: dict, prefix: str = "") -> list[str]:
     return names
 
 
-# What data sets call the same thing; a shared group makes a field plausible.
+# Names that data sets use for the same thing; a field of the same group is a plausible suggestion.
 _KIN = [
     {
         "text",
@@ -218,12 +229,12 @@ def _plausible(name: str, wanted: str, record: dict) -> tuple[bool, float, int]:
 
 
 def _reader(path: Path) -> Reader:
-    """By the name's suffix; a parquet file under another name is read as what it is."""
+    """Choose a reader by the name's suffix; parquet files are recognised under any name."""
     return parquet_rows if head_of(path).startswith(PARQUET) else READERS[suffix(path) or ""]
 
 
 def _may_be_hub_id(spec: str) -> bool:
-    """`name` or `org/name`; where a folder `org` is here, a file in it was meant."""
+    """Tell whether `spec` has the form `name` or `org/name` and `org` is no local folder."""
     path = Path(spec)
     return (
         suffix(path) is None

@@ -1,4 +1,7 @@
-"""Upload of an export to the Hugging Face hub. Tokens are the hub library's business: never read or stored here."""
+"""Upload an export to the Hugging Face hub.
+
+Tokens are left to the hub library: they are never read or stored here.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ LOGIN = "Log in with 'hf auth login', or set HF_TOKEN to a token that may write.
 
 
 def check_hub(repo: str) -> None:
-    """
+    """Check the name of a hub repository.
+
     Raises:
         UserError: not a name like org/name.
     """
@@ -31,14 +35,15 @@ def check_hub(repo: str) -> None:
 
 
 def push(folder: Path, repo: str, private: bool, base: str | None = None) -> str:
-    """Make the repository where there is none, upload every file of `folder`; the repository's address.
+    """Upload every file of `folder`, creating the repository if needed, and return its address.
 
     Args:
-        base: hub id under which others find the model that an adapter belongs to, where this machine has it in a folder;
-            written into the uploaded files only.
+        base: hub id under which others find the model that an adapter belongs to, if this machine
+            has it in a folder; written into the uploaded files only.
 
     Raises:
-        RunFailed: no token, no network, refused. Says what would have been uploaded; the export stays as it is.
+        RunFailed: no token, no network, or refused. The message says what would have been uploaded;
+            the export stays as it is.
     """
     from huggingface_hub import HfApi, get_token
 
@@ -63,7 +68,7 @@ def push(folder: Path, repo: str, private: bool, base: str | None = None) -> str
         return str(url)
     except RunFailed:
         raise
-    except Exception as error:  # of the hub, of its HTTP library, of the network: no common class
+    except Exception as error:  # errors of hub, HTTP library and network share no base
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunFailed(
             f"the hub did not take it: {reason[:200]}. {_would(folder, repo, private)}",
@@ -73,7 +78,11 @@ def push(folder: Path, repo: str, private: bool, base: str | None = None) -> str
 
 
 def push_or_explain(folder: Path, cfg: ExportConfig) -> str:
-    """As `push` at the end of training, where a failure must not fail the run: what happened, for people."""
+    """Push at the end of training, where a failure must not fail the run.
+
+    Returns:
+        The outcome, as a message for users.
+    """
     assert cfg.push_to_hub
     try:
         return f"pushed to {push(folder, cfg.push_to_hub, cfg.hub_private, cfg.hub_base)}"
@@ -82,7 +91,10 @@ def push_or_explain(folder: Path, cfg: ExportConfig) -> str:
 
 
 def _with_base(folder: Path, base: str | None) -> dict[str, str]:
-    """Files of an adapter that name its base by a local folder, with the hub id in its place: name -> text."""
+    """Return the files of an adapter that name its base by a local folder, as name -> text.
+
+    The texts have the hub id in place of the folder.
+    """
     file = folder / "adapter_config.json"
     if not file.is_file():
         return {}

@@ -1,18 +1,21 @@
-"""The checkpoints of mesh-transformer-jax, in which GPT-J was trained: read and written one tensor at a time.
+"""Read and write checkpoints of mesh-transformer-jax, GPT-J's trainer, one tensor at a time.
 
     step_383500/
       shard_0/ 0.npz .. 15.npz      the first core's part of every parameter
       ..
       shard_7/ 0.npz .. 15.npz
 
-The state is a pytree {"params": {module: {"b" or "w" or ..: array}}, "step": ()}, flattened with sorted keys (so
-layer_10 comes before layer_2) and cut into 16 files of nearly equal counts. In front of a full checkpoint are the
-optimizer's leaves; a slim one, as `slim_model.py` writes it, has none. bfloat16 arrays have numpy's type V2. Described
-by mesh_transformer/checkpoint.py, layers.py and slim_model.py of github.com/kingoflolz/mesh-transformer-jax.
+The state is a pytree {"params": {module: {"b" or "w" or ..: array}}, "step": ()}, flattened with
+sorted keys (so layer_10 comes before layer_2) and cut into 16 files of nearly equal counts. A full
+checkpoint starts with the optimizer's leaves; a slim one, as `slim_model.py` writes it, has none.
+bfloat16 arrays have numpy's type V2. The format is described by mesh_transformer/checkpoint.py,
+layers.py and slim_model.py of github.com/kingoflolz/mesh-transformer-jax.
 
-What a core holds, with d the width, S cores, and what it becomes (torch's weights are the transposes):
+Arrays of one core, with width d and S cores, and the torch tensors that they become (torch's
+weights are the transposes):
 
-    embedding_shard   w (V/S, d) b (d,)      wte = rows joined, plus the sum of b: each core adds its own b
+    embedding_shard   w (V/S, d) b (d,)      wte = rows joined, plus the sum of b, as each core
+                                             adds its own b
     linear, _1, _2    w (d, d/S)             q_proj, v_proj, k_proj: columns joined
     linear_3          w (d/S, d)             out_proj: rows joined
     linear_4          w (d, 4d/S) b (4d/S,)  fc_in: columns joined
@@ -66,7 +69,7 @@ class Leaf:
 
 
 def leaves(layers: int) -> list[Leaf]:
-    """The slim state's leaves in the order of the files."""
+    """Return the slim state's leaves in the order of the files."""
     found = [Leaf(EMBEDDING_BIAS, SUM), Leaf("transformer.wte.weight", ROWS)]
     for layer in sorted(range(layers), key=str):
         found += [Leaf(f"transformer.h.{layer}.{name}", how) for _, name, how in LAYER]
@@ -81,7 +84,7 @@ def leaves(layers: int) -> list[Leaf]:
 
 
 def transposed(name: str) -> bool:
-    """Whether torch stores the transpose: every matrix but the embedding."""
+    """Tell whether torch stores the transpose: every matrix but the embedding."""
     return name.endswith(".weight") and ".ln_" not in name and not name.endswith("wte.weight")
 
 
@@ -90,7 +93,7 @@ def is_mesh(folder: Path) -> bool:
 
 
 class MeshReader:
-    """Whole tensors of a checkpoint, by torch's names.
+    """Reader of a checkpoint's whole tensors, by torch's names.
 
     Raises:
         UserError: a shard or file is missing or damaged, or the arrays are not GPT-J's.
@@ -122,7 +125,7 @@ class MeshReader:
         return int(self._part(0, self.leaves["step"][1]))
 
     def read(self, name: str) -> Tensor:
-        """One whole tensor in torch's layout; sums are made in fp32 and rounded once."""
+        """Return one whole tensor in torch's layout; sums are made in fp32 and rounded once."""
         leaf, index = self.leaves[name]
         parts = [
             _tensor(self._part(shard, index))
@@ -145,14 +148,14 @@ class MeshReader:
             raise UserError(f"cannot be read: {error}", str(path), "Copy the file again.") from None
 
     def _layers(self) -> tuple[int, int]:
-        """Number of layers, and of the optimizer's leaves in front of the parameters."""
+        """Return the number of layers and of the optimizer's leaves in front of the parameters."""
         total = len(self.places)
         slim = self._part(0, 0).ndim == 1
         if slim and (total - 7) % 10 == 0:
             return (total - 7) // 10, 0
         for scalars in range(
             1, 5
-        ):  # counters of the optimizer; then both averages of every parameter
+        ):  # the optimizer's counters, then both moments of every parameter
             layers, rest = divmod(total - 19 - scalars, 30)
             if not slim and rest == 0 and layers > 0:
                 return layers, total - (10 * layers + 7)
@@ -164,7 +167,7 @@ class MeshReader:
 
 
 def _places(shard: Path) -> list[tuple[str, str]]:
-    """(file, member) of each leaf, in order."""
+    """Return (file, member) of each leaf, in order."""
     found = []
     for i in range(PIECES):
         path = shard / f"{i}.npz"
@@ -225,7 +228,7 @@ class MeshWriter:
                 parts = [np.array(step, np.int32)] * self.count
             elif (
                 leaf.name == EMBEDDING_BIAS
-            ):  # torch has it inside wte; -0.0 adds nothing, not even to a sign
+            ):  # torch has it inside wte; adding -0.0 changes nothing, not even a sign
                 width = tensor_of("transformer.ln_f.bias").shape[0]
                 parts = [_array(torch.full((width,), -0.0, dtype=self.dtype))] * self.count
             else:
@@ -272,7 +275,10 @@ class MeshWriter:
 
 
 def _piece_ends(total: int) -> list[int]:
-    """Where each of the 16 files ends, in leaves: counts differ by one at most, the first files have more."""
+    """Return the end of each of the 16 files, in leaves.
+
+    Counts differ by one at most; the first files have more.
+    """
     size, more = divmod(total, PIECES)
     return [size * (i + 1) + min(i + 1, more) for i in range(PIECES)]
 

@@ -1,7 +1,7 @@
-"""Models that were trained before: from a run's checkpoint, or from an export. No DeepSpeed.
+"""Reopen trained models, from a run's checkpoint or from an export, without DeepSpeed.
 
 run_dir/config.yaml -> Config ; base weights + masters of the newest valid checkpoint -> module
-export/finetune.json -> what the export is ; base + adapter, or the whole model -> module
+export/finetune.json -> description of the export ; base + adapter, or the whole model -> module
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ ABOUT, REFERENCE = "finetune.json", "reference.json"
 
 
 def typed_task(values: dict[str, Any]) -> TaskConfig:
-    """A task section as `plain_config` writes it, `kind` included."""
+    """Return the typed task section for values written by `plain_config`, `kind` included."""
     return typed(KINDS["task"][values["kind"]], values)
 
 
 def load_config(run_dir: Path) -> Config:
-    """The config of a finished or interrupted run.
+    """Return the config of a finished or interrupted run.
 
     Raises:
         UserError: this is not a run directory.
@@ -102,7 +102,7 @@ def _sections(values: dict[str, Any]) -> Config:
 
 @dataclass
 class Trained:
-    """A model ready to compute, and what it is."""
+    """A model ready to compute, and its description."""
 
     module: nn.Module
     head: str
@@ -115,7 +115,9 @@ class Trained:
 
 
 def checkpoint_of(path: Path) -> tuple[Path, Path]:
-    """(run_dir, checkpoint) for a run directory, its best or newest, or for one of its checkpoints.
+    """Return (run_dir, checkpoint) for a run directory or for one of its checkpoints.
+
+    For a run directory, the checkpoint is the best one if the run keeps it, else the newest.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -135,7 +137,10 @@ def checkpoint_of(path: Path) -> tuple[Path, Path]:
 
 
 def _best(run_dir: Path, newest: Path) -> Path | None:
-    """Where a run keeps its best step (`checkpoint.best`), that one: it is what the run exports."""
+    """Return the best checkpoint if the run keeps it (`checkpoint.best`), else None.
+
+    The best step is what such a run exports.
+    """
     if not (run_dir / "config.yaml").is_file() or not load_config(run_dir).checkpoint.best:
         return None
     best = step_folder(run_dir / "checkpoints", read_state(newest)["state"]["best_step"])
@@ -143,13 +148,19 @@ def _best(run_dir: Path, newest: Path) -> Path | None:
 
 
 def about_of_run(run_dir: Path) -> dict[str, Any]:
-    """What the head learned from the training data (label names, template), as the run wrote it down."""
+    """Return what the head learned from the training data (label names, template).
+
+    Read from the run's task.json; empty if the run wrote none.
+    """
     file = run_dir / "task.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def reference_texts_of(run_dir: Path) -> list[list[int]]:
-    """Token ids of the texts that exports are compared on: the run's own, or speeches that ship with the project."""
+    """Return token ids of the texts that exports are compared on.
+
+    These are the run's own, or else speeches that ship with the project.
+    """
     file = run_dir / REFERENCE
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))
@@ -158,9 +169,10 @@ def reference_texts_of(run_dir: Path) -> list[list[int]]:
 
 
 class Masters:
-    """The trained weights of a checkpoint in fp32, by name and range, in little memory.
+    """The trained fp32 weights of a checkpoint, read by name and range with little memory.
 
-    Pages of a mapped file that were read stay resident for as long as it is mapped: it is mapped anew now and then.
+    Pages that were read from a mapped file stay resident for as long as it is mapped, so the file
+    is mapped anew from time to time.
     """
 
     def __init__(self, checkpoint: Path):
@@ -170,7 +182,7 @@ class Masters:
         return self._open.names()
 
     def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of one tensor, flat."""
+        """Return elements [start, start + numel) of one tensor, flat."""
         if self._touched > MAPPED_BYTES:
             self._open, self._touched = saved_masters(self.checkpoint), 0
         self._touched += 4 * numel
@@ -187,10 +199,12 @@ def fill_from_checkpoint(module: nn.Module, checkpoint: Path) -> None:
 
 
 def check_base(cfg: Config, checkpoint: Path) -> None:
-    """An adapter means nothing on other weights than it was trained on.
+    """Check that the base model still has the weights that a run's adapter was trained on.
+
+    An adapter is meaningless on any other weights.
 
     Raises:
-        UserError: the base is not what it was.
+        UserError: the base has changed.
     """
     trained_on = read_state(checkpoint)["identity"].get("weights")
     if (
@@ -216,10 +230,11 @@ def load_run(
     device: torch.device,
     dtype: Dtype | None = None,
 ) -> nn.Module:
-    """The module of a run as it was at `checkpoint`, in evaluation mode.
+    """Return the module of a run as it was at `checkpoint`, in evaluation mode.
 
     Args:
-        dtype: precision of the arithmetic; null: `cfg.model.dtype`, to which frozen weights are rounded in any case.
+        dtype: precision of the arithmetic. None: `cfg.model.dtype`, to which frozen weights are
+            rounded in any case.
     """
     check_base(cfg, checkpoint)
     model = build_model(cfg.model, head, device=device, seed=cfg.seed, num_labels=num_labels)
@@ -231,16 +246,22 @@ def load_run(
 
 
 def read_about(folder: Path, base: str | None = None) -> dict[str, Any]:
-    """finetune.json of an export; of any other checkpoint or adapter of a GPT-J what its own files tell.
+    """Return the contents of an export's finetune.json.
+
+    For any other checkpoint or adapter of a GPT-J, return the same description as far as its own
+    files give it.
 
     Args:
-        base: an adapter's base model, where the adapter does not name it or names a place that is not here.
+        base: an adapter's base model, needed if the adapter does not name it or names a place that
+            does not exist here.
 
     Returns:
-        Also for an adapter `base` is a folder on this machine, with the weights that the adapter was trained on.
+        The description. For an adapter, `base` is a folder on this machine, with the weights that
+        the adapter was trained on.
 
     Raises:
-        UserError: neither an export nor a GPT-J; an adapter whose base is unknown, missing or changed.
+        UserError: neither an export nor a GPT-J; an adapter whose base is unknown, missing or
+            changed.
     """
     is_adapter = (folder / "adapter_config.json").is_file()
     if base and not is_adapter:
@@ -291,7 +312,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def base_folder(name: str | None, revision: str | None, adapter: Path) -> Path:
-    """The folder with the base model of the adapter in the folder `adapter`.
+    """Return the folder with the base model of the adapter in the folder `adapter`.
 
     Args:
         name: path or hub id, as the adapter or the user names it.
@@ -317,11 +338,14 @@ def base_folder(name: str | None, revision: str | None, adapter: Path) -> Path:
 
 
 def check_same_base(folder: Path, head: str, record: dict[str, str] | None) -> None:
-    """An adapter means nothing on other weights than it was trained on.
+    """Check that `folder` holds the weights that an adapter was trained on.
+
+    An adapter is meaningless on any other weights.
 
     Args:
         folder: of the base model.
-        record: `base_record` of the training; None: an adapter from elsewhere, or of an earlier version.
+        record: `base_record` of the training; None: an adapter from elsewhere, or of an earlier
+            version.
 
     Raises:
         UserError: the weights in `folder` are others.
@@ -335,7 +359,7 @@ def check_same_base(folder: Path, head: str, record: dict[str, str] | None) -> N
 
 
 def _foreign_adapter(folder: Path, base: str | None) -> dict[str, Any]:
-    """As finetune.json, for an adapter that plain peft wrote."""
+    """Return the equivalent of finetune.json for an adapter that plain peft wrote."""
     file = folder / "adapter_config.json"
     values = _json(file)
     head = adapter_head(values, str(file))
@@ -343,7 +367,7 @@ def _foreign_adapter(folder: Path, base: str | None) -> dict[str, Any]:
         base or values.get("base_model_name_or_path"), values.get("revision"), folder
     )
     model = _json(home / "config.json")
-    # A head that was saved with the adapter is described beside it, if anywhere.
+    # A head that was saved with the adapter is described next to it, if anywhere.
     own = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
     model |= {
         key: own[key]
@@ -358,10 +382,10 @@ def _foreign_adapter(folder: Path, base: str | None) -> dict[str, Any]:
 
 
 def _head_outputs(folder: Path, home: Path, head: str) -> int:
-    """Outputs of the head that an adapter holds, or else its base.
+    """Return the number of outputs of the head that an adapter, or else its base, holds.
 
     Raises:
-        UserError: neither has one, so that its answers would be random.
+        UserError: neither has a head, so that its answers would be random.
     """
     name = {"classify": "score", "qa": "qa_outputs"}[head]
     stored = re.compile(rf"(^|\.){name}\.(modules_to_save\.(default\.)?)?weight$")
@@ -388,7 +412,7 @@ def _head_outputs(folder: Path, home: Path, head: str) -> int:
 
 
 def _foreign(values: dict[str, Any], head: str) -> dict[str, Any]:
-    """Head, precision, task and settings of a model that was not trained here.
+    """Return head, precision, task and settings of a model that was not trained here.
 
     Args:
         values: of its config.json.
@@ -409,7 +433,10 @@ def _foreign(values: dict[str, Any], head: str) -> dict[str, Any]:
 
 
 def _foreign_labels(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a classifier of transformers' own says of its outputs: (as ClassifyTask.describe, task settings)."""
+    """Return (description as in ClassifyTask.describe, task settings) of a foreign classifier.
+
+    Both are taken from the config.json of a classifier saved by transformers.
+    """
     names = [
         name
         for _, name in sorted((values.get("id2label") or {}).items(), key=lambda item: int(item[0]))
@@ -427,7 +454,7 @@ def _foreign_labels(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 
 def foreign_note(about: dict[str, Any]) -> str | None:
-    """What people must know of a model that was not trained here; None where nothing has to be guessed."""
+    """Return a note for users on a model that was not trained here; None if nothing is guessed."""
     if about["head"] != "qa" or about["task"]:
         return None
     return (
@@ -437,12 +464,15 @@ def foreign_note(about: dict[str, Any]) -> str | None:
 
 
 def model_folder(folder: Path, about: dict[str, Any]) -> Path:
-    """Where the config.json of an export's model lies: of an adapter, its base's (`read_about` has found it)."""
+    """Return the folder with the config.json of an export's model.
+
+    For an adapter this is the folder of its base, which `read_about` has resolved.
+    """
     return Path(about["base"]) if (folder / "adapter_config.json").is_file() else folder
 
 
 def virtual_tokens_of(folder: Path) -> int:
-    """Positions that an export's prompt or prefix takes; 0 for any other."""
+    """Return the number of positions that an export's prompt or prefix takes; 0 for any other."""
     file = folder / "adapter_config.json"
     return int(_json(file).get("num_virtual_tokens") or 0) if file.is_file() else 0
 
@@ -453,7 +483,8 @@ def load_export(
     """Open an adapter on its base, or a whole model, in evaluation mode on the training GPT-J.
 
     Args:
-        dtype: precision of weights and arithmetic; null: the export's own, but fp32 arithmetic on a CPU that emulates bf16.
+        dtype: precision of weights and arithmetic. None: the export's own, but fp32 arithmetic on a
+            CPU that emulates bf16.
         base: as for `read_about`.
     """
     if not folder.is_dir():
@@ -487,7 +518,10 @@ def load_export(
 
 
 def readable(module: nn.Module, dtype: Dtype, device: torch.device) -> nn.Module:
-    """The same weights in fp32 where the CPU only emulates bf16; every bf16 number is an fp32 number."""
+    """Convert a module to fp32 if the CPU only emulates bf16.
+
+    This is lossless, as every bf16 number is an fp32 number.
+    """
     if dtype is not Dtype.bf16 or not emulates_bf16(device):
         return module
     print(

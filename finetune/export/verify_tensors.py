@@ -1,8 +1,8 @@
-"""Verification of an export tensor by tensor, for models that the host's memory cannot hold.
+"""Verification of an export tensor by tensor, for models that do not fit in host memory.
 
-Every tensor is read back from the export's files and compared with the checkpoint's own numbers, or, where an adapter
-was folded in, with what peft folds into the same matrix. Holds a few tensors; unlike `finetune.export.write.verify` it runs no
-model.
+Every tensor is read back from the export's files and compared with the checkpoint's own values or,
+where an adapter was merged, with the result of peft's merge into the same matrix. Only a few
+tensors are in memory at a time; unlike `finetune.export.write.verify`, no model is run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CHUNK = 1 << 22
 
 
 def verify_adapter(folder: Path, shell: nn.Module, masters, dtype: torch.dtype) -> dict[str, Any]:
-    """Every trained parameter is in the adapter's file, rounded from the checkpoint's master.
+    """Check that the adapter's file has every trained parameter, rounded from its master weight.
 
     Args:
         shell: the model with its adapter; only names and shapes are used.
@@ -47,7 +47,7 @@ def verify_adapter(folder: Path, shell: nn.Module, masters, dtype: torch.dtype) 
         key = name.replace(".modules_to_save.default", "").replace(".default", "")
         key = key.replace(
             "lora_magnitude_vector.weight", "lora_magnitude_vector"
-        )  # peft's files leave it out
+        )  # not in peft's files
         wanted = masters.read(name, "master", 0, parameter.numel()).view(parameter.shape).to(dtype)
         _compare(key, written.pop(key, None), wanted, 0.0, folder)
     if written:
@@ -59,7 +59,9 @@ def verify_adapter(folder: Path, shell: nn.Module, masters, dtype: torch.dtype) 
 
 
 def verify_model(folder: Path, cfg: Config, config, info, checkpoint: Path) -> dict[str, Any]:
-    """Every tensor of a merged or full export is the checkpoint's, the base's, or what peft folds from both.
+    """Check that every tensor of a merged or full export is right.
+
+    It must equal the checkpoint's, the base model's, or peft's merge of both.
 
     Args:
         config: the trained model's GPTJConfig.
@@ -112,7 +114,7 @@ def _head_key(name: str) -> str:
 
 
 def _folded(name: str, base: Tensor, cfg: AdapterConfig, masters, names: set[str]) -> Tensor:
-    """What peft makes of one matrix and its adapter in fp32."""
+    """Merge one matrix and its adapter with peft in fp32."""
     module, _, leaf = name.rpartition(".")
     mine = {
         n.removeprefix(f"{PREFIX}{module}."): n for n in names if n.startswith(f"{PREFIX}{module}.")
@@ -136,7 +138,7 @@ def _folded(name: str, base: Tensor, cfg: AdapterConfig, masters, names: set[str
 
 
 def _compare(name: str, found: Tensor | None, wanted: Tensor, limit: float, folder: Path) -> float:
-    """Largest difference relative to the largest wanted value."""
+    """Return the largest difference relative to the largest wanted value."""
     if found is None or found.shape != wanted.shape:
         raise RunFailed(f"the export's tensor {name} is missing or of another shape", str(folder))
     largest = difference = 0.0

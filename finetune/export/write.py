@@ -1,8 +1,9 @@
 """Exports of a run, and their verification in a fresh process.
 
-trained model -> reference outputs on real text -> files in a staging folder -> `finetune.export.write.verify` reopens them with
-plain transformers and peft in another process -> figures to export.json -> rename. A failed verification leaves no
-export. Layout is Hugging Face's: an adapter as peft writes it, a model as sharded safetensors.
+trained model -> reference outputs on real text -> files in a staging folder ->
+`finetune.export.write.verify` reopens them with plain transformers and peft in another process ->
+figures to export.json -> rename. A failed verification leaves no export. The layout is Hugging
+Face's: an adapter as peft writes it, a model as sharded safetensors.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 @dataclass
 class ExportInfo:
-    """What the files say about the run beside the weights."""
+    """Information about the run that the export's files hold beside the weights."""
 
     name: str
     head: str
@@ -83,7 +84,7 @@ class ExportInfo:
 
 
 def reference_texts(store: Store) -> list[list[int]]:
-    """The beginnings of some training examples: real text to compare trained and exported model on."""
+    """Return the beginnings of some training examples, to compare trained and exported model on."""
     ids, offsets = store.column("ids"), store.offsets
     chosen = list(range(0, len(store), max(1, len(store) // REFERENCE_TEXTS)))[:REFERENCE_TEXTS]
     return [
@@ -93,7 +94,7 @@ def reference_texts(store: Store) -> list[list[int]]:
 
 
 def real_conversations(task: TaskConfig, data: DataConfig) -> list[list[Message]]:
-    """The first conversations of the training data, for `ExportInfo`; none where the data cannot be read any more."""
+    """Return the first conversations of the training data; none if it can no longer be read."""
     found: list[list[Message]] = []
     if not isinstance(task, InstructConfig) or not isinstance(data.train, str):
         return found
@@ -110,7 +111,7 @@ def real_conversations(task: TaskConfig, data: DataConfig) -> list[list[Message]
 
 
 def compare_chat_template(folder: Path, info: ExportInfo) -> str:
-    """What the exported tokenizer makes of conversations, beside what training read, in words for people."""
+    """Compare how the exported tokenizer renders conversations with what training read."""
     from finetune.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(folder))
@@ -137,8 +138,10 @@ def compare_chat_template(folder: Path, info: ExportInfo) -> str:
 
 
 def short_texts(texts: list[list[int]], head: str, eos: int) -> list[list[int]]:
-    """Beginnings of the reference texts, of unequal lengths, as a padded batch holds them: closed with the eos that the
-    heads of classification and question answering read."""
+    """Return beginnings of the reference texts with unequal lengths, for a padded batch.
+
+    They end with the eos that the heads of classification and question answering read.
+    """
     lengths = [max(1, SHORT_TOKENS // (i + 1)) for i in range(len(texts))]
     cut = [
         [token for token in ids if token != eos][:length]
@@ -150,8 +153,12 @@ def short_texts(texts: list[list[int]], head: str, eos: int) -> list[list[int]]:
 def reference_outputs(
     module: nn.Module, texts: list[list[int]], head: str, eos: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """Trained model's outputs on each text alone, {"ids.0": (T,), "outputs.0": (T, V)}, and on the `short_texts` as
-    "short_ids.0" and "short_outputs.0". Collective at stage 3."""
+    """Compute the trained model's outputs on each text alone. Collective at stage 3.
+
+    Returns:
+        {"ids.0": (T,), "outputs.0": (T, V)}, and for the `short_texts` "short_ids.0" and
+        "short_outputs.0".
+    """
     was_training = module.training
     module.eval()
     found: dict[str, Tensor] = {}
@@ -175,10 +182,14 @@ def export_run(
     target: Path,
     world: World,
 ) -> dict[str, Any]:
-    """Write and verify the adapter (or the whole model) that `engine` trained; the figures of export.json. Collective.
+    """Write and verify the adapter or model that `engine` trained. Collective.
+
+    Returns:
+        The figures of export.json.
 
     Raises:
-        RunFailed: the export is empty or not equal to the trained model; nothing is left at `target`.
+        RunFailed: the export is empty or not equal to the trained model; nothing is left at
+            `target`.
     """
     reference = (
         reference_outputs(engine.module, texts, info.head, tokenizer.eos_token_id, world.device)
@@ -215,7 +226,7 @@ def _raise_any(world: World, error: Exception | None) -> None:
 
 
 def fresh_stage(target: Path) -> Path:
-    """An empty folder beside `target`, in which the export grows until it is proven."""
+    """Create an empty folder beside `target` for the export until it is verified."""
     stage = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
@@ -223,10 +234,10 @@ def fresh_stage(target: Path) -> Path:
 
 
 def write_adapter(model: nn.Module, trained: dict[str, Tensor], folder: Path) -> None:
-    """adapter_config.json and adapter_model.safetensors in peft's own layout.
+    """Write adapter_config.json and adapter_model.safetensors in peft's own layout.
 
     Raises:
-        RunFailed: the disk refuses; nothing is left of it.
+        RunFailed: writing to the disk failed; nothing of the adapter is left.
     """
     try:
         model.save_pretrained(str(folder), state_dict=trained, safe_serialization=True)  # type: ignore[operator]
@@ -238,7 +249,7 @@ def write_adapter(model: nn.Module, trained: dict[str, Tensor], folder: Path) ->
             "Free some space and export again: python launch/export.py run=RUN kind=adapter",
         ) from None
     (folder / "README.md").unlink(missing_ok=True)
-    (folder / ADAPTER_FILE).chmod(0o644)  # safetensors makes files that only their owner can read
+    (folder / ADAPTER_FILE).chmod(0o644)  # safetensors creates files that only their owner can read
 
 
 def write_model(
@@ -249,11 +260,13 @@ def write_model(
     shard_gib: float,
     write: bool = True,
 ) -> OSError | None:
-    """Sharded safetensors, one tensor in memory at a time; `write` False only takes part in the gathering.
+    """Write sharded safetensors with one tensor in memory at a time.
+
+    With `write=False` the rank only takes part in the gathering.
 
     Returns:
-        What the disk said against it. The tensors are taken to the end all the same: other ranks wait in their
-        gathering.
+        The disk's error, if any. All tensors are consumed even then, because the other ranks wait
+        in their gathering.
     """
     error: OSError | None = None
     try:
@@ -279,7 +292,7 @@ def write_model(
 def write_random_base(
     cfg: ModelConfig, head: str, seed: int, folder: Path, num_labels: int | None
 ) -> None:
-    """The model that `model.init=random` started from, drawn again tensor by tensor."""
+    """Write the model that `model.init=random` started from, drawn again tensor by tensor."""
     target, folder = folder, fresh_stage(folder)
     config = read_config(local_folder(cfg), cfg, num_labels)
     shapes = {name: tuple(p.shape) for name, p in meta_model(config, head).named_parameters()}
@@ -313,21 +326,26 @@ def finish_export(
     reference: dict[str, Tensor] | None,
     figures: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Small files, card and proof; then the staging folder becomes `target`. Returns export.json's figures.
+    """Write small files and model card, verify, and rename the staging folder to `target`.
 
     Args:
         config: the trained model's GPTJConfig.
-        reference: outputs that the reopened export must repeat; None: no reopening.
-        figures: of a verification that was done already.
+        reference: outputs that the reopened export must reproduce; None: it is not reopened.
+        figures: results of a verification that was done already.
+
+    Returns:
+        The figures of export.json.
 
     Raises:
-        RunFailed: the export is empty, does not load, or is not equal; `target` is as it was before.
+        RunFailed: the export is empty, does not load, or is not equal; `target` is as it was
+            before.
     """
     try:
         prompted = (
             kind == "adapter" and info.head == "classify" and _peft_type(stage) == "PROMPT_TUNING"
         )
-        # peft hands a prompted text on as embeddings, in which transformers cannot tell padding: it pools the last place.
+        # With virtual tokens, peft passes embeddings on, in which transformers cannot detect
+        # padding: it pools the last position.
         pads = write_small_files(
             stage,
             config,
@@ -397,7 +415,7 @@ def _peft_type(folder: Path) -> str:
 
 
 def _replace(stage: Path, target: Path) -> None:
-    """The old export goes only when the new one is whole."""
+    """Replace the old export; it is removed only once the new one is complete."""
     old = target.with_name(f".old-{target.name}")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -407,7 +425,7 @@ def _replace(stage: Path, target: Path) -> None:
 
 
 def check_adapter(folder: Path) -> dict[str, Any]:
-    """Count an adapter's tensors, and refuse one that holds nothing: ZeRO-3 run wrongly writes such files.
+    """Count an adapter's tensors, and reject an empty one, as ZeRO-3 writes it when misused.
 
     Raises:
         RunFailed: no tensors, an empty one, or one of LoRA's matrices is all zero.
@@ -452,10 +470,10 @@ def verify_export(folder: Path, reference: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def fresh_process(module: str, words: list[str], where: str) -> str:
-    """Run one of the package's modules in a new process without GPUs; the last line it prints.
+    """Run one of the package's modules in a new process without GPUs; return its last line.
 
     Raises:
-        RunFailed: it failed; the message is its last line.
+        RunFailed: the process failed; the message is its last line.
     """
     done = subprocess.run(
         [sys.executable, "-m", module, *words],
@@ -473,7 +491,10 @@ def fresh_process(module: str, words: list[str], where: str) -> str:
 
 
 def _fresh_environment() -> dict[str, str]:
-    """The environment without the launcher's variables and without GPUs: the trained model still holds those."""
+    """Return the environment without the launcher's variables and without GPUs.
+
+    The trained model still occupies the GPUs.
+    """
     kept = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, kept.get("PYTHONPATH")]))

@@ -1,10 +1,10 @@
 """Causal attention over flat, packed sequences, and rotary positions in place.
 
-A batch is flat: the tokens of all documents one after another, `(N, heads, head_dim)`, with the boundaries in
-`cu_seqlens`. No padding is computed and no mask of size T x T exists. On CUDA in half precision one
-variable-length flash kernel takes the boundary list; elsewhere equal neighbours go through one batched
-`scaled_dot_product_attention` and each other document through its own, which on CPU is the fastest there is.
-Does not project, and does not know about caches (see `model.py`).
+A batch is flat: the tokens of all documents one after another, `(N, heads, head_dim)`, with the
+boundaries in `cu_seqlens`. No padding is computed and no mask of size T x T exists. On CUDA in half
+precision one variable-length flash kernel takes the boundary list. Elsewhere, neighbouring
+documents of equal length share one batched `scaled_dot_product_attention` and every other document
+has a call of its own, which is the fastest way on CPU. Projections and caches are in `model.py`.
 """
 
 from __future__ import annotations
@@ -37,14 +37,20 @@ class Packed:
 
 
 def pack(cu_seqlens: Tensor, kind: str, device: torch.device) -> Packed:
-    """Read the boundaries once per forward; `cu_seqlens` (S+1,) is best given on the host, where this costs no sync."""
+    """Read the boundaries, once per forward.
+
+    `cu_seqlens` (S+1,) is best passed on the host, where reading it needs no device sync.
+    """
     lengths = tuple(torch.diff(cu_seqlens).tolist())
     return Packed(lengths, cu_seqlens.to(device, torch.int32, non_blocking=True), kind)
 
 
 @lru_cache(maxsize=1)
 def has_varlen() -> bool:
-    """Whether this torch brings the variable-length flash kernel (CUDA, fp16 and bf16, no flash-attn package)."""
+    """Tell whether this torch has the variable-length flash kernel.
+
+    The kernel runs on CUDA in fp16 and bf16 and does not need the flash-attn package.
+    """
     try:
         from torch.nn.attention import varlen
 
@@ -54,9 +60,10 @@ def has_varlen() -> bool:
 
 
 def pick_attention(requested: str, device_type: str, dtype: torch.dtype) -> str:
-    """Resolve `model.attention`: the name of the kernel that runs here.
+    """Resolve `model.attention` to the name of the kernel that runs on this device.
 
-    auto: `varlen` on CUDA in half precision, else `sdpa`. `flex` needs CUDA as well (it has no backward on CPU).
+    auto: `varlen` on CUDA in half precision, else `sdpa`. `flex` needs CUDA as well (it has no
+    backward on CPU).
     """
     half = dtype in (torch.bfloat16, torch.float16)
     if requested in ("auto", "flex") and device_type == "cuda" and half and has_varlen():
@@ -67,7 +74,7 @@ def pick_attention(requested: str, device_type: str, dtype: torch.dtype) -> str:
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, packed: Packed, dropout: float = 0.0
 ) -> Tensor:
-    """Causal attention inside each document of a flat batch.
+    """Compute causal attention inside each document of a flat batch.
 
     Args:
         q, k, v: (N, heads, head_dim), rotated already.
@@ -94,7 +101,7 @@ def packed_attention(
 
 @lru_cache(maxsize=1)
 def _causal_argument() -> dict:
-    """torch 2.11 and later say `window_size=(-1, 0)`, earlier ones `is_causal=True`."""
+    """Return `window_size=(-1, 0)` for torch 2.11 and later, `is_causal=True` for earlier ones."""
     import inspect
 
     from torch.nn.attention.varlen import varlen_attn
@@ -106,7 +113,10 @@ def _causal_argument() -> dict:
 def _run(
     attend, q: Tensor, k: Tensor, v: Tensor, length: int, count: int, dropout: float
 ) -> Tensor:
-    """`count` documents of `length` tokens each as one batched call: (count, heads, length, head_dim)."""
+    """Attend to `count` documents of `length` tokens each in one batched call.
+
+    The shape in the call is (count, heads, length, head_dim).
+    """
     q, k, v = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     out = attend(q, k, v, dropout_p=dropout, is_causal=True)
     return out.transpose(1, 2).reshape(count * length, out.shape[1], out.shape[3])
@@ -115,7 +125,10 @@ def _run(
 def _eager(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = True
 ) -> Tensor:
-    """Scores in fp32 and a T x T matrix, as Hugging Face's eager GPT-J computes it: the reference to compare with."""
+    """Compute attention as Hugging Face's eager GPT-J does, as a reference for comparison.
+
+    The scores are in fp32 and form a T x T matrix.
+    """
     scores = q.float() @ k.float().transpose(-1, -2) / q.shape[-1] ** 0.5
     if is_causal:
         keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
@@ -124,10 +137,10 @@ def _eager(
 
 
 def rope_tables(positions: Tensor, rotary_dim: int) -> Tensor:
-    """exp(i * position * theta_j) for all layers at once: complex64 (N, 1, rotary_dim / 2).
+    """Return exp(i * position * theta_j) for all layers: complex64 (N, 1, rotary_dim / 2).
 
-    theta_j = 10000^(-2j / rotary_dim), arXiv:2104.09864; computed once per forward from positions (N,) that
-    restart with each document.
+    theta_j = 10000^(-2j / rotary_dim), arXiv:2104.09864; computed once per forward from positions
+    (N,) that restart with each document.
     """
     exponent = (
         torch.arange(0, rotary_dim, 2, dtype=torch.int64, device=positions.device).float()
@@ -138,7 +151,9 @@ def rope_tables(positions: Tensor, rotary_dim: int) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor, heads: int) -> Tensor:
-    """Rotate the first dimensions of every head, neighbours in pairs as GPT-J does; in place in memory and autograd.
+    """Rotate the first dimensions of every head in place, in memory and for autograd.
+
+    Neighbouring dimensions form pairs, as in GPT-J.
 
     Args:
         x: (N, heads * head_dim), a fresh projection that nothing else reads.

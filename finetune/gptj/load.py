@@ -1,9 +1,12 @@
-"""Build a GPT-J and stream its weights in, tensor by tensor, straight to where they stay.
+"""Build a GPT-J and load its weights tensor by tensor, each directly to its final place.
 
-config.json -> module on the meta device (or partitioned, under zero.Init) -> for every parameter: read, cast, place.
-Sources: safetensors or pytorch_model.bin, sharded or not, any precision, with the legacy buffers of the published
-file. Host memory: what is kept, plus the largest tensor. Random weights are drawn from a seed per parameter, so they
-do not depend on the number of ranks or the ZeRO stage. Knows DeepSpeed only through the context it is handed.
+config.json -> module on the meta device (or partitioned, under zero.Init) -> for every parameter:
+read, cast, place.
+
+Sources: safetensors or pytorch_model.bin, sharded or not, in any precision, with the legacy buffers
+of the published file. Peak host memory is the weights that are kept there plus the largest tensor.
+Random weights are drawn from a seed per parameter, so they do not depend on the number of ranks or
+the ZeRO stage. The only contact with DeepSpeed is the context that the caller passes.
 """
 
 from __future__ import annotations
@@ -57,10 +60,10 @@ Place = Callable[[nn.Parameter, Tensor | None], None]
 
 
 class Weights:
-    """Tensors of a checkpoint directory by name, read one at a time.
+    """The tensors of a checkpoint directory by name, read one at a time.
 
     Raises:
-        UserError: no weights, a shard that is missing, truncated or outside the directory.
+        UserError: there are no weights, or a shard is missing, truncated or outside the directory.
     """
 
     def __init__(self, folder: Path):
@@ -105,7 +108,7 @@ class Weights:
         return tensor
 
     def sample(self, name: str) -> Tensor:
-        """At most `SAMPLED_ROWS` rows of a tensor, evenly spread, both ends included."""
+        """Return at most `SAMPLED_ROWS` evenly spaced rows of a tensor, both ends included."""
         size = self.shape(name)[0]
         places = sorted({(size - 1) * i // (SAMPLED_ROWS - 1) for i in range(SAMPLED_ROWS)})
         handle, stored = self._handle(self.files[name]), self._stored[name]
@@ -122,7 +125,7 @@ class Weights:
 
 
 def _full_name(name: str) -> str:
-    """Checkpoints of the bare body (`h.0...`) get the prefix of the models with a head."""
+    """Add the `transformer.` prefix to names from checkpoints of the bare body (`h.0...`)."""
     return f"transformer.{name}" if re.match(r"(h\.\d+|wte|ln_f)\.", name) else name
 
 
@@ -170,10 +173,10 @@ def refuse_pointers(folder: Path, weights: bool) -> None:
     """Check that git-lfs has fetched the files of a checkpoint that will be read.
 
     Args:
-        weights: the weights will be read, not config.json and the tokenizer alone.
+        weights: whether the weights will be read too, not just config.json and the tokenizer.
 
     Raises:
-        UserError: one of them is a git-lfs pointer.
+        UserError: one of the files is a git-lfs pointer.
     """
     for name in ("config.json", *TOKENIZER_FILES):
         refuse_pointer(folder / name)
@@ -189,8 +192,12 @@ def refuse_pointers(folder: Path, weights: bool) -> None:
 
 
 def open_shard(file: Path):
-    """A handle with keys(): safetensors by mmap, .bin as a dict of mmapped tensors, or of tensors in memory where
-    torch before 1.6 wrote it (`torch.save(..., _use_new_zipfile_serialization=False)`)."""
+    """Open a weights file and return a handle with `keys()`.
+
+    A safetensors file is memory-mapped. A .bin file becomes a dict of memory-mapped tensors, or of
+    tensors in memory if it has the format that torch wrote before 1.6
+    (`torch.save(..., _use_new_zipfile_serialization=False)`).
+    """
     refuse_pointer(file)
     try:
         if file.suffix == ".safetensors":
@@ -204,7 +211,7 @@ def open_shard(file: Path):
         ) from None
     except (
         Exception
-    ) as error:  # pickle.UnpicklingError: weights_only refused what the file would run
+    ) as error:  # pickle.UnpicklingError: weights_only refused code that the file would run
         raise UserError(
             f"refused: {str(error).splitlines()[0]}",
             str(file),
@@ -213,7 +220,7 @@ def open_shard(file: Path):
 
 
 def _in_memory(file: Path) -> bool:
-    """Whether a file cannot be mapped: a .bin that is no zip archive, as torch wrote it before 1.6."""
+    """Tell whether a .bin file predates torch 1.6: it is no zip archive and cannot be mapped."""
     if file.suffix != ".bin":
         return False
     with file.open("rb") as opened:
@@ -221,13 +228,13 @@ def _in_memory(file: Path) -> bool:
 
 
 def local_folder(cfg: ModelConfig, download: bool = True) -> Path:
-    """Directory of the checkpoint; a hub id is downloaded (only the files that are needed).
+    """Return the checkpoint's directory; a hub id is downloaded (only the files that are needed).
 
     Args:
         download: False only looks on this machine.
 
     Raises:
-        UserError: no such directory, or the hub cannot be reached.
+        UserError: there is no such directory, or the hub cannot be reached.
     """
     path = Path(resolve(cfg.path)).expanduser()
     if path.is_dir():
@@ -262,12 +269,18 @@ def local_folder(cfg: ModelConfig, download: bool = True) -> Path:
 
 
 def tokenizer_of(cfg: ModelConfig) -> str:
-    """What `load_tokenizer` takes for this model: the one that is named, or the checkpoint's own, if it has one."""
+    """Return the argument of `load_tokenizer` for this model.
+
+    It is the configured tokenizer, or else the checkpoint's directory, which may hold one.
+    """
     return cfg.tokenizer or str(local_folder(cfg))
 
 
 def weights_identity(folder: Path) -> str:
-    """A hash that changes with the weights: names and sizes of the files, and `PIECES` pieces of each, both ends included."""
+    """Return a hash that changes with the weight files.
+
+    It covers the names and sizes of the files and `PIECES` pieces of each, both ends included.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for file in sorted(
         p
@@ -284,10 +297,11 @@ def weights_identity(folder: Path) -> str:
 
 
 def base_record(folder: Path, head: str) -> dict[str, str]:
-    """What recognises the weights that an adapter was trained on, for `same_base`: by their files, and by their values.
+    """Return two hashes, of files and of values, that identify an adapter's base weights.
 
-    The values are rows of every tensor that the adapter's head uses, rounded to bf16: other files of the same model
-    (safetensors for .bin, other shards, a copy in bf16) give the same.
+    `same_base` compares them. The values are rows of every tensor that the adapter's head uses,
+    rounded to bf16, so other files of the same model (safetensors for .bin, other shards, a copy in
+    bf16) give the same hash.
     """
     source, digest = Weights(folder), hashlib.blake2b(digest_size=8)
     used = ("transformer.", "lm_head.") if head == "lm" else ("transformer.",)
@@ -298,7 +312,10 @@ def base_record(folder: Path, head: str) -> dict[str, str]:
 
 
 def same_base(folder: Path, head: str, record: dict[str, str]) -> bool:
-    """Whether the weights in `folder` are those of the record; their values are read only where the files are others."""
+    """Tell whether the weights in `folder` are the ones in the record of `base_record`.
+
+    The values are read only if the files differ.
+    """
     return (
         weights_identity(folder) == record["files"]
         or base_record(folder, head)["values"] == record["values"]
@@ -306,7 +323,7 @@ def same_base(folder: Path, head: str, record: dict[str, str]) -> bool:
 
 
 def read_config(folder: Path, cfg: ModelConfig, num_labels: int | None = None) -> GPTJConfig:
-    """The checkpoint's config with our dropouts.
+    """Read the checkpoint's config and set the dropouts of `cfg` in it.
 
     Raises:
         UserError: config.json is missing, broken, or not a GPT-J's.
@@ -349,14 +366,15 @@ def build_model(
     reads: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> nn.Module:
-    """A GPT-J with its weights, in `cfg.dtype` on `device`.
+    """Build a GPT-J with its weights, in `cfg.dtype` on `device`.
 
     Args:
         head: lm, classify or qa; a head that the checkpoint lacks is drawn from the seed.
         partition: zero.Init context at stage 3, else None.
-        place: writes one tensor into a partitioned parameter (collective); None where nothing is partitioned.
+        place: writes one tensor into a partitioned parameter (collective); None if nothing is
+            partitioned.
         reads: whether this rank reads the files; at stage 3 only one rank does.
-        progress: called with the elements placed so far.
+        progress: called with the number of elements placed so far.
     """
     folder = local_folder(cfg)
     config = read_config(folder, cfg, num_labels)
@@ -398,13 +416,17 @@ def build_model(
 
 
 def meta_model(config: GPTJConfig, head: str) -> nn.Module:
-    """The module without memory behind its parameters: names and shapes."""
+    """Build the module on the meta device: names and shapes without memory for the parameters."""
     with _no_init(), torch.device("meta"):
         return HEADS[head](copy_config(config))
 
 
 def _check_names(source: Weights, wanted: dict[str, tuple[int, ...]], folder: Path) -> None:
-    """Every parameter of the body must be there in its shape; heads may be new, nothing may be left over."""
+    """Check that the checkpoint has all parameters of the model in their shapes, and no others.
+
+    The heads of classification and QA may be missing, as they are drawn anew. Unused heads are
+    ignored.
+    """
     heads = ("lm_head.", "score.", "qa_outputs.")
     missing = [n for n in wanted if n not in source.files and not (n.startswith(heads[1:]))]
     extra = [n for n in source.files if n not in wanted and not n.startswith(heads)]
@@ -427,12 +449,15 @@ def _check_names(source: Weights, wanted: dict[str, tuple[int, ...]], folder: Pa
 
 
 def draw(name: str, shape: tuple[int, ...], config: GPTJConfig, seed: int) -> Tensor:
-    """A fresh fp32 parameter from (seed, name): N(0, initializer_range) matrices, zero biases, unit norms."""
+    """Draw a new fp32 parameter from (seed, name).
+
+    Matrices follow N(0, initializer_range), biases are zero and layer norm weights are one.
+    """
     if name.endswith("bias"):
         return torch.zeros(shape)
     if ".ln_" in name:
         return torch.ones(shape)
-    # torch's CPU generator takes 32 bits of its seed.
+    # torch's CPU generator uses only 32 bits of its seed.
     mixed = zlib.crc32(name.encode()) ^ (seed * 2654435761 % 2**32)
     generator = torch.Generator().manual_seed(mixed)
     return torch.empty(shape).normal_(0.0, config.initializer_range, generator=generator)
@@ -445,7 +470,7 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 @contextmanager
 def _no_init() -> Iterator[None]:
-    """Skip torch's own initialisation: every value is written afterwards."""
+    """Skip torch's own initialisation, because every value is overwritten afterwards."""
     kinds = (nn.Linear, nn.Embedding, nn.LayerNorm)
     patches = [mock.patch.object(kind, "reset_parameters", lambda self: None) for kind in kinds]
     with patches[0], patches[1], patches[2]:

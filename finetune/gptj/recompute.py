@@ -1,8 +1,10 @@
-"""What a forward keeps for its backward: everything, less, or next to nothing (`train.activation_checkpointing`).
+"""Activation checkpointing: what a forward saves for its backward.
+
+The kinds of `train.activation_checkpointing`:
 
     false       everything
-    selective   all but the MLP's activated inner states, which cost one GELU to make again: a quarter of a block
-    true        each block's input; the block is computed again in the backward
+    selective   all but the MLP's activated inner states, a quarter of a block (costs one GELU)
+    true        each block's input; the block is recomputed in the backward
     offload     the same, with the inputs in host memory
 
 Source: Chen et al., arXiv:1604.06174; Korthikanti et al., arXiv:2205.05198 for the selective kind.
@@ -21,14 +23,17 @@ KINDS = (False, True, "selective", "offload")
 
 
 def run_block(kind: bool | str, block: Callable[..., Tensor], x: Tensor, *rest) -> Tensor:
-    """`block(x, *rest)` of a training forward, keeping what `kind` says. Only x and tensors in `rest` get gradients."""
+    """Run `block(x, *rest)` of a training forward, saving what `kind` says.
+
+    Only x and tensors in `rest` get gradients.
+    """
     if kind is True:
         return checkpoint(block, x, *rest, use_reentrant=False)
     if kind == "offload":
         if not x.requires_grad:
             x = (
                 x.detach().requires_grad_()
-            )  # below a reentrant checkpoint nothing trains unless its input does
+            )  # a reentrant checkpoint trains nothing unless its input requires grad
         with save_on_cpu(pin_memory=x.is_cuda):
             return checkpoint(_with_constants(block, rest), x, *_learned(rest), use_reentrant=True)
     return block(x, *rest)
@@ -39,7 +44,10 @@ def _learned(rest: tuple) -> list[Tensor]:
 
 
 def _with_constants(block: Callable[..., Tensor], rest: tuple) -> Callable[..., Tensor]:
-    """`block` of the tensors that learn alone: others would be copied to the host once per block."""
+    """Bind the arguments of `block` that need no gradient.
+
+    As arguments they would be copied to the host once per block.
+    """
     constants = [
         None if isinstance(value, Tensor) and value.requires_grad else value for value in rest
     ]
@@ -59,11 +67,13 @@ def _with_constants(block: Callable[..., Tensor], rest: tuple) -> Callable[..., 
 
 
 class made_again(saved_tensors_hooks):
-    """Inside, whoever saves `made = function(x)` for its backward saves x, and `made` is computed again there.
+    """Context in which x is saved for the backward instead of `made = function(x)`.
+
+    The backward computes `made` again from x.
 
     Args:
         function: elementwise and without randomness.
-        x: kept anyway by the function's own backward.
+        x: saved anyway by the function's own backward.
         made: its contiguous result.
     """
 

@@ -1,13 +1,14 @@
-"""Virtual tokens: trained rows in front of every document of a flat batch (prompt and prefix tuning).
+"""Virtual tokens: trained rows before every document of a flat batch (prompt and prefix tuning).
 
 Documents of 3 and 2 tokens with two virtual tokens V:
 
     flat     a b c | d e             cu_seqlens 0 3 5        positions 0 1 2 | 0 1
     wide     V V a b c | V V d e                0 5 9        positions 0 1 2 3 4 | 0 1 2 3
 
-Prompt tuning (arXiv:2104.08691) runs the whole body on the wide batch and drops the virtual rows behind the last layer.
-Prefix tuning (arXiv:2101.00190) gives each layer keys and values of its own: only attention is wide, with queries of
-zero whose results are dropped, so one causal kernel serves both. Text counts its positions from V on, as in peft.
+Prompt tuning (arXiv:2104.08691) runs the whole body on the wide batch and drops the virtual rows
+after the last layer. Prefix tuning (arXiv:2101.00190) gives each layer keys and values of its own:
+only attention is wide, with zero queries whose results are dropped, so that one causal kernel
+serves both. Positions of the text start at V, as in peft.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from finetune.gptj.attention import Packed, packed_attention
 
 @dataclass(frozen=True)
 class Virtual:
-    """What an adapter puts in front of every document; one of the two."""
+    """Virtual tokens that an adapter puts before every document: either a prompt or a prefix."""
 
     prompt: Tensor | None = None
     """Embeddings (V, D)."""
@@ -36,7 +37,9 @@ class Virtual:
     def enter(
         self, x: Tensor, position_ids: Tensor, cu_seqlens: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings, positions and boundaries that the body computes with: (1, M, D), (1, M) and (S+1,).
+        """Return the embeddings, positions and boundaries on which the body runs.
+
+        Their shapes are (1, M, D), (1, M) and (S+1,).
 
         Args:
             x: (1, N, D).
@@ -51,7 +54,7 @@ class Virtual:
         return flat[None], positions[None], cu_seqlens
 
     def leave(self, hidden: Tensor, packed: Packed) -> Tensor:
-        """Hidden states of the text alone, flat (1, N, D)."""
+        """Return the hidden states of the text alone, flat (1, N, D)."""
         if self.prompt is None:
             return hidden
         return remove(hidden[0], self.count, [length - self.count for length in packed.lengths])[
@@ -65,7 +68,10 @@ class Virtual:
 def prefixed_attention(
     q: Tensor, k: Tensor, v: Tensor, packed: Packed, prefix: Tensor, dropout: float
 ) -> Tensor:
-    """Causal attention in which each document of (N, heads, head_dim) sees `prefix` (2, V, heads, head_dim) too."""
+    """Compute causal attention in which each document also attends to `prefix`.
+
+    The documents are (N, heads, head_dim), the prefix is (2, V, heads, head_dim).
+    """
     keys, values = prefix.to(k.dtype)
     lengths, count = packed.lengths, len(keys)
     steps = count * torch.arange(
@@ -85,10 +91,10 @@ def prefixed_attention(
 
 
 def insert(flat: Tensor, rows: Tensor, lengths) -> Tensor:
-    """`rows` (V, ...) in front of every document of `flat` (N, ...)."""
+    """Insert `rows` (V, ...) before every document of `flat` (N, ...)."""
     return torch.cat([part for document in flat.split(list(lengths)) for part in (rows, document)])
 
 
 def remove(flat: Tensor, count: int, lengths) -> Tensor:
-    """The opposite: the documents, `lengths` long, without the `count` rows in front of each."""
+    """Undo `insert`: drop the `count` rows before each document; documents are `lengths` long."""
     return torch.cat(flat.split([size for length in lengths for size in (count, length)])[1::2])

@@ -1,7 +1,7 @@
-"""What a classification or question answering model says about one text, encoded as in training.
+"""Predictions of a classification or question answering model for one text, encoded as in training.
 
-text             -> ids, eos -> the head at the last        -> label and probabilities, labels, or a number
-question, context -> windows -> the head at every context token -> the best span, or that there is no answer
+text              -> ids, eos -> head at the last token      -> label(s), probabilities, or number
+question, context -> windows  -> head at every context token -> the best span, or no answer
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from finetune.tasks.qa import NOTHING, QaTask, best_spans
 def classify_text(
     model: nn.Module, task: ClassifyTask, texts: list[str], device: torch.device
 ) -> dict[str, Any]:
-    """Label (or labels, or number) of one text or a pair, with each label's probability."""
+    """Return label (or labels, or number) of one text or a pair, and each label's probability."""
     ids = task.text_ids(texts)
     outputs = _head_outputs(model, ids, device)[-1:]
     verdict = task.read_target(decide(outputs, task.cfg.problem)[0][0].cpu().numpy())
@@ -38,7 +38,7 @@ def classify_text(
 def answer_question(
     model: nn.Module, task: QaTask, question: str, context: str, device: torch.device
 ) -> dict[str, Any]:
-    """The best span of `context` with its place in characters and its score against no answer.
+    """Return the best span of `context`, its place in characters, and its score against no answer.
 
     Raises:
         UserError: the question leaves no room for the context.
@@ -65,7 +65,7 @@ def answer_question(
         ]
         for value, (begin, end) in zip(
             scores.tolist(), places, strict=True
-        ):  # best first; blanks are no answer
+        ):  # best first; blank spans are no answer
             if value > best and context[begin:end].strip():
                 best, place = value, (begin, end)
                 break
@@ -82,6 +82,6 @@ def answer_question(
 
 
 def _head_outputs(model: nn.Module, ids: list[int], device: torch.device) -> torch.Tensor:
-    """(T, outputs) in fp32."""
+    """Return the head's outputs (T, outputs) in fp32."""
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids], device=device))[0].float()

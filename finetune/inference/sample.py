@@ -1,11 +1,13 @@
-"""Text from a model in training or from an export.
+"""Text generation by a model in training or an export.
 
-`continue_ids` generates by transformers, from left-padded batches with a key/value cache: exports. `continue_flat`
-decodes by the training forward, without a cache: samples of a model in training, and adapters of virtual tokens.
-Both choose in the same way and give the same text.
+`continue_ids` generates with transformers, from left-padded batches with a key/value cache; it
+serves exports. `continue_flat` decodes with the training forward, without a cache; it serves
+samples of a model in training, and adapters of virtual tokens. Both select tokens in the same way
+and give the same text.
 
-Sampling is an arg-max over scores with Gumbel noise (the same distribution as drawing from the softmax). The noise of
-a prompt depends on the seed, the prompt's ids and the step alone, so a prompt gets the same text in any batch.
+Sampling is an arg-max over scores with Gumbel noise (the same distribution as drawing from the
+softmax). The noise of a prompt depends only on the seed, the prompt's ids and the step, so a prompt
+gets the same text in any batch.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from finetune.errors import UserError
 
 @dataclass
 class Sampling:
-    """How a continuation is chosen."""
+    """Settings of how a continuation is generated."""
 
     max_new_tokens: int = 100
     """Longest continuation, in tokens."""
@@ -55,7 +57,9 @@ class Sampling:
 
 
 class StopTexts(StoppingCriteria):
-    """Ends a row once a stop string stands in what was generated; the prompt does not count.
+    """Stopping criterion that ends a row once its generated text contains a stop string.
+
+    The prompt does not count.
 
     Args:
         prompt_tokens: length of the padded prompts.
@@ -67,7 +71,8 @@ class StopTexts(StoppingCriteria):
             [stop for stop in stops if stop],
             prompt_tokens,
         )
-        # No token stands for less than a byte, so a stop string that just ended lies within its last tokens.
+        # A token is at least one byte, so a stop string that just ended lies within this many
+        # tokens.
         self.window = max((len(stop.encode()) for stop in self.stops), default=0) + 1
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -79,17 +84,17 @@ class StopTexts(StoppingCriteria):
 
 
 class GumbelNoise(LogitsProcessor):
-    """Add noise whose arg-max is a draw from the softmax; each prompt has a generator of its own."""
+    """Add noise whose arg-max is a draw from the softmax, with one generator per prompt."""
 
     def __init__(self, prompts: list[list[int]], seed: int):
         keys = [zlib.crc32(np.asarray(ids, np.int64).tobytes()) for ids in prompts]
-        # torch's CPU generator takes 32 bits of its seed.
+        # torch's CPU generator uses 32 bits of its seed.
         self.generators = [
             torch.Generator().manual_seed(key ^ (seed * 2654435761 % 2**32)) for key in keys
         ]
 
     def keep(self, rows: list[int]) -> None:
-        """Go on with these rows alone."""
+        """Keep the generators of these rows only."""
         self.generators = [self.generators[row] for row in rows]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -101,7 +106,7 @@ class GumbelNoise(LogitsProcessor):
 
 
 def _choice(how: Sampling, noise: GumbelNoise) -> LogitsProcessorList:
-    """What makes scores of which the largest is the next token."""
+    """Build the logits processors after which the largest score is the next token."""
     processors = LogitsProcessorList()
     if how.samples:
         processors.append(TemperatureLogitsWarper(float(how.temperature)))
@@ -121,7 +126,7 @@ def continue_ids(
     device: torch.device,
     streamer=None,
 ) -> list[list[int]]:
-    """Ids behind each prompt, without eos.
+    """Generate the ids that follow each prompt, without eos.
 
     Args:
         model: transformers' GPTJForCausalLM, alone or under peft, in evaluation mode.
@@ -163,7 +168,9 @@ def continue_flat(
     streamer=None,
     agree: Callable[[list[int]], list[int]] = list,
 ) -> list[list[int]]:
-    """The same by the training forward, which computes the whole text anew for every token.
+    """Continue as `continue_ids` does, but recompute the whole text for every token.
+
+    It uses the training forward, which has no cache.
 
     Args:
         model: a `CausalLM`, alone or with its adapter. At ZeRO stage 3 every rank calls this.
@@ -188,7 +195,7 @@ def continue_flat(
         streamer.put(torch.tensor(texts[0]))
     try:
         for _ in range(how.max_new_tokens):
-            # One flat batch of the rows that are not finished; logits behind each of them.
+            # One flat batch of the unfinished rows; logits at the end of each of them.
             lengths = torch.tensor([len(texts[row]) for row in live], dtype=torch.int32)
             ends = lengths.cumsum(0, dtype=torch.int32)
             ids = torch.tensor([i for row in live for i in texts[row]], device=device)
@@ -205,7 +212,7 @@ def continue_flat(
                 texts[row].append(token)
             if streamer is not None:
                 streamer.put(torch.tensor(chosen))
-            # A row ends with eos or behind a stop string.
+            # A row ends with eos or after a stop string.
             ended = [token == eos for token in chosen]
             if stop.stops:
                 new = torch.tensor([texts[row][start[row] :] for row in live])
@@ -235,10 +242,13 @@ def sample_texts(
     encode: Callable[[str], list[int]] | None = None,
     agree: Callable[[list[int]], list[int]] = list,
 ) -> list[str]:
-    """Continuations of `prompts` by a model in training, without the prompts, at temperature 0.9 and top_p 0.95.
+    """Sample continuations of `prompts` from a model in training.
+
+    They come without the prompts, at temperature 0.9 and top_p 0.95.
 
     Args:
-        encode: prompt -> ids, for prompts that go into a template; otherwise they are read as they stand.
+        encode: prompt -> ids, for prompts that go into a template; by default they are encoded as
+            is.
         agree: see `continue_flat`.
     """
     how = Sampling(max_new_tokens, top_p=0.95, seed=seed)
@@ -249,14 +259,14 @@ def sample_texts(
 
 
 def finished_text(tokenizer, ids: list[int], stops: Sequence[str]) -> str:
-    """Decoded ids up to the first stop string."""
+    """Decode ids up to the first stop string."""
     text = tokenizer.decode(ids, skip_special_tokens=True)
     ends = [text.find(stop) for stop in stops if stop and stop in text]
     return text[: min(ends)] if ends else text
 
 
 class Streamer(TextStreamer):
-    """Hands text on as it comes, whole words at a time, and nothing of a stop string or behind one.
+    """Streamer that emits text in whole words, up to the first stop string.
 
     Args:
         emit: called with each piece of text.
@@ -290,5 +300,5 @@ class Streamer(TextStreamer):
 
 
 def _overlaps(text: str, stop: str) -> Iterator[int]:
-    """Lengths of the beginnings of `stop` that `text` ends with."""
+    """Yield the lengths of the prefixes of `stop` that `text` ends with."""
     return (n for n in range(1, len(stop)) if text.endswith(stop[:n]))

@@ -1,4 +1,4 @@
-"""The requests of OpenAI's completions interface: read, checked, answered. Knows no HTTP.
+"""Requests of OpenAI's completions interface: parsing, validation and responses, without HTTP.
 
 body -> Request (prompts as ids, sampling) -> texts -> response objects, whole or in chunks.
 https://platform.openai.com/docs/api-reference/completions and .../chat
@@ -43,7 +43,7 @@ NEUTRAL = (None, 0, 0.0, False, "", [], {}, {"type": "text"})
 
 
 class Refused(Exception):
-    """A request that is answered with an error.
+    """Raised for a request that is answered with an error.
 
     Args:
         status: HTTP status.
@@ -63,7 +63,7 @@ class Refused(Exception):
 
 @dataclass
 class Request:
-    """What is to be generated."""
+    """Prompts and sampling settings of one request."""
 
     chat: bool
     prompts: list[list[int]]
@@ -75,7 +75,7 @@ class Request:
 
 @dataclass
 class Limits:
-    """What one request may ask for."""
+    """Upper limits for one request."""
 
     max_tokens: int
     """New tokens of one text."""
@@ -84,7 +84,8 @@ class Limits:
 
 
 def read_request(body: Any, chat: bool, speaker: Speaker, limits: Limits) -> Request:
-    """
+    """Parse and validate the body of a request.
+
     Raises:
         Refused: a field is missing, wrong, too large or not supported.
     """
@@ -126,7 +127,10 @@ def read_request(body: Any, chat: bool, speaker: Speaker, limits: Limits) -> Req
 
 
 def _asks(name: str, value: Any) -> bool:
-    """Whether a parameter asks for something: `logprobs` does with 0 already, for those of the chosen tokens."""
+    """Tell whether a parameter requests anything.
+
+    `logprobs=0` does: it requests those of the chosen tokens.
+    """
     return value not in NEUTRAL or (name == "logprobs" and value is not None and value is not False)
 
 
@@ -215,7 +219,7 @@ def _chat_ids(body: Json, speaker: Speaker) -> list[int]:
 
 def _message(message: Any) -> dict[str, str]:
     content = message.get("content") if isinstance(message, dict) else None
-    if isinstance(content, list):  # the parts of newer clients
+    if isinstance(content, list):  # content parts, as newer clients send them
         parts = [
             part.get("text")
             for part in content
@@ -270,10 +274,10 @@ def _is_id(value: Any) -> bool:
 
 
 class Reply:
-    """The response objects of one request.
+    """Builder of the response objects of one request.
 
     Args:
-        model: name that clients see.
+        model: the name that clients see.
     """
 
     def __init__(self, request: Request, model: str):
@@ -289,7 +293,7 @@ class Reply:
         }
 
     def whole(self, speaker: Speaker) -> Json:
-        """Generate everything; the response object."""
+        """Generate everything and return the response object."""
         choices = []
         for i, (ids, how) in enumerate(
             zip(self.request.prompts, self.request.samplings, strict=True)
@@ -301,7 +305,7 @@ class Reply:
         return {**self.head, "object": self.kind, "choices": choices, "usage": self.usage()}
 
     def stream(self, speaker: Speaker, send: Callable[[Json], None]) -> None:
-        """Generate and send chunk objects as text comes."""
+        """Generate, and send chunk objects as text becomes available."""
         ids, how = self.request.prompts[0], self.request.samplings[0]
         if self.request.chat:
             send(self._chunk({"role": "assistant", "content": ""}, None))
@@ -342,7 +346,7 @@ class Reply:
 
 
 def finish(speaker: Speaker, ids: list[int], how: Sampling) -> str:
-    """OpenAI's word for why a text ended: "length" or "stop" (eos, or a stop string)."""
+    """Return OpenAI's reason for the end of a text: "length" or "stop" (eos or a stop string)."""
     cut = len(finished_text(speaker.tokenizer, ids, how.stop)) < len(
         finished_text(speaker.tokenizer, ids, ())
     )

@@ -1,7 +1,8 @@
-"""HTTP around `serve_api`: routes, token, limits, server-sent events. The standard library's threaded server.
+"""HTTP server around `serve_api`: routes, token, limits, server-sent events.
 
-One text is generated at a time; further requests wait, and beyond `concurrency` they are turned away. For trying a
-model out by a few people; a service for many wants vLLM (docs/export.md).
+It uses the standard library's threaded server. One text is generated at a time; further requests
+wait, and beyond `concurrency` they are rejected. It is meant for a few people who try a model out;
+use vLLM for a service with many users (docs/export.md).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SLOW_CLIENT_SECONDS = 30
 
 @dataclass
 class Service:
-    """What all requests share."""
+    """State that all requests share."""
 
     speaker: Speaker
     name: str
@@ -53,7 +54,11 @@ class Service:
 
 
 def build_server(service: Service, host: str, port: int) -> ThreadingHTTPServer:
-    """A listening server; `serve_forever` answers. OSError where the address is taken."""
+    """Build a listening server; call `serve_forever` to answer requests.
+
+    Raises:
+        OSError: the address is in use.
+    """
     kind = type("Handler", (Handler,), {"service": service})
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     server = type(
@@ -74,20 +79,23 @@ class Handler(BaseHTTPRequestHandler):
         self._guarded(self._post)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Drop the standard library's lines; `_log` writes one when a request is over."""
+        """Drop the standard library's log lines; `_log` writes one at the end of each request."""
 
     def send_response(self, code: int, message: str | None = None) -> None:
         self.status = code
         super().send_response(code, message)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer a request that is no HTTP, or has a method that is not known."""
+        """Answer a request that is not valid HTTP or has an unknown method."""
         self.reply, self.started = None, time.monotonic()
         super().send_error(code, message, explain)
         self._log()
 
     def _log(self, note: str = "") -> None:
-        """Write time, method, path, status, tokens and seconds to stderr: no query, no body, no generated text."""
+        """Write time, method, path, status, tokens and seconds to stderr.
+
+        No query, body or generated text is logged.
+        """
         path = (
             urlsplit(getattr(self, "path", None) or "-")
             .path[:100]
@@ -161,7 +169,8 @@ class Handler(BaseHTTPRequestHandler):
             )
         request = read_request(body, path.startswith("/v1/chat"), service.speaker, service.limits)
         reply = self.reply = Reply(request, service.name)
-        # The place is free before the client learns that its answer is whole: it may ask again at once.
+        # Free the place before the client sees the end of its answer, because it may send the next
+        # request at once.
         if request.stream:
             with self._turn():
                 self._stream(reply)
@@ -173,7 +182,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """Wait until the model is free; turned away where `concurrency` requests wait already."""
+        """Wait until the model is free; refuse if `concurrency` requests wait or run already."""
         service = self.service
         if not service.places.acquire(blocking=False):
             raise Refused(
@@ -203,7 +212,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def _check_host(self) -> None:
-        """A page from elsewhere must not talk to a local server under a name of its own (DNS rebinding)."""
+        """Refuse requests for other host names on a local server, against DNS rebinding."""
         try:
             name = urlsplit(f"//{self.headers.get('Host', '')}").hostname
         except ValueError:
@@ -219,7 +228,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(401, "the token is missing or wrong: send 'Authorization: Bearer TOKEN'")
 
     def _body(self) -> Any:
-        # Demanding this type keeps pages of other origins out: a browser would ask first, and gets no permission.
+        # Requiring this type blocks pages of other origins: a browser sends a preflight request
+        # first, which is not granted.
         if self.headers.get_content_type() != "application/json":
             raise Refused(415, "send Content-Type: application/json")
         try:

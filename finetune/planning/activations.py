@@ -1,17 +1,17 @@
-"""What a forward keeps for its backward, and what both need while they run: estimates from our own GPT-J's code.
+"""Estimates of activation and workspace memory in the forward and backward pass of our GPT-J.
 
-Batches are flat (no padding), attention is linear in memory, the GELU is the tanh variant that keeps its input alone,
-and the loss builds the logits of some tokens at a time (`loss_bytes`). Per token and block, in elements (d = n_embd,
-i = n_inner), a full fine-tune keeps
+Batches are flat (no padding), attention is linear in memory, the GELU is the tanh variant that
+keeps only its input, and the loss builds the logits of some tokens at a time (`loss_bytes`). Per
+token and block, in elements (d = n_embd, i = n_inner), a full fine-tune keeps
     x                  d    input of the layer norm (the residual stream)
     norm               d    its output: input of q, k, v and fc_in, one tensor for all four
     q, k, v            3d   rotated in place
     attention          d    output; with it the log-sum-exp, one fp32 per head
     fc_in              i    input of the GELU
     gelu               i    input of fc_out
-and two fp32 statistics of the layer norm. Selective checkpointing drops `gelu`, full checkpointing all but `x`, and
-offload moves even that to the host. A frozen linear module needs no input, so adapters drop `gelu` and, where
-nothing trains on it, `norm`.
+and two fp32 statistics of the layer norm. Selective checkpointing drops `gelu`, full checkpointing
+all but `x`, and offload moves even that to the host. A frozen linear module does not keep its
+input, so adapters drop `gelu` and, if no trained weight reads it, `norm`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WEIGHT_ROWS = 6400
 
 
 class Activations(NamedTuple):
-    """Bytes of one rank."""
+    """Activation memory of one rank, in bytes."""
 
     kept: int
     """Alive from the end of the forward to the backward."""
@@ -53,18 +53,22 @@ def activations(job: Job) -> Activations:
     block = job.tokens * (element * _block_elements(job) + 4 * _block_fp32(job))
     each = {True: stream, "offload": 0 if job.on_gpu else stream}.get(job.work.checkpointing, block)
     layers = job.shape.n_layer * each - _unneeded(job)
-    # Input of the last norm, the gradient that the loss leaves for its output, and the table of rotations.
+    # Input of the last norm, gradient of the loss with respect to its output, and the rotary table.
     ends = 2 * stream + 4 * job.tokens * job.shape.rotary_dim
     transient = element * job.tokens * (inner + _made_again(job) + (2 if job.full else 3) * d)
     head_gradient = element * job.shape.vocab_size * d if job.full and job.shape.head == "lm" else 0
-    # Evaluation: input, norm and attention output of a block, and the MLP's two wide tensors; logits in chunks.
+    # Evaluation: input, norm and attention output of a block, and the MLP's two wide tensors;
+    # logits in chunks.
     chunk = _logits_bytes(job, LOSS_CHUNK) if job.eval_tokens else 0
     evaluation = element * job.eval_tokens * (3 * d + 2 * inner) + chunk
     return Activations(layers + ends, block, transient, loss_bytes(job), head_gradient, evaluation)
 
 
 def _unneeded(job: Job) -> int:
-    """Nothing before the first adapter needs a gradient: the first block keeps neither x nor the GELU's input."""
+    """Return the bytes that the first block need not keep: x and the GELU's input.
+
+    Nothing before the first adapter needs a gradient.
+    """
     if job.work.rebuilds or not isinstance(job.adapter, (LoraConfig, Ia3Config)):
         return 0
     gelu = 0 if "fc_in" in adapter_targets(job.adapter) else job.shape.n_inner
@@ -72,7 +76,7 @@ def _unneeded(job: Job) -> int:
 
 
 def _block_elements(job: Job) -> int:
-    """Elements that one block keeps per token."""
+    """Return the number of elements that one block keeps per token."""
     d, inner, adapter = job.shape.n_embd, job.shape.n_inner, job.adapter
     joined = d if job.work.packing and not job.on_gpu and _reads_attention(job) else 0
     if isinstance(adapter, FullConfig):
@@ -88,7 +92,10 @@ def _block_elements(job: Job) -> int:
 
 
 def _made_again(job: Job) -> int:
-    """Elements per token that selective checkpointing makes again: `fc_out`'s input, where a weight's gradient needs it."""
+    """Return the elements per token that selective checkpointing recomputes.
+
+    This is `fc_out`'s input, if the gradient of a weight needs it.
+    """
     needed = job.full or (
         isinstance(job.adapter, LoraConfig) and "fc_out" in adapter_targets(job.adapter)
     )
@@ -96,20 +103,23 @@ def _made_again(job: Job) -> int:
 
 
 def offloaded_bytes(job: Job) -> int:
-    """Blocks' inputs of one rank in page-locked host memory, one tensor per block."""
+    """Return the page-locked host memory of one rank's block inputs, one tensor per block."""
     if job.work.checkpointing != "offload" or not job.on_gpu:
         return 0
     return job.shape.n_layer * power_of_two(job.work.element_bytes * job.tokens * job.shape.n_embd)
 
 
 def power_of_two(size: int) -> int:
-    """Page-locked blocks are cut in these sizes."""
+    """Round up to a power of two, the size in which page-locked blocks are allocated."""
     return 1 << (size - 1).bit_length() if size else 0
 
 
 def _reads_attention(job: Job) -> bool:
-    """Whether `out_proj` keeps its input. On a CPU documents of different lengths are attended to one by one, and
-    what they are joined to is one tensor more; the kernel for GPUs takes them all at once."""
+    """Tell whether `out_proj` keeps its input.
+
+    On a CPU, documents of different lengths are attended to one by one, and joining them takes one
+    more tensor; the GPU kernel handles them all at once.
+    """
     adapter = job.adapter
     return job.full or (
         isinstance(adapter, (LoraConfig, Ia3Config)) and "out_proj" in adapter_targets(adapter)
@@ -117,7 +127,10 @@ def _reads_attention(job: Job) -> bool:
 
 
 def _lora_elements(job: Job, adapter: LoraConfig) -> int:
-    """Inputs of the adapters and their rank-sized middles; dropout and DoRA keep copies of their own."""
+    """Return the elements per token of the adapters' inputs and their rank-sized intermediates.
+
+    Dropout and DoRA keep copies of their own.
+    """
     d, inner, targets = job.shape.n_embd, job.shape.n_inner, adapter_targets(adapter)
     reads_norm = any(name in targets for name in ("q_proj", "k_proj", "v_proj", "fc_in"))
     elements = adapter.rank * len(targets) + d * reads_norm + inner * ("fc_out" in targets)
@@ -128,16 +141,21 @@ def _lora_elements(job: Job, adapter: LoraConfig) -> int:
 
 
 def _block_fp32(job: Job) -> int:
-    """fp32 numbers that one block keeps per token: log-sum-exp per head, mean and deviation of the norm."""
+    """Return the fp32 numbers that one block keeps per token.
+
+    These are the log-sum-exp of each head, and mean and deviation of the layer norm.
+    """
     return job.shape.n_head + 2
 
 
 def loss_bytes(job: Job) -> int:
-    """Workspace of the head and its loss: logits of some tokens, and the head's weight gradient.
+    """Return the workspace of the head and its loss, in bytes.
 
-    All tokens are one chunk while their logits take no more than an fp32 sum of that gradient would. Beyond, it is
-    summed in fp32 over chunks, and each chunk's share is made some rows at a time: in fp32 on a GPU; on a CPU in low
-    precision and then, because the addition converts it, in fp32 as well. fp32 models add in place.
+    It holds the logits of some tokens and the head's weight gradient. All tokens form one chunk
+    while their logits take no more memory than an fp32 sum of that gradient would. Beyond that, the
+    gradient is summed in fp32 over chunks, and each chunk's share is computed some rows at a time:
+    in fp32 on a GPU; on a CPU in low precision and then, because the addition converts it, in fp32
+    as well. fp32 models add in place.
     """
     element, d, vocab = job.work.element_bytes, job.shape.n_embd, job.shape.vocab_size
     hidden = element * job.tokens * d
@@ -155,7 +173,10 @@ def loss_bytes(job: Job) -> int:
 
 
 def _logits_bytes(job: Job, tokens: int) -> int:
-    """Logits of some tokens in the model's precision; they become their own gradient, some rows at a time in fp32."""
+    """Return the bytes for the logits of some tokens in the model's precision.
+
+    The gradient overwrites the logits, some rows at a time in fp32.
+    """
     return job.shape.vocab_size * (
         job.work.element_bytes * tokens + 4 * min(tokens, SOFTMAX_ROWS[job.on_gpu])
     )

@@ -1,8 +1,9 @@
 """Choose how to shard: the fastest option that fits, and the largest micro-batch that goes with it.
 
-Flow: `plan(cfg, machine, shape, world_size)` -> `Plan`. Every sensible option is estimated; an explicit zero.stage is
-taken as it is, `auto` takes the first one in the order of the options below that fits. Nothing fits: the one that comes
-closest, with `fits` false and advice that would change it.
+Flow: `plan(cfg, machine, shape, world_size)` -> `Plan`. Every sensible option is estimated. An
+explicit zero.stage is taken as it is; `auto` takes the first one that fits, in the order of the
+options below. If nothing fits, the plan holds the option that comes closest, with `fits` false and
+advice on what to change.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Plan:
         return self.job.work.accumulation
 
     def to_json(self) -> dict[str, Any]:
-        """The object of plan.json and of `plan.format=json`."""
+        """Return the object of plan.json and of `plan.format=json`."""
         option, machine = self.chosen.option, self.machine
         return {
             "fits": self.fits,
@@ -91,7 +92,7 @@ def plan(cfg: Config, machine: Machine, shape: ModelShape, world_size: int) -> P
     """Estimate every option for `cfg` on `machine` and choose one.
 
     Raises:
-        UserError: the configuration asks for what DeepSpeed cannot do.
+        UserError: the configuration asks for something that DeepSpeed cannot do.
     """
 
     refuse(cfg, machine)
@@ -116,7 +117,10 @@ def plan(cfg: Config, machine: Machine, shape: ModelShape, world_size: int) -> P
 
 
 def build_job(cfg: Config, machine: Machine, shape: ModelShape, world_size: int) -> Job:
-    """The values of `cfg` that bytes depend on; `train.micro_batch=auto` starts from one sequence."""
+    """Collect the values of `cfg` that bytes depend on.
+
+    `train.micro_batch=auto` starts from one sequence.
+    """
     train = cfg.train
     micro = 1 if train.micro_batch == "auto" else int(train.micro_batch)
     work = Work(
@@ -144,7 +148,10 @@ def build_job(cfg: Config, machine: Machine, shape: ModelShape, world_size: int)
 
 
 def choose(job: Job, wanted: list[Option], auto_micro_batch: bool = False) -> tuple[Estimate, Job]:
-    """The first of `wanted` that fits, or the one that misses by least; with it the job it was computed for."""
+    """Return the first of `wanted` that fits, or the one that exceeds memory by the least.
+
+    The second value is the job that the estimate was computed for.
+    """
     for option in wanted:
         micro = largest_micro_batch(job, option) if auto_micro_batch else job.work.micro_batch
         if micro is None:
@@ -159,7 +166,7 @@ def choose(job: Job, wanted: list[Option], auto_micro_batch: bool = False) -> tu
 
 
 def largest_micro_batch(job: Job, option: Option) -> Optional[int]:
-    """The largest divisor of each rank's share of the global batch that fits, or None."""
+    """Return the largest divisor of each rank's share of the global batch that fits, or None."""
     for micro in _divisors(max(1, job.global_batch // job.world_size)):
         if estimate(job.with_micro_batch(micro), option).fits:
             return micro
@@ -167,16 +174,16 @@ def largest_micro_batch(job: Job, option: Option) -> Optional[int]:
 
 
 def _divisors(number: int) -> Iterator[int]:
-    """Descending, so that the first one that fits is the answer."""
+    """Yield the divisors in descending order, so that the first one that fits is the answer."""
     return (divisor for divisor in range(number, 0, -1) if number % divisor == 0)
 
 
 def _overshoot(job: Job, found: Estimate) -> float:
-    """How many times the scarcest memory is needed."""
+    """Return the need for the scarcest memory as a multiple of its size."""
     if found.short in (
         "disk",
         "nvme",
-    ):  # no option saves disk: it stands behind what memory decides
+    ):  # no option saves disk, so it ranks behind memory
         return found.disk_bytes / max(
             1, job.machine.nvme_bytes or 0 if found.short == "nvme" else job.machine.disk_bytes
         )
@@ -185,7 +192,7 @@ def _overshoot(job: Job, found: Estimate) -> float:
 
 
 def _reason(cfg: Config, job: Job, chosen: Estimate, wanted: list[Option]) -> str:
-    """One sentence: why this option."""
+    """Return one sentence on why this option was chosen."""
     if cfg.zero.stage != "auto":
         return f"zero.stage={cfg.zero.stage} was asked for; it {'fits' if chosen.fits else 'does not fit'}."
     if not chosen.fits:
@@ -198,7 +205,7 @@ def _reason(cfg: Config, job: Job, chosen: Estimate, wanted: list[Option]) -> st
 
 
 def missing(job: Job, found: Estimate) -> str:
-    """What a misfit lacks, e.g. "it needs 95.20 GiB of 80.00 GiB on the GPU"."""
+    """Describe what a misfit lacks, e.g. "it needs 95.20 GiB of 80.00 GiB on the GPU"."""
     machine = job.machine
     need, have, where = {
         "gpu": (found.gpu_bytes, machine.gpu_bytes, "on the GPU"),
@@ -213,9 +220,10 @@ def missing(job: Job, found: Estimate) -> str:
     return f"it needs {gib(need)} {where}, there are {gib(have)}"
 
 
-# Which options there are, which of them a configuration allows, and in which order they are tried.
+# All options, which of them a configuration allows, and the order in which they are tried.
 #
-# Fastest first, for the reasons given in docs/memory.md. An explicit zero.stage or offload narrows the list.
+# Fastest first, for the reasons given in docs/memory.md. An explicit zero.stage or offload narrows
+# the list.
 REPLICATED = Option(0)
 PLAIN = (Option(1), Option(2), Option(3))
 OPTIMIZER_OFFLOAD = (Option(1, "cpu"), Option(2, "cpu"), Option(3, "cpu"))
@@ -226,7 +234,10 @@ TINY_STATES = 0.01
 
 
 def all_options(job: Job, nvme_path: str | None) -> list[Option]:
-    """Every sensible option; without GPUs the host is the device, so offloading moves nothing."""
+    """Return every sensible option.
+
+    Without GPUs the host is the device, so offloading moves nothing.
+    """
     options = [REPLICATED, *PLAIN]
     if job.on_gpu:
         options += [*OPTIMIZER_OFFLOAD, *PARAM_OFFLOAD]
@@ -236,7 +247,7 @@ def all_options(job: Job, nvme_path: str | None) -> list[Option]:
 
 
 def wanted_options(cfg: Config, job: Job) -> list[Option]:
-    """The options that `cfg.zero` allows, fastest first; never empty."""
+    """Return the options that `cfg.zero` allows, fastest first; never empty."""
     offloads = (cfg.zero.offload_optimizer.value, cfg.zero.offload_params.value)
     if cfg.zero.stage != "auto":
         return [Option(int(cfg.zero.stage), *offloads)]
@@ -248,10 +259,11 @@ def wanted_options(cfg: Config, job: Job) -> list[Option]:
 
 
 def _replicates(job: Job) -> bool:
-    """Whether stage 0 is worth trying first.
+    """Tell whether stage 0 is worth trying first.
 
-    Several ranks: only where there is next to nothing to shard. And it sums the gradients of micro-steps in the
-    weights' own precision, so only where that is fp32 or there is a single micro-step.
+    With several ranks, it is only if there is next to nothing to shard. Besides, stage 0 sums the
+    gradients of micro-steps in the weights' own precision, so that must be fp32, or there must be a
+    single micro-step.
     """
     exact = job.work.accumulation == 1 or job.work.element_bytes == 4
     tiny = job.shape.trainable(job.adapter) < TINY_STATES * job.shape.parameters()
@@ -259,7 +271,10 @@ def _replicates(job: Job) -> bool:
 
 
 def _matches(option: Option, optimizer: str, params: str) -> bool:
-    """`none` is also what nobody set, so it constrains nothing; anything else was asked for."""
+    """Tell whether an option has the requested offloading.
+
+    `none` is also the default, so it constrains nothing; anything else was asked for.
+    """
     return optimizer in ("none", option.offload_optimizer) and params in (
         "none",
         option.offload_params,
@@ -267,7 +282,7 @@ def _matches(option: Option, optimizer: str, params: str) -> bool:
 
 
 def refuse(cfg: Config, machine: Machine) -> None:
-    """Raise UserError for what DeepSpeed cannot do."""
+    """Raise UserError for anything that DeepSpeed cannot do."""
     zero = cfg.zero
     if cfg.model.dtype is Dtype.fp16 and machine.gpus == 0:
         raise UserError(
@@ -295,10 +310,10 @@ def refuse(cfg: Config, machine: Machine) -> None:
         )
 
 
-# What to change: overrides that make a misfit fit, or that a fitting plan has room for, each with its numbers.
+# Advice: overrides that make a misfit fit, or that a fitting plan has room for, with their numbers.
 #
-# Every piece of advice is planned, not guessed: the job is changed, all options are estimated again, and only what fits
-# is returned.
+# Every piece of advice is planned, not guessed: the job is changed, all options are estimated
+# again, and only what fits is returned.
 MOST_GPUS = 256
 
 
@@ -309,7 +324,7 @@ def advise(cfg: Config, job: Job, chosen: Estimate) -> list[str]:
 def after_overflow(
     cfg: Config, planned: Plan, gpu_bytes: Optional[int] = None, host_bytes: Optional[int] = None
 ) -> list[tuple[str, str]]:
-    """What to type after memory ran out, and its numbers; the cheapest change first.
+    """Return (overrides, numbers) to try after memory ran out, the cheapest change first.
 
     Args:
         gpu_bytes, host_bytes: limit for predictions, lower than the machine's; None: the machine's.
@@ -329,7 +344,7 @@ def after_overflow(
 
 
 def _smaller(cfg: Config, job: Job, planned: Plan) -> Iterator[tuple[str, Job]]:
-    """Another way to shard, a smaller micro-batch, then what changes the run."""
+    """Yield another way to shard, then a smaller micro-batch, then what changes the run."""
     yield "", job
     micro = largest_micro_batch(job, planned.chosen.option)
     if micro and micro < job.work.micro_batch:
@@ -351,7 +366,7 @@ def _words(option: Option) -> str:
 
 
 def _room(job: Job, chosen: Estimate) -> Iterator[str]:
-    """What a fitting plan could still afford."""
+    """Yield the changes that a fitting plan could still afford."""
     micro = largest_micro_batch(job, chosen.option)
     if micro and micro > job.work.micro_batch:
         yield f"train.micro_batch={micro} fits too"
@@ -366,7 +381,10 @@ def _room(job: Job, chosen: Estimate) -> Iterator[str]:
 
 
 def _remedies(cfg: Config, job: Job) -> Iterator[str]:
-    """Changes of one thing each, cheapest first; then the same with a smaller batch and checkpointing."""
+    """Yield single changes, cheapest first.
+
+    Then yield the same ones with a smaller batch and checkpointing.
+    """
     chosen, _ = choose(job, wanted_options(cfg, job))
     if chosen.short in ("disk", "nvme"):  # no change to the run shrinks what it must write
         yield f"free disk space: {missing(job, chosen)}"
@@ -428,7 +446,7 @@ def _best(cfg: Config, job: Job) -> Optional[Estimate]:
 
 
 def _auto_options(cfg: Config, job: Job) -> list[Option]:
-    """Everything `zero=auto` would try, whatever the configuration asks for."""
+    """Return every option that `zero=auto` would try, whatever the configuration asks for."""
     free = replace(
         cfg.zero, stage="auto", offload_optimizer=Offload.none, offload_params=Offload.none
     )
@@ -441,7 +459,7 @@ def _estimate(job: Job, options: list[Option]) -> Optional[Estimate]:
 
 
 def _enough_gpus(cfg: Config, job: Job) -> Optional[str]:
-    """The smallest number of GPUs like these that is enough without any other change."""
+    """Return the smallest number of GPUs like these that is enough without any other change."""
     gpus = job.machine.gpus + 1
     while gpus <= MOST_GPUS:
         machine = replace(
@@ -456,7 +474,10 @@ def _enough_gpus(cfg: Config, job: Job) -> Optional[str]:
 
 
 def _enough_memory(cfg: Config, job: Job) -> str:
-    """The smallest memory, in whole GiB, of a machine without GPUs that is enough without any other change."""
+    """Return the smallest memory of a machine without GPUs that is enough without other changes.
+
+    The memory is given in whole GiB.
+    """
     unlimited = replace(job, machine=replace(job.machine, host_bytes=2**60))
     options = {option: estimate(unlimited, option) for option in _auto_options(cfg, unlimited)}
     need = {

@@ -1,4 +1,4 @@
-"""One option, all its bytes: exact states, estimated activations and buffers, and whether they fit.
+"""Estimate the bytes of one option, from exact states and estimated activations and buffers.
 
 Flow: `estimate(job, option)` adds up the moments of a step and takes the largest:
     loss          states + kept gradients + all activations + workspace of the loss
@@ -6,8 +6,8 @@ Flow: `estimate(job, option)` adds up the moments of a step and takes the larges
     last block    states + gradients at their fullest + one block's activations and backward
     step          states + gradients + fp32 copies of them
     evaluation    states + kept gradients + a forward without gradients
-The parts add up to `gpu_bytes`: weights, gradients and optimizer are always whole, and activations are what they add
-on top of gradients that were not there yet.
+The parts add up to `gpu_bytes`. Weights, gradients and optimizer states are always counted in full;
+activations count as what they add on top of gradients that did not exist yet.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "workspac
 
 @dataclass(frozen=True)
 class Estimate:
-    """The plan of one option. GPU bytes are of one rank, host and disk bytes of one node."""
+    """The estimate for one option; GPU bytes are of one rank, host and disk bytes of one node."""
 
     option: Option
     gpu_bytes: int
@@ -101,13 +101,14 @@ def estimate(job: Job, option: Option) -> Estimate:
 
 
 def _ranks(job: Job, option: Option) -> range:
-    """Ranks whose states differ; beyond 64 one is as good as another."""
+    """Return the ranks whose states differ; beyond 64 ranks, one stands for all."""
     return range(job.world_size if option.stage in (1, 2) and job.world_size <= 64 else 1)
 
 
 def _peak(job: Job, option: Option, states: States, acts: Activations, buffers: int) -> int:
-    """The largest of the moments of a step, in tensor bytes."""
-    # The block at work is rebuilt under checkpointing, except its input; otherwise it is among the kept ones.
+    """Return the largest of the moments of a step, in tensor bytes."""
+    # With checkpointing the current block is recomputed, except for its input; otherwise it is
+    # among the kept ones.
     stream = job.work.element_bytes * job.tokens * job.shape.n_embd
     rebuilt = acts.block - stream if job.work.rebuilds else 0
     loss = states.kept_gradients + acts.kept + acts.loss
@@ -125,7 +126,11 @@ def _peak(job: Job, option: Option, states: States, acts: Activations, buffers: 
 def _parts(
     states: States, acts: Activations, buffers: int, peak: int, fixed: int
 ) -> dict[str, int]:
-    """Split the peak. Weights, gradients and optimizer are whole; the others get what they add on top of them."""
+    """Split the peak into parts.
+
+    Weights, gradients and optimizer states are counted in full; the others get what they add on
+    top.
+    """
     whole = {
         "weights": states.weights,
         "gradients": states.peak_gradients,
@@ -146,11 +151,14 @@ def _parts(
 
 
 def buffer_bytes(job: Job, option: Option) -> int:
-    """Communication and gather buffers of one rank while gradients are made, and the gradient in flight."""
+    """Return the communication and gather buffers of one rank while gradients are computed.
+
+    This includes the gradient in flight.
+    """
     element, overlap = job.work.element_bytes, job.on_gpu
     numels = [numel for group in job.trainable_groups for numel in group]
     trained, largest = sum(numels), max(numels)
-    # A host gives pages to the part of a bucket that is written; a GPU gives all of it at once.
+    # A host allocates pages only for the written part of a bucket; a GPU allocates all of it.
     bucket = job.bucket_elements if job.on_gpu else min(job.bucket_elements, trained)
     if option.stage == 0:
         return element * min(trained, STAGE0_BUCKET_ELEMENTS) if job.world_size > 1 else 0
@@ -170,7 +178,10 @@ def buffer_bytes(job: Job, option: Option) -> int:
 
 
 def gathered_bytes(job: Job, option: Option) -> int:
-    """Stage 3: whole tensors around the block at work; one rank uses its own copy unless the weights are elsewhere."""
+    """Return the bytes of whole tensors that stage 3 gathers around the current block.
+
+    One rank uses its own copy unless the weights are offloaded.
+    """
     if job.world_size == 1 and option.offload_params == "none":
         return 0
     total = job.shape.total(job.adapter)
@@ -185,7 +196,10 @@ def gathered_bytes(job: Job, option: Option) -> int:
 
 
 def _fixed_bytes(job: Job, option: Option, states: States, peak: int) -> int:
-    """Memory beside the tensors: the allocator's slack, and on a GPU context and communicators."""
+    """Return memory beside the tensors.
+
+    This is the allocator's slack, and on a GPU the context and the communicators.
+    """
     if job.on_gpu:
         return (
             int(GPU_SLACK * peak) + CUDA_CONTEXT_BYTES + (NCCL_BYTES if job.world_size > 1 else 0)
@@ -194,7 +208,7 @@ def _fixed_bytes(job: Job, option: Option, states: States, peak: int) -> int:
         resting = states.weights + states.optimizer + states.peak_gradients
         passing = CPU_STAGE2_PASSING_SLACK if option.stage == 2 else CPU_PASSING_SLACK
         return int(CPU_RESTING_SLACK * resting + passing * (peak - resting))
-    # The largest tensor comes and goes in sizes that fit no hole: gathered, and its gradient in fp32.
+    # The largest tensor is allocated in sizes that fit no hole: gathered, and its gradient in fp32.
     return (4 + job.work.element_bytes) * job.shape.vocab_size * job.shape.n_embd
 
 
@@ -202,7 +216,10 @@ def _fixed_bytes(job: Job, option: Option, states: States, peak: int) -> int:
 
 
 def _host_parts(job: Job, option: Option, states: States, device_bytes: int) -> dict[str, int]:
-    """Host memory of one node; without GPUs the ranks' tensors are in it too, and nothing is page-locked."""
+    """Return the parts of the host memory of one node.
+
+    Without GPUs the ranks' tensors are in it too, and nothing is page-locked.
+    """
     rank = {
         "processes": process_bytes(job),
         "weights": states.host_weights,
@@ -217,7 +234,10 @@ def _host_parts(job: Job, option: Option, states: States, device_bytes: int) -> 
 
 
 def _saving_bytes(job: Job, option: Option, states: States) -> int:
-    """A checkpoint brings the optimizer's states to the host before it writes them; at stage 0 one rank does."""
+    """Return the bytes of optimizer states that a checkpoint brings to the host to write them.
+
+    At stage 0 only one rank does so.
+    """
     if not job.on_gpu or option.offload_optimizer != "none":
         return 0
     return states.optimizer * (1 if option.stage == 0 else job.ranks_per_node)
@@ -228,8 +248,11 @@ def process_bytes(job: Job) -> int:
 
 
 def rounding_bytes(blocks: tuple[int, ...]) -> int:
-    """What page-locked blocks cost beyond their size: torch rounds each up to a power of two, unless
-    PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:N says from which size on not to."""
+    """Return what page-locked blocks cost beyond their size.
+
+    torch rounds each up to a power of two, except above the size in
+    PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:N.
+    """
     limit = _round_limit()
     return sum(power_of_two(size) - size for size in blocks if size <= limit)
 
@@ -243,17 +266,27 @@ def _round_limit() -> float:
 
 
 def checkpoint_bytes(job: Job) -> int:
-    """One checkpoint: fp32 weights and two moments of what is trained (checkpointing/checkpoints.py); nothing of what is frozen."""
+    """Return the size of one checkpoint.
+
+    It holds fp32 weights and two moments of the trained parameters (checkpointing/checkpoints.py),
+    and nothing of the frozen ones.
+    """
     return 12 * job.shape.trainable(job.adapter)
 
 
 def export_bytes(job: Job) -> int:
-    """The export: the whole model after a full fine-tune, otherwise the adapter alone."""
+    """Return the size of the export.
+
+    This is the whole model after a full fine-tune, otherwise the adapter alone.
+    """
     return job.work.element_bytes * job.shape.trainable(job.adapter)
 
 
 def load_host_bytes(job: Job, option: Option) -> int:
-    """Host memory of one node until the engine stands: what stays there, one tensor in fp32, DeepSpeed's repacking."""
+    """Return the host memory of one node until the engine exists.
+
+    It covers what stays there, one tensor in fp32, and DeepSpeed's repacking.
+    """
     kept = (
         0 if job.on_gpu and option.offload_params == "none" else model_states(job, option).weights
     )
@@ -266,10 +299,10 @@ def load_host_bytes(job: Job, option: Option) -> int:
 
 
 def _repacking_bytes(job: Job, option: Option) -> int:
-    """Trained weights that one rank collects on the host to lay them out in one piece.
+    """Return the trained weights that one rank collects on the host to lay them out contiguously.
 
-    Stage 3 always does (zero/utils.py `defragment`). Stages 1 and 2 do, with a second copy, where the GPU has no room
-    for the weights twice (stage_1_and_2.py `flatten_on_accelerator`).
+    Stage 3 always does so (zero/utils.py `defragment`). Stages 1 and 2 do, with a second copy, if
+    the GPU has no room for the weights twice (stage_1_and_2.py `flatten_on_accelerator`).
     """
     trained = job.work.element_bytes * job.shape.trainable(job.adapter)
     if option.stage == 3:
@@ -279,7 +312,7 @@ def _repacking_bytes(job: Job, option: Option) -> int:
 
 
 def _short(job: Job, gpu: int, host: int, disk: int, nvme: int) -> str:
-    """The first resource that does not suffice, or an empty string."""
+    """Return the first resource that does not suffice, or an empty string."""
     machine = job.machine
     if job.on_gpu and gpu > machine.gpu_bytes:
         return "gpu"

@@ -1,8 +1,8 @@
-"""What the machine has: GPUs and their memory, host memory, free disk; measured here or given for hardware elsewhere.
-And the memory that this process takes of them.
+"""GPUs and their memory, host memory and free disk: measured here, or given for other hardware.
 
-`measure_machine` fills what `machine.*` leaves null. It asks NVML through ctypes and the kernel through /proc and
-cgroup files, so that no torch import and no CUDA context is needed.
+Also the memory that this process uses. `measure_machine` fills what `machine.*` leaves null. It
+queries NVML through ctypes and the kernel through /proc and cgroup files, so that it needs neither
+torch nor a CUDA context.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ def measure_machine(
     nvme_path: Optional[str] = None,
     cuda: bool = True,
 ) -> Machine:
-    """The machine that `config` describes; what it leaves null is measured on this one.
+    """Return the machine that `config` describes, measuring here what it leaves null.
 
     Args:
-        world_size: ranks of a run that has been launched; with GPUs it is how many of them are used.
-        run_dir: where runs are written; its disk is measured.
-        cuda: False where a run trains on the CPU although there are GPUs.
+        world_size: ranks of a launched run; with GPUs, the number of GPUs used.
+        run_dir: folder in which runs are written; its disk is measured.
+        cuda: False if a run trains on the CPU although there are GPUs.
 
     Raises:
-        UserError: GPUs are asked for whose memory is neither given nor measurable.
+        UserError: GPUs are requested whose memory is neither given nor measurable.
     """
     for name in ("gpus", "gpus_per_node", "gpu_gib", "host_gib", "disk_gib"):
         value = getattr(config, name)
@@ -132,7 +132,7 @@ class _NvmlMemory(ctypes.Structure):
 
 
 def gpu_free_bytes() -> list[int]:
-    """Free memory of every visible NVIDIA GPU; empty without a driver."""
+    """Return the free memory of every visible NVIDIA GPU; empty without a driver."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -158,7 +158,10 @@ def _device_free(nvml: ctypes.CDLL, index: int) -> int:
 
 
 def _visible(count: int) -> list[int]:
-    """Indices that CUDA_VISIBLE_DEVICES leaves; UUIDs and MIG slices are counted, in order, as whole devices."""
+    """Return the GPU indices that CUDA_VISIBLE_DEVICES allows.
+
+    UUIDs and MIG slices are counted, in order, as whole devices.
+    """
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     if names is None:
         return list(range(count))
@@ -171,12 +174,15 @@ def _visible(count: int) -> list[int]:
 
 
 def host_free_bytes() -> int:
-    """Memory that new processes can take: the kernel's estimate, or less inside a container."""
+    """Return the memory for new processes: the kernel's estimate, or less inside a container."""
     return _free(_meminfo("MemAvailable"))
 
 
 def host_left_bytes() -> int:
-    """The same with free swap space: not room to plan with, but the kernel kills nobody before it is full."""
+    """Return available host memory including free swap.
+
+    Swap is not memory to plan with, but the kernel kills no process before it is full.
+    """
     return _free(_meminfo("MemAvailable") + _meminfo("SwapFree", 0))
 
 
@@ -192,7 +198,7 @@ def _free(available: int) -> int:
 
 
 def host_total_bytes() -> int:
-    """Memory of this node, or the container's limit where it is lower."""
+    """Return the memory of this node, or the container's limit if that is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in (CGROUP_V2 / "memory.max", CGROUP_V1 / "memory.limit_in_bytes"):
         try:
@@ -203,7 +209,7 @@ def host_total_bytes() -> int:
 
 
 def _meminfo(key: str, missing: Optional[int] = None) -> int:
-    """A line of /proc/meminfo in bytes; where there is none `missing`, by default all memory."""
+    """Return a line of /proc/meminfo in bytes, or `missing` (by default all memory) without one."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith(key + ":"):
@@ -214,7 +220,10 @@ def _meminfo(key: str, missing: Optional[int] = None) -> int:
 
 
 def _cgroup_free(root: Path, limit_file: str, usage_file: str, cache_key: str) -> Optional[int]:
-    """Limit less usage of this container; None without a limit. Page cache counts as usage but can be dropped."""
+    """Return limit minus usage of this container; None without a limit.
+
+    Page cache counts as usage but can be dropped, so it is added back.
+    """
     try:
         limit = int((root / limit_file).read_text())
         usage = int((root / usage_file).read_text())
@@ -225,23 +234,24 @@ def _cgroup_free(root: Path, limit_file: str, usage_file: str, cache_key: str) -
 
 
 def disk_free_bytes(path: str) -> int:
-    """Free space of the disk that holds `path`, which need not exist yet."""
+    """Return the free space of the disk that holds `path`, which need not exist yet."""
     place = Path(path).expanduser().absolute()
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
 
 
-# Memory of this process, now and at its peak, in bytes: host from the kernel, GPU from torch's allocator.
+# Memory of this process, now and at its peak, in bytes: host from the kernel, GPU from torch's
+# allocator.
 #
-# Host figures come from /proc, so they count what the planner predicts: pages that are really resident.
-# GPU figures are 0 without CUDA, and torch is imported only where it already is. Sums nothing over ranks.
+# Host figures come from /proc, so they count what the planner predicts: resident pages. GPU figures
+# are 0 without CUDA; torch is used only if it is already imported. Figures are of this rank only.
 STATUS = Path("/proc/self/status")
 _most_seen = 0
 
 
 def host_bytes() -> int:
-    """Resident memory of this process."""
+    """Return the resident memory of this process."""
     global _most_seen
     now = _status_bytes("VmRSS") or _rusage_bytes()
     _most_seen = max(_most_seen, now)
@@ -249,19 +259,24 @@ def host_bytes() -> int:
 
 
 def peak_host_bytes() -> int:
-    """The most that was ever resident in this process; the kernel's own peak may lag behind what it has said before."""
+    """Return the peak resident memory of this process.
+
+    The kernel's own peak may lag behind values that it reported before.
+    """
     return max(_most_seen, _status_bytes("VmHWM") or _rusage_bytes())
 
 
 def gpu_bytes() -> int:
-    """Memory that torch has taken of this process's GPU, its cache included: between steps the tensors alone
-    would show only what rests, not what a step needs."""
+    """Return the GPU memory that torch has reserved for this process, including its cache.
+
+    Between steps, the tensors alone would not show what a step needs.
+    """
     cuda = _cuda()
     return int(cuda.memory_reserved()) if cuda else 0
 
 
 def peak_gpu_bytes() -> int:
-    """The most that torch reserved on this process's GPU: what a smaller card would have lacked."""
+    """Return the peak GPU memory that torch reserved for this process: what the GPU must have."""
     cuda = _cuda()
     return int(cuda.max_memory_reserved()) if cuda else 0
 
@@ -283,7 +298,10 @@ def _rusage_bytes() -> int:
 
 
 def _cuda():
-    """torch.cuda when a program already uses it; asking must not create a CUDA context or import torch."""
+    """Return torch.cuda if it is already in use, else None.
+
+    This must not create a CUDA context or import torch.
+    """
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None

@@ -1,8 +1,9 @@
-"""What a GPT-J is made of, from its config.json alone: tensors, parameters, adapters, FLOPs.
+"""The tensors, parameters, adapters and FLOPs of a GPT-J, from its config.json alone.
 
-Flow: `load_shape(path, head, num_labels)` reads one small json file and returns a `ModelShape`, which names every
-tensor of the model (and of an adapter on it) as transformers and peft name them, in the order of `named_parameters()`.
-It reads no weights and imports neither torch nor transformers, so a plan takes no time and needs no GPU.
+Flow: `load_shape(path, head, num_labels)` reads one small json file and returns a `ModelShape`,
+which names every tensor of the model (and of an adapter on it) as transformers and peft name them,
+in the order of `named_parameters()`. It reads no weights and imports neither torch nor
+transformers, so a plan is fast and needs no GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ Tensor = tuple[str, Shape]
 
 
 class Flops(NamedTuple):
-    """Floating point operations of one token; `recompute` only where activation checkpointing is on."""
+    """Floating point operations of one token; `recompute` only with activation checkpointing."""
 
     forward: int
     backward: int
@@ -45,7 +46,7 @@ class Flops(NamedTuple):
 
     @property
     def model(self) -> int:
-        """What MFU counts: recomputation is work, but not progress."""
+        """Return the FLOPs that MFU counts: recomputation is work, but not progress."""
         return self.forward + self.backward
 
 
@@ -102,7 +103,7 @@ class ModelShape:
     # ------------------------------------------------------------------ tensors of the model
 
     def block_tensors(self) -> Iterator[Tensor]:
-        """(name, shape) inside one block; GPT-J's attention projections have no bias."""
+        """Yield (name, shape) inside one block; GPT-J's attention projections have no bias."""
         d, inner = self.n_embd, self.n_inner
         yield from (("ln_1.weight", (d,)), ("ln_1.bias", (d,)))
         for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
@@ -111,7 +112,10 @@ class ModelShape:
         yield from (("mlp.fc_out.weight", (d, inner)), ("mlp.fc_out.bias", (d,)))
 
     def head_tensors(self) -> Iterator[Tensor]:
-        """(name, shape) of the head: the language model's is not tied to the embedding and has a bias."""
+        """Yield (name, shape) of the head.
+
+        The language model's head is not tied to the embedding and has a bias.
+        """
         rows = self.vocab_size if self.head == "lm" else self.num_labels
         name = HEAD_MODULES[self.head]
         yield f"{name}.weight", (rows, self.n_embd)
@@ -119,7 +123,7 @@ class ModelShape:
             yield f"{name}.bias", (rows,)
 
     def tensors(self) -> Iterator[Tensor]:
-        """(name, shape) of every parameter, in the order of `model.named_parameters()`."""
+        """Yield (name, shape) of every parameter, in the order of `model.named_parameters()`."""
         yield "transformer.wte.weight", (self.vocab_size, self.n_embd)
         for layer in range(self.n_layer):
             for name, shape in self.block_tensors():
@@ -131,7 +135,7 @@ class ModelShape:
         yield from self.head_tensors()
 
     def largest(self) -> int:
-        """Elements of the largest weight."""
+        """Return the number of elements of the largest weight."""
         return max(prod(shape) for _, shape in self.tensors())
 
     def layer_parameters(self) -> int:
@@ -141,13 +145,13 @@ class ModelShape:
         return sum(prod(shape) for _, shape in self.head_tensors())
 
     def parameters(self) -> int:
-        """Parameters of the model without an adapter; 6,050,882,784 for GPT-J-6B."""
+        """Return the parameters of the model without an adapter; 6,050,882,784 for GPT-J-6B."""
         return sum(prod(shape) for _, shape in self.tensors())
 
     # ------------------------------------------------------------------ adapters
 
     def linear_shape(self, name: str) -> tuple[int, int]:
-        """(out_features, in_features) of a block's linear module."""
+        """Return (out_features, in_features) of a block's linear module."""
         if name not in LINEARS:
             raise UserError(
                 f"adapter.targets names {name!r}, which GPT-J's blocks do not have",
@@ -158,10 +162,11 @@ class ModelShape:
         return sizes.get(name, (self.n_embd, self.n_embd))
 
     def adapter_tensors(self, adapter: AdapterConfig) -> Iterator[Tensor]:
-        """(name, shape) of every tensor that `adapter` trains, as peft names them; nothing for full fine-tuning.
+        """Yield (name, shape) of every tensor that `adapter` trains, as peft names them.
 
-        The heads of classification and question answering start from noise, so they are trained with any adapter
-        (peft's `modules_to_save`, which keeps the untrained copy too: see `adapter_copies`).
+        Full fine-tuning yields nothing. The heads of classification and question answering start
+        from random values, so they are trained with any adapter (peft's `modules_to_save`, which
+        keeps the untrained copy too: see `adapter_copies`).
         """
         if isinstance(adapter, FullConfig):
             return
@@ -206,13 +211,16 @@ class ModelShape:
             yield f"{prefix}{module}.{copy}.{leaf}", shape
 
     def frozen_tensors(self, adapter: AdapterConfig) -> Iterator[Tensor]:
-        """(name, shape) of what stays as it is: with an adapter the whole model, with full fine-tuning nothing."""
+        """Yield (name, shape) of the frozen tensors.
+
+        With an adapter this is the whole model, with full fine-tuning nothing.
+        """
         if isinstance(adapter, FullConfig):
             return
         yield from self.tensors()
 
     def trainable_tensors(self, adapter: AdapterConfig) -> Iterator[Tensor]:
-        """(name, shape) of what the optimizer updates."""
+        """Yield (name, shape) of the tensors that the optimizer updates."""
         yield from (
             self.tensors() if isinstance(adapter, FullConfig) else self.adapter_tensors(adapter)
         )
@@ -221,7 +229,7 @@ class ModelShape:
         return sum(prod(shape) for _, shape in self.trainable_tensors(adapter))
 
     def total(self, adapter: AdapterConfig) -> int:
-        """Parameters of model and adapter together."""
+        """Return the parameters of model and adapter together."""
         return self.trainable(adapter) + sum(
             prod(shape) for _, shape in self.frozen_tensors(adapter)
         )
@@ -229,7 +237,10 @@ class ModelShape:
     # ------------------------------------------------------------------ arithmetic
 
     def matmul_parameters(self) -> int:
-        """Parameters that a token is multiplied with: all matrices except the embedding, which is only looked up."""
+        """Return the parameters of all matrices that a token is multiplied with.
+
+        The embedding is not among them, as it is only looked up.
+        """
         return sum(
             prod(shape) for name, shape in self.tensors() if len(shape) == 2 and "wte" not in name
         )
@@ -237,14 +248,15 @@ class ModelShape:
     def flops_per_token(
         self, length: int, adapter: AdapterConfig, checkpointing: bool = False
     ) -> Flops:
-        """FLOPs of one token in a sequence of `length` tokens.
+        """Return the FLOPs of one token in a sequence of `length` tokens.
 
         With P the matmul parameters, d = n_embd, L layers and A the adapter's parameters:
-            attention = L x 2 x length x d      scores and values, 2 x 2 x length x d, the causal half of them
+            attention = L x 2 x length x d         the causal half of scores and values, which are
+                                                   2 x 2 x length x d
             forward   = 2 P + 2 A + attention
-            backward  = 4 P + 2 x attention                    full: gradients of inputs and of weights
-                        2 P + 4 A + 2 x attention              adapter: frozen weights need no gradient
-            recompute = forward without the head               activation checkpointing, blocks only
+            backward  = 4 P + 2 x attention        full: gradients of inputs and of weights
+                        2 P + 4 A + 2 x attention  adapter: frozen weights need no gradient
+            recompute = forward without the head   activation checkpointing, blocks only
         (PaLM, arXiv:2204.02311, appendix B, counts the same but without the causal half.)
         """
         matmul, attention = 2 * self.matmul_parameters(), 2 * length * self.n_embd * self.n_layer
@@ -257,7 +269,10 @@ class ModelShape:
 
 
 def adapter_targets(adapter: Union[LoraConfig, Ia3Config]) -> list[str]:
-    """The targeted linear modules in the order of `named_parameters()`, from `all-linear`, "a,b" or a list."""
+    """Return the targeted linear modules in the order of `named_parameters()`.
+
+    The targets are `all-linear`, "a,b" or a list.
+    """
     targets = adapter.targets
     if targets == "all-linear":
         return list(LINEARS)
@@ -273,7 +288,10 @@ def adapter_targets(adapter: Union[LoraConfig, Ia3Config]) -> list[str]:
 def load_shape(
     path: str, head: str = "lm", num_labels: int = 2, revision: Union[str, None] = None
 ) -> ModelShape:
-    """The shape of a checkpoint directory, a shipped asset, a hub id in the local cache, or GPT-J-6B by its id.
+    """Return the shape of a model.
+
+    `path` is a checkpoint directory, a shipped asset, a hub id in the local cache, or GPT-J-6B by
+    its id.
 
     Raises:
         UserError: no config.json can be found without a network, or it is not a GPT-J's.
@@ -314,7 +332,7 @@ def _existing(directory: Path) -> Path:
 def _cached_config(repo_id: str, revision: Union[str, None]) -> Union[str, None]:
     from huggingface_hub import (
         try_to_load_from_cache,
-    )  # here: half a second that local directories need not pay
+    )  # imported here: half a second that local directories need not spend
     from huggingface_hub.errors import HFValidationError
 
     try:
@@ -341,12 +359,12 @@ def _read_json(path: Path) -> tuple[dict[str, Any], str]:
         ) from None
 
 
-# GPT-J's module names as users may type them. No torch.
+# GPT-J's module names as users may type them. Needs no torch.
 MODULES = ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out")
 
 
 def target_modules(targets: Any) -> list[str]:
-    """`all-linear`, "q_proj,v_proj" or a list -> module names; a head is never among them.
+    """Return module names for `all-linear`, "q_proj,v_proj" or a list; never a head.
 
     Raises:
         UserError: a name that GPT-J does not have.

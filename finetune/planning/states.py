@@ -1,12 +1,12 @@
-"""Model states, exactly: the bytes of weights, gradients and optimizer that DeepSpeed allocates for an option.
+"""Exact bytes of model states (weights, gradients, optimizer) that DeepSpeed allocates.
 
-Flow: `model_states(job, option)` -> `States`, read off DeepSpeed 0.19's sources:
+Flow: `model_states(job, option)` -> `States`, derived from DeepSpeed 0.19's sources:
   stage 0        fp16/unfused_optimizer.py, or the plain torch optimizer in fp32
   stage 1        bf16_optimizer.py when bf16 gradients are summed in fp32, else zero/stage_1_and_2.py
   stage 2        zero/stage_1_and_2.py
   stage 3        zero/stage3.py and zero/partition_parameters.py: see `sharded_states`
-tests/planning/test_planning_states.py compares every number with the tensors of a real engine. What is not here: activations and
-buffers (activations.py, estimate.py), which are estimates.
+tests/planning/test_planning_states.py compares every number with the tensors of a real engine.
+Activations and buffers are only estimated, in activations.py and estimate.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STEP_BYTES = 4
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of one rank. Device bytes first, then what offload moves to the host or to nvme."""
+    """Bytes of one rank: first on the device, then those that offload moves to host or nvme."""
 
     weights: int
     """Low precision weights, trained and frozen."""
@@ -47,7 +47,10 @@ class States:
 
 
 def model_states(job: Job, option: Option, rank: int = 0) -> States:
-    """The states of one rank; only stages 1 and 2 without fp32 sums depend on which."""
+    """Return the states of one rank.
+
+    They depend on `rank` only at stages 1 and 2 without fp32 sums.
+    """
     if option.stage == 0:
         return _replicated(job)
     if option.stage == 3:
@@ -58,15 +61,21 @@ def model_states(job: Job, option: Option, rank: int = 0) -> States:
 
 
 def uses_bf16_optimizer(job: Job, option: Option) -> bool:
-    """engine.py `_do_optimizer_sanity_check`: stage 1, bf16 weights, fp32 sums, no offload."""
+    """Tell whether DeepSpeed picks its BF16 optimizer.
+
+    Conditions of `_do_optimizer_sanity_check` in engine.py: stage 1, bf16 weights, fp32 sums, no
+    offload.
+    """
     sums_in_fp32 = job.work.dtype == "bf16" and job.work.accumulation > 1
     return option.stage == 1 and sums_in_fp32 and option.offload_optimizer == "none"
 
 
 def _replicated(job: Job) -> States:
-    """Stage 0. In fp32 the optimizer works on the weights themselves; otherwise on fp32 copies, tensor by tensor.
+    """Return the states at stage 0.
 
-    Gradients are summed in the weights' own precision: DeepSpeed refuses fp32 sums at stage 0 with bf16 or fp16.
+    In fp32 the optimizer works on the weights themselves; otherwise on fp32 copies, tensor by
+    tensor. Gradients are summed in the weights' own precision: DeepSpeed refuses fp32 sums at stage
+    0 with bf16 or fp16.
     """
     element = job.work.element_bytes
     groups = job.trainable_groups
@@ -83,18 +92,21 @@ def _replicated(job: Job) -> States:
 
 
 def _flat(job: Job) -> list[int]:
-    """Elements of the flat buffer of each parameter group at stages 1 and 2, padding included."""
+    """Return the elements of each group's flat buffer at stages 1 and 2, padding included."""
     return [padded(sum(group), ALIGNMENT * job.world_size) for group in job.trainable_groups]
 
 
 def _largest_group(job: Job) -> int:
-    """Elements of this rank's largest partition: groups are updated one after another, and each makes its gradients
-    flat, then fp32."""
+    """Return the elements of this rank's largest partition.
+
+    Groups are updated one after another, and each flattens its gradients, then converts them to
+    fp32.
+    """
     return max(_flat(job), default=0) // job.world_size
 
 
 def _flat_optimizer(job: Job) -> int:
-    """Master weights and moments of this rank's partition of every group."""
+    """Return the bytes of master weights and moments of this rank's partition of every group."""
     return sum(12 * flat // job.world_size + STEP_BYTES for flat in _flat(job))
 
 
@@ -103,7 +115,10 @@ def _flat_weights(job: Job) -> int:
 
 
 def _bf16_stage1(job: Job) -> States:
-    """Stage 1 with fp32 sums: a flat fp32 gradient of everything, on every rank, that is never freed."""
+    """Return the states at stage 1 with fp32 sums.
+
+    Every rank holds a flat fp32 gradient of all parameters, which is never freed.
+    """
     # The low precision gradients are zeroed, not freed, after each addition.
     gradients = 4 * sum(_flat(job)) + job.work.element_bytes * sum(map(sum, job.trainable_groups))
     return States(
@@ -116,7 +131,7 @@ def _bf16_stage1(job: Job) -> States:
 
 
 def _partitioned(job: Job, option: Option, rank: int) -> States:
-    """Stages 1 and 2 in stage_1_and_2.py, with or without the optimizer on the host."""
+    """Return the states of stage_1_and_2.py, with or without the optimizer on the host."""
     element = job.work.element_bytes
     partition = sum(_flat(job)) // job.world_size
     sums_in_fp32 = job.work.accumulation_bytes != element
@@ -126,13 +141,14 @@ def _partitioned(job: Job, option: Option, rank: int) -> States:
     step = 0 if sums_in_fp32 else _largest_group(job) * (element + (4 if element == 2 else 0))
     optimizer, weights = _flat_optimizer(job), _flat_weights(job)
     if option.offload_optimizer == "none":
-        # Stage 2 sums fp32 into one buffer; otherwise new gradients are made beside the kept ones.
+        # Stage 2 sums fp32 into one buffer; otherwise new gradients are allocated beside the kept
+        # ones.
         waiting = 0 if option.stage == 2 and sums_in_fp32 else kept
         return States(
             weights, owned, optimizer, kept, owned + max(waiting, _unreduced(job, option)), step
         )
-    # The host holds masters and moments, an fp32 gradient, a low precision copy on its way back to the device,
-    # and a staging buffer as large as the largest tensor, which the device mirrors.
+    # The host holds masters and moments, an fp32 gradient, a low precision copy to be sent back to
+    # the device, and a staging buffer as large as the largest tensor, which the device mirrors.
     staging = element * job.largest_trainable()
     owned = owned if sums_in_fp32 else 0
     kept = kept if sums_in_fp32 or option.stage == 1 else 0
@@ -158,12 +174,19 @@ def _partitioned(job: Job, option: Option, rank: int) -> States:
 
 
 def _pinned_blocks(partition: int, element: int) -> tuple[int, int, int]:
-    """Of one group: master weights, fp32 gradient, low precision copy. The moments are ordinary memory."""
+    """Return the sizes of one group's page-locked blocks.
+
+    These are master weights, fp32 gradient and low precision copy. The moments are in ordinary
+    memory.
+    """
     return 4 * partition, 4 * partition, element * partition
 
 
 def _kept(job: Job, option: Option, owned: int) -> int:
-    """Gradients that wait for the next micro-step: all of them at stage 1, this rank's share at stage 2."""
+    """Return the bytes of gradients kept for the next micro-step.
+
+    These are all gradients at stage 1, and this rank's share at stage 2.
+    """
     if job.work.accumulation == 1:
         return 0
     everything = job.work.accumulation_bytes * sum(map(sum, job.trainable_groups))
@@ -171,10 +194,11 @@ def _kept(job: Job, option: Option, owned: int) -> int:
 
 
 def _unreduced(job: Job, option: Option) -> int:
-    """Gradients that wait for their reduction in a step of one micro-step.
+    """Return the bytes of gradients that wait for their reduction in a step of one micro-step.
 
-    Stage 2 frees them as they come. Stage 1 reduces them all after the backward, or with overlapped communication
-    (GPUs) as they come, but then keeps whatever is larger than the bucket and owned by another rank.
+    Stage 2 frees them as they are computed. Stage 1 reduces them all after the backward, or with
+    overlapped communication (GPUs) as they are computed, but then keeps those that are larger than
+    the bucket and owned by another rank.
     """
     if option.stage == 2 or job.work.accumulation > 1:
         return 0
@@ -186,9 +210,10 @@ def _unreduced(job: Job, option: Option) -> int:
 
 
 def _touched(job: Job, rank: int) -> tuple[int, int]:
-    """Elements of the tensors that reach into this rank's partitions, whole, and the padding added for the step.
+    """Return the elements of tensors that overlap this rank's partitions, and the step's padding.
 
-    `copy_grads_in_partition` allocates every such tensor at its full size, also where a neighbour owns a part.
+    `copy_grads_in_partition` allocates every such tensor at its full size, even if a neighbour owns
+    a part.
     """
     touched = padding = 0
     for group, flat in zip(job.trainable_groups, _flat(job), strict=True):
@@ -204,8 +229,8 @@ def _touched(job: Job, rank: int) -> tuple[int, int]:
 
 # Model states at stage 3: every tensor is cut into one part per rank, padded one by one.
 #
-# Exact as above, and read off zero/stage3.py and zero/partition_parameters.py; only what goes to nvme is an
-# estimate, because it passes through buffers on the host.
+# Exact as above, and derived from zero/stage3.py and zero/partition_parameters.py. Only the numbers
+# for nvme are estimates, because that data passes through buffers on the host.
 PERSISTENCE_ELEMENTS = 100_000
 """Stage 3 keeps smaller tensors whole on every rank (DeepSpeed's stage3_param_persistence_threshold)."""
 SUB_GROUP_ELEMENTS = 1_000_000_000
@@ -218,7 +243,7 @@ PARAM_BUFFERS = 5
 
 
 def sharded_states(job: Job, option: Option) -> States:
-    """Stage 3: every tensor is cut into `ranks` parts of equal size, padded one by one."""
+    """Return the states at stage 3: every tensor is cut into one part per rank and padded."""
     ranks, element, accumulation = (
         job.world_size,
         job.work.element_bytes,
@@ -233,7 +258,7 @@ def sharded_states(job: Job, option: Option) -> States:
     step = (accumulation + (0 if accumulation == 4 else 4)) * largest
     states = States(weights + _persistent(job), gradients, optimizer, gradients, gradients, step)
     numels = [*job.frozen_numels, *(numel for group in job.trainable_groups for numel in group)]
-    # All parts of the largest sub-group pass through one more buffer on their way back from the update.
+    # All parts of the largest sub-group pass through one more buffer after the update.
     buffers = (PARAM_BUFFERS * element * ceil(max(numels) / ranks), element * largest)
     return _offload(states, option, weights, buffers, owned, sub_groups)
 
@@ -246,7 +271,7 @@ def _offload(
     owned: int,
     sub_groups: list[int],
 ) -> States:
-    """Move what the option names to the host or to nvme."""
+    """Move the states that the option offloads to the host or to nvme."""
     if option.offload_params != "none":
         states = _move_weights(states, option.offload_params, weights, buffers)
     return (
@@ -257,7 +282,7 @@ def _offload(
 
 
 def _move_weights(states: States, place: str, weights: int, buffers: tuple[int, ...]) -> States:
-    """The parts leave the device, tensors that stay gathered do not."""
+    """Move the weights' parts off the device; tensors that stay gathered remain there."""
     kept = states.weights - weights
     if place == "cpu":
         return replace(states, weights=kept, host_weights=weights, pinned=(*states.pinned, weights))
@@ -271,7 +296,10 @@ def _move_weights(states: States, place: str, weights: int, buffers: tuple[int, 
 
 
 def _move_optimizer(states: States, option: Option, owned: int, sub_groups: list[int]) -> States:
-    """Everything of the update leaves the device: sums of gradients, their fp32 copies, masters and moments."""
+    """Move the states of the update off the device.
+
+    These are the sums of gradients, their fp32 copies, master weights and moments.
+    """
     device_free = replace(
         states, gradients=0, optimizer=0, kept_gradients=0, peak_gradients=0, step_bytes=0
     )
@@ -294,7 +322,10 @@ def _move_optimizer(states: States, option: Option, owned: int, sub_groups: list
 
 
 def _sub_groups(shards: list[int]) -> list[int]:
-    """stage3.py `_create_fp16_sub_groups`: tensors are collected until the limit is reached."""
+    """Return the sizes of the sub-groups: tensors are collected until the limit is reached.
+
+    The same as `_create_fp16_sub_groups` in stage3.py.
+    """
     if sum(shards) <= SUB_GROUP_ELEMENTS:
         return [sum(shards)]
     groups, current = [], 0
@@ -307,7 +338,10 @@ def _sub_groups(shards: list[int]) -> list[int]:
 
 
 def _persistent(job: Job) -> int:
-    """Small tensors stay gathered after the first step; a single rank gathers nothing."""
+    """Return the bytes of small tensors, which stay gathered after the first step.
+
+    A single rank gathers nothing.
+    """
     if job.world_size == 1:
         return 0
     numels = [numel for group in job.trainable_groups for numel in group] + job.frozen_numels

@@ -1,9 +1,10 @@
-"""What a run tells the outside: seven moments, and the list that hands them to everyone who listens.
+"""Callbacks of a training run, and the list that forwards each event to all of them.
 
-Flow: the trainer calls `CallbackList`, which calls each callback: metrics log, display, trackers, report.
-Order of a run: `restore` (only when resuming) -> `start` -> `train_step`, `evaluation`, `sample`, `checkpoint`
-in the order they happen -> `finish`, also after a failure. `message` may come at any time.
-Callbacks only watch: none can stop or change a run, and one that raises is switched off.
+Flow: the trainer calls `CallbackList`, which calls each callback: metrics log, display, trackers,
+report.
+Order of a run: `restore` (only when resuming) -> `start` -> `train_step`, `evaluation`, `sample`,
+`checkpoint` in the order they happen -> `finish`, also after a failure. `message` may come at any
+time. Callbacks only observe: none can stop or change a run, and one that raises is disabled.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ log = logging.getLogger("finetune")
 
 @dataclass
 class RunInfo:
-    """What is known when the first step is about to begin."""
+    """Facts about a run that are known just before its first step."""
 
     run_dir: Path
     name: str
@@ -39,7 +40,7 @@ class RunInfo:
 
 
 class Callback:
-    """A listener. `record` is exactly the object of that line in metrics.jsonl."""
+    """Base class of callbacks. `record` is exactly the object on its line of metrics.jsonl."""
 
     def start(self, run: RunInfo) -> None: ...
 
@@ -56,14 +57,17 @@ class Callback:
     def message(self, text: str) -> None: ...
 
     def state(self) -> dict[str, Any]:
-        """What must survive a resume, as JSON values; saved with every checkpoint."""
+        """Return the state to restore on resume, as JSON values; saved with every checkpoint."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None: ...
 
 
 class CallbackList(Callback):
-    """Fans out. A callback that raises is reported once and hears nothing more; the run goes on."""
+    """Forward every event to all callbacks.
+
+    A callback that raises is reported once and not called again; the run continues.
+    """
 
     def __init__(self, callbacks: list[Callback]):
         self.callbacks = list(callbacks)
@@ -90,7 +94,7 @@ class CallbackList(Callback):
         self._tell("message", text)
 
     def state(self) -> dict[str, Any]:
-        """States by class name, those without any left out."""
+        """Return the callbacks' states by class name; callbacks without state are left out."""
         states = {}
         for callback in list(self.callbacks):
             try:

@@ -1,4 +1,4 @@
-"""What a run ran on: versions and machine, for the report and for anyone who wants to repeat it."""
+"""Versions and machine of a run, for the report and for reproducing the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = (
 
 
 def environment(world_size: int, device: torch.device) -> dict[str, Any]:
-    """Plain values."""
+    """Return versions and machine as plain values."""
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "system": platform.platform(),

@@ -1,8 +1,9 @@
-"""What a person sees in the terminal: phases, one live line of training, evaluations, short tables.
+"""Terminal output: phases, one live line of training, evaluations, short tables.
 
-Flow: `silence_libraries` first; `Display.phase` around data preparation, loading and compiling; then the
-callback moments of training. On a terminal a rich bar that stays at the bottom while lines scroll above it;
-anywhere else plain lines, throttled. Only rank 0 builds a Display. Keeps no figures: see metrics_log.py.
+Flow: `silence_libraries` first; `Display.phase` around data preparation, loading and compiling;
+then the callbacks of training. On a terminal, a rich bar stays at the bottom while lines scroll
+above it; elsewhere plain lines are printed, throttled. Only rank 0 builds a Display. Figures are
+kept by metrics_log.py.
 """
 
 from __future__ import annotations
@@ -82,10 +83,10 @@ QUIET_ENV = {
 
 
 def silence_libraries(verbose: bool, rank: int) -> None:
-    """Let only errors of the libraries through, unless `verbose`. Call before importing them.
+    """Silence all library output but errors, unless `verbose`; call before importing them.
 
-    Ranks other than 0 also drop every Python warning: rank 0 has shown it already. What the user set in the
-    environment wins. Exceptions and ERROR log lines are never touched.
+    Ranks other than 0 also drop every Python warning, which rank 0 has shown already. Settings in
+    the environment take precedence. Exceptions and ERROR log lines are never dropped.
     """
     if verbose:
         return
@@ -94,7 +95,7 @@ def silence_libraries(verbose: bool, rank: int) -> None:
     for name in NOISY:
         logger = logging.getLogger(name)
         logger.setLevel(logging.ERROR)
-        # DeepSpeed sets its level anew while it is imported; a filter survives that.
+        # DeepSpeed resets its level while it is imported; a filter survives that.
         logger.addFilter(_errors_only)
     warnings.filterwarnings("ignore", module=NOISY_WARNINGS)
     if rank != 0:
@@ -106,7 +107,7 @@ def _errors_only(record: logging.LogRecord) -> bool:
 
 
 def summary_table(title: str, rows: list[tuple[str, str]], console: Console | None = None) -> None:
-    """Print a short two-column table; aligned plain lines when stdout is not a terminal."""
+    """Print a short two-column table, as aligned plain lines if stdout is not a terminal."""
     console = console or Console(highlight=False)
     if not console.is_terminal:
         width = max((len(name) for name, _ in rows), default=0)
@@ -134,7 +135,7 @@ def summary_table(title: str, rows: list[tuple[str, str]], console: Console | No
 
 
 class Phase:
-    """Progress of one thing before training: call `advance(n)` or `update(done)` as it goes.
+    """Progress of one phase before training: call `advance(n)` or `update(done)` as it proceeds.
 
     `total` may be set once it is known; then the share is shown, whatever is counted.
     """
@@ -150,7 +151,7 @@ class Phase:
         self.update(self.done + n)
 
     def update(self, done: float) -> None:
-        """Say how much is done in all."""
+        """Set how much is done in total."""
         self.done = done
         if self.bar is not None:
             self.bar.update(self.task, completed=done, total=self.total)
@@ -180,7 +181,7 @@ class Phase:
 
 
 class Display(Callback):
-    """Training as it happens. `console` is for tests; by default stdout."""
+    """Callback that shows training live. `console` is for tests; by default stdout."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(highlight=False)
@@ -197,7 +198,10 @@ class Display(Callback):
 
     @contextmanager
     def phase(self, name: str, total: float | None = None) -> Iterator[Phase]:
-        """Show one stretch of work, e.g. `with display.phase("tokenising", n) as phase: phase.advance()`."""
+        """Show one phase of work.
+
+        E.g. `with display.phase("tokenising", n) as phase: phase.advance()`.
+        """
         phase = Phase(name, total, self.console)
         phase.open()
         try:
@@ -262,7 +266,7 @@ class Display(Callback):
             self.message(f"to go on: {self.again}")
 
     def close(self) -> None:
-        """Take the live bar away; safe to call at any time and twice."""
+        """Remove the live bar; safe to call at any time, and repeatedly."""
         if self.live is not None:
             self.live.stop()
             self.live = None
@@ -273,7 +277,10 @@ class Display(Callback):
 
 
 class Pace:
-    """Seconds per step, averaged so that recent steps count more; from what the lines say, where only training counts."""
+    """Moving average of the seconds per step, weighted towards recent steps.
+
+    It is computed from the logged records, whose rate counts training time only.
+    """
 
     def __init__(self, step: int = 0):
         self.step, self.tokens = step, 0
@@ -292,7 +299,7 @@ class Pace:
 
 
 def _print_line(console: Console, text: str, style: str | None = None) -> None:
-    """One line above the bar; never wrapped or coloured when it goes to a file."""
+    """Print one line above the bar; never wrapped or coloured if it goes to a file."""
     if console.is_terminal:
         console.print(Text(text, style=style or ""))
     else:

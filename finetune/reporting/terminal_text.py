@@ -1,4 +1,4 @@
-"""The words of the display: records turned into lines. Pure functions, no terminal, no state."""
+"""Format records as lines of text for the display, with pure functions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ EVAL_METRICS = ("loss", "perplexity", "accuracy", "f1", "micro_f1", "exact_match
 
 
 def number(value: Any, spec: str) -> str:
-    """`value` in `spec`, "-" where there is none; NaN and infinities are shown, never hidden."""
+    """Format `value` with `spec`; "-" for None. NaN and infinities are shown, never hidden."""
     return format(value, spec) if isinstance(value, (int, float)) else "-"
 
 
 def figure(value: Any) -> str:
-    """A loss or metric wherever one is shown: five digits, at most four behind the point, thousands separated.
+    """Format a loss or metric, with the same digits everywhere.
 
-    `0.9312`, `7.1906`, `44.701`, `889.57`, `1,602.3`; `1.250e-04` below a thousandth; counts whole; "-" for none.
+    Five digits, at most four of them after the point, with thousands separators: `0.9312`,
+    `7.1906`, `44.701`, `889.57`, `1,602.3`; `1.250e-04` below a thousandth; counts as integers; "-"
+    for None.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "-" if value is None else str(value)
@@ -36,7 +38,7 @@ def count(value: float) -> str:
 
 
 def clock(seconds: float | None) -> str:
-    """`0:12`, `1:02:03`, `2d 01:02`; "-" when unknown."""
+    """Format a duration: `0:12`, `1:02:03`, `2d 01:02`; "-" if unknown."""
     if seconds is None or not math.isfinite(seconds):
         return "-"
     minutes, secs = divmod(int(seconds + 0.5), 60)
@@ -47,7 +49,7 @@ def clock(seconds: float | None) -> str:
 
 
 def figures(record: dict[str, Any], seconds_left: float | None) -> list[str]:
-    """The figures of a step, those that have no value left out: `loss 2.3456`, `lr 1.0e-04`, ..."""
+    """Format the figures of a step that have a value: `loss 2.3456`, `lr 1.0e-04`, ..."""
     parts = [f"loss {figure(record.get('loss'))}", f"lr {number(record.get('lr'), '.1e')}"]
     if record.get("grad_norm") is not None:
         parts.append(f"grad {number(record['grad_norm'], '.2f')}")
@@ -69,7 +71,10 @@ def plain_line(record: dict[str, Any], total_steps: int, seconds_left: float | N
 
 
 def evaluation_text(record: dict[str, Any]) -> str:
-    """`eval at step 20: loss 2.1034  perplexity 8.19`, with a line per subset when there are some."""
+    """Format an evaluation, with one line per subset if there are any.
+
+    For example: `eval at step 20: loss 2.1034  perplexity 8.19`.
+    """
     lines = [f"eval at step {record.get('step')}: {metrics_text(record)}"]
     subsets = record.get("subsets") or record.get("per_class") or {}
     width = max((len(str(name)) for name in subsets), default=0)
@@ -88,7 +93,10 @@ def metrics_text(record: dict[str, Any]) -> str:
 
 
 def train_command(words: list[str], run_dir: Any = None, launcher: str = "deepspeed") -> str:
-    """The command of a run, to paste: `words` as they were typed, in `run_dir` where it is to go on there."""
+    """Return the command of a run, ready to paste.
+
+    `words` are as typed; `run_dir` is added if the run is to continue there.
+    """
     kept = [
         word
         for word in words
@@ -104,7 +112,10 @@ def sample_text(step: int, prompt: str, text: str) -> str:
 
 
 def status_text(result: dict[str, Any]) -> str:
-    """How a run ended, for people: `done`, `failed`, `stopped by you (Ctrl-C)`, `preempted (SIGTERM)`."""
+    """Describe how a run ended.
+
+    One of `done`, `failed`, `stopped by you (Ctrl-C)`, `preempted (SIGTERM)`.
+    """
     status, reason = str(result.get("status", "ended")), result.get("stopped_by")
     if status != "preempted" or not reason:
         return status
@@ -113,7 +124,10 @@ def status_text(result: dict[str, Any]) -> str:
 
 
 def averaged_loss(records: list[dict[str, Any]]) -> tuple[float, str] | None:
-    """Training loss at the end of `records`, which one noisy step does not tell: (mean, "last 12 steps averaged")."""
+    """Average the training loss over the last steps of `records`, because one step is noisy.
+
+    Returns (mean, "last 12 steps averaged").
+    """
     losses = [
         (record["step"], record["loss"])
         for record in records
@@ -130,7 +144,10 @@ def averaged_loss(records: list[dict[str, Any]]) -> tuple[float, str] | None:
 
 
 def result_text(result: dict[str, Any]) -> str:
-    """How a run ended: status, tokens, time. An error is told by the program, once and last."""
+    """Describe the end of a run: status, tokens, time.
+
+    The error is left out, as the program prints it once, at the very end.
+    """
     parts = [f"{status_text(result)} at step {result.get('step', 0)}"]
     if result.get("tokens"):
         parts.append(f"{count(result['tokens'])} tokens in {clock(result.get('seconds'))}")
@@ -142,11 +159,11 @@ def result_text(result: dict[str, Any]) -> str:
 def outcome_text(
     result: dict[str, Any], records: list[dict[str, Any]], run_dir: Path, task: str
 ) -> str:
-    """What a run came to and what to do with it, a line each: losses, the best step, the page, the export.
+    """Return lines on a run's outcome and next steps: losses, best step, page and export.
 
     Args:
-        records: its lines of metrics.jsonl.
-        task: kind of task, which decides how the export is asked.
+        records: the run's lines of metrics.jsonl.
+        task: kind of task, which determines the command for using the export.
     """
     lines = []
     if trained := averaged_loss(records):
@@ -170,7 +187,7 @@ def outcome_text(
 
 
 def generate_command(export: Path, task: str) -> str:
-    """The command that asks an export, with the words that its task takes."""
+    """Return the command that generates with an export, with the settings that its task takes."""
     words = {"qa": 'question="..." context="..."', "instruct": 'chat=true prompt="..."'}.get(
         task, 'prompt="..."'
     )

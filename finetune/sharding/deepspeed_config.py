@@ -1,6 +1,7 @@
-"""(Config, plan's choice, world size) -> DeepSpeed's dictionary: pure, complete, without "auto".
+"""Translate (Config, plan's choice, world size) to DeepSpeed's dictionary.
 
-The only place that knows DeepSpeed's keys.
+The function is pure and the dictionary complete, without "auto". This is the only module that knows
+DeepSpeed's keys.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ NO_CLIPPING = 1e30
 
 @dataclass(frozen=True)
 class Sharding:
-    """What the planner chose, or the user said."""
+    """The sharding that the planner or the user chose."""
 
     stage: int
     offload_optimizer: Offload = Offload.none
@@ -33,7 +34,7 @@ class Sharding:
 
 
 def build(cfg: Config, sharding: Sharding, world_size: int, cuda: bool) -> dict:
-    """DeepSpeed's configuration of one run."""
+    """Return DeepSpeed's configuration of one run."""
     steps = accumulation(cfg, world_size)
     bf16, fp16 = cfg.model.dtype is Dtype.bf16, cfg.model.dtype is Dtype.fp16
     half_accumulates = bf16 and steps > 1 and sharding.stage > 0
@@ -44,7 +45,7 @@ def build(cfg: Config, sharding: Sharding, world_size: int, cuda: bool) -> dict:
         "gradient_clipping": cfg.optim.grad_clip or NO_CLIPPING,
         "bf16": {"enabled": bf16},
         "fp16": {"enabled": fp16, "initial_scale_power": 16, "loss_scale_window": 1000},
-        # Under bf16, DeepSpeed adds up micro-batches in bf16 unless told; stage 0 cannot do otherwise.
+        # Under bf16, DeepSpeed accumulates micro-batches in bf16 by default; stage 0 must do so.
         "data_types": {"grad_accum_dtype": "fp32"} if half_accumulates else {},
         "zero_optimization": _zero(cfg, sharding, world_size, cuda),
         "zero_allow_untested_optimizer": True,
@@ -79,7 +80,8 @@ def _zero(cfg: Config, sharding: Sharding, world_size: int, cuda: bool) -> dict:
     if sharding.stage == 3 and sharding.offload_params is not Offload.none:
         zero["offload_param"] = _offload(sharding.offload_params, sharding, cuda)
         if sharding.offload_params is Offload.nvme:
-            # DeepSpeed would keep the first 10^9 trained weights on the host, and has room for 10^8 in a buffer.
+            # DeepSpeed's defaults keep the first 10^9 trained weights on the host, and have room
+            # for 10^8 in a buffer.
             zero["offload_param"] |= {
                 "max_in_cpu": 0,
                 "buffer_size": -(-sharding.largest_tensor // world_size),

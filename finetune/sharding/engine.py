@@ -1,8 +1,10 @@
-"""The thin engine: DeepSpeed initialised from our module, and the few things the loop asks of it.
+"""A thin wrapper of DeepSpeed around our module, with the few operations that the loop needs.
 
-loss = engine.loss(batch) ; engine.backward(loss, scale) ; engine.step(lr)
-Also: building under zero.Init, placing loaded tensors into partitions, gathering them back. Does not load files,
-and decides nothing: stage and offload come from the planner through `deepspeed_config`.
+Per micro-batch: loss = task.loss(engine, batch) ; engine.backward(loss, scale) ; engine.step(lr)
+
+Also: building under zero.Init, placing loaded tensors into partitions, gathering them back. Files
+are loaded elsewhere, and the planner chooses stage and offload, which come in through
+`deepspeed_config`.
 """
 
 from __future__ import annotations
@@ -34,22 +36,23 @@ COMPILING = "compiling DeepSpeed's CPU op, once on this machine: one to two minu
 
 
 def compiles_first(world: World) -> bool:
-    """Tell a run whose first use of DeepSpeed will compile an op: one on CPUs, where nobody has compiled it yet."""
+    """Tell whether the first use of DeepSpeed will compile an op: on CPUs, if not yet compiled."""
     return world.device.type == "cpu" and OP not in built_ops()
 
 
 def connect_deepspeed(
     world: World, phase: Callable[[str], AbstractContextManager] = nullcontext
 ) -> None:
-    """Bring up DeepSpeed's communication; its first use on a CPU compiles an op, which is announced.
+    """Initialise DeepSpeed's communication; its first use on a CPU compiles an op, in a phase.
 
-    Only a stale lock of that op stops the run: it needs no other (the optimizer is torch's, nvme offload looks itself).
+    Only a stale lock of that op stops the run, which needs no other: the optimizer is torch's, and
+    nvme offload checks its own op.
 
     Args:
-        phase: what shows rank 0's user that something takes its time, by name.
+        phase: context, by name, that shows the user of rank 0 that something takes long.
 
     Raises:
-        RunFailed: a lock left by a killed compile would make this wait for ever.
+        RunFailed: a lock left by a killed compile would make this wait forever.
     """
     if world.device.type == "cpu":
         lock = world.on_main(_stale_lock)
@@ -67,9 +70,9 @@ def connect_deepspeed(
 
 
 def _unlink_shared_memory(rank: int) -> None:
-    """Take the name of DeepSpeed's shared buffer away: 66 MiB a rank that would stay in memory after the run.
+    """Unlink DeepSpeed's shared buffer: 66 MiB per rank that would stay in memory after the run.
 
-    Every rank has mapped it by now (csrc/cpu/comm/shm.cpp), and nothing ever unlinks it.
+    Every rank has mapped it by now (csrc/cpu/comm/shm.cpp), and DeepSpeed never unlinks it.
     """
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(
@@ -83,7 +86,10 @@ def _stale_lock() -> str | None:
 
 
 def partitioned_build(config: dict, world: World) -> AbstractContextManager | None:
-    """zero.Init at stage 3: parameters are cut up as they are made, and no rank ever holds the model."""
+    """Return zero.Init at stage 3, else None.
+
+    It partitions parameters as they are created, so that no rank ever holds the whole model.
+    """
     if config["zero_optimization"]["stage"] != 3:
         return None
     # No dtype: given one, DeepSpeed 0.19 ignores it on a CPU and silently makes everything bf16.
@@ -95,12 +101,13 @@ def _remote(config: dict) -> str | None:
 
 
 def place_partitioned(world: World, parameter: nn.Parameter, value: Tensor | None) -> None:
-    """Write one loaded tensor into a partitioned parameter: rank 0 has it, every rank gets its part and no more.
+    """Write one loaded tensor of rank 0 into a partitioned parameter. Collective.
 
-    Gathering the parameter for that, as DeepSpeed would, takes the whole tensor on every rank, twice. Collective.
+    Every rank receives its part only. DeepSpeed would gather the parameter, which takes the whole
+    tensor on every rank, twice.
 
     Args:
-        value: of the parameter's shape and dtype on the host; None on ranks that do not read.
+        value: a host tensor of the parameter's shape and dtype; None on ranks that do not read.
     """
     part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
     if part.final_location is not None:  # on nvme: DeepSpeed moves it
@@ -108,7 +115,7 @@ def place_partitioned(world: World, parameter: nn.Parameter, value: Tensor | Non
             if value is not None:
                 parameter.data.copy_(value)
         return
-    size = part.numel()  # the last rank's part may be filled up
+    size = part.numel()  # the last rank's part may be padded
     pieces = (
         [_piece(value, rank * size, size) for rank in range(world.size)]
         if value is not None
@@ -125,7 +132,7 @@ def place_partitioned(world: World, parameter: nn.Parameter, value: Tensor | Non
 
 
 def _piece(value: Tensor, start: int, size: int) -> Tensor:
-    """`size` elements of the flattened tensor from `start` on, zeros behind its end."""
+    """Return `size` elements of the flattened tensor from `start` on, zeros past its end."""
     piece = value.reshape(-1)[start : start + size]
     return (
         piece
@@ -135,7 +142,7 @@ def _piece(value: Tensor, start: int, size: int) -> Tensor:
 
 
 class Engine:
-    """DeepSpeed around one module.
+    """DeepSpeed engine around one module.
 
     Args:
         module: the model, weights loaded, `requires_grad` set.
@@ -146,8 +153,8 @@ class Engine:
         self.world, self.config = world, config
         self.stage: int = config["zero_optimization"]["stage"]
         groups = parameter_groups(module, optim.weight_decay)
-        # lr 0 until the first step: some wrappers take a step on zero gradients while they are built,
-        # and with a learning rate that step would already decay the weights.
+        # lr is 0 until the first step: some wrappers take a step on zero gradients while they are
+        # built, and with a nonzero learning rate that step would already decay the weights.
         optimizer = torch.optim.AdamW(
             groups, lr=0.0, betas=tuple(optim.betas), eps=optim.eps, fused=True
         )  # type: ignore[arg-type]
@@ -176,15 +183,15 @@ class Engine:
         self.ds.train(mode)
 
     def backward(self, loss_sum: Tensor, scale: float) -> None:
-        """Gradients of `loss_sum * scale`, averaged over ranks by DeepSpeed; micro-batches add up.
+        """Accumulate gradients of `loss_sum * scale`; DeepSpeed averages them over ranks.
 
-        With scale = ranks / (scored tokens of the step on all ranks) the step's gradient is that of the mean over
-        all its scored tokens, however they are spread over micro-batches and ranks.
+        With scale = ranks / (scored tokens of the step on all ranks) the step's gradient is that of
+        the mean over all its scored tokens, however they are spread over micro-batches and ranks.
         """
         self.ds.backward(loss_sum * scale, scale_wrt_gas=False)
 
     def step(self, lr: float) -> None:
-        """Count one micro-batch; on the last of the step clip, update and clear."""
+        """Count one micro-batch; on the last one of the step, clip, update and zero gradients."""
         for group in self.ds.basic_optimizer.param_groups:
             group["lr"] = lr
         if self._bare and self.ds.is_gradient_accumulation_boundary():
@@ -192,10 +199,14 @@ class Engine:
         self.ds.step()
 
     def rehearse(self, losses: Iterable[Callable[[], Tensor]]) -> None:
-        """One whole step on these micro-batches' losses that changes nothing, to see what a step needs of memory.
+        """Run one whole step that changes nothing, to measure the memory that a step needs.
 
-        Gradients times 0 and a learning rate of 0 leave weights and averages as they are to the last bit; what counts
-        steps is set back. Only before the first step and before a checkpoint is restored.
+        Gradients times 0 and a learning rate of 0 leave weights and optimizer states bitwise
+        unchanged; step counters are reset. Call only before the first step and before a checkpoint
+        is restored.
+
+        Args:
+            losses: one function per micro-batch, which computes its loss.
         """
         scaler = getattr(self.ds.optimizer, "loss_scaler", None)
         scaler = scaler if hasattr(scaler, "__dict__") else None
@@ -203,7 +214,7 @@ class Engine:
         losses = list(losses)
         partitions.ensure_states(
             self.ds
-        )  # before gradients, which would leave holes under them in the heap
+        )  # before gradients, which would leave holes below them in the heap
         for i, loss in enumerate(losses):
             self.ds.set_gradient_accumulation_boundary(i + 1 == len(losses))
             self.backward(loss(), 0.0)
@@ -218,10 +229,11 @@ class Engine:
         partitions.set_adam_step(self.ds, 0)
 
     def _clip(self) -> None:
-        """Clip whole fp32 gradients; a norm that is not finite drops the update.
+        """Clip unpartitioned fp32 gradients; drop the update if the norm is not finite.
 
-        Without a wrapper around the optimizer (stage 0, fp32) DeepSpeed neither reports the norm nor looks for
-        values that are not finite, and one such step would ruin the weights and both averages for good.
+        Without a wrapper around the optimizer (stage 0, fp32), DeepSpeed neither reports the norm
+        nor checks for non-finite values, and one such step would ruin the weights and both Adam
+        moments.
         """
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
@@ -233,7 +245,7 @@ class Engine:
             torch._foreach_mul_(gradients, self.max_norm / (self._norm + 1e-6))
 
     def grad_norm(self) -> float | None:
-        """Global gradient norm of the last step before clipping; nan when it was not finite."""
+        """Return the gradient norm of the last step before clipping; nan if it was not finite."""
         norm = self._norm if self._bare else self.ds.get_global_grad_norm()
         if norm is None:
             return None
@@ -242,21 +254,24 @@ class Engine:
 
     @property
     def skipped(self) -> int:
-        """Steps that were not applied because a gradient was not finite."""
+        """Number of steps that were not applied because a gradient was not finite."""
         return int(self.ds.skipped_steps) + self._dropped
 
     @property
     def scales_loss(self) -> bool:
-        """Whether skipped steps are also how the loss scale finds its level (fp16)."""
+        """Tell whether skipped steps also adapt the loss scale (fp16)."""
         return self.config["fp16"]["enabled"]
 
     def optimizer_bytes(self) -> dict[str, int]:
-        """Bytes of optimizer states on this rank; see `partitions.optimizer_bytes`."""
+        """Return the bytes of optimizer states on this rank; see `partitions.optimizer_bytes`."""
         partitions.ensure_states(self.ds)
         return partitions.optimizer_bytes(self.ds)
 
     def full_parameters(self, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor) one at a time, gathered at stage 3. Collective: every rank must take them all."""
+        """Yield (name, whole tensor) one at a time, gathered at stage 3.
+
+        Collective: every rank must consume all of them.
+        """
         for name, parameter in self.module.named_parameters():
             if trained_only and not parameter.requires_grad:
                 continue
@@ -268,7 +283,10 @@ class Engine:
 
 
 def _read_once(module: nn.Module) -> None:
-    """Let weights on nvme be read once where DeepSpeed's prefetch names one twice, which it refuses itself (0.19)."""
+    """Read a weight on nvme once if DeepSpeed's prefetch lists it twice.
+
+    DeepSpeed 0.19 itself rejects such a list.
+    """
     swappers = {
         id(p.nvme_swapper): p.nvme_swapper
         for p in module.parameters()
@@ -284,8 +302,11 @@ def _swap_in_once(swap_in, params: list[nn.Parameter], *args, **kwargs):
 
 @contextmanager
 def _without_compiler() -> Iterator[None]:
-    """DeepSpeed decorates functions of an optimizer that is never used here (Muon) with torch.compile, which imports all
-    of torch's compiler: most of a second and 41 MiB in every rank."""
+    """Disable torch.compile while DeepSpeed is imported.
+
+    DeepSpeed decorates functions of an optimizer that is never used here (Muon) with torch.compile,
+    which imports all of torch's compiler: most of a second and 41 MiB in every rank.
+    """
     compile_, torch.compile = torch.compile, _as_it_is  # type: ignore[assignment]
     try:
         yield
@@ -298,7 +319,10 @@ def _as_it_is(function=None, **_):
 
 
 def _take_norms_by_rows(optimizer) -> None:
-    """Give ZeRO's gradient norm the norms of rows: it converts what it gets to fp64, GPT-J's head alone to 1.7 GB."""
+    """Pass row norms instead of gradients to ZeRO's gradient norm, to save memory.
+
+    ZeRO converts its input to fp64, which takes 1.7 GB for GPT-J's head alone.
+    """
     whole = getattr(optimizer, "get_grad_norm_direct", None)
     if whole is None:
         return
@@ -316,7 +340,10 @@ def _take_norms_by_rows(optimizer) -> None:
 
 
 def row_norms(gradient: Tensor) -> Tensor:
-    """Norms of consecutive parts of a flattened gradient, fp32: their norm is that of the gradient."""
+    """Return fp32 norms of consecutive parts of a flattened gradient.
+
+    The norm of these norms is the norm of the gradient.
+    """
     flat = gradient.reshape(-1)
     whole = len(flat) // NORM_ROW * NORM_ROW
     rows = flat[:whole].view(-1, NORM_ROW).split(NORM_PIECE[flat.device.type] // NORM_ROW)

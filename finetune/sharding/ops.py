@@ -1,9 +1,10 @@
-"""Ops that were compiled here, and locks that a killed compile left behind: torch would wait for them in silence, for ever.
+"""Ops compiled by torch on this machine, and stale locks left by compiles that were killed.
 
-torch.utils.cpp_extension creates <extensions>/<op>/lock, keeps it open while it compiles, and removes it. A process
-that was killed meanwhile leaves the file and every later run waits. So: a lock that no living process holds open is
-stale. Where that cannot be seen (another user's process, a folder shared between machines) only age decides.
-Removes nothing itself. `hushed` drops what DeepSpeed prints while it builds.
+torch.utils.cpp_extension creates <extensions>/<op>/lock, keeps it open while it compiles, and
+removes it. A process that is killed meanwhile leaves the file, and every later run waits for it
+silently and forever. A lock that no living process holds open is therefore stale. If that cannot be
+seen (another user's process, a folder shared between machines), only age decides. This module
+removes nothing itself. `hushed` drops the output of DeepSpeed's builds.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ PROC = Path("/proc")
 
 
 def extension_folders() -> list[Path]:
-    """Where this Python's torch builds: one folder, or the candidates while torch is not imported."""
+    """Return torch's build folder, or the candidates for it while torch is not imported."""
     if os.environ.get("TORCH_EXTENSIONS_DIR"):
         return [Path(os.environ["TORCH_EXTENSIONS_DIR"])]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
@@ -50,16 +51,16 @@ def extension_folders() -> list[Path]:
 
 
 def built_ops() -> set[str]:
-    """Ops that torch compiled here earlier."""
+    """Return the ops that torch has compiled on this machine."""
     return {path.stem for folder in extension_folders() for path in folder.glob("*/*.so")}
 
 
 def find_stale_locks(min_age_seconds: float = 2.0, op: str = "*") -> list[Path]:
-    """List locks on which the next compile, or the next load of an op, would wait for ever.
+    """List locks on which the next compile, or the next load of an op, would wait forever.
 
     Args:
-        min_age_seconds: younger locks are left alone; covers the moment between creating and looking.
-        op: name of one op; by default those of all.
+        min_age_seconds: younger locks are skipped; covers the moment between creation and check.
+        op: name of one op; all ops by default.
     """
     locks = [lock for folder in extension_folders() for lock in sorted(folder.glob(f"{op}/lock"))]
     if not locks:
@@ -80,7 +81,7 @@ def _is_stale(lock: Path, held: set[str], min_age_seconds: float) -> bool:
 
 
 def _open_files() -> set[str]:
-    """Paths that any process, as far as we may look, has open under the name `lock`."""
+    """Return paths of files named `lock` that are open in any process that we may inspect."""
     found = set()
     for entry in PROC.glob("[0-9]*/fd/*") if PROC.is_dir() else ():
         try:
@@ -93,7 +94,10 @@ def _open_files() -> set[str]:
 
 
 def _on_network(path: Path) -> bool:
-    """Whether other machines may hold files here: the file system of the longest mount point above `path`."""
+    """Tell whether other machines may hold files open here.
+
+    Decided by the file system of the longest mount point above `path`.
+    """
     try:
         mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
     except OSError:
@@ -107,9 +111,9 @@ def _on_network(path: Path) -> bool:
     return bool(above) and max(above)[1].startswith(NETWORK_FILESYSTEMS)
 
 
-# What libraries print goes nowhere, while a live display goes on.
+# Silence library output while the live display is active.
 class _Nowhere(io.StringIO):
-    """rich looks for the terminal behind whatever stands in for stdout, under this name."""
+    """A stdout that discards its text; rich finds the real one as `rich_proxied_file`."""
 
     def __init__(self):
         super().__init__()
@@ -118,6 +122,6 @@ class _Nowhere(io.StringIO):
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Drop what is printed inside by `print`; DeepSpeed tells from every rank what it builds."""
+    """Drop the output of `print` in this context; DeepSpeed reports its builds on every rank."""
     with redirect_stdout(_Nowhere()):
         yield

@@ -1,8 +1,9 @@
-"""Where DeepSpeed keeps the fp32 master weight and Adam's averages of each parameter, on this rank.
+"""Locate this rank's part of DeepSpeed's fp32 master weights and Adam moments, per parameter.
 
-Every ZeRO stage cuts parameters into ranges of their flattened elements. This module finds, for each trained
-parameter, the range that this rank owns and the tensors behind it, in one form for all stages. Checkpoints, elastic
-resume and byte counts need nothing else. Knows DeepSpeed's optimizer wrappers (0.19) and nothing of files.
+Every ZeRO stage cuts parameters into ranges of their flattened elements. This module finds, for
+each trained parameter, the range that this rank owns and the tensors that hold it, in one form for
+all stages. Checkpoints, elastic resume and byte counts need nothing else. The module depends on
+DeepSpeed's optimizer wrappers (0.19) and on no file format.
 
     parameter  [ 0 . . . . . . . . 11 ]      12 elements, flattened
     rank 0     [ 0 . . . . . ]               Fragment(start=0, numel=7)
@@ -25,7 +26,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class Fragment:
-    """One parameter's elements [start, start + numel) on this rank: fp32 views into the optimizer's own memory."""
+    """Elements [start, start + numel) of one parameter on this rank.
+
+    The tensors are fp32 views into the optimizer's own memory.
+    """
 
     name: str
     start: int
@@ -46,7 +50,7 @@ def base_optimizer(engine) -> torch.optim.Optimizer:
 
 
 def ensure_states(engine) -> None:
-    """Create Adam's states where the first step has not done so yet: zeros, step 0."""
+    """Create Adam's states (zeros, step 0) if the first step has not done so yet."""
     optimizer = base_optimizer(engine)
     for group, flat in enumerate(_flat_masters(engine)):
         state = optimizer.state[flat]
@@ -60,7 +64,7 @@ def ensure_states(engine) -> None:
 
 
 def _on_nvme(engine, group: int) -> bool:
-    """Whether the states of a group (stage 3's sub-group) lie in files between steps."""
+    """Tell whether the states of a group (a sub-group at stage 3) are in files between steps."""
     optimizer = engine.optimizer
     return getattr(optimizer, "swap_optimizer", False) and optimizer._swappable_optimizer_subgroup(
         group
@@ -69,10 +73,10 @@ def _on_nvme(engine, group: int) -> bool:
 
 @contextmanager
 def in_memory(engine, group: int, write: bool = False) -> Iterator[None]:
-    """Master and averages of a group in memory for a while, if nvme offload keeps them in files.
+    """Hold a group's master weights and moments in memory if nvme offload keeps them in files.
 
     Args:
-        write: store what was changed; otherwise changes are lost.
+        write: write changes back to the files at the end; otherwise they are lost.
     """
     optimizer = engine.optimizer
     if not _on_nvme(engine, group):
@@ -89,7 +93,7 @@ def in_memory(engine, group: int, write: bool = False) -> Iterator[None]:
 
 
 def set_adam_step(engine, step: int) -> None:
-    """Applied updates so far; Adam's bias correction counts them."""
+    """Set the number of updates applied so far, which Adam's bias correction uses."""
     for state in base_optimizer(engine).state.values():
         if isinstance(state.get("step"), Tensor):
             state["step"].fill_(float(step))
@@ -106,9 +110,10 @@ def adam_step(engine) -> int:
 
 
 def optimizer_bytes(engine) -> dict[str, int]:
-    """Bytes that this rank holds for masters and moments, on nvme too: {"masters": .., "moments": .., "total": ..}.
+    """Return the bytes of this rank's master weights and moments, including those on nvme.
 
-    Where the weights themselves are fp32 and whole (stage 0) there is no separate master.
+    The keys are "masters", "moments" and "total". There is no separate master if the weights
+    themselves are fp32 and whole (stage 0).
     """
     weights = {p.data_ptr() for p in engine.module.parameters() if p.dtype == torch.float32}
     masters = moments = 0
@@ -125,7 +130,7 @@ def optimizer_bytes(engine) -> dict[str, int]:
 
 
 def replicated(engine) -> bool:
-    """Whether every rank holds the same whole states (stage 0)."""
+    """Tell whether every rank holds the same complete states (stage 0)."""
     return _kind(engine) not in (
         "DeepSpeedZeroOptimizer_Stage3",
         "DeepSpeedZeroOptimizer",
@@ -153,16 +158,17 @@ def _flat_masters(engine) -> list[Tensor]:
 
 
 def ranges(engine) -> list[tuple[str, int, int]]:
-    """(name, start, numel) of `fragments`, without reading what lies on nvme."""
+    """Return (name, start, numel) of each of the `fragments` without reading from nvme."""
     if _kind(engine) == "DeepSpeedZeroOptimizer_Stage3":
         return [(place.name, place.start, place.numel) for place in _stage3_places(engine)]
     return [(piece.name, piece.start, piece.numel) for piece in fragments(engine)]
 
 
 def fragments(engine, write: bool = False) -> Iterator[Fragment]:
-    """This rank's fragments, always in the same order. States must exist (`ensure_states`).
+    """Yield this rank's fragments, always in the same order. States must exist (`ensure_states`).
 
-    What nvme offload keeps in files is in memory until the next fragment is asked for; changes to it last with `write`.
+    With nvme offload, a fragment is in memory only until the next one is requested, and changes to
+    it are kept only with `write`.
     """
     trained = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
     match _kind(engine):
@@ -208,7 +214,7 @@ def _flat_groups(engine, trained: list[tuple[str, nn.Parameter]]) -> Iterator[Fr
 
 
 class _Place(NamedTuple):
-    """Where a parameter's part of this rank lies in a group's flat states."""
+    """Position of this rank's part of a parameter in the flat states of a group."""
 
     name: str
     group: int
@@ -218,7 +224,7 @@ class _Place(NamedTuple):
 
 
 def _stage3_places(engine) -> list[_Place]:
-    """In the order of the groups: each is brought in from nvme once."""
+    """Return the places ordered by group, so that each group is read from nvme only once."""
     optimizer = engine.optimizer
     rank = torch.distributed.get_rank()
     found = []
@@ -248,10 +254,11 @@ def _stage3(engine, write: bool) -> Iterator[Fragment]:
 
 
 def refresh_weights(engine, read_master) -> None:
-    """Make the weights that compute what the restored masters say: weight = round(master).
+    """Set the weights used in the forward pass from the restored masters: weight = round(master).
 
     Args:
-        read_master: (name, start, numel) -> fp32 values of the whole parameter's elements, from the checkpoint.
+        read_master: (name, start, numel) -> fp32 values of these elements of the whole parameter,
+            from the checkpoint.
     """
     if _kind(engine) == "DeepSpeedZeroOptimizer_Stage3":
         _refresh_stage3(engine)

@@ -1,6 +1,8 @@
-"""sweep.html from sweep.json: parallel coordinates, the metric against each parameter, every job best first.
+"""Build sweep.html from sweep.json.
 
-Colour is a job's place among the finished ones, blue best to orange worst. Written during the sweep and at its end.
+The page shows parallel coordinates, the metric against each parameter, and all jobs, best first. A
+job's colour is its place among the finished ones, from blue (best) to orange (worst). The page is
+written during the sweep and at its end.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Scale:
-    """One parameter or the metric: value -> place from 0 to 1."""
+    """Axis of one parameter or of the metric: value -> place from 0 to 1."""
 
     key: str
     values: list[Any]
@@ -53,7 +55,7 @@ class Scale:
 
 @dataclass
 class Line:
-    """A job in the parallel coordinates."""
+    """Line of one job in the parallel coordinates."""
 
     job: int
     d: str
@@ -70,7 +72,7 @@ class Scatter:
 
 
 def build_sweep_page(folder: Path | str) -> Path:
-    """Write folder/sweep.html from folder/sweep.json; returns its path."""
+    """Write folder/sweep.html from folder/sweep.json and return its path."""
     folder = Path(folder)
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     return write_page(
@@ -80,7 +82,7 @@ def build_sweep_page(folder: Path | str) -> Path:
 
 
 def page_context(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Everything that the template names."""
+    """Return all variables of the template."""
     jobs = summary["jobs"]
     tones = tone_of(jobs)
     metric = metric_scale(
@@ -111,7 +113,7 @@ def page_context(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def tone_of(jobs: list[Row]) -> dict[int, int]:
-    """Job -> 0 (best) to 100 (worst), by rank: the list is best first."""
+    """Map each finished job to its rank, 0 (best) to 100 (worst); `jobs` is sorted best first."""
     finished = [job["job"] for job in jobs if job["status"] == "done"]
     return {
         job: round(100 * place / max(1, len(finished) - 1)) for place, job in enumerate(finished)
@@ -119,7 +121,7 @@ def tone_of(jobs: list[Row]) -> dict[int, int]:
 
 
 def value_of(text: Any) -> Any:
-    """A typed value as a number where it is one."""
+    """Return a typed value as a number if it is one, otherwise as text."""
     try:
         return float(text)
     except (TypeError, ValueError):
@@ -127,7 +129,7 @@ def value_of(text: Any) -> Any:
 
 
 def scale_of(key: str, values: list[Any]) -> Scale | None:
-    """The axis of a parameter; None without values."""
+    """Return the axis of a parameter; None if there are no values."""
     found = [value for value in values if value is not None]
     if not found:
         return None
@@ -156,17 +158,20 @@ def scale_of(key: str, values: list[Any]) -> Scale | None:
 
 
 def metric_scale(name: str, values: list[float]) -> Scale | None:
-    """The axis of what is compared: round ticks."""
+    """Return the axis of the compared metric, with round ticks."""
     return Scale(name, list(values), linear_axis(min(values), max(values))) if values else None
 
 
 def swept_value(value: float) -> str:
-    """`3e-05`, `0.25`, `64`."""
+    """Format the value of a swept parameter: `3e-05`, `0.25`, `64`."""
     return f"{value:,.0f}" if abs(value) >= 1000 and value == int(value) else f"{value:.4g}"
 
 
 def lines(jobs: list[Row], scales: list[Scale], metric: Scale, tones: dict[int, int]) -> list[Line]:
-    """One line a job, worst first so that the best lies on top; jobs without a figure end at the last parameter."""
+    """Return one line per job, worst first, so that the best is drawn on top.
+
+    Lines of jobs without a metric end at the last parameter.
+    """
     found = []
     for job in reversed(jobs):
         values = [(scale, value_of(job["chosen"].get(scale.key))) for scale in scales] + [
@@ -209,7 +214,7 @@ def scatter(jobs: list[Row], scale: Scale, metric: Scale, tones: dict[int, int])
 def rows(
     jobs: list[Row], keys: list[str], tones: dict[int, int], folder: Path
 ) -> list[dict[str, Any]]:
-    """The table; each job leads to its page, or to what it printed where it came to none."""
+    """Return the rows of the table; each job links to its page, or to its output if it has none."""
 
     def cells(job: Row) -> list[str]:
         chosen = [_brief(job["chosen"].get(key, "-")) for key in keys]
@@ -269,7 +274,7 @@ def tiles(summary: dict[str, Any]) -> list[Tile]:
 
 
 def commands(summary: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
-    """What to do with the sweep, and with its best job."""
+    """Return commands for the sweep and for its best job."""
     found = []
     if summary["best"] is not None:
         best = summary["jobs"][0]
@@ -291,7 +296,7 @@ def commands(summary: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
 
 
 def compare_command(folder: Path) -> str:
-    """The command that puts all jobs of a sweep on one page."""
+    """Return the command that shows all jobs of a sweep on one page."""
     return command(["python", "launch/report.py", setting("runs", f"{glob.escape(str(folder))}/*")])
 
 

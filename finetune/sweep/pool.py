@@ -1,7 +1,8 @@
-"""Devices of a sweep: which launcher options each job gets, so that jobs at once never share a GPU or a core.
+"""Assign devices to the jobs of a sweep, so that concurrent jobs never share a GPU or a core.
 
-`sweep.num_gpus|num_nodes|include|exclude|hostfile|launcher` are DeepSpeed's options. Under
-`deepspeed launch/train.py -m` they are read from the launcher that started us: its --world_info names every slot.
+Each job gets launcher options. `sweep.num_gpus|num_nodes|include|exclude|hostfile|launcher` are
+DeepSpeed's options. Under `deepspeed launch/train.py -m` they are read from the launcher that
+started this process: its --world_info names every slot.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Slot = tuple[str, int]
 
 @dataclass(frozen=True)
 class Place:
-    """Where one job runs."""
+    """The devices on which one job runs."""
 
     options: tuple[str, ...]
     """Launcher options that choose devices."""
@@ -37,7 +38,7 @@ class Place:
     """The options name GPUs, so CUDA_VISIBLE_DEVICES must not narrow them a second time."""
 
     def command(self) -> list[str]:
-        """The launcher beside this Python, on a port of its own."""
+        """Return the command of this Python's launcher, with a port of its own."""
         runner = [
             sys.executable,
             "-m",
@@ -55,7 +56,7 @@ class Pool:
     busy: set[int] = field(default_factory=set)
 
     def take(self) -> int | None:
-        """A free place's number, or None."""
+        """Reserve a free place and return its number, or None."""
         free = next((n for n in range(len(self.places)) if n not in self.busy), None)
         if free is not None:
             self.busy.add(free)
@@ -66,10 +67,11 @@ class Pool:
 
 
 def build_pool(cfg: SweepConfig) -> Pool:
-    """Cut what this sweep may use into `sweep.parallel` places.
+    """Divide the devices of this sweep into `sweep.parallel` places.
 
     Raises:
-        UserError: there are fewer devices than the jobs at once need, or other nodes cannot be reached from here.
+        UserError: there are fewer devices than the concurrent jobs need, or other nodes cannot be
+            reached from here.
     """
     if cfg.parallel < 1:
         raise UserError(f"{cfg.parallel} jobs at once", "sweep.parallel", "Try sweep.parallel=1.")
@@ -123,7 +125,7 @@ def _include(
 
 
 def _slots(cfg: SweepConfig, hosts: dict[str, list[int]] | None, here: int) -> list[Slot]:
-    """Every GPU of the sweep, host by host."""
+    """Return every GPU of the sweep, host by host."""
     if hosts is None:
         hosts = _hostfile(cfg.hostfile) if cfg.hostfile else {"localhost": _visible(here)}
         chosen = _parse(cfg.include, hosts)
@@ -141,7 +143,7 @@ def _slots(cfg: SweepConfig, hosts: dict[str, list[int]] | None, here: int) -> l
 
 
 def _parse(text: str | None, hosts: dict[str, list[int]]) -> dict[str, list[int]]:
-    """`worker-0@worker-1:0,2` as DeepSpeed reads it."""
+    """Parse `worker-0@worker-1:0,2` as DeepSpeed does."""
     found: dict[str, list[int]] = {}
     for part in (text or "").split("@") if text else []:
         host, _, ids = part.partition(":")
@@ -167,7 +169,10 @@ def _hostfile(path: str) -> dict[str, list[int]]:
 
 
 def _write_hostfile(hosts: dict[str, list[int]]) -> str:
-    """The hosts of the launcher that started us, as a file for the next one; beside other temporary files."""
+    """Write the hosts of the launcher that started this process to a temporary hostfile.
+
+    It is for the next launcher.
+    """
     import tempfile
 
     with tempfile.NamedTemporaryFile(
@@ -178,7 +183,7 @@ def _write_hostfile(hosts: dict[str, list[int]]) -> str:
 
 
 def _chosen(cfg: SweepConfig) -> tuple[str, ...]:
-    """The options that name devices, as typed."""
+    """Return the options that name devices, as typed."""
     options = (
         ("--num_gpus", cfg.num_gpus),
         ("--num_nodes", cfg.num_nodes),
@@ -190,7 +195,7 @@ def _chosen(cfg: SweepConfig) -> tuple[str, ...]:
 
 
 def _launched() -> dict[str, list[int]] | None:
-    """Hosts and slots of the DeepSpeed launcher that started this process; None without one.
+    """Return hosts and slots of the DeepSpeed launcher that started this process, or None.
 
     Raises:
         UserError: it was started on each node by hand, so other nodes cannot be reached from here.
@@ -234,7 +239,10 @@ def _visible(count: int) -> list[int]:
 
 
 def _core_shares(parallel: int) -> list[frozenset[int]]:
-    """Disjoint shares of the cores this process may use; with fewer cores than jobs some share one."""
+    """Return disjoint shares of the cores that this process may use.
+
+    With fewer cores than jobs, some jobs share one.
+    """
     cores = sorted(os.sched_getaffinity(0))
     if parallel == 1:
         return [frozenset()]

@@ -1,4 +1,4 @@
-"""Which job comes next: a list made in advance (grid, random), or a study that learns (optuna)."""
+"""Choose the next job: from a list made in advance (grid, random) or from a study (optuna)."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ STRATEGIES = ("grid", "random", "optuna")
 
 @dataclass(frozen=True)
 class Goal:
-    """What is compared."""
+    """The metric by which jobs are compared, and its direction."""
 
     metric: str
     """Key of an evaluation; `loss` is the training loss where a job has no evaluation."""
     maximize: bool
 
     def value(self, job: Job) -> float | None:
-        """The job's figure at its end; None without one, or where it is not finite."""
+        """Return the job's final value of the metric; None if it has none or it is not finite."""
         result = job.result()
         evaluated = result.get("eval") or {}
         found = evaluated.get(self.metric)
-        if self.metric == "loss" and "loss" not in evaluated:  # one that is null was not a number
+        if self.metric == "loss" and "loss" not in evaluated:  # a null is no finite number
             found = result.get("loss")
         return float(found) if isinstance(found, (int, float)) and math.isfinite(found) else None
 
     def compares(self, job: Job) -> bool:
-        """Whether a job is done and has a figure: no other can be the best."""
+        """Tell whether a job is done and has a value; no other job can be the best."""
         return job.status == DONE and self.value(job) is not None
 
     def reports(self, records: list[dict]) -> list[tuple[int, float]]:
-        """(step, value) of the evaluations among `records`."""
+        """Return (step, value) of the evaluations among `records`."""
         return [
             (int(r["step"]), float(r[self.metric]))
             for r in records
@@ -51,7 +51,7 @@ class Goal:
         ]
 
     def rank(self, job: Job) -> tuple[bool, float]:
-        """Sorts finished jobs first, best first."""
+        """Return a sort key that puts finished jobs first, best first."""
         value = self.value(job) if job.status == DONE else None
         return job.status != DONE, float(
             "inf"
@@ -63,22 +63,25 @@ class Search(Protocol):
     """Jobs of the whole sweep."""
 
     def earlier(self) -> list[Job]:
-        """Every job that is known already, as an earlier attempt left it."""
+        """Return every job that exists already, as an earlier attempt left it."""
         ...
 
     def next(self) -> Job | None:
-        """The next job to start; None when there is none (now)."""
+        """Return the next job to start; None if there is none (now)."""
         ...
 
     def should_prune(self, job: Job, records: list[dict]) -> bool:
-        """Whether a running job is hopeless, from the records that are new."""
+        """Tell whether to stop a running job as hopeless, given its new records."""
         ...
 
     def ended(self, job: Job) -> None: ...
 
 
 class Listed:
-    """Jobs known in advance. Jobs that ended before are found again by their words, wherever their number is."""
+    """Jobs known in advance.
+
+    Jobs of an earlier attempt are matched by their words and keep their number.
+    """
 
     def __init__(self, words_of: list[tuple[list[str], dict[str, str]]], folder: Path):
         taken = {
@@ -110,7 +113,7 @@ class Listed:
 
 
 def build_search(cfg: SweepConfig, space: Space, goal: Goal, folder: Path) -> Search:
-    """The strategy that `cfg` names.
+    """Build the strategy that `cfg` names.
 
     Raises:
         UserError: an unknown strategy, nothing to draw from, or Optuna is not installed.
@@ -137,7 +140,7 @@ def build_search(cfg: SweepConfig, space: Space, goal: Goal, folder: Path) -> Se
 
 
 def build_goal(cfg: SweepConfig, job: Config) -> Goal:
-    """The goal of a sweep whose jobs are like `job`.
+    """Build the goal of a sweep whose jobs are like `job`.
 
     Raises:
         UserError: an unknown direction, or a train.metric that the task does not have.
@@ -151,27 +154,32 @@ def build_goal(cfg: SweepConfig, job: Config) -> Goal:
     metric, end = cfg.metric, DIRECTIONS.get(cfg.metric, "")
     if metric == "auto":
         metric, end = best_metric(job.task, job.train.metric) if job.data.eval else ("loss", "min")
-    # Keys of evaluations that rank nothing by themselves, such as a class's own figures.
+    # Keys of evaluations that are no metrics to rank by, such as the values of a single class.
     end = end or ("max" if any(word in metric for word in HIGHER) else "min")
     return Goal(metric, cfg.direction == "maximize" or (cfg.direction == "auto" and end == "max"))
 
 
 def _unique(jobs: list[tuple[list[str], dict[str, str]]]) -> list[tuple[list[str], dict[str, str]]]:
-    """A choice between few values may be drawn twice."""
+    """Drop duplicates, since a choice between few values may be drawn twice."""
     return list({tuple(sorted(words)): (words, chosen) for words, chosen in jobs}.values())
 
 
 # Optuna: each job is a trial of a study that lives in SWEEP/study.log and survives any crash.
 #
-# The journal notes every question and answer before the next step. After a kill the trials that were running are found
-# again: those whose run has ended meanwhile are told their value, the others go on in their run directory.
-# Trial n is job n. A failed trial is spent: another one with the same parameters would fail as well.
+# The journal records every question and answer before the next step. After a kill, the trials that
+# were running are found again: those whose run has ended meanwhile are told their value, the others
+# continue in their run directory. Trial n is job n. A failed trial is not repeated, as another one
+# with the same parameters would fail as well.
 FILE = "study.log"
 
 
 class Study:
     def __init__(self, cfg: SweepConfig, space: Space, goal: Goal, folder: Path):
-        """Raises UserError: Optuna is missing, or an unknown pruner."""
+        """Open the study of a sweep, or create it.
+
+        Raises:
+            UserError: Optuna is missing, or the pruner is unknown.
+        """
         self.optuna = _optuna()
         self.space, self.goal, self.folder, self.total = space, goal, folder, cfg.trials
         self.asked: dict[int, Any] = {}
@@ -197,7 +205,10 @@ class Study:
         self.again = [job for job in self.jobs if job.status not in (DONE, FAILED, PRUNED)]
 
     def _is_whole(self, trial: Any) -> bool:
-        """A crash inside `ask` leaves a trial without all of its values: it never was a job, and is not one now."""
+        """Tell whether a trial has all of its values.
+
+        A crash inside `ask` leaves a trial without some of them; such a trial never became a job.
+        """
         if set(trial.params) == set(self.distributions):
             return True
         if trial.state == self.optuna.trial.TrialState.RUNNING:
@@ -234,7 +245,7 @@ class Study:
         self._settle(job)
 
     def _settle(self, job: Job) -> None:
-        """Tell the study how a job ended, unless it knows."""
+        """Tell the study how a job ended, unless it knows already."""
         states = self.optuna.trial.TrialState
         if self.study.trials[job.number].state != states.RUNNING:
             return

@@ -1,4 +1,7 @@
-"""What a sweep found: sweep.json for programs, a table for people while it goes on and at its end."""
+"""Show the results of a sweep.
+
+Programs read sweep.json; people get a table during the sweep and at its end.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ SUMMARY = "sweep.json"
 def write_summary(
     jobs: list[Job], goal: Goal, folder: Path, about: dict[str, Any]
 ) -> dict[str, Any]:
-    """SWEEP/sweep.json: every job once, best first."""
+    """Write SWEEP/sweep.json, with every job once, best first."""
     ranked = sorted(jobs, key=goal.rank)
     summary = {
         **about,
@@ -37,7 +40,7 @@ def write_summary(
 
 
 def metric_name(jobs: list[Job], goal: Goal) -> str:
-    """As the table heads it."""
+    """Return the name of the metric as it heads the table."""
     if goal.metric != "loss":
         return goal.metric.replace("_", " ")
     evaluated = any("loss" in (job.result().get("eval") or {}) for job in jobs)
@@ -45,7 +48,7 @@ def metric_name(jobs: list[Job], goal: Goal) -> str:
 
 
 def render(summary: dict[str, Any]) -> str:
-    """The table and, below it, what to do with the best job."""
+    """Return the table and, below it, commands for the best job."""
     jobs = summary["jobs"]
     keys = list(dict.fromkeys(key for job in jobs for key in job["chosen"]))
     short = shortest(keys)
@@ -74,7 +77,7 @@ def _cells(job: dict[str, Any], keys: list[str]) -> list[str]:
 
 
 def shortest(keys: list[str]) -> dict[str, str]:
-    """Keys by their last part where that is unambiguous: optim.lr -> lr."""
+    """Map keys to their last part if that is unambiguous: optim.lr -> lr."""
     leaves = [key.rpartition(".")[2] for key in keys]
     return {
         key: leaf if leaves.count(leaf) == 1 else key
@@ -83,7 +86,7 @@ def shortest(keys: list[str]) -> dict[str, str]:
 
 
 def brief(value: str) -> str:
-    """A number of many digits in a few."""
+    """Shorten a number of many digits."""
     try:
         return value if len(value) <= 8 else f"{float(value):.4g}"
     except ValueError:
@@ -91,7 +94,7 @@ def brief(value: str) -> str:
 
 
 def commands(job: dict[str, Any], launcher: list[str]) -> list[tuple[str, str]]:
-    """(what, command) to go on with a job."""
+    """Return (description, command) pairs to continue with a job."""
     folder = Path(job["run_dir"])
     return [
         ("train it alone", command(["deepspeed", *launcher, "launch/train.py", *job["overrides"]])),
@@ -116,7 +119,7 @@ def _advice(summary: dict[str, Any]) -> list[str]:
 
 def _row(job: Job, goal: Goal) -> dict[str, Any]:
     result = job.result()
-    # `or`: a job that was stopped early has no result of its own, but its lines still tell.
+    # `or`: a job that was stopped early has no result of its own, but it has records.
     last = next((r for r in reversed(job.records) if r.get("kind") == "train"), {})
     return {
         "job": job.number,
@@ -143,9 +146,13 @@ def _aligned(cell: str, width: int, column: int) -> str:
     return f"{cell:<{width}}" if column == 1 else f"{cell:>{width}}"
 
 
-# A sweep as it happens: one line per event, and on a terminal a table of the running jobs beneath.
+# A sweep in progress: one line per event, and on a terminal a table of the running jobs beneath.
 class View:
-    """`console` is for tests; by default stdout."""
+    """Display of a running sweep.
+
+    Args:
+        console: for tests; by default stdout.
+    """
 
     def __init__(self, goal: Goal, console: Console | None = None):
         self.goal = goal
@@ -181,7 +188,7 @@ class View:
         )
 
     def show(self, jobs: list[Job], running: list[Job], total: int) -> None:
-        """Redraw what is running."""
+        """Redraw the table of running jobs."""
         if self.live is None:
             return
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -206,7 +213,7 @@ class View:
 
 
 def describe(job: Job) -> str:
-    """`lr=1e-4 rank=8`; all words where nothing varies."""
+    """Describe a job as `lr=1e-4 rank=8`; all of its words if nothing varies."""
     names = shortest(list(job.chosen))
     return " ".join(
         f"{names[key]}={brief(value)}" for key, value in job.chosen.items()

@@ -1,7 +1,7 @@
-"""What a sweep varies, from the words of the command line and `sweep.space`, in Hydra's own sweep grammar.
+"""Search space of a sweep, from the command line and `sweep.space`, in Hydra's sweep grammar.
 
-optim.lr=1e-5,3e-5   adapter.rank=choice(4,8)   task.max_length=range(256,1024,256)     a list of values
-optim.lr='tag(log,interval(1e-5,1e-3))'   adapter.rank='int(interval(4,64))'             a range to draw from
+optim.lr=1e-5,3e-5   adapter.rank=choice(4,8)   task.max_length=range(256,1024,256)   values
+optim.lr='tag(log,interval(1e-5,1e-3))'   adapter.rank='int(interval(4,64))'           a range
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from finetune.errors import UserError
 
 @dataclass(frozen=True)
 class Choice:
-    """One of a list of values, written as they were typed."""
+    """A list of values to choose from, written as they were typed."""
 
     key: str
     values: tuple[str, ...]
@@ -31,7 +31,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Interval:
-    """A number between two others, both included; whole if both ends are."""
+    """A range of numbers, both ends included; integers if both ends are integers."""
 
     key: str
     low: float
@@ -54,12 +54,12 @@ class Space:
         return [parameter.key for parameter in self.parameters]
 
     def words(self, chosen: dict[str, str]) -> list[str]:
-        """The k=v words of one job."""
+        """Return the k=v words of one job."""
         return [*self.fixed, *(f"{key}={value}" for key, value in chosen.items())]
 
 
 def settings_words(words: list[str]) -> tuple[list[str], list[str]]:
-    """(words about the sweep itself, words of its jobs)."""
+    """Split the command line into (words of the sweep itself, words of its jobs)."""
     own = [word for word in words if key_of(word) == "sweep" or key_of(word).startswith("sweep.")]
     jobs = [
         word for word in words if not (key_of(word) == "sweep" or key_of(word).startswith("sweep."))
@@ -72,7 +72,7 @@ def key_of(word: str) -> str:
 
 
 def read_space(words: list[str], space: dict[str, str]) -> Space:
-    """What `words` and the configured `space` vary; a key that is typed replaces the configured one.
+    """Parse what `words` and the configured `space` vary; a typed key replaces the configured one.
 
     Raises:
         UserError: a word that Hydra cannot read.
@@ -90,7 +90,7 @@ def read_space(words: list[str], space: dict[str, str]) -> Space:
 
 
 def grid(space: Space) -> list[dict[str, str]]:
-    """Every combination, the last key changing fastest.
+    """Return every combination; the last key changes fastest.
 
     Raises:
         UserError: a range has no list of values.
@@ -108,7 +108,10 @@ def grid(space: Space) -> list[dict[str, str]]:
 
 
 def draw(space: Space, seed: int, n: int) -> dict[str, str]:
-    """The n-th random job: a pure function of the seed and n, so that a continued sweep draws the same."""
+    """Draw the n-th random job.
+
+    It is a pure function of the seed and n, so that a resumed sweep draws the same jobs.
+    """
     source = random.Random(f"{seed}/{n}")
     return {parameter.key: _draw(parameter, source) for parameter in space.parameters}
 
@@ -124,7 +127,7 @@ def _draw(parameter: Parameter, source: random.Random) -> str:
 
 
 def _texts(word: str) -> Parameter | None:
-    """The values of a text setting, as they were typed: in prose a comma separates nothing."""
+    """Return the values of a text setting as typed; commas in free text do not separate values."""
     key, _, value = word.lstrip("+~").partition("=")
     if text_settings(Config)[key].prose:
         return None
@@ -134,7 +137,7 @@ def _texts(word: str) -> Parameter | None:
 
 
 def _parameter(word: str) -> Parameter | None:
-    """What a word varies in Hydra's grammar; None when it has one value."""
+    """Parse what a word varies in Hydra's grammar; None if it has a single value."""
     try:
         override = OverridesParser.create().parse_override(word)
         if not override.is_sweep_override():

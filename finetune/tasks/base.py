@@ -1,7 +1,7 @@
-"""What a task is: records to examples, examples to batches, batches to a summed loss, and metrics.
+"""The task interface: records to examples, examples to batches, batches to a loss and metrics.
 
-The trainer and the evaluation loop know only this. A loss is a sum and a count, never a mean: the mean over the
-step's scored tokens (or examples) on all ranks is taken once, by the trainer.
+The trainer and the evaluation loop use only this interface. A loss is a sum and a count, never a
+mean: the trainer takes the mean over the step's scored tokens (or examples) on all ranks once.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ HOST_KEYS = {"cu_seqlens"}
 
 
 class Meter(Protocol):
-    """Collects one evaluation."""
+    """Collector of the results of one evaluation."""
 
     def add(self, model: Model, batch: Batch) -> None:
         """Run one batch (tensors on the model's device) and keep what the metrics need."""
         ...
 
     def result(self, world: World) -> dict[str, Any]:
-        """Metrics over all ranks: `loss` and the task's own. Collective."""
+        """Return the metrics over all ranks: `loss` and the task's own. Collective."""
         ...
 
 
@@ -45,7 +45,7 @@ class Task(Protocol):
     def encoder(self) -> Encoder: ...
 
     def prepare(self, train: Store | None, previous: dict | None) -> None:
-        """Learn from the training data what the head needs (label names), or take it from `previous`."""
+        """Collect from the training data what the head needs (label names), or use `previous`."""
         ...
 
     def rows(self, store: Store) -> Rows: ...
@@ -53,27 +53,30 @@ class Task(Protocol):
     def collate(self, store: Store, rows: Rows, indices: list[int]) -> Batch: ...
 
     def count(self, batch: Batch) -> float:
-        """Scored tokens (examples, or the sum of their weights) of a numpy batch: the loss's denominator."""
+        """Return the loss's denominator for a numpy batch.
+
+        This is the number of scored tokens, or of examples, or the sum of the examples' weights.
+        """
         ...
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
-        """fp32 sum over the batch's scored tokens (examples)."""
+        """Return the fp32 sum of the loss over the batch's scored tokens (or examples)."""
         ...
 
     def meter(self, store: Store, rows: Rows) -> Meter: ...
 
     def describe(self) -> dict[str, Any]:
-        """What an export needs beside weights: label names, template."""
+        """Return the data that an export needs beside the weights: label names, template."""
         ...
 
     def notes(self, store: Store) -> list[str]:
-        """What encoding did to the data (texts cut, contexts split), for people."""
+        """Return notes for the user on what encoding changed (texts cut, contexts split)."""
         ...
 
 
 @dataclass
 class Inputs:
-    """Model arguments of a flat batch."""
+    """The model's arguments for a flat batch."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -88,12 +91,18 @@ class Inputs:
 
 
 def flat_inputs(batch: Batch) -> dict[str, Tensor]:
-    """ids, positions (N,) -> (1, N) as Hugging Face's models want them; the boundaries stay on the host."""
+    """Reshape ids and positions from (N,) to (1, N), as Hugging Face's models expect them.
+
+    The document boundaries stay on the host.
+    """
     return Inputs(batch["ids"][None], batch["positions"][None], batch["cu_seqlens"]).kwargs()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """numpy -> torch, pinned and asynchronous on CUDA; what the host reads stays there."""
+    """Convert a numpy batch to torch tensors on `device`.
+
+    On CUDA the copy is pinned and asynchronous. Arrays that the host reads stay on the host.
+    """
     moved: Batch = {}
     for key, value in batch.items():
         if not hasattr(value, "dtype"):
@@ -107,17 +116,17 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def scored(labels) -> int:
-    """Labels that are not IGNORE, in a numpy array."""
+    """Count the labels of a numpy array that are not IGNORE."""
     return int((labels != IGNORE).sum())
 
 
-# What the ranks of an evaluation found, brought together so that their number does not show.
+# Gather per-example results from all ranks, so that metrics do not depend on the world size.
 #
-# Each rank appends arrays with one entry per example; `together` joins those of all ranks and sorts them by example.
-# Metrics are computed on the result, in one order, so one rank and many give the same bits. Holds a few numbers per
-# example, never logits per token.
+# Each rank appends arrays with one entry per example; `together` joins those of all ranks and sorts
+# them by example. Metrics are computed on the result in this order, so that one rank and many give
+# the same bits. Only a few numbers are kept per example, never logits per token.
 class Gathered:
-    """Columns of one evaluation; every part has the column `example`, -1 for none."""
+    """Columns of one evaluation; every part has a column `example`, -1 if there is none."""
 
     def __init__(self) -> None:
         self._parts: list[dict[str, np.ndarray]] = []
@@ -126,7 +135,7 @@ class Gathered:
         self._parts.append(columns)
 
     def together(self, world: World) -> dict[str, np.ndarray]:
-        """All ranks' columns, (examples, ...), by example. Collective."""
+        """Return the columns of all ranks, (examples, ...), sorted by example. Collective."""
         parts = [part for rank in world.gather(_join(self._parts)) for part in rank]
         columns = _join(parts)[0]
         order = np.argsort(columns["example"], kind="stable")
@@ -135,7 +144,7 @@ class Gathered:
 
 
 def _join(parts: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
-    """The parts as one, or none where there are none: a rank may have had no batch at all."""
+    """Join the parts into one; an empty list stays empty, as a rank may have had no batch."""
     return (
         [{name: np.concatenate([part[name] for part in parts]) for name in parts[0]}]
         if parts

@@ -1,13 +1,16 @@
-"""Sequence classification: one label, several labels or a number for a text, read at its last token.
+"""Sequence classification: one label, several labels or a number per text, at its last token.
 
-labelled texts (`data.labels`) -> one per row -> head at the position of the closing eos -> loss per example.
-What is summed, and by what the trainer divides:
+labelled texts (`data.labels`) -> one per row -> head at the position of the closing eos -> loss per
+example.
 
-    single_label   weight[y] * cross-entropy      sum of weight[y]: torch.nn.CrossEntropyLoss's weighted mean
+The loss of an example, and the trainer's divisor of the sum:
+
+    single_label   weight[y] * cross-entropy      sum of weight[y]: as CrossEntropyLoss of torch.nn
     multi_label    mean over labels of weight * binary cross-entropy         examples
     regression     squared error                                             examples
 
-Label names are learnt from the training data (or an export), sorted. Metrics are in `classify_metrics`.
+Label names are learnt from the training data (or an export), sorted. Metrics are in
+`classify_metrics`.
 """
 
 from __future__ import annotations
@@ -70,10 +73,10 @@ class ClassifyTask:
         return ClassifyEncoder(self.tokenizer, self.cfg, self.names, self.by_index, self.plain)
 
     def text_ids(self, texts: list[str]) -> list[int]:
-        """Ids of one text or a pair as `encoder` makes them: the last one is pooled.
+        """Return the ids of one text or a pair as `encoder` builds them; the last id is pooled.
 
         Raises:
-            UserError: there is none.
+            UserError: there are no ids.
         """
         ids = self._encoder.text_ids([texts])[0][0]
         if not ids:
@@ -114,20 +117,20 @@ class ClassifyTask:
             self._learn(sort_names(list(names)), by_index=False)
 
     def rows(self, store: Store) -> Rows:
-        """One example per row.
+        """Return rows of one example each.
 
         Raises:
-            UserError: a label that the head has no output for.
+            UserError: the data has a label that the head has no output for.
         """
         self._targets(store)
         return one_per_row(store.offsets)
 
     def collate(self, store: Store, rows: Rows, indices: list[int]) -> Batch:
-        """A flat batch with, per example, the position that is pooled, its target and weight.
+        """Build a flat batch with each example's pooled position, target and weight.
 
             ids   a b c E | d E      pool 3 5      targets 0 1      weights 1 1
 
-        For no rows: the one token of an empty batch, with weight 0.
+        Without rows: the single token of an empty batch, with weight 0.
         """
         batch = lm_batch(store, rows, indices)
         del batch["labels"]
@@ -141,7 +144,7 @@ class ClassifyTask:
         return batch
 
     def count(self, batch: Batch) -> float:
-        """Examples, or the sum of their classes' weights."""
+        """Return the number of examples, or the sum of their class weights."""
         return float(batch["weights"].sum(dtype=np.float64))
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
@@ -149,7 +152,10 @@ class ClassifyTask:
         return (self.losses(outputs, batch["targets"]) * batch["weights"]).sum()
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Unweighted loss of each example, (B,), from outputs (B, labels); a label's own weight is in `weights`."""
+        """Return the unweighted loss of each example, (B,), from outputs (B, labels).
+
+        Weights of single labels are in `weights`.
+        """
         match self.cfg.problem:
             case "single_label":
                 return F.cross_entropy(outputs, targets, reduction="none")
@@ -185,17 +191,17 @@ class ClassifyTask:
         }
 
     def notes(self, store: Store) -> list[str]:
-        """What encoding did to the data, for people."""
+        """Describe what encoding did to the data, for messages to the user."""
         return cut_note(
             store, f"texts lost tokens (truncation {self.cfg.truncation})", self.cfg.max_length
         )
 
     def target_text(self, target: np.ndarray) -> str:
-        """A target of `collate` in the words of the data."""
+        """Return a target of `collate` as text, with the labels of the data."""
         return json.dumps(self.read_target(target), ensure_ascii=False)
 
     def read_target(self, value: np.ndarray) -> Any:
-        """A target or decision: a number, a label, or a list of labels."""
+        """Convert a target or decision to a number, a label, or a list of labels."""
         if self.regression:
             return float(value)
         assert self.names is not None
@@ -206,7 +212,7 @@ class ClassifyTask:
     def _agree(self, previous: dict) -> None:
         unnamed = previous["labels"] == [
             f"LABEL_{i}" for i in range(len(self.names or []))
-        ]  # as transformers calls them
+        ]  # the default names of transformers
         if (
             self.cfg.labels
             and not unnamed
@@ -227,7 +233,7 @@ class ClassifyTask:
         self.names, self.by_index, self.num_labels = names, by_index, len(names)
 
     def _target_table(self, store: Store) -> np.ndarray:
-        """Targets of all examples: (N,) class index or number, or (N, labels) zeros and ones."""
+        """Return all targets: (N,) class index or number, or (N, labels) zeros and ones."""
         column = store.column("label")
         if self.regression:
             return np.asarray(column, np.float32)
@@ -261,7 +267,10 @@ class ClassifyTask:
 
 
 class ClassifyMeter:
-    """Keeps a decision per example; `predictions` after `result`, one dict per example."""
+    """Meter that keeps one decision per example.
+
+    After `result`, `predictions` holds one dict per example.
+    """
 
     def __init__(self, task: ClassifyTask, store: Store):
         self.task, self.store = task, store
@@ -290,7 +299,7 @@ class ClassifyMeter:
     def _metrics(self, found: dict[str, np.ndarray]) -> dict[str, Any]:
         names = self.task.names or []
         if self.task.regression:
-            # The store's own numbers: fp32 targets would round what the metrics compare with.
+            # Use the store's own numbers: fp32 targets would be rounded.
             return regression_metrics(
                 np.asarray(self.store.column("label"))[found["example"]], found["decided"]
             )
@@ -313,7 +322,11 @@ class ClassifyMeter:
 
 
 def decide(outputs: Tensor, problem: str) -> tuple[Tensor, Tensor]:
-    """(decision, score) per example: class and its probability; labels above one half and all probabilities; number."""
+    """Return (decision, score) of each example.
+
+    By problem: the class and its probability; the labels above one half and all probabilities; the
+    number.
+    """
     match problem:
         case "single_label":
             probability, choice = outputs.softmax(-1).max(-1)

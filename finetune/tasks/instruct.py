@@ -1,7 +1,8 @@
-"""Instruction tuning: next-token prediction on conversations of which only the assistant's words are scored.
+"""Instruction tuning: next-token prediction that scores only the assistant's part of conversations.
 
-conversations (`data.dialogue`) -> whole examples packed by best fit, or one per row -> loss over scored tokens.
-The template travels in `describe`, so that an export generates from the prompts it was trained on.
+conversations (`data.dialogue`) -> whole examples packed by best fit, or one per row -> loss over
+scored tokens. `describe` includes the template, so that an export generates from prompts of the
+same form as in training.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ class InstructTask:
 
     @property
     def template(self) -> Template:
-        """Read when it is first needed: an export brings its own, and the file may be gone."""
+        """The chat template, loaded on first use.
+
+        An export has its own template, and the configured file may no longer exist.
+        """
         if self._template is None:
             self._template = load_template(
                 self.cfg.template, self.tokenizer.eos_token, self.tokenizer.bos_token or ""
@@ -45,7 +49,7 @@ class InstructTask:
         return InstructEncoder(self.tokenizer, self.cfg, self.template)
 
     def prepare(self, train: Store | None, previous: dict | None) -> None:
-        """An export's own template wins: it may have been a file that is no longer there."""
+        """Use the template of `previous`, if any: its original file may no longer exist."""
         if previous:
             self._template = Template(
                 previous["template"],
@@ -82,16 +86,22 @@ class InstructTask:
         }
 
     def notes(self, store: Store) -> list[str]:
-        """What encoding did to the data, for people."""
+        """Return notes for the user on what encoding changed in the data."""
         return cut_note(store, "prompts lost tokens from their left", self.cfg.max_length)
 
     def prompt_ids(self, prompt: str | list[Message]) -> list[int]:
-        """Ids that ask the model for an answer: a prompt, or a conversation whose last message is the user's."""
+        """Return the ids that ask the model for an answer.
+
+        `prompt` is a text, or a conversation whose last message is the user's.
+        """
         return prompt_ids(self.template, self.tokenizer, prompt)
 
 
 class InstructMeter(LmMeter):
-    """Also keeps the loss of each example; `predictions` after `result`: where it stands, loss and scored tokens."""
+    """Meter that also keeps the loss of each example.
+
+    After `result`, `predictions` has each example's source, loss and number of scored tokens.
+    """
 
     def __init__(self, store: Store):
         super().__init__(store, None)
@@ -130,7 +140,11 @@ class InstructMeter(LmMeter):
 
 
 def cut_note(store: Store, event: str, max_length: int) -> list[str]:
-    """`12 of 86 prompts lost tokens from their left: 3,402 in all (task.max_length = 512)`, or nothing."""
+    """Return a note on prompts that were cut, or no note if there were none.
+
+    For example: `12 of 86 prompts lost tokens from their left: 3,402 in all (task.max_length =
+    512)`.
+    """
     cut = np.asarray(store.column("cut"))
     n = int((cut > 0).sum())
     total = int(cut.sum(dtype=np.int64))

@@ -1,13 +1,15 @@
-"""Extractive question answering: where in its context a question's answer starts and ends, or that it has none.
+"""Extractive question answering: start and end of an answer in its context, or no answer.
 
-questions (`data.windows`) -> one window per row -> two logits for every context token and the null slot -> loss per
-window, (start cross-entropy + end cross-entropy) / 2, the softmax over that window's own slots:
+questions (`data.windows`) -> one window per row -> two logits for every context token and the null
+slot -> loss per window, (start cross-entropy + end cross-entropy) / 2, with the softmax over that
+window's own slots:
 
     ids      q q n c1 c2 c3 E        slots  c1 c2 c3 E       targets: two of them, or E twice
 
-A question's answer is the best valid span over its windows, each measured against the null slot of its own window: a
-softmax per window leaves the level of its logits free, so windows compare by that difference only. Nothing is answered
-when the null slot wins by more than `null_threshold` and the training data knew unanswerable questions.
+A question's answer is the best valid span over its windows, each scored against the null slot of
+its own window: a softmax per window does not fix the level of its logits, so only this difference
+can be compared between windows. The answer is empty if the null slot wins by more than
+`null_threshold` and the training data had unanswerable questions.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class QaTask:
         return QaEncoder(self.tokenizer, self.cfg)
 
     def prepare(self, train: Store | None, previous: dict | None) -> None:
-        """Whether the model learns to answer nothing."""
+        """Determine whether the training data has unanswerable questions."""
         if previous:
             self.unanswerable = previous["unanswerable"]
         elif train is not None:
@@ -60,10 +62,10 @@ class QaTask:
         return one_per_row(store.offsets)
 
     def collate(self, store: Store, rows: Rows, indices: list[int]) -> Batch:
-        """A flat batch with, per example, its slots among the tokens and the targets among its slots.
+        """Build a flat batch with each example's slots (among tokens) and targets (among slots).
 
         ids     q n c1 c2 E | q n c1 E       pool  2 3 4 7 8       sizes [3, 2]
-                                             starts 0 1, ends 1 1: an answer c1 c2, and none (the null slot)
+                                             starts 0 1, ends 1 1: answer c1 c2, and no answer
         """
         batch = lm_batch(store, rows, indices)
         del batch["labels"]
@@ -107,7 +109,7 @@ class QaTask:
         }
 
     def notes(self, store: Store) -> list[str]:
-        """What encoding did to the data, for people."""
+        """Describe what encoding did to the data, for messages to the user."""
         window = np.asarray(store.column("window"))
         several = int((window == 1).sum())
         questions = int((window == 0).sum())
@@ -138,7 +140,7 @@ class QaTask:
 
     @staticmethod
     def _slots(model: Model, batch: Batch) -> Tensor:
-        """Logits (B, longest, 2) of each window's slots, -inf behind its null slot."""
+        """Return logits (B, longest, 2) of each window's slots, -inf after its null slot."""
         outputs = model(**flat_inputs(batch), positions=batch["pool"])
         return pad_sequence(
             list(outputs.split(batch["sizes"])), batch_first=True, padding_value=float("-inf")
@@ -146,7 +148,10 @@ class QaTask:
 
 
 class QaMeter:
-    """Keeps the best spans of every window; `predictions` after `result`, one dict per question."""
+    """Meter that keeps the best spans of every window.
+
+    After `result`, `predictions` holds one dict per question.
+    """
 
     def __init__(self, task: QaTask, store: Store):
         self.task, self.store = task, store
@@ -200,7 +205,7 @@ class QaMeter:
         return metrics
 
     def _questions(self, found: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-        """Each question's best span over its windows, with its score against the null slot."""
+        """Return each question's best span over its windows, scored against the null slot."""
         first_windows = np.flatnonzero(self.store.column("window") == 0)
         bounds = np.searchsorted(found["example"], np.append(first_windows, len(self.store)))
         return [
@@ -220,7 +225,7 @@ class QaMeter:
                 break
             span = int(windows["first"][at]), int(windows["last"][at])
             text = self._text(question["context"], int(windows["example"][at[0]]), *span)
-            if text:  # a span of nothing but blanks is no answer
+            if text:  # a span of blanks only is not an answer
                 best.setdefault(text, value)
         span = next(iter(best), "")
         return {
@@ -233,7 +238,7 @@ class QaMeter:
         }
 
     def _text(self, context: str, example: int, first: int, last: int) -> str:
-        """The characters of a span of slots, without the spaces that tokens carry in front."""
+        """Return the text of a span of slots, without the leading spaces of tokens."""
         at = int(self.store.offsets[example]) + int(self.store.column("context_at")[example])
         return context[
             self.store.column("char_start")[at + first] : self.store.column("char_end")[at + last]
@@ -241,7 +246,7 @@ class QaMeter:
 
 
 def window_losses(slots: Tensor, batch: Batch) -> Tensor:
-    """(B,): mean of start and end cross-entropy over each window's slots."""
+    """Return (B,): the mean of start and end cross-entropy over each window's slots."""
     start = F.cross_entropy(slots[..., 0], batch["starts"], reduction="none")
     return (start + F.cross_entropy(slots[..., 1], batch["ends"], reduction="none")) / 2
 
@@ -249,9 +254,10 @@ def window_losses(slots: Tensor, batch: Batch) -> Tensor:
 def best_spans(
     window: np.ndarray, n_best: int, max_tokens: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """First and last slots and scores against the null slot of a window's `n_best` valid spans, best first.
+    """Find the `n_best` valid spans of a window, best first.
 
-    Valid: start <= end, at most `max_tokens` long, on context tokens. Candidates are the `n_best` starts and ends.
+    Returns first slots, last slots and scores against the null slot. Valid: start <= end, at most
+    `max_tokens` long, on context tokens. Candidates are the `n_best` starts and ends.
 
     Args:
         window: (slots, 2) start and end logits, the null slot last.

@@ -1,8 +1,8 @@
 """SQuAD's exact match and F1, by the official normalisation and rules, as shares from 0 to 1.
 
-After evaluate-v1.1.py and evaluate-v2.0.py (Rajpurkar et al.): lower case, no punctuation, no articles, single spaces;
-the best of the annotated answers counts; a question without an answer is right only when nothing is answered.
-Imports no torch: texts in, numbers out.
+Follows evaluate-v1.1.py and evaluate-v2.0.py (Rajpurkar et al.): lower case, no punctuation, no
+articles, single spaces; the best of the annotated answers counts; a question without an answer is
+right only if nothing is answered. Imports no torch: texts in, numbers out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ def normalise(text: str) -> str:
 
 
 def f1(prediction: str, answer: str) -> float:
-    """Overlap of words; where either side has none, both must."""
+    """Return the F1 of the words of prediction and answer.
+
+    If either has no words, the result is 1 if both have none, else 0.
+    """
     words, wanted = normalise(prediction).split(), normalise(answer).split()
     if not words or not wanted:
         return float(words == wanted)
@@ -30,15 +33,21 @@ def f1(prediction: str, answer: str) -> float:
 
 
 def score(prediction: str, answers: list[str]) -> tuple[float, float]:
-    """(exact match, F1) of one question; `answers` without any word in them do not count, as in v2."""
+    """Return (exact match, F1) of one question.
+
+    Members of `answers` without any word in them do not count, as in v2.
+    """
     wanted = [answer for answer in answers if normalise(answer)] or [""]
     exact = float(any(normalise(prediction) == normalise(answer) for answer in wanted))
     return exact, max(f1(prediction, answer) for answer in wanted)
 
 
 def score_v1(prediction: str, answers: list[str]) -> tuple[float, float]:
-    """As `score`, by the rules of v1.1, for data without unanswerable questions: every answer counts, and no common word
-    is an F1 of 0, also where neither side has a word."""
+    """Return (exact match, F1) of one question by the rules of v1.1.
+
+    This is for data without unanswerable questions. In contrast to `score`, every answer counts,
+    and without a common word F1 is 0, even if neither side has a word.
+    """
     exact = float(any(normalise(prediction) == normalise(answer) for answer in answers))
     return exact, max(
         f1(prediction, answer) if normalise(answer) and normalise(prediction) else 0.0
@@ -47,7 +56,7 @@ def score_v1(prediction: str, answers: list[str]) -> tuple[float, float]:
 
 
 def summarise(scores: list[tuple[float, float]], answerable: list[bool]) -> dict[str, Any]:
-    """Means over all questions; with unanswerable ones among them, also over either kind."""
+    """Return means over all questions; if some are unanswerable, also over each of both kinds."""
     total: dict[str, Any] = _mean(scores)
     if not all(answerable):
         for name, kind in (("has_answer", True), ("no_answer", False)):
@@ -58,7 +67,7 @@ def summarise(scores: list[tuple[float, float]], answerable: list[bool]) -> dict
 def best_threshold(
     spans: list[float], margins: list[float], answerable: list[bool]
 ) -> tuple[float, float]:
-    """The null threshold with the best F1 in hindsight, and that F1.
+    """Return the null threshold with the best F1 in hindsight, and that F1.
 
     Args:
         spans: F1 of each question's best span, were it answered.

@@ -1,4 +1,4 @@
-"""One evaluation: every row once, over all ranks, without padding and without stored logits."""
+"""Evaluation: every row once, over all ranks, without padding and without stored logits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune.tasks.base import Model, Task, to_device
 
 
 class Interrupted(Exception):
-    """The evaluation was not finished."""
+    """Raised when an evaluation was not finished."""
 
 
 def evaluate(
@@ -25,14 +25,15 @@ def evaluate(
     batch: int,
     go_on: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
-    """Metrics of `model` (in evaluation mode) on a store; the same for any number of ranks. Collective.
+    """Compute metrics of `model` on a store, the same for any number of ranks. Collective.
 
     Args:
+        model: must be in evaluation mode.
         batch: rows per rank and forward.
-        go_on: asked after every batch, with the same answer on all ranks.
+        go_on: called after every batch, with the same result on all ranks; False interrupts.
 
     Raises:
-        Interrupted: the answer was no.
+        Interrupted: `go_on` returned False.
     """
     return evaluate_with(model, task, store, world, batch, go_on)[0]
 
@@ -45,7 +46,7 @@ def evaluate_with(
     batch: int,
     go_on: Callable[[], bool] | None = None,
 ) -> tuple[dict[str, Any], list | None]:
-    """As `evaluate`, and the predictions where the task makes some."""
+    """Evaluate as `evaluate` does; also return the predictions if the task has any."""
     rows = task.rows(store)
     meter = task.meter(store, rows)
     with torch.no_grad():

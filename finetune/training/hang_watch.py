@@ -1,7 +1,7 @@
-"""Trouble inside a run, noticed early: steps that were skipped, losses that jump, steps that never end.
+"""Early detection of trouble in a run: losses that jump and steps that never end.
 
-`SkipWatch` and `spike` judge numbers that the trainer gives them; `HangWatch` is a thread with a clock. None of them
-touches the model.
+`spike` judges the losses that the trainer passes to it; `HangWatch` is a thread with a clock.
+Neither touches the model.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ STUCK_SECONDS = 30.0
 
 
 def spike(recent: list[float], loss: float) -> bool:
-    """Whether `loss` stands out above the recent ones, and remember it.
+    """Tell whether `loss` is a spike compared with the recent losses, and append it to them.
 
-    Out is more than six widths above their median; the width is their median deviation scaled to a standard
-    deviation, at least 2% of the median. The first 16 losses are never out.
+    A spike is more than six widths above the median. The width is the median absolute deviation
+    scaled to a standard deviation, and at least 2% of the median. The first 16 losses are never
+    spikes.
     """
     out = False
     if len(recent) >= SPIKE_LEAST:
@@ -41,10 +42,10 @@ def spike(recent: list[float], loss: float) -> bool:
 
 
 class HangWatch:
-    """Ends this process when `beat` is not called for `timeout` seconds; 0: never.
+    """Watchdog that ends this process if `beat` is not called for `timeout` seconds; 0: never.
 
-    Every rank has one, and ranks wait for each other, so all of them dump. The dump goes to
-    run_dir/stacks-rank-00000.txt and to stderr.
+    Every rank has one, and ranks wait for each other, so all ranks dump their stacks. The dump goes
+    to run_dir/stacks-rank-00000.txt (the file name has the rank's number) and to stderr.
 
     Args:
         on_hang: (text) -> None, called before the process ends with exit code 1.
@@ -76,7 +77,7 @@ class HangWatch:
             self.file.unlink(missing_ok=True)
 
     def beat(self) -> None:
-        """Something was done."""
+        """Report progress: restart the countdown."""
         self._last = time.monotonic()
         if self.timeout > 0 and not self._closed.is_set():
             faulthandler.dump_traceback_later(

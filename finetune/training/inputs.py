@@ -1,6 +1,6 @@
-"""What the model will see in a run: tokenizer, task, and the encoded training and evaluation data.
+"""Inputs of a training run: tokenizer, task, and the encoded training and evaluation data.
 
-`absent` checks up front that the data and weights which a config names exist.
+`absent` checks up front that the configured data and weights exist.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ class Inputs:
     """What is remarkable about the files, and what encoding did to the data (texts cut), by train and eval."""
 
     def collate(self, indices: list[int]) -> Batch:
-        """These rows of the training data as one numpy batch."""
+        """Return these rows of the training data as one numpy batch."""
         return self.task.collate(self.train, self.rows, indices)
 
     def about(self) -> dict[str, Any]:
-        """What the head learned from the data, for evaluation and export."""
+        """Return what the head learned from the data, for evaluation and export."""
         task = self.task
         return task.describe() | ({"num_labels": task.num_labels} if task.num_labels else {})
 
     def statistics(self, max_length: int) -> dict[str, Any]:
-        """The content of data_stats.json."""
+        """Return the content of data_stats.json."""
         train = {"rows": len(self.rows), "packing_efficiency": efficiency(self.rows, max_length)}
         found = {"train": self.train.stats | train | {"notes": self.notes["train"]}}
         if self.eval:
@@ -66,10 +66,11 @@ class Inputs:
 
 
 def prepare_inputs(cfg: Config, world: World, display: Display | None, say) -> Inputs:
-    """Encode the data, or find them in the cache; rank 0 works and the others wait. Collective.
+    """Encode the data, or read them from the cache; rank 0 works and the others wait. Collective.
 
     Raises:
-        UserError: data, tokenizer or task settings that cannot be used; the message names file and line, or the key.
+        UserError: data, tokenizer or task settings cannot be used; the message names file and line,
+            or the key.
     """
     tokenizer = load_tokenizer(tokenizer_of(cfg.model))
     task = build_task(cfg.task, tokenizer, cfg.train.packing)
@@ -100,7 +101,7 @@ def prepare_inputs(cfg: Config, world: World, display: Display | None, say) -> I
 
 
 def _left_out(store: Store) -> list[str]:
-    """A note on rows without an example; stores of older versions do not count them."""
+    """Return a note on rows without an example; stores of older versions do not count them."""
     rows = store.stats.get("left_out", 0)
     return (
         [f"{rows:,} of {store.stats['documents']:,} rows are empty or left out by their own mark"]
@@ -118,7 +119,7 @@ def _store(
     display: Display | None,
     limit: TokenLimit | None,
 ) -> Store | None:
-    """Encoded data from the cache; built by rank 0 while the others wait."""
+    """Return the encoded data from the cache; rank 0 builds it while the others wait."""
     if not spec:
         return None
     data = cfg.data
@@ -147,16 +148,17 @@ def _store(
     return open_store(world.on_main(build))
 
 
-# Check up front that the data and weights that a config names are there, and that the model is long enough.
+# Check up front that the configured data and weights exist, and that the model is long enough.
 FETCHED = {"data/sotu": "Fetch it: python -m tools.fetch sotu"}
 """Folders of data that a recipe names and the project has a command for."""
 
 
 def absent(cfg: Config, download: bool) -> Iterator[UserError]:
-    """One problem for each thing that cannot be found.
+    """Yield one problem for each file, folder or model that cannot be found.
 
     Args:
-        download: fetch the weights of a hub id now, where they are not on this machine; else only look here.
+        download: fetch the weights of a hub id now if they are not on this machine; otherwise only
+            look on this machine.
     """
     data = cfg.data
     positions = _positions(cfg.model)
@@ -194,7 +196,10 @@ def absent(cfg: Config, download: bool) -> Iterator[UserError]:
 
 
 def _positions(cfg: ModelConfig) -> int | None:
-    """The model's n_positions; None where its config.json is not here, or is broken, as loading will tell."""
+    """Return the model's n_positions; None if its config.json is missing or broken.
+
+    Loading the model reports that error.
+    """
     try:
         return load_shape(resolve(cfg.path), revision=cfg.revision).n_positions
     except UserError:

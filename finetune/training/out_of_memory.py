@@ -1,7 +1,8 @@
-"""Out of memory, explained: what was going on, predicted against actual, and the next option that fits, to paste.
+"""Explain out-of-memory errors: current activity, predicted and actual use, and what to try next.
 
-`Overflow.explain` turns the errors that allocators raise into a `RunFailed`. `HostWatch` ends a rank before the kernel
-kills it: a killed process leaves neither a message nor a result.
+`Overflow.explain` turns the errors that allocators raise into a `RunFailed` with commands to
+paste. `HostWatch` ends a rank before the kernel kills it: a killed process leaves neither a message
+nor a result.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ RESERVE_SHARE, RESERVE_BYTES = 0.01, 192 * 2**20
 
 
 class Overflow:
-    """What a run knows about its memory, in case it runs out.
+    """The memory plan and state of a run, to explain an out-of-memory error.
 
     Args:
         words: the k=v words of the command line, for the command to paste.
@@ -59,13 +60,13 @@ class Overflow:
 
     @contextmanager
     def during(self, what: str) -> Iterator[None]:
-        """Where an overflow inside the block happened."""
+        """Label the block, so that an out-of-memory error inside it names the activity."""
         before, self.doing = self.doing, what
         yield
-        self.doing = before  # after an error it stays, for `explain`
+        self.doing = before  # not reached after an error, so that `explain` can name it
 
     def explain(self, error: BaseException) -> BaseException:
-        """`error`, or where memory ran out the RunFailed that says so."""
+        """Return the RunFailed that explains an out-of-memory error; any other error unchanged."""
         if isinstance(error, torch.OutOfMemoryError):
             return self._failed(_asked(error), on_gpu=True)
         if is_host_overflow(error):
@@ -74,11 +75,11 @@ class Overflow:
 
     @property
     def stage(self) -> int | None:
-        """The ZeRO stage that was planned, once it is."""
+        """The planned ZeRO stage; None before planning."""
         return self.planned.chosen.option.stage if self.planned else None
 
     def low(self, free: int) -> RunFailed:
-        """The host's memory is about to run out."""
+        """Return the error for host memory that is about to run out."""
         return self._failed(0, on_gpu=False, about=f"only {gib(free)} of host memory is left")
 
     def _failed(self, asked: int, on_gpu: bool, about: str = "") -> RunFailed:
@@ -120,7 +121,10 @@ class Overflow:
         return RunFailed("\n  ".join(lines), f"while {self.doing}", "\n  ".join([*remedies, saved]))
 
     def _remedies(self, on_gpu: bool, asked: int, held: int, room: int) -> list[str]:
-        """Commands whose predicted need, times the factor by which this run's was too low, has room."""
+        """Return commands that are predicted to fit.
+
+        Predicted needs are scaled by the factor by which the prediction for this run was too low.
+        """
         planned = self.planned
         assert planned is not None
         predicted = planned.chosen.gpu_bytes if on_gpu else planned.chosen.host_bytes
@@ -144,7 +148,7 @@ class Overflow:
         )
 
     def _command(self, overrides: str) -> str:
-        """The command of this run with `overrides` in place of what they replace."""
+        """Return the command of this run with `overrides` in place of the words they replace."""
         new = overrides.split()
         replaced = {word.split("=")[0] for word in new}
         if "zero" in replaced:
@@ -165,7 +169,7 @@ class Overflow:
 
 
 class HostWatch:
-    """Ends this process when the node's free memory falls below a reserve, swap included.
+    """Ends this process when the node's free memory, swap included, falls below a reserve.
 
     Args:
         on_low: (free bytes) -> None, called before the process ends with exit code 1.
@@ -185,13 +189,13 @@ class HostWatch:
         self._closed.set()
         self._thread.join(
             POLL_SECONDS
-        )  # a thread that lives on while the interpreter ends may abort the process
+        )  # a thread that outlives the interpreter may abort the process
 
     def _watch(self) -> None:
         while not self._closed.wait(POLL_SECONDS):
             if self.free() >= self.reserve:
                 continue
-            process.release()  # what this process keeps for its next step comes first
+            process.release()  # first give back what this process keeps for its next step
             free = self.free()
             if free < self.reserve:
                 try:
@@ -202,26 +206,26 @@ class HostWatch:
 
 
 def is_host_overflow(error: BaseException) -> bool:
-    """Whether an allocator on the host refused: Python's, numpy's or torch's."""
+    """Tell whether a host allocator failed: Python's, numpy's or torch's."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
 
 def _asked(error: BaseException) -> int:
-    """Bytes that the error says were asked for; 0 where it does not say."""
+    """Return the requested bytes that the error names; 0 if it names none."""
     found = ASKED.search(str(error))
     return int(float(found[1]) * UNITS[found[2]]) if found else 0
 
 
 def _gpu_memory() -> tuple[int, int, int]:
-    """(total, free, this process's) bytes of the current GPU."""
+    """Return (total, free, reserved by this process) bytes of the current GPU."""
     free, total = torch.cuda.mem_get_info()
     return total, free, torch.cuda.memory_reserved()
 
 
 def _compared(chosen: Estimate, cuda_run: bool, on_gpu: bool, mine: int, ranks: int) -> str:
-    """Predicted parts against what the rank holds."""
+    """Compare the predicted parts with the memory that the rank holds."""
     if on_gpu:
         parts, whose = chosen.parts, "rank"
     elif cuda_run:

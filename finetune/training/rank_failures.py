@@ -1,7 +1,8 @@
-"""Why the ranks of a run ended: the first failure is told, not the lost connections that follow it.
+"""Find the first failure among the ranks of a run, not the lost connections that follow it.
 
-A rank that fails writes its reason to run_dir/.failed/rank-N.json. The others lose their connection to it, wait a
-moment for that file, and pass the reason on. A rank that left none although its process is gone was killed.
+A rank that fails writes its reason to run_dir/.failed/rank-N.json. The others lose their connection
+to it, wait a moment for that file, and pass the reason on. A rank that left no reason although its
+process is gone was killed.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ LOST = (
 
 
 class LastWords:
-    """Who ended first, and why. Collective: every rank makes one."""
+    """The reasons why ranks ended, shared through files. Collective: every rank creates one."""
 
     def __init__(self, run_dir: Path, world: World):
         self.folder, self.world = run_dir / ".failed", world
@@ -46,7 +47,7 @@ class LastWords:
         self.processes: list[tuple[str, int]] = world.gather((socket.gethostname(), os.getpid()))
 
     def explain(self, error: BaseException) -> BaseException:
-        """What to report: `error`, or the failure on another rank that it is a consequence of."""
+        """Return the error to report: `error`, or the failure on another rank that caused it."""
         if self.world.size == 1:
             return error
         if not _is_lost_connection(error):
@@ -56,7 +57,7 @@ class LastWords:
         return found or error
 
     def leave(self, error: BaseException) -> None:
-        """Write down why this rank ends, and hang up so that the others learn it at once."""
+        """Record why this rank ends, and disconnect so that the others notice at once."""
         last = traceback.extract_tb(error.__traceback__)[-1:]
         where = f" ({last[0].filename}:{last[0].lineno})" if last else ""
         text = (
@@ -79,7 +80,10 @@ class LastWords:
             return  # a full disk must not hide the failure itself
 
     def speaks(self) -> bool:
-        """Whether this rank writes the run's result: rank 0, or the first one alive where rank 0 was killed."""
+        """Tell whether this rank writes the run's result.
+
+        It is rank 0, or the first rank alive if rank 0 was killed.
+        """
         return all(self._gone(rank) for rank in range(self.world.rank))
 
     def say(self, error: BaseException) -> None:
@@ -89,7 +93,7 @@ class LastWords:
             error.spoken = True
 
     def _of_others(self) -> BaseException | None:
-        """The first reason that another rank left, or the rank that left none."""
+        """Return the reason that another rank left, or the death of a rank that left none."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < deadline:
             dead = [rank for rank in range(self.world.size) if self._gone(rank)]

@@ -1,4 +1,4 @@
-"""Does this run fit this machine, and how is it divided over the ranks?"""
+"""Plan how a run is sharded over its ranks, and check that it fits this machine."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from finetune.tasks.build import head_of
 
 
 def plan_run(cfg: Config, world: World, run_dir: Path, num_labels: int | None) -> Plan:
-    """What fits and what is chosen, written to plan.json.
+    """Choose the sharding of a run and write the plan to plan.json.
 
     Args:
-        num_labels: of a classifier, where the data have told; else 2 are assumed.
+        num_labels: of a classifier, if known from the data; otherwise 2 are assumed.
 
     Raises:
         UserError: nothing fits; the table says what is missing, and what to change.
@@ -43,7 +43,7 @@ def plan_run(cfg: Config, world: World, run_dir: Path, num_labels: int | None) -
 
 
 def sharding_of(planned: Plan, cfg: Config, run_dir: Path) -> Sharding:
-    """The chosen option in the words of `deepspeed_config.build`."""
+    """Convert the chosen option to the arguments of `deepspeed_config.build`."""
     chosen = planned.chosen.option
     return Sharding(
         int(chosen.zero.removeprefix("stage")),

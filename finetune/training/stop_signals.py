@@ -1,9 +1,9 @@
 """Requests to stop: signals, files in the run directory, and a launcher that died.
 
-During training they only raise a flag; the trainer looks at it between steps, where a checkpoint can be written.
-Before and after, when there is nothing to save, they end the process with exit code 75 on the spot. A second Ctrl-C
-stops at once. DeepSpeed's launcher does not pass signals on and dies without telling its ranks, so each rank also
-watches its ancestors.
+During training they only set a flag, which the trainer reads between steps, where a checkpoint can
+be written. Before and after, when there is nothing to save, they end the process immediately with
+exit code 75. A second Ctrl-C stops at once. DeepSpeed's launcher does not forward signals and dies
+without notifying its ranks, so each rank also watches its ancestors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LAUNCHER_VARIABLE = "CROSS_RANK"
 
 
 def end_on_signals() -> None:
-    """Until a run begins, a signal ends the process with exit code 75: nothing is lost."""
+    """Make signals end the process with exit code 75 until a run begins: nothing is lost."""
 
     def end(number: int, frame) -> None:
         if _held is not None:
@@ -44,13 +44,13 @@ _held: list[int] | None = None
 
 
 def hold() -> None:
-    """From now on signals wait: for moments in which nobody could tell that the run was stopped."""
+    """Hold signals back from now on, while nothing could report that the run was stopped."""
     global _held
     _held = []
 
 
 def deliver() -> None:
-    """Those that waited arrive now."""
+    """Deliver the signals that were held back since `hold`."""
     global _held
     waiting, _held = _held or [], None
     for number in waiting:
@@ -58,10 +58,12 @@ def deliver() -> None:
 
 
 class StopRequest:
-    """Becomes true once the run should save and end. `with stop.flagged():` around the training itself.
+    """A flag that becomes true once the run should save and end.
+
+    Wrap the training itself in `with stop.flagged():`.
 
     Args:
-        run_dir: a file STOP or SAVE in it is a request (rank 0 looks).
+        run_dir: a file STOP or SAVE in it is a request (checked by rank 0).
     """
 
     def __init__(self, run_dir: Path, watch_files: bool):
@@ -84,17 +86,20 @@ class StopRequest:
 
     @contextmanager
     def flagged(self) -> Iterator[None]:
-        """Inside, a signal raises a flag only: whoever looks at it saves. Outside it ends the process.
+        """Make signals only set the flag inside this context; outside, they end the process.
 
-        Where the training failed, the flag stays the only effect: the failure is what the process ends with, and the
-        launcher, seeing another rank dead, sends SIGTERM while it is still being told.
+        After a failed training, signals still only set the flag: the process ends with the failure,
+        and the launcher, seeing another rank dead, sends SIGTERM while it is still being reported.
         """
         self._training = True
         yield
         self._training = False
 
     def close(self, failed: bool = False) -> None:
-        """Give the signals back; after a failure the launcher's SIGTERM must not cut the last message short."""
+        """Restore the signal handlers.
+
+        After a failure, the launcher's SIGTERM must not cut the last message short.
+        """
         self._closed.set()
         if self._watcher and self._watcher is not threading.current_thread():
             self._watcher.join(POLL_SECONDS)
@@ -108,7 +113,7 @@ class StopRequest:
         return bool(self.reason)
 
     def wants_save(self) -> bool:
-        """Whether run_dir/SAVE asks for a checkpoint now; the file is taken away."""
+        """Tell whether run_dir/SAVE requests a checkpoint now, and remove the file."""
         if self.watch_files and (self.run_dir / "SAVE").exists():
             (self.run_dir / "SAVE").unlink(missing_ok=True)
             return True
@@ -140,7 +145,7 @@ class StopRequest:
 
 
 def _ancestors(depth: int) -> list[int]:
-    """Process ids of parent, grandparent, ...; 1 or 0 where the line was cut."""
+    """Return the process ids of parent, grandparent, ...; 1 or 0 where an ancestor has died."""
     found, pid = [], os.getpid()
     for _ in range(depth):
         try:
@@ -154,7 +159,10 @@ def _ancestors(depth: int) -> list[int]:
 
 
 def _launcher() -> list[int]:
-    """The launcher's process ids above us: [launch.py, deepspeed] or [torchrun]; empty without a launcher."""
+    """Return the process ids of the launcher above this process.
+
+    [launch.py, deepspeed] or [torchrun]; empty without a launcher.
+    """
     parents = _ancestors(2)
     try:
         command = Path(f"/proc/{parents[0]}/cmdline").read_bytes()

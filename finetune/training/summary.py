@@ -1,4 +1,4 @@
-"""What a run prints before its first step: a short table, with the batch as an equation."""
+"""Summary printed before a run's first step: a short table, with the batch as an equation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def print_summary(
     store: Store,
     rows: Rows,
 ) -> None:
-    """Every derived number once, where a person looks first."""
+    """Print every derived number of the run once, in a short table."""
     accumulated = accumulation(cfg, world_size)
     tokens = len(store.column("ids")) / len(rows) * cfg.train.global_batch
     share = 100 * parameters["trainable"] / parameters["total"]
@@ -66,7 +66,7 @@ def print_summary(
 
 
 def _each(held: list[int]) -> str:
-    """Bytes on every rank: one figure where they are alike."""
+    """Format the bytes on every rank, as one figure if they are equal."""
     shown = [gib(value) for value in held]
     each = (
         f"{shown[0]} on each rank"

@@ -1,8 +1,11 @@
-"""The loop, and nothing but the loop.
+"""The training loop.
 
-One step: the ranks agree on the number of scored tokens -> for each micro-batch: loss sum, backward, step ->
-log, evaluate, sample, save. Everything that varies (task, adapter, stage) was decided before.
-A step whose gradient is not finite changes nothing; too many in a row end the run at the last good step.
+One step: the ranks agree on the number of scored tokens -> for each micro-batch: loss sum,
+backward, step -> log, evaluate, sample, save. Everything that varies (task, adapter, stage) was
+decided before.
+
+A step whose gradient is not finite changes nothing; too many in a row end the run at the last good
+step.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ SHOWN = 32
 
 @dataclass
 class Result:
-    """How a run ended: the body of result.json."""
+    """Outcome of a run: the body of result.json."""
 
     status: str
     step: int
@@ -52,7 +55,7 @@ class Result:
 
 @dataclass
 class Hooks:
-    """What the loop calls besides training; all collective."""
+    """Functions that the loop calls besides training; all are collective."""
 
     evaluate: Callable[[], Metrics | None] | None
     """Metrics, or None when a request to stop came first."""
@@ -110,7 +113,7 @@ class Trainer:
         self.trained_tokens, self.trained_seconds = 0, 0.0
 
     def fit(self, state: TrainState) -> Result:
-        """Train from `state` to the last step, or until a stop is asked for."""
+        """Train from `state` to the last step, or until a stop is requested."""
         self.saved_step = self.checkpoints.newest()
         state.owes_evaluation &= self.hooks.evaluate is not None
         if state.owes_evaluation or (
@@ -159,8 +162,11 @@ class Trainer:
         return self._finish(state, "preempted" if state.owes_evaluation else status)
 
     def _agree(self, batches: list[Batch]) -> list[float]:
-        """Scored and real tokens, squared document lengths, requests to stop and to save, failed saves, over all
-        ranks: the one exchange a step needs."""
+        """Sum the step's counts over all ranks in the one exchange that a step needs.
+
+        In order: scored tokens, real tokens, squared document lengths, requests to stop, requests
+        to save, failed saves.
+        """
         self._tell_saved()
         scored = sum(self.task.count(batch) for batch in batches)
         tokens = sum(batch["tokens"] for batch in batches)
@@ -233,7 +239,7 @@ class Trainer:
         )
 
     def _memory(self, host: int) -> dict[str, Any]:
-        """Bytes of the largest rank now; where there are several, also each one's peak so far. Collective."""
+        """Return the largest rank's bytes now; with several ranks, also each peak. Collective."""
         ranks = self.world.gather_numbers(
             [host, machine.gpu_bytes(), machine.peak_host_bytes(), machine.peak_gpu_bytes()]
         )
@@ -250,8 +256,10 @@ class Trainer:
         )
 
     def _arithmetic(self, flops: np.ndarray) -> dict[str, float]:
-        """Model FLOP/s of one device, and what activation checkpointing computes again; the former as a share of the
-        device's peak where that is known (MFU, arXiv:2204.02311)."""
+        """Return model FLOP/s of one device and those that activation checkpointing recomputes.
+
+        Where the device's peak is known, also the former as a share of it (MFU, arXiv:2204.02311).
+        """
         model, again = flops.tolist()
         peak = self.hooks.peak_flops
         return (
@@ -261,9 +269,10 @@ class Trainer:
         )
 
     def _skipped(self, state: TrainState, losses: list[Tensor]) -> None:
-        """Count a step that changed nothing, and name its data.
+        """Count a step that changed nothing, and report its data.
 
-        Under fp16 a finite loss with an overflowing gradient is the loss scale finding its level: not counted as a row.
+        Under fp16, an overflowing gradient with a finite loss is the loss scale adapting: it does
+        not count towards the steps in a row.
         """
         positions = step_positions(state.step - 1, *self.batches.layout)
         mine = [
@@ -285,7 +294,7 @@ class Trainer:
         )
 
     def _give_up(self, state: TrainState) -> None:
-        """The weights are still those of the last step that was applied: save them as that step, then end.
+        """Save the weights, still those of the last applied step, as that step; end the run.
 
         Raises:
             RunFailed: always.
@@ -307,13 +316,13 @@ class Trainer:
         )
 
     def _after_step(self, state: TrainState, save_now: bool) -> float:
-        """Evaluation, samples and checkpoint that are due; the seconds they took, which are not training."""
+        """Save, evaluate and sample if due; return the seconds spent outside training."""
         began = time.perf_counter()
         last = state.step == self.total_steps
         due_eval = bool(self.hooks.evaluate) and (_every(state.step, self.train.eval_every) or last)
         due_sample = self.hooks.sample and _every(state.step, self.train.sample_every)
-        # Saved before the evaluation, whose failure must not take these steps with it. The checkpoint owes the
-        # evaluation until that is marked as done.
+        # Save before evaluating, so that a failed evaluation does not lose these steps. The
+        # checkpoint records the evaluation as pending until it is marked as done.
         if save_now or last or _every(state.step, self.checkpoint.every):
             state.owes_evaluation = due_eval
             self.save(state)
@@ -327,14 +336,17 @@ class Trainer:
         return time.perf_counter() - began
 
     def _evaluate_saved(self, state: TrainState) -> None:
-        """Evaluate; where a checkpoint of this step is there already, its state learns the outcome."""
+        """Evaluate, and update the state of this step's checkpoint if there is one already."""
         self.run_evaluation(state)
         if self.saved_step == state.step and not state.owes_evaluation:
             state.callbacks = self.world.broadcast(self.callbacks.state())
             self.checkpoints.mark_evaluated(state)
 
     def run_evaluation(self, state: TrainState) -> None:
-        """Evaluate, remember the best, tell the callbacks. Interrupted by a stop, it is done when the run goes on."""
+        """Evaluate, record the best value and notify the callbacks.
+
+        An evaluation interrupted by a stop request is done when the run is resumed.
+        """
         self.engine.train(False)
         metrics = self.hooks.evaluate()  # type: ignore[misc]
         self.engine.train()
@@ -375,7 +387,7 @@ class Trainer:
             self.callbacks.checkpoint(step, path)
 
     def _settle(self) -> None:
-        """Until every checkpoint is on the disk."""
+        """Block until every checkpoint is on disk."""
         self.checkpoints.wait()
         self._tell_saved()
 
@@ -396,7 +408,9 @@ class Trainer:
 
 
 def better(value: float, best: float | None, direction: str) -> bool:
-    """Whether an evaluation beats the best so far; one that is not a number never does, and any number beats it.
+    """Tell whether an evaluation beats the best so far.
+
+    NaN never beats anything, and any number beats NaN.
 
     Args:
         direction: "min" or "max".

@@ -1,7 +1,8 @@
-"""Curves as geometry: series in, paths and ticks out. Pure; the template draws, the PNG draws the same.
+"""Geometry of charts: series in, paths and ticks out.
 
-A chart is drawn on a stretched canvas of WIDTH x HEIGHT units: lines stay thin (non-scaling strokes) and labels are
-HTML beside it, so that the same page is crisp on a phone and on a wide screen.
+All functions are pure; the HTML template and the PNG draw the same geometry. A chart is drawn on a
+stretched canvas of WIDTH x HEIGHT units: lines stay thin (non-scaling strokes) and labels are HTML
+beside it, so that the same page is crisp on a phone and on a wide screen.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Axis:
 
 @dataclass
 class Drawing:
-    """What the template needs of one chart."""
+    """Geometry and labels of one chart for the template."""
 
     chart: Chart
     x: Axis
@@ -62,7 +63,7 @@ class Drawing:
 
 
 def column(records: list[dict[str, Any]], key: str) -> list[Point]:
-    """(step, value) of every record that has a finite number under `key`."""
+    """Return (step, value) of every record that has a finite number under `key`."""
     return [
         (float(record["step"]), float(record[key]))
         for record in records
@@ -75,9 +76,10 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 def smooth(points: list[Point]) -> list[Point]:
-    """Mean over a window around each point, so that the curve does not lag behind.
+    """Average over a window centred on each point, so that the curve does not lag behind.
 
-    It narrows to nothing towards the start, where losses fall fast, and is cut at the end, where they are noise.
+    The window narrows to one point at the start, where losses fall fast, and is cut off at the end,
+    where they are noise.
     """
     sums = [0.0, *accumulate(y for _, y in points)]
     reach = max(1, min(50, len(points) // 40))
@@ -90,7 +92,10 @@ def smooth(points: list[Point]) -> list[Point]:
 
 
 def thin(points: list[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """At most about `limit` points: of each stretch its lowest and highest, so that no spike disappears."""
+    """Reduce a curve to about `limit` points.
+
+    The lowest and highest point of each stretch are kept, so that no spike disappears.
+    """
     if len(points) <= limit:
         return points
     size = math.ceil(len(points) / (limit / 2))
@@ -102,10 +107,10 @@ def thin(points: list[Point], limit: int = MAX_POINTS) -> list[Point]:
 
 
 def draw(chart: Chart, steps: tuple[float, float] | None = None) -> Drawing:
-    """Geometry of a chart; its series must not all be empty.
+    """Compute the geometry of a chart; its series must not all be empty.
 
     Args:
-        steps: first and last step to span at least, so that charts beside each other have one axis.
+        steps: first and last step to include, so that charts beside each other share an axis.
     """
     series = [Series(s.name, thin(s.points), s.color, s.style) for s in chart.series if s.points]
     xs = [*(steps or ()), *(x for s in series for x, _ in s.points)]
@@ -138,7 +143,7 @@ def draw(chart: Chart, steps: tuple[float, float] | None = None) -> Drawing:
 
 
 def label(value: float, unit: str, step: float = 0.0) -> str:
-    """A tick's text: `1,200`, `2.5`, `1.0e-04`, `3 GiB`, `40%`, `49.6%`."""
+    """Format a tick's label: `1,200`, `2.5`, `1.0e-04`, `3 GiB`, `40%`, `49.6%`."""
     if unit == "bytes":
         return bytes_label(value)
     if unit == "share":
@@ -157,7 +162,7 @@ def bytes_label(value: float) -> str:
 
 
 def linear_axis(low: float, high: float, unit: str = "number") -> Axis:
-    """An axis with about four round ticks that spans at least `low` to `high`."""
+    """Return an axis with about four round ticks that spans at least `low` to `high`."""
     return _axis(low, high, unit)
 
 
@@ -178,7 +183,7 @@ def _axis(low: float, high: float, unit: str, pad: bool = True) -> Axis:
 
 
 def _nice_step(spread: float, unit: str) -> float:
-    """About four ticks, a round number apart; for bytes round in the unit they are written in."""
+    """Return a round distance for about four ticks; bytes are round in the unit of their labels."""
     scale = (
         next((s for s in (2.0**40, 2.0**30, 2.0**20, 2.0**10) if spread >= s), 1.0)
         if unit == "bytes"
@@ -194,7 +199,7 @@ def _path(series: Series, x: Axis, y: Axis) -> str:
 
 
 def _dots(series: Series, x: Axis, y: Axis) -> str:
-    """Marks as lines of no length with round caps: circles that the stretched canvas cannot squash."""
+    """Draw marks as zero-length lines with round caps, which stay round on the stretched canvas."""
     if series.style != "dots" and len(series.points) > 1:
         return ""
     return "".join(f"M{_x(x, p)} {_y(y, p)}h.01" for p in series.points)

@@ -1,4 +1,4 @@
-"""What sets runs apart: a run's settings against its recipe's, and the settings of several runs against each other."""
+"""Tables of differences in settings: between a run and its recipe, and between several runs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ ABSENT = "-"
 
 
 def from_recipe(config: dict[str, Any], recipe_config: Config | None) -> Table | None:
-    """Keys whose value is not the recipe's; None where the recipe is not known here.
+    """Return the keys whose value differs from the recipe's; None if the recipe is not known here.
 
-    Compared with the recipe as it is now: the page says so, since a recipe may change after a run.
+    Compares with the recipe as it is now. The page says so, since a recipe may change after a run.
     """
     if recipe_config is None:
         return None
     recipe, ours = dict(flat(plain_config(recipe_config))), dict(flat(config))
-    # Keys that only the recipe has came after the run.
+    # Keys that only the recipe has were added after the run.
     keys = [key for key in ours if key not in NOT_SETTINGS and recipe.get(key) != ours[key]]
     return Table(
         ["key", "recipe", "this run"], [[key, recipe.get(key, ABSENT), ours[key]] for key in keys]
@@ -27,7 +27,7 @@ def from_recipe(config: dict[str, Any], recipe_config: Config | None) -> Table |
 
 
 def between(names: list[str], settings: list[dict[str, Any]]) -> Table:
-    """Keys that are not the same in all of several configs or environments; one column each."""
+    """Return the keys that differ between several configs or environments; one column each."""
     columns = [dict(flat(values)) for values in settings]
     keys = dict.fromkeys(key for column in columns for key in column)
     different = [

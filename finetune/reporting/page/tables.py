@@ -1,4 +1,4 @@
-"""The tables and tiles of the page as plain text, from `RunFiles`. No HTML here: the template escapes."""
+"""Tables and tiles of the report page as plain text, from `RunFiles`; the template escapes HTML."""
 
 from __future__ import annotations
 
@@ -69,17 +69,17 @@ def run_name(run: RunFiles) -> str:
 
 
 def status(run: RunFiles) -> str:
-    """`done`, `preempted`, `failed`; `running` before there is a result."""
+    """Return `done`, `preempted` or `failed`; `running` before there is a result."""
     return str(run.result.get("status") or "running")
 
 
 def status_words(run: RunFiles) -> str:
-    """The status as people read it, `stopped by you (Ctrl-C)`."""
+    """Return the status in words, e.g. `stopped by you (Ctrl-C)`."""
     return status_text(run.result) if run.result else "running"
 
 
 def tiles(run: RunFiles) -> list[Tile]:
-    """The figures at the top; those that a run does not have yet are left out."""
+    """Return the figures at the top of the page, without those that the run does not have yet."""
     found = [
         _progress(run),
         _loss(run),
@@ -95,7 +95,7 @@ def tiles(run: RunFiles) -> list[Tile]:
 
 
 def large(value: float) -> str:
-    """`1.24 M`, `38.2 k`, `512`."""
+    """Format a large number: `1.24 M`, `38.2 k`, `512`."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.3g} {unit}"
@@ -103,7 +103,7 @@ def large(value: float) -> str:
 
 
 def evaluations(run: RunFiles) -> Table | None:
-    """One row per evaluation, the best one marked."""
+    """Return one row per evaluation, with the best one marked."""
     if not run.evals:
         return None
     names = [name for name in EVAL_METRICS if any(name in record for record in run.evals)]
@@ -115,7 +115,7 @@ def evaluations(run: RunFiles) -> Table | None:
 
 
 def later(run: RunFiles) -> Table | None:
-    """What launch/evaluate.py wrote: the task's own metrics on its data, and lm-eval's tasks."""
+    """Return the results of launch/evaluate.py: the task's own metrics and lm-eval's tasks."""
     own = [
         (name.replace("_", " "), figure(value))
         for name, value in run.later.items()
@@ -145,7 +145,10 @@ def later(run: RunFiles) -> Table | None:
 
 
 def groups(run: RunFiles) -> Table | None:
-    """Subsets or classes at the last evaluation that has them, with the change of loss since the first."""
+    """Return subsets or classes at the last evaluation that has them.
+
+    Each has the change of its loss since the first such evaluation.
+    """
     with_groups = [
         record for record in run.evals if record.get("subsets") or record.get("per_class")
     ]
@@ -177,7 +180,7 @@ def groups(run: RunFiles) -> Table | None:
 
 
 def memory(run: RunFiles) -> Memory | None:
-    """Predicted beside measured, in bytes of one rank, and the parts of the prediction."""
+    """Compare predicted and measured bytes of one rank, with the parts of the prediction."""
     expected = predicted(run)
     rows = []
     for name, key in (("GPU", "gpu_bytes"), ("host", "host_bytes")):
@@ -203,13 +206,16 @@ def memory(run: RunFiles) -> Memory | None:
 
 
 def _bars(run: RunFiles, expected: dict[str, float]) -> list[Bar]:
-    """The parts of each prediction, in bytes of one rank; what the plan does not name is the process itself."""
+    """Return the parts of each prediction in bytes of one rank.
+
+    The rest, which the plan does not name, is the process itself.
+    """
     option, ranks = chosen_option(run), ranks_per_node(run)
     device = _numbers(option.get("parts"))
     host = {name: value / ranks for name, value in _numbers(option.get("host_parts")).items()}
     if "tensors" in host or not (
         host or "gpu_bytes" in expected
-    ):  # without a GPU the tensors are in the host's memory
+    ):  # without a GPU the tensors are in host memory
         host.pop("tensors", None)
         host = {name: host.get(name, 0) + device.get(name, 0) for name in [*host, *device]}
     found = []
@@ -238,7 +244,7 @@ def _numbers(values: Any) -> dict[str, float]:
 
 
 def samples(run: RunFiles) -> list[dict[str, str]]:
-    """Newest first."""
+    """Return the samples, newest first."""
     return [
         {
             "step": str(record.get("step", "?")),
@@ -254,7 +260,7 @@ def config_rows(run: RunFiles) -> Rows:
 
 
 def flat(value: Any, prefix: str = "") -> Rows:
-    """Nested values as dotted keys."""
+    """Flatten nested values to dotted keys."""
     if not isinstance(value, dict):
         return [(prefix, "null" if value is None else str(value))]
     return [
@@ -265,7 +271,7 @@ def flat(value: Any, prefix: str = "") -> Rows:
 
 
 def environment_rows(run: RunFiles) -> Rows:
-    """Lists as one line each; empty values left out."""
+    """Return the environment as rows, each list on one line, without empty values."""
     shown = {
         key: " ".join(map(str, value)) if isinstance(value, list) else value
         for key, value in run.env.items()
@@ -274,11 +280,11 @@ def environment_rows(run: RunFiles) -> Rows:
 
 
 def commands(run: RunFiles) -> Rows:
-    """What one does next with this run, ready to paste."""
+    """Return the commands that usually follow this run, ready to paste."""
     place = setting("run", run.run_dir)
     adapter = run.config.get("adapter") or {}
     kinds = ["full"] if adapter.get("kind", "full") == "full" else ["adapter"]
-    # Prompts and prefixes are inputs, not weights: there is nothing to merge them into.
+    # Prompts and prefixes are inputs, not weights, and cannot be merged.
     kinds += ["merged"] * (adapter.get("kind") in ("lora", "ia3"))
     export = run.run_dir / str(run.result.get("export") or "export")
     found = [] if run.result.get("status") == "done" else [("continue", _again(run))]
@@ -329,7 +335,10 @@ def _best(run: RunFiles) -> Tile | None:
 
 
 def criterion(runs: list[RunFiles]) -> str:
-    """The metric that ranks evaluations: train.metric or the task's own, as the first run has it that says so."""
+    """Return the metric that ranks evaluations: train.metric or the task's own.
+
+    It is read from the first run that states it.
+    """
     named = [(run.config.get("train") or {}).get("metric") for run in runs]
     tasks = [run.config.get("task") or {} for run in runs]
     own = [
@@ -439,7 +448,7 @@ class Confusion:
 
 
 def confusion(run: RunFiles) -> Confusion | None:
-    """None where no evaluation has a matrix that can be drawn."""
+    """Return the last confusion matrix; None if no evaluation has one that can be drawn."""
     for record in [*reversed(run.evals), run.later]:
         names, counts = record.get("labels"), record.get("confusion")
         if _drawable(names, counts):
