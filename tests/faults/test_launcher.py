@@ -14,6 +14,7 @@ import pytest
 
 from finetune.checkpointing.format import newest_valid, step_of
 from finetune.reporting import metrics_log
+from tests.distributed.ranks import free_port
 from tests.faults.jobs import ROOT, words
 
 BIN = Path(sys.executable).parent
@@ -24,6 +25,8 @@ def start(folder: Path, run_dir: Path) -> subprocess.Popen:
         str(BIN / "deepspeed"),
         "--num_gpus",
         "2",
+        "--master_port",  # commands of the docs, which tests in another process run, take the default
+        str(free_port()),
         "launch/train.py",
         *words(folder, run_dir, "train.steps=4000", "checkpoint.every=3"),
     ]

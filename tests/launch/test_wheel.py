@@ -14,6 +14,7 @@ import pytest
 
 from finetune.cli.console import PROGRAMS, command_of, split_launcher
 from tests.conftest import ROOT
+from tests.distributed.ranks import free_port
 
 LEFT_OUT = shutil.ignore_patterns(
     ".git",
@@ -63,6 +64,8 @@ def test_quickstart_from_a_wheel(installed, tmp_path):
         "train",
         "--num_gpus",
         "1",
+        "--master_port",
+        str(free_port()),
         "recipe=quickstart",
         "debug=tiny",
         "run_dir=run 1",
