@@ -74,11 +74,12 @@ def generation() -> str:
             + " | ".join(speeds)
             + f" | {'yes' if all(row['same_text'].values()) else 'no'} |"
         )
-    peaks = [
-        f"{(found['peak_bytes'][way]['peak'] - found['peak_bytes'][way]['before']) / 1e9:.2f} GB"
-        for way in ways
-    ]
-    lines.append("| 8, peak memory above the libraries | " + " | ".join(peaks) + " | |")
+    if "peak_bytes" in found:
+        peaks = [
+            f"{(found['peak_bytes'][way]['peak'] - found['peak_bytes'][way]['before']) / 1e9:.2f} GB"
+            for way in ways
+        ]
+        lines.append("| 8, peak memory above the libraries | " + " | ".join(peaks) + " | |")
     return "\n".join([*lines, "", _origin(found)])
 
 
