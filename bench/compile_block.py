@@ -57,7 +57,7 @@ def main() -> None:
 
     def seconds(module: torch.nn.Module) -> float:
         began = time.perf_counter()
-        out = module(x, rope, packed, None, None)
+        out = module(x, rope, packed)
         out.backward(torch.ones_like(out))
         if device.type == "cuda":
             torch.cuda.synchronize()
