@@ -1,11 +1,14 @@
-"""Files on disk: writes that survive a power failure, and pointers that git-lfs leaves in place of files."""
+"""Files on disk: atomic writes that survive a power failure, strict JSON, git-lfs pointers."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 from finetune.errors import UserError, gib
 
@@ -21,6 +24,64 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_atomic(path: Path, content: str | bytes) -> Path:
+    """Replace a file so that a reader, or a power failure, sees the old content or the new one.
+
+    Its folder is made if it does not exist.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with scratch.open("wb") as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+    return path
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write one indented JSON value atomically, as `dumps` renders it."""
+    return write_atomic(path, dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return the value of a JSON file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not JSON.
+    """
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object of a JSON file; {} if the file is missing, torn or holds something else."""
+    try:
+        value = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def dumps(value: Any, indent: int | None = None) -> str:
+    """Render strict JSON: NaN and infinities become null, tensors and numpy scalars numbers."""
+    return json.dumps(_strict(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_strict(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        return _strict(value.item())
+    return str(value)
 
 
 def refuse_pointer(path: Path) -> None:

@@ -30,6 +30,7 @@ from finetune.dist import World
 from finetune.errors import EXIT_DONE, EXIT_PREEMPTED, Preempted, RunFailed
 from finetune.export.end_of_run import base_name, export_trained, take_best
 from finetune.export.write import reference_texts
+from finetune.files import write_json
 from finetune.gptj import adapters
 from finetune.gptj.load import build_model, local_folder, weights_identity
 from finetune.inference.sample import sample_texts
@@ -357,7 +358,7 @@ def _run_info(
     """Build the RunInfo that callbacks receive before the first step, and write data_stats.json."""
     statistics = inputs.statistics(cfg.task.max_length)
     if world.main:
-        metrics_log.write_json(run_dir / "data_stats.json", statistics)
+        write_json(run_dir / "data_stats.json", statistics)
     about = environment(world.size, world.device) | {
         "overrides": words,
         "ranks_per_node": world.local_size,

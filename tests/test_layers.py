@@ -25,8 +25,8 @@ ARROWS = {
     "data": "assets config errors files",
     "planning": "config errors files",
     "compose": "config errors",
-    "reporting": "config errors",
-    "reporting.page": "config errors reporting",
+    "reporting": "config errors files",
+    "reporting.page": "config errors files reporting",
     "check": "config data errors planning reporting",
     # torch
     "dist": "errors process",
@@ -35,13 +35,13 @@ ARROWS = {
     # deepspeed
     "sharding": "config dist errors gptj planning",
     "checkpointing": "dist errors files sharding",
-    "training": "assets check checkpointing config data dist errors gptj planning process reporting sharding tasks",
+    "training": "assets check checkpointing config data dist errors files gptj planning process reporting sharding tasks",
     # what people do with a run
     "export": "assets checkpointing config data dist errors files gptj process reporting sharding tasks training",
-    "inference": "assets data dist errors export gptj planning process tasks",
-    "sweep": "check compose config errors planning process reporting reporting.page",
+    "inference": "assets data dist errors export files gptj planning process tasks",
+    "sweep": "check compose config errors files planning process reporting reporting.page",
     # top
-    "run": "check checkpointing compose config data dist errors export gptj inference planning process reporting reporting.page "
+    "run": "check checkpointing compose config data dist errors export files gptj inference planning process reporting reporting.page "
     "sharding tasks training",
     "cli": "assets check checkpointing compose config data dist errors export files gptj inference planning process reporting "
     "reporting.page run sharding sweep tasks training",

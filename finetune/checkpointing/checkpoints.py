@@ -15,6 +15,7 @@ position.
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -43,14 +44,13 @@ from finetune.checkpointing.format import (
     step_folders,
     step_of,
     verify,
-    write_json,
     write_manifest,
     write_tensors,
 )
 from finetune.checkpointing.train_state import TrainState
 from finetune.dist import World
 from finetune.errors import RunFailed, UserError, command, gib
-from finetune.files import fsync
+from finetune.files import fsync, write_atomic
 from finetune.sharding import partitions
 
 __all__ = ["Checkpoints", "TrainState", "find_resume", "read_state", "saved_masters"]
@@ -230,7 +230,7 @@ class Checkpoints:
             if errors:
                 raise OSError(errors[0])
             faults.point("save.gathered")
-            write_json(stage / STATE, save.about)
+            write_atomic(stage / STATE, json.dumps(save.about, indent=1))
             faults.point("save.state")
             files = dict(entry for entry, _ in results if entry)
             files[STATE] = entry_of(stage / STATE)
@@ -259,7 +259,7 @@ class Checkpoints:
         marks, folder = self._marks.get(step), step_folder(self.folder, step)
         if marks and folder.is_dir():
             with self._marking, suppress(OSError):
-                write_json(folder / EVALUATED, marks)
+                write_atomic(folder / EVALUATED, json.dumps(marks, indent=1))
 
     def _failed(self, save: _Save, error: OSError) -> RunFailed:
         free = free_bytes(self.folder)

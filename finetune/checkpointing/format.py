@@ -28,6 +28,7 @@ from torch import Tensor
 
 from finetune.checkpointing import faults
 from finetune.errors import UserError
+from finetune.files import read_json, write_json
 
 MANIFEST, STATE, EVALUATED = "manifest.json", "state.json", "evaluated.json"
 STEP_DIR = re.compile(r"^step-(\d{8})$")
@@ -79,16 +80,6 @@ def file_hash(path: Path) -> str:
 def entry_of(path: Path) -> Entry:
     """Return size and hash of a small file."""
     return {"size": path.stat().st_size, "hash": file_hash(path)}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
 
 
 def write_tensors(path: Path, pieces: Pieces) -> Entry:
@@ -168,7 +159,7 @@ def verify(folder: Path) -> str | None:
     """Return why a checkpoint is invalid, naming the file; None if every byte is as written."""
     file = folder / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = read_json(file)
         step, files = manifest["step"], manifest["files"]
         sound = manifest.get("hash") == _own_hash(step, files)
     except FileNotFoundError:
@@ -214,9 +205,9 @@ def newest_valid(folder: Path, warn) -> Path | None:
 
 def read_state(folder: Path) -> dict:
     """Return state.json of a checkpoint, updated by an evaluation that was done after the save."""
-    saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    saved = read_json(folder / STATE)
     try:
-        marks = json.loads((folder / EVALUATED).read_text(encoding="utf-8"))
+        marks = read_json(folder / EVALUATED)
     except (OSError, ValueError):  # absent: the evaluation is still to be done, or there was none
         return saved
     return {**saved, "state": saved["state"] | marks}

@@ -10,7 +10,6 @@ module does not depend on what the programs do.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
 import time
@@ -49,6 +48,7 @@ from finetune.errors import (
     hydra_quoted,
     problems_error,
 )
+from finetune.files import read_json
 from finetune.process import spin_briefly
 from finetune.reporting.redact import redact, redact_text
 
@@ -321,13 +321,9 @@ def _task_of_run(folder: Path) -> str:
 
 def _task_of_export(folder: Path) -> str:
     if (folder / "finetune.json").is_file():
-        return json.loads((folder / "finetune.json").read_text(encoding="utf-8"))["settings"][
-            "kind"
-        ]
+        return read_json(folder / "finetune.json")["settings"]["kind"]
     if (folder / "adapter_config.json").is_file():
-        head = adapter_head(
-            json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")), str(folder)
-        )
+        head = adapter_head(read_json(folder / "adapter_config.json"), str(folder))
         return "clm" if head == "lm" else head
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = read_json(folder / "config.json")
     return HEADS.get((values.get("architectures") or [""])[0], "clm")

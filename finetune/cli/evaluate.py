@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,10 +34,10 @@ from finetune.export.reopen import (
     typed_task,
     virtual_tokens_of,
 )
+from finetune.files import dumps, read_json, write_json
 from finetune.gptj.load import local_folder, tokenizer_of
 from finetune.inference.lm_eval import check_suite, run_suite
 from finetune.planning.shape import load_shape
-from finetune.reporting import metrics_log
 from finetune.reporting.page.build import build_report
 from finetune.reporting.redact import redact_text
 from finetune.reporting.terminal import silence_libraries, summary_table
@@ -164,7 +163,7 @@ def _lm_eval(cfg: EvaluateConfig, folder: Path, trained: Trained, world: World) 
     before = _before(target)
     kept = before.get("lm_eval") or {}
     merged = {part: (kept.get(part) or {}) | found[part] for part in ("tasks", "settings")}
-    metrics_log.write_json(target / "eval.json", {**before, "lm_eval": merged})
+    write_json(target / "eval.json", {**before, "lm_eval": merged})
     summary_table(
         "lm-eval",
         [
@@ -178,7 +177,7 @@ def _lm_eval(cfg: EvaluateConfig, folder: Path, trained: Trained, world: World) 
 def _before(folder: Path) -> dict[str, Any]:
     """Return the present contents of eval.json."""
     try:
-        return json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+        return read_json(folder / "eval.json")
     except (OSError, ValueError):
         return {}
 
@@ -298,10 +297,10 @@ def _report(
     folder.mkdir(parents=True, exist_ok=True)
     spec = redact_text(spec, "data.eval")
     kept = {"lm_eval": before["lm_eval"]} if "lm_eval" in (before := _before(folder)) else {}
-    metrics_log.write_json(folder / "eval.json", {"data": spec, **metrics, **kept})
+    write_json(folder / "eval.json", {"data": spec, **metrics, **kept})
     if predictions is not None:
         with (folder / "predictions.jsonl").open("w", encoding="utf-8") as f:
-            f.writelines(metrics_log.dumps(row) + "\n" for row in predictions)
+            f.writelines(dumps(row) + "\n" for row in predictions)
     rows = [
         (key, figure(value))
         for key, value in metrics.items()

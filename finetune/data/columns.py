@@ -28,6 +28,7 @@ from typing import Any, BinaryIO, Protocol, Union
 import numpy as np
 
 from finetune.errors import UserError
+from finetune.files import read_json
 
 FORMAT = 1
 """Part of a store's fingerprint: with a new layout, old caches are built again."""
@@ -82,7 +83,7 @@ class Store:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        meta = json.loads((self.path / META).read_text(encoding="utf-8"))
+        meta = read_json(self.path / META)
         self.columns = {name: Column(**column) for name, column in meta["columns"].items()}
         self.stats: dict[str, Any] = meta["stats"]
         self.fingerprint: str = meta["fingerprint"]
@@ -134,7 +135,7 @@ def store_fault(path: Path) -> str | None:
     Every file must have the size that meta.json states.
     """
     try:
-        sizes = json.loads((path / META).read_text(encoding="utf-8"))["sizes"]
+        sizes = read_json(path / META)["sizes"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{META}: {error}"
     for name, expected in sizes.items():

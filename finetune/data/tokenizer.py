@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from finetune.assets.paths import asset, resolve
 from finetune.errors import UserError
-from finetune.files import refuse_pointer
+from finetune.files import read_json, refuse_pointer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,7 +56,7 @@ def build_gptj_tokenizer() -> PreTrainedTokenizerBase:
     from transformers import GPT2Tokenizer
 
     folder = asset("tokenizer")
-    vocab = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+    vocab = read_json(folder / "encoder.json")
     lines = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")
     merges: Any = [tuple(line.split()) for line in lines[1:] if line]
     # `vocab_file=`/`merges_file=` are accepted too, and silently give an empty tokenizer in transformers 5.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import RunFailed, UserError
 from finetune.export.hf_files import config_values
 from finetune.export.mesh_transformer import MeshReader, MeshWriter
-from finetune.export.safetensors_writer import ShardWriter, write_json
+from finetune.export.safetensors_writer import ShardWriter
+from finetune.files import read_json, write_json
 from finetune.gptj.load import DTYPES, Weights, meta_model, read_config
 from finetune.gptj.model import ARCHITECTURES
 
@@ -101,7 +101,7 @@ def _heads(
     """The numbers that arrays do not tell."""
     if config_file:
         try:
-            values = json.loads(Path(config_file).expanduser().read_text(encoding="utf-8"))
+            values = read_json(Path(config_file).expanduser())
             found = {"n_head": int(values["n_heads"]), "rotary_dim": int(values["pe_rotary_dims"])}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -144,15 +144,13 @@ def write_hf(
         if (folder / name).is_file() and not (name == "README.md" and about.is_file()):
             shutil.copyfile(folder / name, stage / name)
     if about.is_file():
-        write_json(
-            stage / about.name, json.loads(about.read_text(encoding="utf-8")) | {"dtype": short}
-        )
+        write_json(stage / about.name, read_json(about) | {"dtype": short})
     tokenizer = load_tokenizer(str(folder))
     if not (stage / "tokenizer.json").exists():
         tokenizer.save_pretrained(str(stage))
     file = folder / "config.json"
     values: dict[str, Any] = (
-        json.loads(file.read_text(encoding="utf-8"))
+        read_json(file)
         if file.is_file()
         else config_values(source.config, "lm", "", short, {}, tokenizer)
     )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.instruct_template import Template
-from finetune.export.safetensors_writer import write_json
+from finetune.files import write_json
 from finetune.gptj.model import ARCHITECTURES
 
 PAD, NEW_PAD = "<|extratoken_1|>", "<|pad|>"

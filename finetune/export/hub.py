@@ -10,6 +10,7 @@ from pathlib import Path
 
 from finetune.config import ExportConfig
 from finetune.errors import RunFailed, UserError, gib
+from finetune.files import read_json
 
 LOGIN = "Log in with 'hf auth login', or set HF_TOKEN to a token that may write."
 
@@ -98,7 +99,7 @@ def _with_base(folder: Path, base: str | None) -> dict[str, str]:
     file = folder / "adapter_config.json"
     if not file.is_file():
         return {}
-    local = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    local = read_json(file)["base_model_name_or_path"]
     if not local or not Path(local).is_absolute():
         return {}
     if not base:
@@ -113,7 +114,7 @@ def _with_base(folder: Path, base: str | None) -> dict[str, str]:
         ("finetune.json", "base"),
     ):
         if (folder / name).is_file():
-            values = json.loads((folder / name).read_text(encoding="utf-8"))
+            values = read_json(folder / name)
             found[name] = json.dumps(values | {key: base}, indent=2) + "\n"
     card = folder / "README.md"
     return found | (

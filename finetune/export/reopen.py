@@ -6,7 +6,6 @@ export/finetune.json -> description of the export ; base + adapter, or the whole
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from dataclasses import dataclass, fields
@@ -43,7 +42,7 @@ from finetune.data.encode_classify import LAST_TOKEN
 from finetune.data.sources import read
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import UserError
-from finetune.files import refuse_pointer
+from finetune.files import read_json, refuse_pointer
 from finetune.gptj import adapters
 from finetune.gptj.load import (
     DTYPES,
@@ -153,7 +152,7 @@ def about_of_run(run_dir: Path) -> dict[str, Any]:
     Read from the run's task.json; empty if the run wrote none.
     """
     file = run_dir / "task.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def reference_texts_of(run_dir: Path) -> list[list[int]]:
@@ -163,7 +162,7 @@ def reference_texts_of(run_dir: Path) -> list[list[int]]:
     """
     file = run_dir / REFERENCE
     if file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     rows = islice(read(str(asset("data") / "pile_sample/eval.jsonl.zst"), "train"), 4)
     return [load_tokenizer(None)(row["text"][:400])["input_ids"][:64] for _, row in rows]
 
@@ -279,7 +278,7 @@ def read_about(folder: Path, base: str | None = None) -> dict[str, Any]:
     ):
         refuse_pointer(folder / name)
     if (folder / ABOUT).is_file():
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        about = read_json(folder / ABOUT)
         if is_adapter:
             named = _json(folder / "adapter_config.json").get("base_model_name_or_path")
             moved = (
@@ -302,7 +301,7 @@ def read_about(folder: Path, base: str | None = None) -> dict[str, Any]:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     except FileNotFoundError:
         raise UserError(
             f"{file.name} is missing", str(file.parent), "A checkpoint directory needs it."

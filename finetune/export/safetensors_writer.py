@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from finetune.files import write_json
+
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 CHUNK = 1 << 24
 Shapes = dict[str, tuple[int, ...]]
@@ -111,10 +113,6 @@ def _assign(shapes: Shapes, itemsize: int, shard_bytes: int) -> list[list[str]]:
         shards[-1].append(name)
         size += needed
     return shards
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def file_sha256(path: Path) -> str:

@@ -13,6 +13,8 @@ import json
 import sys
 from pathlib import Path
 
+from finetune.files import read_json
+
 TOLERANCE = {
     "float32": (2e-5, 2e-3, 0.999),
     "bfloat16": (0.05, 0.5, 0.9),
@@ -31,7 +33,7 @@ def open_export(folder: Path):
     import torch
     import transformers
 
-    about = json.loads((folder / "finetune.json").read_text(encoding="utf-8"))
+    about = read_json(folder / "finetune.json")
     kind = {
         "lm": "AutoModelForCausalLM",
         "classify": "AutoModelForSequenceClassification",
@@ -42,7 +44,7 @@ def open_export(folder: Path):
     if (folder / "adapter_config.json").exists():
         from peft import PeftModel
 
-        values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        values = read_json(folder / "adapter_config.json")
         # A head needs the export's config: number of labels, and the padding token.
         extra = (
             {"config": transformers.AutoConfig.from_pretrained(str(folder))}
@@ -176,7 +178,7 @@ def padded_difference(
     if head != "lm":
         _check_eos(tokenizer, [ids.tolist() for ids in rows])
     file = folder / "adapter_config.json"
-    kind = json.loads(file.read_text(encoding="utf-8"))["peft_type"] if file.exists() else ""
+    kind = read_json(file)["peft_type"] if file.exists() else ""
     found = {}
     sides = SIDES.get(kind, ("right", "left"))
     if tokenizer.pad_token_id is None or count < 2 or (kind == "PREFIX_TUNING" and head != "lm"):

@@ -34,7 +34,8 @@ from finetune.dist import World
 from finetune.errors import RunFailed, UserError
 from finetune.export.hf_files import write_small_files
 from finetune.export.model_card import model_card
-from finetune.export.safetensors_writer import Shapes, ShardWriter, file_sha256, write_json
+from finetune.export.safetensors_writer import Shapes, ShardWriter, file_sha256
+from finetune.files import read_json, write_json
 from finetune.gptj.load import (
     DTYPES,
     base_record,
@@ -374,9 +375,7 @@ def finish_export(
                 "base_weights": base_record(info.base_folder, info.head),
             }
             file = stage / "adapter_config.json"
-            write_json(
-                file, json.loads(file.read_text(encoding="utf-8")) | {"revision": info.revision}
-            )
+            write_json(file, read_json(file) | {"revision": info.revision})
         if info.task.get("template_text"):
             found["chat_template"] = compare_chat_template(stage, info)
         write_json(stage / "finetune.json", about)
@@ -411,7 +410,7 @@ def finish_export(
 
 
 def _peft_type(folder: Path) -> str:
-    return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
+    return read_json(folder / "adapter_config.json")["peft_type"]
 
 
 def _replace(stage: Path, target: Path) -> None:

@@ -12,7 +12,6 @@ the ZeRO stage. The only contact with DeepSpeed is the context that the caller p
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -30,7 +29,7 @@ from finetune.assets.paths import resolve
 from finetune.config import Init, ModelConfig
 from finetune.data.tokenizer import TOKENIZER_FILES
 from finetune.errors import UserError
-from finetune.files import refuse_pointer
+from finetune.files import read_json, refuse_pointer
 from finetune.gptj.model import HEADS, copy_config
 
 LEGACY = re.compile(r"(\.attn\.(bias|masked_bias|embed_positions)|\.rotary_emb\.inv_freq)$")
@@ -147,7 +146,7 @@ def _name_to_file(folder: Path, handle: Callable[[Path], Any]) -> dict[str, Path
 def _read_index(folder: Path, index: Path) -> dict[str, Path]:
     refuse_pointer(index)
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = read_json(index)["weight_map"]
     except (ValueError, KeyError, UnicodeDecodeError) as error:
         raise UserError(
             f"not a weight index: {error}", str(index), "Download the file again."
@@ -331,7 +330,7 @@ def read_config(folder: Path, cfg: ModelConfig, num_labels: int | None = None) -
     file = folder / "config.json"
     refuse_pointer(file)
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
     except FileNotFoundError:
         raise UserError(
             "config.json is missing", str(folder), "A checkpoint directory needs it."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from finetune.errors import UserError
+from finetune.files import read_json
 
 
 def refuse_engine(folder: Path, about: dict[str, Any]) -> None:
@@ -21,7 +21,7 @@ def refuse_engine(folder: Path, about: dict[str, Any]) -> None:
             "Leave engine out.",
         )
     file = folder / "adapter_config.json"
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["peft_type"] in (
+    if file.is_file() and read_json(file)["peft_type"] in (
         "PROMPT_TUNING",
         "PREFIX_TUNING",
     ):

@@ -8,11 +8,10 @@ Every line is strict JSON: a NaN or infinite number is written as null. Draws no
 from __future__ import annotations
 
 import json
-import math
-import os
 from pathlib import Path
 from typing import Any, TextIO
 
+from finetune.files import dumps, write_atomic, write_json
 from finetune.reporting.callbacks import Callback
 
 METRICS = "metrics.jsonl"
@@ -47,11 +46,6 @@ class MetricsLog(Callback):
         # One write call per line, so that a reader or a kill never sees half of two records.
         self.files[name].write(dumps(record) + "\n")
         self.files[name].flush()
-
-
-def dumps(value: Any, indent: int | None = None) -> str:
-    """Strict JSON: NaN and infinities become null, tensors and numpy scalars become numbers."""
-    return json.dumps(_strict(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def read(path: Path | str) -> list[dict[str, Any]]:
@@ -103,29 +97,13 @@ def truncate(path: Path | str, last_step: int, evaluates: bool = False) -> int:
         if (record.get("step") or 0) <= last_step
         and not (evaluates and record.get("kind") == "eval" and record.get("step") == last_step)
     ]
-    _replace(path, "".join(dumps(record) + "\n" for record in kept))
+    write_atomic(path, "".join(dumps(record) + "\n" for record in kept))
     return n_lines - len(kept)
 
 
 def write_result(run_dir: Path | str, result: dict[str, Any]) -> Path:
     """Write run_dir/result.json atomically."""
     return write_json(Path(run_dir) / RESULT, result)
-
-
-def write_json(path: Path, value: Any) -> Path:
-    """One pretty JSON object, there completely or not at all."""
-    return _replace(path, dumps(value, indent=2) + "\n")
-
-
-def _replace(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(scratch, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
-    return path
 
 
 def _open_for_append(path: Path) -> TextIO:
@@ -144,17 +122,3 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) else None
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set)):
-        return [_strict(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
-        return _strict(value.item())
-    return str(value)

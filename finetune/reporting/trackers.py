@@ -22,6 +22,7 @@ from typing import Any
 
 from finetune.config import TensorboardConfig, TrackerConfig, WandbConfig
 from finetune.errors import UserError
+from finetune.files import dumps
 from finetune.reporting.callbacks import Callback, RunInfo
 from finetune.reporting.redact import redact, redact_words
 
@@ -241,8 +242,6 @@ def _is_plain(value: Any) -> bool:
 
 
 def _markdown(config: dict[str, Any]) -> str:
-    from finetune.reporting.metrics_log import dumps
-
     indented = dumps(config, indent=2).replace("\n", "\n    ")
     return f"    {indented}"
 

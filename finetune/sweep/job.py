@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from finetune.errors import EXIT_DONE, EXIT_PREEMPTED, setting
+from finetune.files import read_object, write_json
 from finetune.process import LAUNCHER_VARIABLES
 from finetune.reporting import metrics_log
 from finetune.sweep.pool import Place
@@ -136,10 +137,10 @@ class Job:
             os.killpg(self.process.pid, number)
 
     def result(self) -> dict[str, Any]:
-        return read_json(self.run_dir / metrics_log.RESULT)
+        return read_object(self.run_dir / metrics_log.RESULT)
 
     def save(self) -> None:
-        metrics_log.write_json(
+        write_json(
             self.run_dir / RECORD,
             {
                 "job": self.number,
@@ -153,7 +154,7 @@ class Job:
 
     def load(self) -> bool:
         """Take over what an earlier attempt noted; False when there is nothing."""
-        noted = read_json(self.run_dir / RECORD)
+        noted = read_object(self.run_dir / RECORD)
         if not noted:
             return False
         self.status, self.error = noted.get("status", WAITING), noted.get("error")
@@ -190,16 +191,6 @@ def wait_for_earlier(job: Job, say: Callable[[str], None], seconds: float = 120.
             say(f"[{job.number}] an earlier attempt still saves; waiting")
             told = True
         time.sleep(1)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    import json
-
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _still_running(run_dir: Path) -> bool:

@@ -8,7 +8,6 @@ written during the sweep and at its end.
 from __future__ import annotations
 
 import glob
-import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -17,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import command, setting
+from finetune.files import read_json, write_atomic
 from finetune.reporting.page.charts import HEIGHT, WIDTH, Axis, is_number, linear_axis
 from finetune.reporting.page.tables import Tile
-from finetune.reporting.page.template import render, write_page
+from finetune.reporting.page.template import render
 from finetune.reporting.terminal_text import clock, figure, number
 
 HERE = Path(__file__).parent
@@ -74,8 +74,8 @@ class Scatter:
 def build_sweep_page(folder: Path | str) -> Path:
     """Write folder/sweep.html from folder/sweep.json and return its path."""
     folder = Path(folder)
-    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    return write_page(
+    summary = read_json(folder / SUMMARY)
+    return write_atomic(
         folder / PAGE,
         render("sweep.html", page_context(summary, folder), ("sweep.css",), ("sweep.js",), HERE),
     )

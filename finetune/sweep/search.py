@@ -10,8 +10,9 @@ from typing import Any, Protocol
 from finetune.check import best_metric, metric_problems, task_problems
 from finetune.config import DIRECTIONS, Config, SweepConfig
 from finetune.errors import UserError
+from finetune.files import read_object
 from finetune.sweep import space as spaces
-from finetune.sweep.job import DONE, FAILED, PRUNED, STOPPED, Job, read_json
+from finetune.sweep.job import DONE, FAILED, PRUNED, STOPPED, Job
 from finetune.sweep.space import Interval, Parameter, Space
 
 HIGHER = ("accuracy", "f1", "exact_match", "precision", "recall", "correlation")
@@ -87,7 +88,7 @@ class Listed:
         taken = {
             tuple(sorted(noted["overrides"])): int(path.parent.name)
             for path in folder.glob("*/job.json")
-            if (noted := read_json(path)).get("overrides") is not None
+            if (noted := read_object(path)).get("overrides") is not None
         }
         used, self.jobs = set(taken.values()), list[Job]()
         free = (n for n in range(len(words_of) + len(used)) if n not in used)

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.errors import command, setting
-from finetune.reporting import metrics_log
+from finetune.files import write_json
 from finetune.reporting.terminal_text import clock, figure, number
 from finetune.sweep.job import DONE, Job
 from finetune.sweep.page import compare_command
@@ -35,7 +35,7 @@ def write_summary(
         "best": ranked[0].number if ranked and goal.compares(ranked[0]) else None,
         "jobs": [_row(job, goal) for job in ranked],
     }
-    metrics_log.write_json(folder / SUMMARY, summary)
+    write_json(folder / SUMMARY, summary)
     return summary
 
 

@@ -19,8 +19,9 @@ from finetune.errors import (
     problems_error,
     setting,
 )
+from finetune.files import read_object
 from finetune.reporting.redact import secret_problems
-from finetune.sweep.job import DONE, FAILED, PRUNED, Job, read_json, wait_for_earlier
+from finetune.sweep.job import DONE, FAILED, PRUNED, Job, wait_for_earlier
 from finetune.sweep.page import build_sweep_page
 from finetune.sweep.pool import Pool, build_pool
 from finetune.sweep.search import Goal, Search, build_goal, build_search
@@ -48,7 +49,7 @@ class _Sweep:
     def __init__(self, words: list[str], script: Path):
         own, job_words = settings_words(words)
         folder = _folder(own)
-        saved = read_json(folder / SUMMARY) if folder else {}
+        saved = read_object(folder / SUMMARY) if folder else {}
         if not job_words and saved.get("words"):
             own, job_words = settings_words([*saved["words"], *own])
         self.words, self.script = [*own, *job_words], script

@@ -7,7 +7,6 @@ process is gone was killed.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -21,6 +20,7 @@ import torch.distributed as torch_dist
 
 from finetune.dist import World, disconnect
 from finetune.errors import EXIT_FAILED, EXIT_PREEMPTED, Preempted, RunFailed, UserError
+from finetune.files import read_json, write_json
 from finetune.reporting.redact import redact_text
 
 PATIENCE_SECONDS = 5.0
@@ -72,10 +72,8 @@ class LastWords:
         try:
             self.folder.mkdir(exist_ok=True)
             file = self.folder / f"rank-{self.world.rank:05d}.json"
-            scratch = file.with_suffix(".tmp")
             told = {"rank": self.world.rank, "text": redact_text(text), "exit_code": code}
-            scratch.write_text(json.dumps(told), encoding="utf-8")
-            os.replace(scratch, file)
+            write_json(file, told)
         except OSError:
             return  # a full disk must not hide the failure itself
 
@@ -98,7 +96,7 @@ class LastWords:
         while time.monotonic() < deadline:
             dead = [rank for rank in range(self.world.size) if self._gone(rank)]
             for file in sorted(self.folder.glob("rank-*.json")):
-                return _as_error(json.loads(file.read_text(encoding="utf-8")))
+                return _as_error(read_json(file))
             if dead:
                 return self._killed(dead)
             time.sleep(POLL_SECONDS)

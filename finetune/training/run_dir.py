@@ -14,6 +14,7 @@ from typing import Any
 from finetune.config import Config, plain_config, to_yaml
 from finetune.dist import World
 from finetune.errors import Preempted, RunFailed, UserError
+from finetune.files import write_json
 from finetune.planning import machine
 from finetune.reporting import metrics_log
 from finetune.reporting.redact import redact_text
@@ -46,8 +47,8 @@ def make_run_dir(cfg: Config, world: World) -> Path:
 
 def save_config(cfg: Config, about: dict[str, Any], texts: list[list[int]], run_dir: Path) -> None:
     """config.yaml, in task.json what the head learned from the data, in reference.json texts to compare exports on."""
-    metrics_log.write_json(run_dir / "reference.json", texts)
-    metrics_log.write_json(run_dir / "task.json", about)
+    write_json(run_dir / "reference.json", texts)
+    write_json(run_dir / "task.json", about)
     values = plain_config(cfg)
     for section, key in (
         ("model", "path"),

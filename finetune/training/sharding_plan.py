@@ -9,12 +9,12 @@ from finetune.checkpointing.format import folder_bytes, step_folders
 from finetune.config import Config, Offload
 from finetune.dist import World
 from finetune.errors import UserError
+from finetune.files import write_json
 from finetune.gptj.load import local_folder
 from finetune.planning.choose import Plan, plan
 from finetune.planning.machine import measure_machine
 from finetune.planning.shape import ModelShape, load_shape
 from finetune.planning.show import render_table
-from finetune.reporting import metrics_log
 from finetune.sharding import nvme
 from finetune.sharding.deepspeed_config import Sharding
 from finetune.tasks.build import head_of
@@ -36,7 +36,7 @@ def plan_run(cfg: Config, world: World, run_dir: Path, num_labels: int | None) -
         held = sum(folder_bytes(step) for step in step_folders(run_dir / "checkpoints"))
         machine = replace(machine, disk_bytes=machine.disk_bytes + held)
     planned = plan(cfg, machine, shape, world.size)
-    metrics_log.write_json(run_dir / "plan.json", planned.to_json())
+    write_json(run_dir / "plan.json", planned.to_json())
     if not planned.fits and cfg.zero.stage == "auto":
         raise UserError("this run does not fit this machine\n" + render_table(planned))
     return planned

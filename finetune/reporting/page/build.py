@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import Config
+from finetune.files import write_atomic, write_json
 from finetune.reporting.callbacks import Callback, RunInfo
-from finetune.reporting.metrics_log import write_json
 from finetune.reporting.page import tables
 from finetune.reporting.page.charts import draw
 from finetune.reporting.page.curves import curves, steps_of
@@ -22,7 +22,7 @@ from finetune.reporting.page.data import sections
 from finetune.reporting.page.differences import from_recipe
 from finetune.reporting.page.files import DATA, ENVIRONMENT, RunFiles, read_run
 from finetune.reporting.page.tables import confusion
-from finetune.reporting.page.template import render, write_page
+from finetune.reporting.page.template import render
 from finetune.reporting.redact import redact
 
 PAGE, PICTURE, TEMPLATE = "report.html", "curves.png", "page.html"
@@ -47,11 +47,11 @@ def build_report(
     """
     run = read_run(run_dir)
     charts = curves(run)
-    page = write_page(out or run.run_dir / PAGE, render(TEMPLATE, page_context(run, recipe_of)))
+    page = write_atomic(out or run.run_dir / PAGE, render(TEMPLATE, page_context(run, recipe_of)))
     if picture and charts:
         from finetune.reporting.page.picture import curves_png
 
-        write_page(run.run_dir / PICTURE, curves_png(charts, title=tables.run_name(run)))
+        write_atomic(run.run_dir / PICTURE, curves_png(charts, title=tables.run_name(run)))
     return page
 
 

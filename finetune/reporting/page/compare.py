@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune.config import DIRECTIONS
 from finetune.errors import command, gib, setting
+from finetune.files import read_object, write_atomic
 from finetune.reporting.page import tables
 from finetune.reporting.page.charts import (
     SMOOTH_FROM,
@@ -23,9 +24,9 @@ from finetune.reporting.page.charts import (
 )
 from finetune.reporting.page.curves import steps_of
 from finetune.reporting.page.differences import between
-from finetune.reporting.page.files import RunFiles, read_json, read_run
+from finetune.reporting.page.files import RunFiles, read_run
 from finetune.reporting.page.tables import Table, Tile
-from finetune.reporting.page.template import render, write_page
+from finetune.reporting.page.template import render
 from finetune.reporting.terminal_text import EVAL_METRICS, averaged_loss, clock, figure
 
 COLORS = 6
@@ -46,7 +47,7 @@ CHARTS = (
 
 def build_comparison(run_dirs: list[Path], out: Path) -> Path:
     """Write one self-contained page about several runs; returns its path."""
-    return write_page(
+    return write_atomic(
         out, render("compare.html", page_context([read_run(folder) for folder in run_dirs]))
     )
 
@@ -82,7 +83,7 @@ def page_context(runs: list[RunFiles]) -> dict[str, Any]:
 
 def run_names(runs: list[RunFiles]) -> list[str]:
     """Short and different: what a sweep varied, else the end of the path that sets the runs apart."""
-    chosen = [read_json(run.run_dir / "job.json").get("chosen") for run in runs]
+    chosen = [read_object(run.run_dir / "job.json").get("chosen") for run in runs]
     if len(runs) > 1 and all(chosen):
         told = [
             " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in words.items())

@@ -6,12 +6,12 @@ time, on another machine, after a crash. Computes nothing.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from finetune.config import read_yaml
+from finetune.files import read_object
 from finetune.reporting.metrics_log import METRICS, RESULT, SAMPLES, read
 
 CONFIG, PLAN, DATA, ENVIRONMENT = "config.yaml", "plan.json", "data_stats.json", "environment.json"
@@ -42,18 +42,18 @@ def read_run(run_dir: Path | str) -> RunFiles:
     """Everything the run has written so far; what is missing or broken is empty."""
     run_dir = Path(run_dir)
     records = read(run_dir / METRICS)
-    result = read_json(run_dir / RESULT)
+    result = read_object(run_dir / RESULT)
     return RunFiles(
         run_dir=run_dir,
         config=_yaml(run_dir / CONFIG),
-        plan=read_json(run_dir / PLAN),
+        plan=read_object(run_dir / PLAN),
         train=_by_step(records, "train"),
         evals=_by_step(records, "eval"),
         samples=read(run_dir / SAMPLES),
         result=result,
-        later=read_json(run_dir / LATER),
-        data=read_json(run_dir / DATA),
-        env=result.get("env") or read_json(run_dir / ENVIRONMENT),
+        later=read_object(run_dir / LATER),
+        data=read_object(run_dir / DATA),
+        env=result.get("env") or read_object(run_dir / ENVIRONMENT),
     )
 
 
@@ -65,15 +65,6 @@ def _by_step(records: list[Record], kind: str) -> list[Record]:
         if record.get("kind") == kind and isinstance(record.get("step"), int)
     }
     return [found[step] for step in sorted(found)]
-
-
-def read_json(path: Path) -> Record:
-    """An object, {} when the file is missing, torn or something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _yaml(path: Path) -> Record:

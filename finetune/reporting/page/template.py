@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,14 +36,6 @@ def render(
         .render(**context, style=style, script=script)
         .encode("utf-8")
     )
-
-
-def write_page(path: Path, content: bytes) -> Path:
-    """Whole or not at all: a browser may be reading."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    scratch.write_bytes(content)
-    os.replace(scratch, path)
-    return path
 
 
 @lru_cache
