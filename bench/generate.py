@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -198,10 +197,11 @@ def memory(way: str, folder: Path, dtype: str, new: int) -> dict[str, int]:
     import transformers  # noqa: F401
 
     import finetune.cli.generate  # noqa: F401
+    from finetune.planning.machine import peak_host_bytes
 
     prompts, before = cut(8), psutil.Process().memory_info().rss
     open_way(way, folder, dtype)(prompts, new)
-    return {"before": before, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {"before": before, "peak": peak_host_bytes()}
 
 
 if __name__ == "__main__":

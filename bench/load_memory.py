@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from workload import ROOT, free_port, machine
@@ -71,9 +70,8 @@ def load(model: str, stage: int) -> None:
     from finetune import dist
     from finetune.compose import compose_train
     from finetune.planning import machine as memory_watch
-    from finetune.run import _module
     from finetune.sharding import deepspeed_config
-    from finetune.sharding.engine import connect_deepspeed
+    from finetune.sharding.engine import build_module, connect_deepspeed
 
     cfg = compose_train(
         [
@@ -89,7 +87,7 @@ def load(model: str, stage: int) -> None:
     connect_deepspeed(world)
     config = deepspeed_config.build(cfg, deepspeed_config.Sharding(stage), world.size, False)
     before = memory_watch.peak_host_bytes()
-    module = _module(cfg, SimpleNamespace(head="lm", num_labels=None), config, world, None)  # type: ignore[arg-type]
+    module = build_module(cfg, "lm", None, model, config, world)
     kept = sum(getattr(p, "ds_tensor", p).numel() * p.element_size() for p in module.parameters())
     stored = 4 if next(Path(model).glob("*.bin"), None) else 2
     largest = stored * max(getattr(p, "ds_numel", None) or p.numel() for p in module.parameters())

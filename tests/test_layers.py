@@ -41,8 +41,8 @@ ARROWS = {
     "inference": "assets data dist errors export files gptj planning process tasks",
     "sweep": "check compose config errors files planning process reporting reporting.page",
     # top
-    "run": "check checkpointing compose config data dist errors export files gptj inference planning process reporting "
-    "reporting.page sharding tasks training",
+    "run": "check checkpointing compose config data dist errors export gptj inference process reporting reporting.page sharding "
+    "training",
     "cli": "assets check checkpointing compose config data dist errors export files gptj inference planning process reporting "
     "reporting.page run sharding sweep tasks training",
 }

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from finetune.checkpointing import faults
 from finetune.errors import UserError
-from finetune.files import read_json, write_json
+from finetune.files import read_json, write_atomic
 
 MANIFEST, STATE, EVALUATED = "manifest.json", "state.json", "evaluated.json"
 STEP_DIR = re.compile(r"^step-(\d{8})$")
@@ -125,10 +125,8 @@ def _safetensors(pieces: Pieces):
 
 def write_manifest(folder: Path, step: int, files: dict[str, Entry]) -> None:
     """Write the last file of a checkpoint, with hashes of the other files and of itself."""
-    write_json(
-        folder / MANIFEST,
-        {"format": FORMAT, "step": step, "files": files, "hash": _own_hash(step, files)},
-    )
+    manifest = {"format": FORMAT, "step": step, "files": files, "hash": _own_hash(step, files)}
+    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1))
 
 
 def _own_hash(step: int, files: dict[str, Entry]) -> str:

@@ -101,6 +101,12 @@ def truncate(path: Path | str, last_step: int, evaluates: bool = False) -> int:
     return n_lines - len(kept)
 
 
+def truncate_run(run_dir: Path, last_step: int, evaluates: bool) -> None:
+    """Drop the records of a run beyond the step that it continues from; see `truncate`."""
+    for name in (METRICS, SAMPLES):
+        truncate(run_dir / name, last_step, evaluates)
+
+
 def write_result(run_dir: Path | str, result: dict[str, Any]) -> Path:
     """Write run_dir/result.json atomically."""
     return write_json(Path(run_dir) / RESULT, result)

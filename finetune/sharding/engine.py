@@ -20,10 +20,12 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from finetune.config import OptimConfig
+from finetune.config import Config, OptimConfig
 from finetune.dist import World
 from finetune.errors import RunFailed
+from finetune.gptj import adapters
 from finetune.gptj.adapters import parameter_groups
+from finetune.gptj.load import build_model
 from finetune.sharding import partitions
 from finetune.sharding.ops import built_ops, find_stale_locks, hushed
 
@@ -139,6 +141,39 @@ def _piece(value: Tensor, start: int, size: int) -> Tensor:
         if piece.numel() == size
         else torch.cat([piece, piece.new_zeros(size - piece.numel())])
     )
+
+
+def build_module(
+    cfg: Config,
+    head: str,
+    num_labels: int | None,
+    base_name: str,
+    ds_config: dict,
+    world: World,
+) -> nn.Module:
+    """Build GPT-J with its weights and adapter.
+
+    At stage 3, rank 0 reads the weights and every rank keeps its part.
+
+    Args:
+        head: lm, classify or qa.
+        base_name: how others find the base model; it is written into the adapter's config.
+        ds_config: from `deepspeed_config.build`.
+    """
+    partition = partitioned_build(ds_config, world)
+    sharded = partition is not None
+    model = build_model(
+        cfg.model,
+        head,
+        device=world.device,
+        seed=cfg.seed,
+        num_labels=num_labels,
+        partition=partition,
+        place=partial(place_partitioned, world) if sharded else None,
+        reads=world.main or not sharded,
+    )
+    model.transformer.checkpointing = cfg.train.activation_checkpointing  # type: ignore[union-attr]
+    return adapters.attach(model, cfg.adapter, head, base_name, cfg.seed)
 
 
 class Engine:

@@ -6,24 +6,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from finetune.assets.paths import resolve
 from finetune.check import length_problems
-from finetune.config import GPTJ_POSITIONS, Config, Init, ModelConfig
+from finetune.config import GPTJ_POSITIONS, Config, Init
 from finetune.data.cache import build_store
 from finetune.data.columns import Store, open_store
 from finetune.data.packing import Rows, efficiency
 from finetune.data.sources import data_notes, file_options, open_source
-from finetune.data.tokenizer import TokenLimit, load_tokenizer, token_limit
+from finetune.data.tokenizer import load_tokenizer, token_limit
 from finetune.dist import World
 from finetune.errors import UserError
 from finetune.gptj.load import local_folder, refuse_pointers, tokenizer_of
 from finetune.planning.shape import load_shape
-from finetune.reporting.terminal import Display
+from finetune.reporting.terminal import Phase
 from finetune.tasks.base import Batch, Task
 from finetune.tasks.build import build_task
 from finetune.tasks.preview import preview
@@ -65,8 +66,18 @@ class Inputs:
         return found
 
 
-def prepare_inputs(cfg: Config, world: World, display: Display | None, say) -> Inputs:
+def prepare_inputs(
+    cfg: Config,
+    vocab_size: int,
+    world: World,
+    phase: Callable[[str], AbstractContextManager[Phase | None]],
+    say: Callable[[str], None],
+) -> Inputs:
     """Encode the data, or read them from the cache; rank 0 works and the others wait. Collective.
+
+    Args:
+        vocab_size: rows of the model's embedding.
+        phase: context, by name, that shows progress to the user of rank 0.
 
     Raises:
         UserError: data, tokenizer or task settings cannot be used; the message names file and line,
@@ -74,78 +85,65 @@ def prepare_inputs(cfg: Config, world: World, display: Display | None, say) -> I
     """
     tokenizer = load_tokenizer(tokenizer_of(cfg.model))
     task = build_task(cfg.task, tokenizer, cfg.train.packing)
-    limit = token_limit(tokenizer, load_shape(str(local_folder(cfg.model))).vocab_size, TOO_LARGE)
+    limit = token_limit(tokenizer, vocab_size, TOO_LARGE)
     if limit and task.head == "lm" and cfg.train.sample_every:
         encode = getattr(
             task, "prompt_ids", lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
         )
         for prompt in cfg.train.sample_prompts:
             limit.check(encode(prompt), "train.sample_prompts")
-    train = _store(cfg, task, cfg.data.train, cfg.data.split, world, display, limit)
-    assert train is not None
+
+    def encoded(spec: str, split: str) -> Store:
+        def build() -> Path:
+            with phase(f"tokenising {spec}") as shown:
+
+                def progress(done: float, total: float, tokens: int) -> None:
+                    shown.total = total
+                    shown.update(done)
+
+                store = build_store(
+                    resolve(spec),
+                    split,
+                    task.encoder(),
+                    on_bad_row=cfg.data.on_bad_row.value,
+                    cache_dir=Path(cfg.data.cache_dir).expanduser() if cfg.data.cache_dir else None,
+                    max_bad_rows=cfg.data.max_bad_rows,
+                    config=cfg.data.config,
+                    options=file_options(cfg.data),
+                    progress=progress if shown else None,
+                    limit=limit,
+                )
+            return store.path
+
+        return open_store(world.on_main(build))
+
+    train = encoded(cfg.data.train, cfg.data.split)
     task.prepare(train, None)
-    held_out = _store(cfg, task, cfg.data.eval, cfg.data.eval_split, world, display, limit)
+    held_out = encoded(cfg.data.eval, cfg.data.eval_split) if cfg.data.eval else None
     rows = task.rows(train)
     if cfg.data.preview:
         say(preview(task, train, rows, tokenizer, cfg.data.preview))
+
+    # Tell what is remarkable about the files, and what encoding left out or cut.
     notes = world.on_main(lambda: data_notes(cfg.data))
     for name, store in (("train", train), ("eval", held_out)):
-        notes[name] += _left_out(store) + task.notes(store) if store else []
+        if store is None:
+            continue
+        # Stores of older versions do not count rows without an example.
+        if left_out := store.stats.get("left_out", 0):
+            notes[name].append(
+                f"{left_out:,} of {store.stats['documents']:,} rows are empty or left out by their "
+                "own mark"
+            )
+        notes[name] += task.notes(store)
         for line in notes[name]:
             say(f"{name} data: {line}")
-        if store and (bad := store.stats["bad_rows"]):
+        if bad := store.stats["bad_rows"]:
             say(
-                f"{name} data: {bad} bad row{'s' if bad > 1 else ''} left out; {store.stats['bad_row_messages'][0]}"
+                f"{name} data: {bad} bad row{'s' if bad > 1 else ''} left out; "
+                f"{store.stats['bad_row_messages'][0]}"
             )
     return Inputs(tokenizer, task, train, held_out, rows, notes)
-
-
-def _left_out(store: Store) -> list[str]:
-    """Return a note on rows without an example; stores of older versions do not count them."""
-    rows = store.stats.get("left_out", 0)
-    return (
-        [f"{rows:,} of {store.stats['documents']:,} rows are empty or left out by their own mark"]
-        if rows
-        else []
-    )
-
-
-def _store(
-    cfg: Config,
-    task: Task,
-    spec: str | None,
-    split: str,
-    world: World,
-    display: Display | None,
-    limit: TokenLimit | None,
-) -> Store | None:
-    """Return the encoded data from the cache; rank 0 builds it while the others wait."""
-    if not spec:
-        return None
-    data = cfg.data
-
-    def build() -> Path:
-        with display.phase(f"tokenising {spec}") if display else nullcontext() as phase:
-
-            def progress(done: float, total: float, tokens: int) -> None:
-                phase.total = total
-                phase.update(done)
-
-            store = build_store(
-                resolve(spec),
-                split,
-                task.encoder(),
-                on_bad_row=data.on_bad_row.value,
-                cache_dir=Path(data.cache_dir).expanduser() if data.cache_dir else None,
-                max_bad_rows=data.max_bad_rows,
-                config=data.config,
-                options=file_options(data),
-                progress=progress if phase else None,
-                limit=limit,
-            )
-        return store.path
-
-    return open_store(world.on_main(build))
 
 
 # Check up front that the configured data and weights exist, and that the model is long enough.
@@ -160,55 +158,44 @@ def absent(cfg: Config, download: bool) -> Iterator[UserError]:
         download: fetch the weights of a hub id now if they are not on this machine; otherwise only
             look on this machine.
     """
-    data = cfg.data
-    positions = _positions(cfg.model)
-    too_long = list(length_problems(cfg, positions or GPTJ_POSITIONS))
+    data, model = cfg.data, cfg.model
+
+    def problem(work: Callable[[], object], key: str = "", remedy: str = "") -> list[UserError]:
+        try:
+            work()
+        except UserError as error:
+            where = f"{key} = {error.where}" if key and error.where else key or error.where
+            return [UserError(error.problem, where, remedy or error.remedy)]
+        return []
+
+    def positions() -> int | None:
+        try:
+            return load_shape(resolve(model.path), revision=model.revision).n_positions
+        except UserError:
+            return None  # config.json is missing or broken, which loading the model reports
+
+    known = positions()
+    too_long = list(length_problems(cfg, known or GPTJ_POSITIONS))
     yield from too_long
     for key, spec, split in (
         ("data.train", data.train, data.split),
         ("data.eval", data.eval, data.eval_split),
     ):
         if spec:
-            fetch = FETCHED.get(str(Path(spec).parent), "")
-            yield from _try(
-                lambda spec=spec, split=split: open_source(
-                    spec, split, data.config, file_options(data)
-                ),
+            options = file_options(data)
+            yield from problem(
+                partial(open_source, spec, split, data.config, options),
                 key,
-                fetch,
+                FETCHED.get(str(Path(spec).parent), ""),
             )
-    yield from _try(
-        lambda: refuse_pointers(
-            local_folder(cfg.model, download and not too_long), cfg.model.init is Init.pretrained
-        ),
-        "",
-        "",
-    )
-    if positions is None and not too_long:
-        yield from length_problems(cfg, _positions(cfg.model) or GPTJ_POSITIONS)
-    folder = Path(resolve(cfg.model.tokenizer or ".")).expanduser()
+    fetch, needs_weights = download and not too_long, model.init is Init.pretrained
+    yield from problem(lambda: refuse_pointers(local_folder(model, fetch), needs_weights))
+    if known is None and not too_long:  # the download may have brought a config.json
+        yield from length_problems(cfg, positions() or GPTJ_POSITIONS)
+    folder = Path(resolve(model.tokenizer or ".")).expanduser()
     if str(folder).startswith("/") and not folder.is_dir():
         yield UserError(
             f"there is no directory {folder}",
             "model.tokenizer",
             "Check the path, or leave model.tokenizer out.",
         )
-
-
-def _positions(cfg: ModelConfig) -> int | None:
-    """Return the model's n_positions; None if its config.json is missing or broken.
-
-    Loading the model reports that error.
-    """
-    try:
-        return load_shape(resolve(cfg.path), revision=cfg.revision).n_positions
-    except UserError:
-        return None
-
-
-def _try(work: Callable[[], object], key: str, remedy: str) -> Iterator[UserError]:
-    try:
-        work()
-    except UserError as error:
-        where = f"{key} = {error.where}" if key and error.where else key or error.where
-        yield UserError(error.problem, where, remedy or error.remedy)

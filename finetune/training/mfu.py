@@ -4,12 +4,7 @@ Dense tensor-core figures from NVIDIA's data sheets; others are unknown."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-
-from finetune.config import Config
-from finetune.training.sharding_plan import shape_of
 
 HALF_PRECISION_TFLOPS = {
     "B200": 2250.0,
@@ -42,24 +37,9 @@ def emulates_bf16(device: torch.device) -> bool:
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """FLOP/s of one device in bf16 or fp16; None where it is not known."""
+    """Return the FLOP/s of one device in bf16 or fp16; None if unknown."""
     if device.type != "cuda" or dtype == "fp32":
         return None
     name = torch.cuda.get_device_name(device)
-    found = max((known for known in HALF_PRECISION_TFLOPS if known in name), key=len, default=None)
-    return HALF_PRECISION_TFLOPS[found] * 1e12 if found else None
-
-
-def step_flops(
-    cfg: Config, num_labels: int | None
-) -> Callable[[float, float], tuple[float, float]]:
-    """(tokens, sum of squared document lengths) -> FLOPs of a training step on them, and those that
-    activation checkpointing does again."""
-    shape = shape_of(cfg, num_labels)
-    rebuilds = cfg.train.activation_checkpointing in (True, "offload")
-
-    def flops(tokens: float, pairs: float) -> tuple[float, float]:
-        each = shape.flops_per_token(round(pairs / max(tokens, 1)), cfg.adapter, rebuilds)
-        return tokens * each.model, tokens * each.recompute
-
-    return flops
+    entry = max((known for known in HALF_PRECISION_TFLOPS if known in name), key=len, default=None)
+    return HALF_PRECISION_TFLOPS[entry] * 1e12 if entry else None

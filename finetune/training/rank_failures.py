@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import torch.distributed as torch_dist
@@ -38,8 +39,8 @@ LOST = (
 )
 
 
-class LastWords:
-    """The reasons why ranks ended, shared through files. Collective: every rank creates one."""
+class RankFailures:
+    """Reasons for which ranks ended, shared through files. Collective: every rank creates one."""
 
     def __init__(self, run_dir: Path, world: World):
         self.folder, self.world = run_dir / ".failed", world
@@ -47,35 +48,31 @@ class LastWords:
         self.processes: list[tuple[str, int]] = world.gather((socket.gethostname(), os.getpid()))
 
     def explain(self, error: BaseException) -> BaseException:
-        """Return the error to report: `error`, or the failure on another rank that caused it."""
+        """Return the error to report: `error`, or the failure on another rank that caused it.
+
+        An error of this rank's own is recorded for the others, and this rank disconnects, so that
+        they notice at once.
+        """
         if self.world.size == 1:
             return error
-        if not _is_lost_connection(error):
-            self.leave(error)
-            return error
-        found = self._of_others()
-        return found or error
-
-    def leave(self, error: BaseException) -> None:
-        """Record why this rank ends, and disconnect so that the others notice at once."""
-        last = traceback.extract_tb(error.__traceback__)[-1:]
-        where = f" ({last[0].filename}:{last[0].lineno})" if last else ""
-        text = (
-            error.render()
-            if isinstance(error, UserError)
-            else f"{type(error).__name__}: {error}{where}"
-        )
-        self.write(text, error.exit_code if isinstance(error, UserError) else _exit_code(error))
+        if _is_lost_connection(error):
+            return self._cause() or error
+        if isinstance(error, UserError):
+            self.write(error.render(), error.exit_code)
+        else:
+            last = traceback.extract_tb(error.__traceback__)[-1:]
+            where = f" ({last[0].filename}:{last[0].lineno})" if last else ""
+            code = error.code if isinstance(error, SystemExit) else EXIT_FAILED
+            text = f"{type(error).__name__}: {error}{where}"
+            self.write(text, code if isinstance(code, int) else EXIT_FAILED)
         threading.Thread(target=disconnect, daemon=True).start()
+        return error
 
     def write(self, text: str, code: int = EXIT_FAILED) -> None:
-        try:
-            self.folder.mkdir(exist_ok=True)
-            file = self.folder / f"rank-{self.world.rank:05d}.json"
-            told = {"rank": self.world.rank, "text": redact_text(text), "exit_code": code}
-            write_json(file, told)
-        except OSError:
-            return  # a full disk must not hide the failure itself
+        """Record why this rank ends."""
+        record = {"rank": self.world.rank, "text": redact_text(text), "exit_code": code}
+        with suppress(OSError):  # a full disk must not hide the failure itself
+            write_json(self.folder / f"rank-{self.world.rank:05d}.json", record)
 
     def speaks(self) -> bool:
         """Tell whether this rank writes the run's result.
@@ -90,28 +87,29 @@ class LastWords:
             print(f"error: {redact_text(error.render())}", file=sys.stderr, flush=True)
             error.spoken = True
 
-    def _of_others(self) -> BaseException | None:
-        """Return the reason that another rank left, or the death of a rank that left none."""
+    def _cause(self) -> BaseException | None:
+        """Return why another rank ended; a process that is gone without a record was killed."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < deadline:
             dead = [rank for rank in range(self.world.size) if self._gone(rank)]
             for file in sorted(self.folder.glob("rank-*.json")):
-                return _as_error(read_json(file))
+                record = read_json(file)
+                if record["exit_code"] == EXIT_PREEMPTED:
+                    return Preempted(f"rank {record['rank']}, which was stopped")
+                kind = RunFailed if record["exit_code"] == EXIT_FAILED else UserError
+                return kind(f"rank {record['rank']} ended first: {record['text']}")
             if dead:
-                return self._killed(dead)
+                who = ", ".join(
+                    f"rank {rank} (process {self.processes[rank][1]} on {self.processes[rank][0]})"
+                    for rank in dead
+                )
+                return RunFailed(
+                    f"{who} was killed and left no word",
+                    remedy="Out of memory is the usual reason: see `dmesg | tail`. "
+                    "Run the same command again to continue from the last checkpoint.",
+                )
             time.sleep(POLL_SECONDS)
         return None
-
-    def _killed(self, ranks: list[int]) -> RunFailed:
-        who = ", ".join(
-            f"rank {rank} (process {self.processes[rank][1]} on {self.processes[rank][0]})"
-            for rank in ranks
-        )
-        return RunFailed(
-            f"{who} was killed and left no word",
-            remedy="Out of memory is the usual reason: see `dmesg | tail`. "
-            "Run the same command again to continue from the last checkpoint.",
-        )
 
     def _gone(self, rank: int) -> bool:
         host, pid = self.processes[rank]
@@ -124,22 +122,9 @@ class LastWords:
 
 
 def _is_lost_connection(error: BaseException) -> bool:
+    """Tell whether an error only says that another rank cannot be reached."""
     if isinstance(error, UserError):
         return False
-    kinds = (torch_dist.DistError, ConnectionError)
-    return isinstance(error, kinds) or (
+    return isinstance(error, (torch_dist.DistError, ConnectionError)) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in LOST)
     )
-
-
-def _exit_code(error: BaseException) -> int:
-    return (
-        error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else EXIT_FAILED
-    )
-
-
-def _as_error(told: dict) -> BaseException:
-    if told["exit_code"] == EXIT_PREEMPTED:
-        return Preempted(f"rank {told['rank']}, which was stopped")
-    kind = RunFailed if told["exit_code"] == EXIT_FAILED else UserError
-    return kind(f"rank {told['rank']} ended first: {told['text']}")

@@ -1,52 +1,62 @@
-"""The files of a run directory that are not metrics or checkpoints: config.yaml, task.json, result.json, and its lock."""
+"""Files of a run directory besides metrics and checkpoints, and the directory's lock."""
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import os
-import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from finetune.config import Config, plain_config, to_yaml
+from filelock import FileLock, Timeout
+
+from finetune.checkpointing.checkpoints import Checkpoints
+from finetune.checkpointing.train_state import TrainState
+from finetune.config import Config, Offload, plain_config, to_yaml
 from finetune.dist import World
 from finetune.errors import Preempted, RunFailed, UserError
 from finetune.files import write_json
+from finetune.gptj.load import local_folder, weights_identity
 from finetune.planning import machine
 from finetune.reporting import metrics_log
 from finetune.reporting.redact import redact_text
+from finetune.sharding.deepspeed_config import Sharding
+from finetune.training.inputs import Inputs
 from finetune.training.trainer import Result
 
 
-def make_run_dir(cfg: Config, world: World) -> Path:
-    """The one run directory of all ranks, named and made by rank 0; written into `cfg`.
+def make_run_dir(run_dir: str | None, name: str, world: World) -> Path:
+    """Return the one run directory of all ranks, named and made by rank 0.
+
+    Args:
+        run_dir: as configured; None: a folder for this recipe and second.
 
     Raises:
         UserError: it cannot be made.
     """
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = (
-        Path(world.broadcast(cfg.run_dir or f"runs/{cfg.name}/{stamp}")).expanduser().absolute()
-    )
-    cfg.run_dir = str(folder)
 
-    def make() -> None:
+    def make() -> Path:
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        folder = Path(run_dir or f"runs/{name}/{stamp}").expanduser().absolute()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
                 f"cannot be made: {error.strerror}", str(folder), "Try run_dir=DIR."
             ) from None
+        return folder
 
-    world.on_main(make)
-    return folder
+    return world.on_main(make)
 
 
 def save_config(cfg: Config, about: dict[str, Any], texts: list[list[int]], run_dir: Path) -> None:
-    """config.yaml, in task.json what the head learned from the data, in reference.json texts to compare exports on."""
+    """Write the files that describe a run.
+
+    config.yaml; in task.json, what the head learned from the data; in reference.json, token ids on
+    which exports are compared with the trained model.
+    """
     write_json(run_dir / "reference.json", texts)
     write_json(run_dir / "task.json", about)
     values = plain_config(cfg)
@@ -61,39 +71,90 @@ def save_config(cfg: Config, about: dict[str, Any], texts: list[list[int]], run_
 
 
 def wherever(path: str | None) -> str | None:
-    """A local path, or pattern, as it is from any working directory; hub ids and what ships with the project stay."""
+    """Make a local path or pattern absolute; leave hub ids and shipped assets as they are."""
     if not path or path.startswith("asset:"):
         return path
     local = os.path.abspath(os.path.expanduser(path))
     return local if os.path.exists(local) or glob.glob(local, recursive=True) else path
 
 
+def open_checkpoints(
+    cfg: Config, data_fingerprint: str, sharding: Sharding, world: World, run_dir: Path
+) -> Checkpoints:
+    """Open the run's checkpoints; clean up incomplete ones, or set all aside with resume=never."""
+    background = cfg.checkpoint.background
+    if background == "auto":
+        # Optimizer states on GPUs are copied to the host anyway, and can be written from the copy.
+        on_gpu = world.device.type == "cuda"
+        background = on_gpu and sharding.offload_optimizer is Offload.none
+    weights = world.on_main(lambda: weights_identity(local_folder(cfg.model)))
+    plain = plain_config(cfg)
+    must_not_change = {
+        "data": data_fingerprint,
+        "seed": cfg.seed,
+        "global_batch": cfg.train.global_batch,
+        "packing": cfg.train.packing,
+        "max_length": cfg.task.max_length,
+        "model": f"{cfg.model.init.value} {cfg.model.path}",
+        "dtype": cfg.model.dtype.value,
+        "weights": weights,
+        "class_weights": str(getattr(cfg.task, "class_weights", None)),
+        "adapter": plain["adapter"],
+        "optim": plain["optim"],
+        "dropout": [cfg.model.embd_pdrop, cfg.model.attn_pdrop, cfg.model.resid_pdrop],
+    }
+    checkpoints = Checkpoints(
+        run_dir / "checkpoints",
+        cfg.checkpoint.keep,
+        world,
+        must_not_change,
+        cfg.resume_changed,
+        bool(background),
+        Path(cfg.resume).name,
+        cfg.checkpoint.best,
+    )
+    world.on_main(checkpoints.set_aside if cfg.resume == "never" else checkpoints.clean)
+    return checkpoints
+
+
 def final_result(
-    result: Result, world: World, optimizer_bytes: int, extra: dict[str, Any]
+    result: Result,
+    exported: Result | None,
+    state: TrainState,
+    inputs: Inputs,
+    world: World,
+    facts: dict[str, Any],
 ) -> dict[str, Any]:
-    """The object of result.json. Collective: peaks are those of the largest rank."""
-    ranks = world.gather((machine.peak_host_bytes(), machine.peak_gpu_bytes(), optimizer_bytes))
+    """Return the object of result.json. Collective: peaks are those of the largest rank.
+
+    Args:
+        exported: the result as it was at the exported step; None if nothing was exported.
+        facts: further keys.
+    """
+    ranks = world.gather((machine.peak_host_bytes(), machine.peak_gpu_bytes()))
+    host_peaks, gpu_peaks = (list(values) for values in zip(*ranks, strict=True))
     return {
-        "status": result.status,
-        "step": result.step,
-        "loss": result.loss,
-        "eval": result.eval,
-        "tokens": result.tokens,
-        "seconds": result.seconds,
-        "tokens_per_second": result.tokens_per_second,
-        "peak_host_bytes": max(host for host, _, _ in ranks),
-        "peak_gpu_bytes": max(gpu for _, gpu, _ in ranks),
-        "peak_host_bytes_per_rank": [host for host, _, _ in ranks],
-        "peak_gpu_bytes_per_rank": [gpu for _, gpu, _ in ranks],
+        **asdict(result),
+        "peak_host_bytes": max(host_peaks),
+        "peak_gpu_bytes": max(gpu_peaks),
+        "peak_host_bytes_per_rank": host_peaks,
+        "peak_gpu_bytes_per_rank": gpu_peaks,
         "world_size": world.size,
         "error": None,
-        "optimizer_bytes_per_rank": [held for _, _, held in ranks],
-        **extra,
+        "export": "export" if exported else None,
+        "export_step": exported.step if exported else None,
+        "best": state.best,
+        "best_step": state.best_step or None,
+        "skipped_steps": state.skipped,
+        "bad_rows": inputs.train.stats["bad_rows"],
+        "bad_eval_rows": inputs.eval.stats["bad_rows"] if inputs.eval else 0,
+        "data_notes": inputs.notes,
+        **facts,
     }
 
 
 def with_logged(result: Result, run_dir: Path) -> Result:
-    """A resumed run that had nothing left to train has the figures that its lines tell."""
+    """Return the result of a resumed run that had nothing left to train with its logged figures."""
     if result.loss is not None or result.step == 0:
         return result
     last, evaluated = metrics_log.newest(run_dir)
@@ -103,18 +164,13 @@ def with_logged(result: Result, run_dir: Path) -> Result:
 def failed_result(
     run_dir: Path, error: BaseException, world: World, start_host: int, zero_stage: int | None
 ) -> dict[str, Any]:
-    """result.json of a run that ended in an error: what its own lines still tell."""
+    """Return the object of result.json for a run that ended in an error, from its logged lines."""
     last, evaluated = metrics_log.newest(run_dir)
     seconds = metrics_log.training_seconds(run_dir)
     stopped = isinstance(error, Preempted)
-    text = (
-        None
-        if stopped
-        else error.render()
-        if isinstance(error, UserError)
-        else f"{type(error).__name__}: {error}"
-    )
-    text = redact_text(text) if text else None
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, UserError):
+        text = error.render()
     return {
         "status": "preempted" if stopped else "failed",
         "stopped_by": error.reason if stopped else None,
@@ -130,25 +186,26 @@ def failed_result(
         "world_size": world.size,
         "zero_stage": zero_stage,
         "export": None,
-        "error": text,
+        "error": None if stopped else redact_text(text),
     }
 
 
-# One run at a time in a run directory: two would write over each other's checkpoints and metrics.
-#
-# The lock goes with the process that holds it, however it ends. A run that was just stopped may still be saving, so a
-# newcomer waits for it before it refuses.
 PATIENCE_SECONDS = 60.0
+"""A run that was just stopped may still be saving: the next one waits before it refuses."""
 
 
 class RunLock:
-    """Taken by rank 0 for as long as the run lasts."""
+    """Lock of a run directory, held by rank 0 for as long as the run lasts.
+
+    Two runs at a time would overwrite each other's checkpoints and metrics. The lock ends with the
+    process that holds it, however that ends.
+    """
 
     def __init__(self, run_dir: Path):
-        self.path = run_dir / ".lock"
-        self._descriptor: int | None = None
+        self.run_dir, self.holder = run_dir, run_dir / ".lock.holder"
+        self.lock = FileLock(run_dir / ".lock")
 
-    def take(self, say=None) -> None:
+    def take(self, say: Callable[[str], None] = lambda text: None) -> None:
         """Wait for the lock, a minute at most.
 
         Raises:
@@ -156,41 +213,28 @@ class RunLock:
             UserError: the directory cannot be written.
         """
         try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                self.lock.acquire(timeout=0)
+            except Timeout:
+                say(f"waiting for {self._held_by()} to leave this run directory")
+                self.lock.acquire(timeout=PATIENCE_SECONDS, poll_interval=0.2)
+            self.holder.write_text(f"process {os.getpid()} on {os.uname().nodename}")
+        except Timeout:
+            raise RunFailed(
+                f"another run is at work here: {self._held_by()}",
+                str(self.run_dir),
+                "Stop it (touch STOP in that directory), or choose another run_dir.",
+            ) from None
         except OSError as error:
             raise UserError(
-                f"cannot be written: {error.strerror}", str(self.path.parent), "Try run_dir=DIR."
+                f"cannot be written: {error.strerror}", str(self.run_dir), "Try run_dir=DIR."
             ) from None
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        told = False
-        while not _locked(descriptor):
-            holder = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
-            if time.monotonic() > deadline:
-                os.close(descriptor)
-                raise RunFailed(
-                    f"another run is at work here: {holder or 'unknown process'}",
-                    str(self.path.parent),
-                    "Stop it (touch STOP in that directory), or choose another run_dir.",
-                )
-            if say and not told:
-                say(f"waiting for {holder or 'another process'} to leave this run directory")
-                told = True
-            time.sleep(0.2)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
-        self._descriptor = descriptor
+
+    def _held_by(self) -> str:
+        try:
+            return self.holder.read_text()
+        except OSError:
+            return "another process"
 
     def release(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # a file system without locks: nothing to go by
-    return True
+        self.lock.release()

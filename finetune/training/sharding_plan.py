@@ -13,14 +13,14 @@ from finetune.files import write_json
 from finetune.gptj.load import local_folder
 from finetune.planning.choose import Plan, plan
 from finetune.planning.machine import measure_machine
-from finetune.planning.shape import ModelShape, load_shape
+from finetune.planning.shape import load_shape
 from finetune.planning.show import render_table
 from finetune.sharding import nvme
 from finetune.sharding.deepspeed_config import Sharding
 from finetune.tasks.build import head_of
 
 
-def plan_run(cfg: Config, world: World, run_dir: Path, num_labels: int | None) -> Plan:
+def plan_run(cfg: Config, world: World, run_dir: Path, num_labels: int | None = None) -> Plan:
     """Choose the sharding of a run and write the plan to plan.json.
 
     Args:
@@ -29,7 +29,7 @@ def plan_run(cfg: Config, world: World, run_dir: Path, num_labels: int | None) -
     Raises:
         UserError: nothing fits; the table says what is missing, and what to change.
     """
-    shape = shape_of(cfg, num_labels)
+    shape = load_shape(str(local_folder(cfg.model)), head_of(cfg.task), num_labels or 2)
     machine = measure_machine(cfg.machine, world.size, str(run_dir), cfg.zero.nvme_path)
     if cfg.machine.disk_gib is None:
         # What a resumed run already keeps there is part of what it needs.
@@ -42,17 +42,13 @@ def plan_run(cfg: Config, world: World, run_dir: Path, num_labels: int | None) -
     return planned
 
 
-def sharding_of(planned: Plan, cfg: Config, run_dir: Path) -> Sharding:
+def sharding_of(planned: Plan, nvme_path: str | None, run_dir: Path) -> Sharding:
     """Convert the chosen option to the arguments of `deepspeed_config.build`."""
     chosen = planned.chosen.option
     return Sharding(
-        int(chosen.zero.removeprefix("stage")),
+        chosen.stage,
         Offload(chosen.offload_optimizer),
         Offload(chosen.offload_params),
-        nvme.run_folder(cfg.zero.nvme_path, run_dir),
-        shape_of(cfg, None).largest(),
+        nvme.run_folder(nvme_path, run_dir),
+        planned.job.shape.largest(),
     )
-
-
-def shape_of(cfg: Config, num_labels: int | None) -> ModelShape:
-    return load_shape(str(local_folder(cfg.model)), head_of(cfg.task), num_labels or 2)

@@ -1,81 +1,100 @@
-"""Summary printed before a run's first step: a short table, with the batch as an equation."""
+"""Summary printed before a run's first step: notes, and a table with the batch as an equation."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from finetune.config import Config, Offload
-from finetune.data.columns import Store
-from finetune.data.packing import Rows, efficiency
+import torch
+
+from finetune.config import Config, Dtype
+from finetune.data.packing import efficiency
+from finetune.dist import World
 from finetune.errors import gib
 from finetune.gptj.attention import pick_attention
 from finetune.gptj.load import DTYPES
-from finetune.planning.job import accumulation
+from finetune.planning.choose import Plan
 from finetune.reporting.terminal import summary_table
-from finetune.sharding.deepspeed_config import Sharding
+from finetune.training.inputs import Inputs
+from finetune.training.mfu import SLOW_BF16, emulates_bf16
+from finetune.training.schedule import Length, warmup_note
+
+
+def notes_before_training(
+    cfg: Config, plan: Plan, length: Length, device: torch.device
+) -> Iterator[str]:
+    """Yield what the user should know about speed and numerics before the first step."""
+    if cfg.model.dtype is Dtype.bf16 and emulates_bf16(device):
+        yield f"{SLOW_BF16}: add model.dtype=fp32"
+    if note := warmup_note(cfg.optim, length.steps):
+        yield note
+    bf16_gradients = plan.chosen.option.stage == 0 and cfg.model.dtype is Dtype.bf16
+    if bf16_gradients and plan.accumulation > 1:
+        yield (
+            "stage 0 adds up the gradients of micro-batches in bf16, which rounds each time; "
+            "zero=stage1 adds them in fp32"
+        )
 
 
 def print_summary(
     cfg: Config,
     run_dir: Path,
-    world_size: int,
-    device: str,
-    sharding: Sharding,
-    reason: str,
-    steps: int,
-    epochs: float,
+    world: World,
+    plan: Plan,
+    length: Length,
     parameters: dict[str, int],
     optimizer_bytes: list[int],
-    store: Store,
-    rows: Rows,
+    inputs: Inputs,
 ) -> None:
-    """Print every derived number of the run once, in a short table."""
-    accumulated = accumulation(cfg, world_size)
+    """Print every derived number of the run once, in a short table.
+
+    Args:
+        parameters: `total` and `trainable`.
+        optimizer_bytes: of every rank.
+    """
+    store, rows = inputs.train, inputs.rows
     tokens = len(store.column("ids")) / len(rows) * cfg.train.global_batch
     share = 100 * parameters["trainable"] / parameters["total"]
-    attention = pick_attention(cfg.model.attention.value, device, DTYPES[cfg.model.dtype.value])
-    ranks = f"{world_size} rank" + ("s" if world_size > 1 else "")
+    attention = pick_attention(
+        cfg.model.attention.value, world.device.type, DTYPES[cfg.model.dtype.value]
+    )
+    ranks = f"{world.size} rank" + ("s" if world.size > 1 else "")
+
+    option = plan.chosen.option
+    zero = f"stage {option.stage}, {ranks}"
+    for states, place in (
+        ("optimizer", option.offload_optimizer),
+        ("weights", option.offload_params),
+    ):
+        zero += f"; {states} on {place}" if place != "none" else ""
+    adam = f"{gib(optimizer_bytes[0])} on each rank"
+    if len(set(map(gib, optimizer_bytes))) > 1:
+        adam = ", ".join(f"{gib(held)} on rank {i}" for i, held in enumerate(optimizer_bytes))
+    if world.size > 1:
+        adam += f", {gib(sum(optimizer_bytes))} in all"
     summary_table(
         f"finetune {cfg.name}",
         [
             ("run_dir", str(run_dir)),
             (
                 "model",
-                f"{cfg.model.path}  {parameters['total']:,} parameters, {cfg.model.dtype.value}, attention {attention}",
+                f"{cfg.model.path}  {parameters['total']:,} parameters, {cfg.model.dtype.value}, "
+                f"attention {attention}",
             ),
             ("trained", f"{parameters['trainable']:,} parameters ({share:.2f}%)"),
             (
                 "data",
-                f"{cfg.data.train}  {store.stats['documents']:,} records, {store.stats['tokens']:,} tokens, "
-                f"{len(rows):,} rows, {100 * efficiency(rows, cfg.task.max_length):.1f}% filled",
+                f"{cfg.data.train}  {store.stats['documents']:,} records, "
+                f"{store.stats['tokens']:,} tokens, {len(rows):,} rows, "
+                f"{100 * efficiency(rows, cfg.task.max_length):.1f}% filled",
             ),
             (
                 "batch",
-                f"{cfg.train.micro_batch} micro x {ranks} x {accumulated} accumulation = "
+                f"{plan.micro_batch} micro x {ranks} x {plan.accumulation} accumulation = "
                 f"{cfg.train.global_batch} rows, about {tokens:,.0f} tokens a step",
             ),
-            ("length", f"{steps:,} steps = {epochs:.2f} epochs"),
-            (
-                "ZeRO",
-                "; ".join([f"stage {sharding.stage}, {ranks}", *_offloads(sharding)])
-                + f"  ({reason.rstrip('.')})",
-            ),
-            ("optimizer", f"Adam states of {_each(optimizer_bytes)}"),
+            ("length", f"{length.steps:,} steps = {length.epochs:.2f} epochs"),
+            ("ZeRO", f"{zero}  ({plan.reason.rstrip('.')})"),
+            ("optimizer", f"Adam states of {adam}"),
         ],
     )
-
-
-def _each(held: list[int]) -> str:
-    """Format the bytes on every rank, as one figure if they are equal."""
-    shown = [gib(value) for value in held]
-    each = (
-        f"{shown[0]} on each rank"
-        if len(set(shown)) == 1
-        else ", ".join(f"{v} on rank {i}" for i, v in enumerate(shown))
-    )
-    return each if len(held) == 1 else f"{each}, {gib(sum(held))} in all"
-
-
-def _offloads(sharding: Sharding) -> list[str]:
-    places = (("optimizer", sharding.offload_optimizer), ("weights", sharding.offload_params))
-    return [f"{what} on {where.value}" for what, where in places if where is not Offload.none]

@@ -68,7 +68,7 @@ def main(cases: list[list[str]]) -> None:
 
     world = dist.connect(threads=1)
     for overrides in cases:
-        run_in(world, compose_train(overrides))
+        run_in(world, compose_train(overrides), overrides)
     dist.disconnect()
 
 

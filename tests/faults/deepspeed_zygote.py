@@ -65,20 +65,23 @@ def run_rank(job: dict, rank: int, port: int, log: Path) -> None:
 
 def poison(order: dict) -> None:
     """Losses that are not a number: of `rank` in `steps` (from 1), before their gradient."""
-    from finetune.training.trainer import Trainer
+    from finetune.training import trainer
 
-    original = Trainer._micro_step
+    fit, seed_for, step = trainer.Trainer.fit, trainer.seed_for, [0]
 
-    def micro_step(self, batch, index, step, scale, lr):
-        if step + 1 in order["steps"] and self.world.rank == order["rank"]:
-            task_loss, self.task.loss = self.task.loss, lambda *a: task_loss(*a) * math.nan
-            try:
-                return original(self, batch, index, step, scale, lr)
-            finally:
-                self.task.loss = task_loss
-        return original(self, batch, index, step, scale, lr)
+    def poisoned_fit(self, state):
+        def seed(value: int, position: int) -> None:
+            step[0] = position // self.train.global_batch + 1
+            seed_for(value, position)
 
-    Trainer._micro_step = micro_step
+        def loss(*args):
+            bad = step[0] in order["steps"] and self.world.rank == order["rank"]
+            return task_loss(*args) * math.nan if bad else task_loss(*args)
+
+        task_loss, self.task.loss, trainer.seed_for = self.task.loss, loss, seed
+        return fit(self, state)
+
+    trainer.Trainer.fit = poisoned_fit
 
 
 def fill_at(point: str, rank: int, file: str) -> None:

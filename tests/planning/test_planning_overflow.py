@@ -21,7 +21,7 @@ from finetune.errors import RunFailed
 from finetune.planning.choose import after_overflow, plan
 from finetune.planning.shape import ModelShape
 from finetune.training import out_of_memory
-from finetune.training.out_of_memory import Overflow, is_host_overflow
+from finetune.training.out_of_memory import OutOfMemory, is_host_overflow
 from finetune.training.rehearsal import longest_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,14 +67,14 @@ def alone() -> World:
 def test_the_message_compares_and_offers_commands_without_what_they_replace(monkeypatch):
     cfg, shape = six_b()
     words = ["recipe=clm_pile", "zero=stage1", "zero.offload_optimizer=cpu", "run_dir=/a b"]
-    story = Overflow(cfg, words, alone())
-    story.planned = plan(cfg, gpu_machine(1, 80), shape, 1)
-    monkeypatch.setattr(out_of_memory, "_gpu_memory", lambda: (80 * GIB, 1 * GIB, 70 * GIB))
-    with pytest.raises(torch.OutOfMemoryError) as caught, story.during("training"):
-        raise torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ..."
-        )
-    error = story.explain(caught.value)
+    story = OutOfMemory(cfg, words, Path("/a b"), alone())
+    story.plan = plan(cfg, gpu_machine(1, 80), shape, 1)
+    story.activity = "training"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 70 * GIB)
+    error = story.explain(
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ...")
+    )
     assert isinstance(error, RunFailed) and error.exit_code == 1
     text = error.render()
     assert text.startswith(
@@ -90,7 +90,7 @@ def test_the_message_compares_and_offers_commands_without_what_they_replace(monk
         line.startswith("deepspeed --num_gpus 1 launch/train.py recipe=clm_pile ")
         for line in commands
     )
-    assert all("'run_dir=/a b'" in line and line.count(" zero=") <= 1 for line in commands)
+    assert all("\"run_dir='/a b'\"" in line and line.count(" zero=") <= 1 for line in commands)
 
 
 @pytest.mark.parametrize(
@@ -101,20 +101,24 @@ def test_the_allocators_own_errors_are_recognised(allocate):
     with pytest.raises((RuntimeError, MemoryError)) as caught:
         allocate()
     assert is_host_overflow(caught.value)
-    text = Overflow(config(FullConfig()), [], alone()).explain(caught.value).render()
+    text = (
+        OutOfMemory(config(FullConfig()), [], Path("runs/x"), alone())
+        .explain(caught.value)
+        .render()
+    )
     assert "out of host memory: 1073741824.00 GiB more were asked for" in text
 
 
 def test_other_errors_pass_unchanged():
     error = RuntimeError("shape mismatch")
-    assert Overflow(config(FullConfig()), [], alone()).explain(error) is error
+    assert OutOfMemory(config(FullConfig()), [], Path("runs/x"), alone()).explain(error) is error
 
 
 def test_nothing_smaller_is_said():
     cfg = config(LoraConfig(), checkpointing=True)
-    story = Overflow(cfg, [], alone())
-    story.planned = plan(cfg, CPU, ModelShape.from_config(TINY), 1)
-    assert "Nothing smaller on this machine" in story.low(1 << 20).render()
+    story = OutOfMemory(cfg, [], Path("runs/x"), alone())
+    story.plan = plan(cfg, CPU, ModelShape.from_config(TINY), 1)
+    assert "Nothing smaller on this machine" in story.host_runs_out(1 << 20).render()
 
 
 def test_a_process_that_is_short_of_memory_says_so_and_ends():
@@ -166,7 +170,7 @@ def test_a_batch_that_does_not_fit_ends_the_run_before_its_first_step(tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["status"], result["step"]) == ("failed", 0)
-    assert "while trying the longest batch, before step 1: out of host memory" in result["error"]
+    assert "while trying the longest batch: out of host memory" in result["error"]
     assert (
         "predicted for this rank" in result["error"]
         and "train.activation_checkpointing=true" in result["error"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -39,7 +40,8 @@ def test_bad_rows_left_out_files_and_shared_files_are_told(tmp_path):
         ]
     )
     told: list[str] = []
-    inputs = prepare_inputs(cfg, World(0, 1, 0, 1, torch.device("cpu")), None, told.append)
+    alone = World(0, 1, 0, 1, torch.device("cpu"))
+    inputs = prepare_inputs(cfg, 50400, alone, lambda name: nullcontext(), told.append)
     assert inputs.notes["train"] == [
         f"left out, of unknown format (.docx): 1 file, {tmp_path}/b.docx"
     ]
