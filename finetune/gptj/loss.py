@@ -62,9 +62,15 @@ def chunked_cross_entropy(
 def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
     """Loss of every token, fp32 (N,), 0 where the label is IGNORE; for perplexity by subset."""
     losses = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
-    step = SOFTMAX_ROWS.get(hidden.device.type, 256)
-    for rows in _chunks(_scored(labels), LOSS_CHUNK):
-        logits = F.linear(hidden[rows], weight, bias)
+    step, chunks = SOFTMAX_ROWS.get(hidden.device.type, 256), _chunks(_scored(labels), LOSS_CHUNK)
+    # Allocated once: fresh logits would be made while the chunk before still holds its own.
+    buffer = hidden.new_empty(max(map(len, chunks), default=0), weight.shape[0])
+    for rows in chunks:
+        logits = buffer[: len(rows)]
+        if bias is None:
+            torch.mm(hidden[rows], weight.T, out=logits)
+        else:
+            torch.addmm(bias, hidden[rows], weight.T, out=logits)
         for part, index in zip(logits.split(step), rows.split(step), strict=True):
             losses[index] = F.cross_entropy(part.float(), labels[index], reduction="none")
     return losses
