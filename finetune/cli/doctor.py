@@ -1,7 +1,7 @@
 """All checks in order, as a table for people or JSON for programs.
 
 Exit code 0 when nothing is red, 1 otherwise. Repairs nothing and asks nothing of the network. A check that itself
-fails is a yellow finding: a doctor who faints helps nobody.
+fails is a yellow finding, so that the others are still made.
 """
 
 from __future__ import annotations
@@ -39,69 +39,53 @@ MARKS = {"green": "ok", "yellow": "note", "red": "FAIL"}
 
 
 def checks() -> list[Check]:
-    """Every finding: (name, level, finding, remedy)."""
-    return [finding for check in CHECKS for finding in _guarded(check)]
+    """Run every check; one that fails itself becomes a yellow finding."""
+    findings: list[Check] = []
+    for check in CHECKS:
+        try:
+            result = check()
+        except Exception as error:
+            name, problem = check.__name__.replace("_", " "), f"{type(error).__name__}: {error}"
+            result = yellow(name, f"could not be checked: {problem}")
+        findings += [result] if isinstance(result, Check) else result
+    return findings
 
 
 def main(json_only: bool = False) -> int:
-    """Print the findings; `json_only` as one JSON object. Returns the exit code."""
-    found = checks()
-    ready = all(check.level != RED for check in found)
+    """Print the findings, with `json_only` as one JSON object, and return the exit code."""
+    findings = checks()
+    bad = sum(check.level == RED for check in findings)
     if json_only:
-        print(
-            json.dumps({"ready": ready, "checks": [check._asdict() for check in found]}, indent=2)
-        )
-    else:
-        _print_table(found, ready)
-    return EXIT_DONE if ready else EXIT_FAILED
+        listed = [check._asdict() for check in findings]
+        print(json.dumps({"ready": not bad, "checks": listed}, indent=2))
+        return EXIT_FAILED if bad else EXIT_DONE
 
-
-def _guarded(check: Callable[[], Check | list[Check]]) -> list[Check]:
-    try:
-        found = check()
-    except Exception as error:
-        return [
-            yellow(
-                check.__name__.replace("_", " "),
-                f"could not be checked: {type(error).__name__}: {error}",
-            )
-        ]
-    return [found] if isinstance(found, Check) else found
-
-
-def _print_table(found: list[Check], ready: bool) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-    if not console.is_terminal:
-        print("\n".join(_plain(check) for check in found))
-    else:
-        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-        for check in found:
-            words = Text(check.finding)
-            if check.remedy:
-                words.append(f"\n{check.remedy}", style=check.level)
-            table.add_row(
-                Text(MARKS[check.level], style=f"bold {check.level}"),
-                Text(check.name, style="bold"),
-                words,
-            )
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for check in findings:
+        mark = MARKS[check.level]
+        if not console.is_terminal:
+            remedy = f"\n{'':>24}-> {check.remedy}" if check.remedy else ""
+            print(f"{mark:<5} {check.name:<18}{check.finding}{remedy}")
+            continue
+        text = Text(check.finding)
+        if check.remedy:
+            text.append(f"\n{check.remedy}", style=check.level)
+        table.add_row(Text(mark, style=f"bold {check.level}"), Text(check.name, style="bold"), text)
+    if console.is_terminal:
         console.print(table)
-    bad = sum(check.level == RED for check in found)
     console.print(
-        "ready to train" if ready else f"{bad} finding{'s' * (bad != 1)} must be mended first",
-        style="bold green" if ready else "bold red",
+        f"{bad} finding{'s' * (bad != 1)} must be fixed first" if bad else "ready to train",
+        style="bold red" if bad else "bold green",
     )
-
-
-def _plain(check: Check) -> str:
-    remedy = f"\n{'':>24}-> {check.remedy}" if check.remedy else ""
-    return f"{MARKS[check.level]:<5} {check.name:<18}{check.finding}{remedy}"
+    return EXIT_FAILED if bad else EXIT_DONE
 
 
 # `launch/doctor.py` as a program of k=v words.
 def run(composed: Composed) -> int:
-    """Look at everything; exit code 1 when something must be mended first."""
+    """Run all checks; exit code 1 if something must be fixed first."""
     return main(json_only=composed.config.json)

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,34 @@ from finetune.sharding.ops import built_ops, extension_folders, find_stale_locks
 DISTRIBUTION = "finetune-gptj"
 OPS = {"deepspeed_shm_comm": "needed on CPU", "async_io": "only for nvme offload"}
 GET_COMPILER = "apt-get install g++; pip install ninja"
+GIB = 2**30
+PORT = 29500
+OFFLINE_FLAGS = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+GREEN, YELLOW, RED = "green", "yellow", "red"
+
+
+class Check(NamedTuple):
+    name: str
+    level: str
+    """green: ready; yellow: works, or only some things do not; red: training fails or hangs."""
+    finding: str
+    remedy: str = ""
+    """What to type, or "" when nothing needs doing."""
+
+
+def green(name: str, finding: str) -> Check:
+    return Check(name, GREEN, finding)
+
+
+def yellow(name: str, finding: str, remedy: str = "") -> Check:
+    return Check(name, YELLOW, finding, remedy)
+
+
+def red(name: str, finding: str, remedy: str) -> Check:
+    return Check(name, RED, finding, remedy)
+
+
+# ---------------------------------------------------------------------- software
 
 
 def python_version() -> Check:
@@ -42,10 +71,12 @@ def python_version() -> Check:
 
 
 def torch_and_cuda() -> Check:
+    from finetune.planning.machine import gpu_driver
+
     torch = _torch()
     if torch is None:
         return red("torch", "cannot be imported", "pip install -e .")
-    driver = _driver_version()
+    driver = gpu_driver()
     build = f"torch {torch.__version__}, built for " + (
         f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
     )
@@ -114,9 +145,33 @@ def deepspeed_ops() -> list[Check]:
     spec = importlib.util.find_spec("deepspeed")
     if spec is None or spec.origin is None:
         return [red("deepspeed", "is not installed", "pip install -e .")]
-    prebuilt = _prebuilt(Path(spec.origin).parent)
-    version = importlib.metadata.version("deepspeed")
-    return [green("deepspeed", version), *(_op(name, why, prebuilt) for name, why in OPS.items())]
+
+    # DeepSpeed's own record of ops that were compiled at installation, read without importing it.
+    prebuilt: dict[str, bool] = {}
+    with suppress(OSError, SyntaxError):
+        record = Path(spec.origin).with_name("git_version_info_installed.py").read_text()
+        for node in ast.parse(record).body:
+            if (
+                isinstance(node, ast.Assign)
+                and getattr(node.targets[0], "id", "") == "installed_ops"
+            ):
+                prebuilt = ast.literal_eval(node.value)
+
+    findings = [green("deepspeed", importlib.metadata.version("deepspeed"))]
+    for name, why in OPS.items():
+        title = f"op {name.removeprefix('deepspeed_')}"
+        if prebuilt.get(name):
+            finding = green(title, "installed with DeepSpeed")
+        elif name in built_ops():
+            finding = green(title, "compiled and cached")
+        elif name == "async_io" and not ctypes.util.find_library("aio"):
+            finding = green(title, f"libaio is missing ({why}: apt-get install libaio-dev)")
+        elif _compiler() and _ninja():
+            finding = green(title, f"compiled at first use, once, in about a minute ({why})")
+        else:
+            finding = yellow(title, f"not built and cannot be compiled ({why})", GET_COMPILER)
+        findings.append(finding)
+    return findings
 
 
 def build_locks() -> Check:
@@ -147,7 +202,10 @@ def backends() -> Check:
     text = f"gloo {'yes' if gloo else 'no'}, NCCL {'yes' if nccl else 'no'}"
     if not gloo or (torch.cuda.is_available() and not nccl):
         return red("communication", text, "Install an official torch build: pip install -e .")
-    return green("communication", f"{text}{_nccl_version(torch) if nccl else ''}")
+    if nccl:
+        with suppress(Exception):
+            text += " " + ".".join(map(str, torch.cuda.nccl.version()))
+    return green("communication", text)
 
 
 def tested_versions() -> Check:
@@ -163,13 +221,15 @@ def tested_versions() -> Check:
         )
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist") or []]
     wanted = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
-    found = [(r, package_version(r.name)) for r in wanted]
-    missing = [r.name for r, version in found if version is None]
-    outside = [
-        f"{r.name} {version} (tested {r.specifier})"
-        for r, version in found
-        if version is not None and not r.specifier.contains(version, prereleases=True)
-    ]
+    missing, outside = [], []
+    for requirement in wanted:
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(requirement.name)
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            outside.append(f"{requirement.name} {version} (tested {requirement.specifier})")
     if missing:
         return red("versions", f"missing: {', '.join(missing)}", "pip install -e .")
     if outside:
@@ -185,13 +245,6 @@ def _metadata() -> Any:
     """Return the metadata of this project's installation; None if it is not installed."""
     try:
         return importlib.metadata.metadata(DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def package_version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
 
@@ -222,57 +275,12 @@ def _gpus(torch: Any, build: str, driver: str | None) -> Check:
     return green("torch", text)
 
 
-def _op(name: str, why: str, prebuilt: dict[str, bool]) -> Check:
-    title = f"op {name.removeprefix('deepspeed_')}"
-    if prebuilt.get(name):
-        return green(title, "installed with DeepSpeed")
-    if name in built_ops():
-        return green(title, "compiled and cached")
-    if name == "async_io" and not ctypes.util.find_library("aio"):
-        return green(title, f"libaio is missing ({why}: apt-get install libaio-dev)")
-    if _compiler() and _ninja():
-        return green(title, f"compiled at first use, once, in about a minute ({why})")
-    return yellow(title, f"not built and cannot be compiled ({why})", GET_COMPILER)
-
-
-def _prebuilt(package: Path) -> dict[str, bool]:
-    """Return `installed_ops` of DeepSpeed's build record without importing DeepSpeed."""
-    try:
-        tree = ast.parse((package / "git_version_info_installed.py").read_text())
-    except (OSError, SyntaxError):
-        return {}
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "installed_ops":
-            return dict(ast.literal_eval(node.value))
-    return {}
-
-
 def _torch() -> Any:
     try:
         import torch
     except Exception:
         return None
     return torch
-
-
-def _driver_version() -> str | None:
-    path = Path("/proc/driver/nvidia/version")
-    found = re.search(r"Kernel Module\D*(\d+\.[\d.]+)", path.read_text()) if path.exists() else None
-    if found:
-        return found[1]
-    version = (
-        _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
-        .partition("\n")[0]
-        .strip()
-    )
-    return version if re.fullmatch(r"[\d.]+", version) else None
-
-
-def _nccl_version(torch: Any) -> str:
-    try:
-        return " " + ".".join(map(str, torch.cuda.nccl.version()))
-    except Exception:
-        return ""
 
 
 def _compiler() -> str | None:
@@ -294,62 +302,34 @@ def _output(command: list[str | None]) -> str:
         return ""
 
 
-# Results of a check.
-GREEN, YELLOW, RED = "green", "yellow", "red"
+# ---------------------------------------------------------------------- the machine
 
-
-class Check(NamedTuple):
-    name: str
-    level: str
-    """green: ready; yellow: works, or only some things do not; red: training fails or hangs."""
-    finding: str
-    remedy: str = ""
-    """What to type, or "" when nothing needs doing."""
-
-
-def green(name: str, finding: str) -> Check:
-    return Check(name, GREEN, finding)
-
-
-def yellow(name: str, finding: str, remedy: str = "") -> Check:
-    return Check(name, YELLOW, finding, remedy)
-
-
-def red(name: str, finding: str, remedy: str) -> Check:
-    return Check(name, RED, finding, remedy)
-
-
-# Checks of the machine: processors, memory and its limits, disk, ulimits, port, Hugging Face cache.
-GIB = 2**30
-PORT = 29500
-OFFLINE_FLAGS = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-
-
-def cores() -> int:
-    """Return the number of processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# planning.machine is imported where it is used: psutil may be what is missing.
 
 
 def processors() -> Check:
-    quota = _cpu_quota()
-    if quota is not None and quota < cores():
+    from finetune.planning.machine import cpu_limit
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores, limit = cores or 1, cpu_limit()
+    if limit is not None and limit < cores:
         return yellow(
             "processors",
-            f"{cores()} cores, but this container may use only {quota:.1f}",
-            f"Set train.threads={max(1, int(quota))} so that threads do not wait for each other.",
+            f"{cores} cores, but this container may use only {limit:.1f}",
+            f"Set train.threads={max(1, int(limit))} so that threads do not wait for each other.",
         )
-    return green("processors", f"{cores()} cores")
+    return green("processors", f"{cores} cores")
 
 
 def memory() -> Check:
     import psutil
 
-    found = psutil.virtual_memory()
-    limit = memory_limit()
-    text = f"{gib(found.available)} free of {gib(found.total)}"
-    free = found.available
-    if limit is not None and limit < found.total:
-        text, free = f"{text}, this container is limited to {gib(limit)}", min(free, limit)
+    from finetune.planning.machine import host_free_bytes, memory_limit
+
+    node, limit, free = psutil.virtual_memory(), memory_limit(), host_free_bytes()
+    text = f"{gib(node.available)} free of {gib(node.total)}"
+    if limit is not None and limit < node.total:
+        text += f", this container is limited to {gib(limit)} and has {gib(free)} left"
     if free < GIB:
         return red("memory", text, "Close other programs, or raise the container's memory limit.")
     if free < 4 * GIB:
@@ -362,58 +342,45 @@ def memory() -> Check:
 
 
 def disk() -> list[Check]:
-    return [
-        _free(
-            "disk",
-            Path.cwd(),
-            2 * GIB,
-            20 * GIB,
-            "Checkpoints go to run_dir: point it at a larger disk.",
-        ),
-        _free(
-            "disk of caches",
-            _cache_root(),
-            GIB,
-            10 * GIB,
-            "Point HF_HOME and XDG_CACHE_HOME at a larger disk.",
-        ),
-        _free(
-            "shared memory",
-            Path("/dev/shm"),
-            64 * 2**20,
-            GIB,
-            "Start the container with --shm-size=8g.",
-        ),
-    ]
+    from finetune.planning.machine import disk_free_bytes, existing_folder
+
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    larger = "at a larger disk."
+    findings = []
+    for name, folder, least, wanted, remedy in (
+        ("disk", ".", 2 * GIB, 20 * GIB, f"Checkpoints go to run_dir: point it {larger}"),
+        ("disk of caches", cache, GIB, 10 * GIB, f"Point HF_HOME and XDG_CACHE_HOME {larger}"),
+        ("shared memory", "/dev/shm", GIB // 16, GIB, "Start the container with --shm-size=8g."),
+    ):
+        free = disk_free_bytes(folder)
+        text = f"{gib(free)} free at {existing_folder(folder)}"
+        level = RED if free < least else YELLOW if free < wanted else GREEN
+        findings.append(Check(name, level, text, "" if level == GREEN else remedy))
+    return findings
 
 
 def open_files() -> Check:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < 4096:
+    if soft != resource.RLIM_INFINITY and soft < 4096:
         limit = 65536 if hard == resource.RLIM_INFINITY else min(65536, hard)
         return yellow(
             "open files",
             f"at most {soft}: many ranks and data shards need more",
             f"ulimit -n {limit}",
         )
-    return green("open files", f"at most {_limit(soft)}")
+    return green("open files", f"at most {'unlimited' if soft == resource.RLIM_INFINITY else soft}")
 
 
 def locked_memory() -> Check:
     """Check the limit on locked memory: offload and NCCL over InfiniBand pin host memory."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if (
-        soft not in (-1, resource.RLIM_INFINITY)
-        and soft < 64 * GIB
-        and Path("/dev/infiniband").exists()
-    ):
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if limit in (-1, resource.RLIM_INFINITY):
+        return green("locked memory", "unlimited")
+    if limit < 64 * GIB and Path("/dev/infiniband").exists():
         return yellow(
-            "locked memory", f"at most {gib(soft)}: InfiniBand needs more", "ulimit -l unlimited"
+            "locked memory", f"at most {gib(limit)}: InfiniBand needs more", "ulimit -l unlimited"
         )
-    return green(
-        "locked memory",
-        "unlimited" if soft in (-1, resource.RLIM_INFINITY) else f"at most {gib(soft)}",
-    )
+    return green("locked memory", f"at most {gib(limit)}")
 
 
 def master_port() -> Check:
@@ -431,19 +398,23 @@ def master_port() -> Check:
 
 
 def hub_cache() -> Check:
-    folder = _hub_folder()
+    from finetune.planning.machine import existing_folder
+
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    home = os.environ.get("HF_HOME") or Path(cache) / "huggingface"
+    folder = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    existing = existing_folder(folder)
+    if not os.access(existing, os.W_OK):
+        return yellow(
+            "hub cache", f"{existing} is not writable", "Set HF_HOME to a folder of yours."
+        )
+    models = len(list(folder.glob("models--*"))) if folder.is_dir() else 0
+    text = f"{models} models in {folder}"
     offline = [
         name
         for name in OFFLINE_FLAGS
         if os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON")
     ]
-    models = len(list(folder.glob("models--*"))) if folder.is_dir() else 0
-    text = f"{models} models in {folder}"
-    existing = _existing(folder)
-    if not os.access(existing, os.W_OK):
-        return yellow(
-            "hub cache", f"{existing} is not writable", "Set HF_HOME to a folder of yours."
-        )
     if offline:
         return yellow(
             "hub cache",
@@ -451,79 +422,3 @@ def hub_cache() -> Check:
             f"unset {' '.join(offline)}, or give local paths",
         )
     return green("hub cache", text)
-
-
-def memory_limit() -> int | None:
-    """Return the tightest memory limit of this process's cgroups (v2 or v1), in bytes, or None."""
-    found = []
-    for path in _cgroup_files("memory", "memory.max", "memory.limit_in_bytes"):
-        text = _read(path)
-        if text.isdigit() and int(text) < 2**60:
-            found.append(int(text))
-    return min(found, default=None)
-
-
-def _cpu_quota() -> float | None:
-    """Return the CPU quota of this process's cgroups, in cores; None if there is no limit."""
-    found = []
-    for path in _cgroup_files("cpu", "cpu.max", "cpu.cfs_quota_us"):
-        words = _read(path).split()
-        period = words[1] if len(words) > 1 else _read(path.with_name("cpu.cfs_period_us"))
-        if words and words[0].isdigit() and period.isdigit() and int(period):
-            found.append(int(words[0]) / int(period))
-    return min(found, default=None)
-
-
-def _cgroup_files(controller: str, v2: str, v1: str) -> list[Path]:
-    """Return the existing limit files of all cgroup levels above this process."""
-    root, found = Path("/sys/fs/cgroup"), []
-    for line in _read(Path("/proc/self/cgroup")).splitlines():
-        number, names, place = line.split(":", 2)
-        if number == "0":
-            base, name = root, v2
-        elif controller in names.split(","):
-            base, name = root / controller, v1
-        else:
-            continue
-        inside = base / place.lstrip("/")
-        found += [
-            level / name
-            for level in (inside, *inside.parents)
-            if level == base or base in level.parents
-        ]
-        # In a container the path is the host's, and the container's own limits are at the root.
-        found.append(base / name)
-    return [path for path in dict.fromkeys(found) if path.is_file()]
-
-
-def _free(name: str, folder: Path, least: int, wanted: int, remedy: str) -> Check:
-    existing = _existing(folder)
-    free = shutil.disk_usage(existing).free
-    text = f"{gib(free)} free at {existing}"
-    if free < least:
-        return red(name, text, remedy)
-    return yellow(name, text, remedy) if free < wanted else green(name, text)
-
-
-def _existing(folder: Path) -> Path:
-    return next((path for path in (folder, *folder.parents) if path.exists()), Path("/"))
-
-
-def _cache_root() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-
-
-def _hub_folder() -> Path:
-    home = os.environ.get("HF_HOME") or _cache_root() / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
-
-
-def _limit(value: int) -> str:
-    return "unlimited" if value == resource.RLIM_INFINITY else str(value)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

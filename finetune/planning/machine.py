@@ -1,29 +1,33 @@
 """GPUs and their memory, host memory and free disk: measured here, or given for other hardware.
 
-Also the memory that this process uses. `measure_machine` fills what `machine.*` leaves null. It
-queries NVML through ctypes and the kernel through /proc and cgroup files, so that it needs neither
-torch nor a CUDA context.
+The one place that asks a machine what it has and what a process uses: NVML (pynvml) for GPUs,
+psutil for the host, and the kernel's cgroup files, which psutil does not know, for the limits of a
+container. Needs neither torch nor a CUDA context.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-import resource
+import re
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
-from finetune.config import MachineConfig
+import psutil
+import pynvml
+
 from finetune.errors import UserError
+
+if TYPE_CHECKING:  # the doctor measures where Hydra may be missing
+    from finetune.config import MachineConfig
 
 GIB = 2**30
 UNKNOWN_DISK = 1 << 60
 """For hardware that is not here, where machine.disk_gib is not given: no limit."""
-CGROUP_V2 = Path("/sys/fs/cgroup")
-CGROUP_V1 = Path("/sys/fs/cgroup/memory")
 
 
 @dataclass(frozen=True)
@@ -64,19 +68,20 @@ def measure_machine(
     Raises:
         UserError: GPUs are requested whose memory is neither given nor measurable.
     """
-    for name in ("gpus", "gpus_per_node", "gpu_gib", "host_gib", "disk_gib"):
-        value = getattr(config, name)
+    for key in ("gpus", "gpus_per_node", "gpu_gib", "host_gib", "disk_gib"):
+        value = getattr(config, key)
         if value is not None and value < 0:
             raise UserError(
-                f"machine.{name} = {value} is less than none",
-                remedy=f"Leave machine.{name} out to measure it.",
+                f"machine.{key} = {value} must not be negative",
+                remedy=f"Leave machine.{key} out to measure it.",
             )
-    given = config.gpus is not None and config.gpu_gib is not None
-    free = gpu_free_bytes() if cuda and not given else []
-    measured = (
-        (world_size or len(free)) if free else 0
-    )  # one GPU per rank; a launched run may span nodes like this one
-    gpus = config.gpus if config.gpus is not None else measured
+
+    # GPUs: one per rank. A launched run may span several nodes like this one.
+    all_given = config.gpus is not None and config.gpu_gib is not None
+    free = gpu_free_bytes() if cuda and not all_given else []
+    gpus = config.gpus
+    if gpus is None:
+        gpus = (world_size or len(free)) if free else 0
     gpu_bytes = _bytes(config.gpu_gib, min(free[:gpus], default=0)) if gpus else 0
     if gpus and not gpu_bytes:
         raise UserError(
@@ -84,80 +89,66 @@ def measure_machine(
             "machine.gpu_gib",
             "Try machine.gpu_gib=80 or machine=a100_80.",
         )
-    elsewhere = given and not world_size
+    gpus_per_node = max(1, min(gpus, config.gpus_per_node or len(free) or 8))
+
+    # Disks: those of this machine do not limit hardware that is elsewhere.
+    elsewhere = all_given and not world_size
     disk = _bytes(config.disk_gib, UNKNOWN_DISK if elsewhere else disk_free_bytes(run_dir))
-    nvme = (
-        UNKNOWN_DISK
-        if nvme_path and elsewhere
-        else disk_free_bytes(nvme_path)
-        if nvme_path
-        else None
-    )
-    per_node = max(1, min(gpus, config.gpus_per_node or len(free) or 8))
-    machine = Machine(
-        gpus,
-        per_node,
-        gpu_bytes,
-        _bytes(config.host_gib, host_free_bytes()),
-        disk,
-        min(disk, nvme) if nvme is not None and elsewhere else nvme,
-    )
-    return Machine(**{**vars(machine), "name": _describe(machine)})
+    nvme = None
+    if nvme_path:
+        nvme = disk if elsewhere else disk_free_bytes(nvme_path)
+
+    host = _bytes(config.host_gib, host_free_bytes())
+    name = f"{host / GIB:.0f} GiB of host memory"
+    if gpus:
+        nodes = -(-gpus // gpus_per_node)
+        on_nodes = f" on {nodes} nodes" if nodes > 1 else ""
+        cards = f"{gpus} GPU{'s' if gpus > 1 else ''} of {gpu_bytes / GIB:.0f} GiB{on_nodes}"
+        name = f"{cards}, {name}{' each' if nodes > 1 else ''}"
+    else:
+        name = f"CPU, {name}"
+    return Machine(gpus, gpus_per_node, gpu_bytes, host, disk, nvme, name)
 
 
 def _bytes(gib: Optional[float], measured: int) -> int:
     return measured if gib is None else int(gib * GIB)
 
 
-def _describe(machine: Machine) -> str:
-    host = f"{machine.host_bytes / GIB:.0f} GiB of host memory"
-    if not machine.gpus:
-        return f"CPU, {host}"
-    nodes = f" on {machine.nodes} nodes" if machine.nodes > 1 else ""
-    plural = "s" if machine.gpus > 1 else ""
-    return f"{machine.gpus} GPU{plural} of {machine.gpu_bytes / GIB:.0f} GiB{nodes}, {host}" + (
-        " each" if nodes else ""
-    )
-
-
 # ---------------------------------------------------------------------- GPUs
-
-
-class _NvmlMemory(ctypes.Structure):
-    _fields_ = (
-        ("total", ctypes.c_ulonglong),
-        ("free", ctypes.c_ulonglong),
-        ("used", ctypes.c_ulonglong),
-    )
 
 
 def gpu_free_bytes() -> list[int]:
     """Return the free memory of every visible NVIDIA GPU; empty without a driver."""
     try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return []
-    if nvml.nvmlInit_v2() != 0:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
         return []
     try:
-        return [_device_free(nvml, index) for index in _visible(_device_count(nvml))]
+        free = []
+        for index in visible_gpus(pynvml.nvmlDeviceGetCount()):
+            try:
+                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+                free.append(int(pynvml.nvmlDeviceGetMemoryInfo(handle).free))
+            except pynvml.NVMLError:  # not readable, so machine.gpu_gib must be given
+                free.append(0)
+        return free
     finally:
-        nvml.nvmlShutdown()
+        pynvml.nvmlShutdown()
 
 
-def _device_count(nvml: ctypes.CDLL) -> int:
-    count = ctypes.c_uint()
-    return count.value if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) == 0 else 0
+def gpu_driver() -> Optional[str]:
+    """Return the version of the NVIDIA driver; None without one."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    finally:
+        pynvml.nvmlShutdown()
 
 
-def _device_free(nvml: ctypes.CDLL, index: int) -> int:
-    handle, memory = ctypes.c_void_p(), _NvmlMemory()
-    nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle))
-    nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
-    return memory.free
-
-
-def _visible(count: int) -> list[int]:
+def visible_gpus(count: int) -> list[int]:
     """Return the GPU indices that CUDA_VISIBLE_DEVICES allows.
 
     UUIDs and MIG slices are counted, in order, as whole devices.
@@ -175,7 +166,7 @@ def _visible(count: int) -> list[int]:
 
 def host_free_bytes() -> int:
     """Return the memory for new processes: the kernel's estimate, or less inside a container."""
-    return _free(_meminfo("MemAvailable"))
+    return min([psutil.virtual_memory().available, *_cgroup_free()])
 
 
 def host_left_bytes() -> int:
@@ -183,77 +174,119 @@ def host_left_bytes() -> int:
 
     Swap is not memory to plan with, but the kernel kills no process before it is full.
     """
-    return _free(_meminfo("MemAvailable") + _meminfo("SwapFree", 0))
-
-
-def _free(available: int) -> int:
-    free = [
-        available,
-        _cgroup_free(CGROUP_V2, "memory.max", "memory.current", "inactive_file"),
-        _cgroup_free(
-            CGROUP_V1, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-        ),
-    ]
-    return min(value for value in free if value is not None)
+    return min([psutil.virtual_memory().available + psutil.swap_memory().free, *_cgroup_free()])
 
 
 def host_total_bytes() -> int:
     """Return the memory of this node, or the container's limit if that is lower."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in (CGROUP_V2 / "memory.max", CGROUP_V1 / "memory.limit_in_bytes"):
-        try:
-            total = min(total, int(limit.read_text()))
-        except (OSError, ValueError):
-            continue
-    return total
+    total = psutil.virtual_memory().total
+    return min(total, memory_limit() or total)
 
 
-def _meminfo(key: str, missing: Optional[int] = None) -> int:
-    """Return a line of /proc/meminfo in bytes, or `missing` (by default all memory) without one."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith(key + ":"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if missing is None else missing
+def disk_free_bytes(path: Path | str) -> int:
+    """Return the free space of the disk that holds `path`, which need not exist yet."""
+    return shutil.disk_usage(existing_folder(path)).free
 
 
-def _cgroup_free(root: Path, limit_file: str, usage_file: str, cache_key: str) -> Optional[int]:
-    """Return limit minus usage of this container; None without a limit.
+def existing_folder(path: Path | str) -> Path:
+    """Return `path`, or the nearest folder above it that exists."""
+    place = Path(path).expanduser().absolute()
+    return next(folder for folder in (place, *place.parents) if folder.exists())
+
+
+# ---------------------------------------------------------------------- limits of a container
+
+CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+MEMORY_FILES = {
+    "v2": ("memory.max", "memory.current", "inactive_file"),
+    "v1": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Limit, usage, and the key of memory.stat for page cache that can be dropped."""
+NO_LIMIT = 1 << 60
+"""cgroups v1 write a number near 2^63 where there is no limit."""
+
+
+def memory_limit() -> Optional[int]:
+    """Return the tightest memory limit of this process's cgroups in bytes; None without one."""
+    limits = [_number(folder / MEMORY_FILES[version][0]) for version, folder in _cgroups("memory")]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def cpu_limit() -> Optional[float]:
+    """Return the CPU quota of this process's cgroups in cores; None without one."""
+    limits = []
+    for version, folder in _cgroups("cpu"):
+        with suppress(OSError, ValueError):  # no such controller, or "max"
+            if version == "v2":
+                quota, period = (folder / "cpu.max").read_text().split()
+            else:
+                quota = (folder / "cpu.cfs_quota_us").read_text()
+                period = (folder / "cpu.cfs_period_us").read_text()
+            if int(quota) >= 0 and int(period):
+                limits.append(int(quota) / int(period))
+    return min(limits, default=None)
+
+
+def _cgroup_free() -> Iterator[int]:
+    """Yield limit minus usage of every cgroup level above this process that has a limit.
 
     Page cache counts as usage but can be dropped, so it is added back.
     """
+    for version, folder in _cgroups("memory"):
+        limit_file, usage_file, cache_key = MEMORY_FILES[version]
+        limit, usage = _number(folder / limit_file), _number(folder / usage_file)
+        if limit is None or usage is None:
+            continue
+        with suppress(OSError, ValueError):
+            lines = (folder / "memory.stat").read_text().splitlines()
+            cache = int(dict(line.split() for line in lines).get(cache_key, 0))
+            yield max(0, limit - usage + cache)
+
+
+def _cgroups(controller: str) -> Iterator[tuple[str, Path]]:
+    """Yield (version, folder) of this process's cgroup and of every level above it.
+
+    In a container the path is the host's, and the container's own limits are at the root.
+    """
     try:
-        limit = int((root / limit_file).read_text())
-        usage = int((root / usage_file).read_text())
-        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no such controller, or "max"
+        lines = MEMBERSHIP.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number != "0" and controller not in controllers.split(","):
+            continue
+        version, root = ("v2", CGROUPS) if number == "0" else ("v1", CGROUPS / controller)
+        folder = root / path.lstrip("/")
+        yield from (
+            (version, level)
+            for level in (folder, *folder.parents)
+            if level != root and root in level.parents
+        )
+        yield version, root
+
+
+def _number(file: Path) -> Optional[int]:
+    """Return the number that a cgroup file holds; None if it is missing or sets no limit."""
+    try:
+        value = int(file.read_text())
+    except (OSError, ValueError):
         return None
-    return max(0, limit - usage + int(stat.get(cache_key, 0)))
+    return value if value < NO_LIMIT else None
 
 
-def disk_free_bytes(path: str) -> int:
-    """Return the free space of the disk that holds `path`, which need not exist yet."""
-    place = Path(path).expanduser().absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+# ---------------------------------------------------------------------- this process
 
-
-# Memory of this process, now and at its peak, in bytes: host from the kernel, GPU from torch's
-# allocator.
-#
-# Host figures come from /proc, so they count what the planner predicts: resident pages. GPU figures
-# are 0 without CUDA; torch is used only if it is already imported. Figures are of this rank only.
-STATUS = Path("/proc/self/status")
+# Host figures are resident pages, which is what the planner predicts. GPU figures are those of
+# torch's allocator, and 0 without CUDA. All are of this rank only.
 _most_seen = 0
 
 
 def host_bytes() -> int:
     """Return the resident memory of this process."""
     global _most_seen
-    now = _status_bytes("VmRSS") or _rusage_bytes()
+    now = psutil.Process().memory_info().rss
     _most_seen = max(_most_seen, now)
     return now
 
@@ -261,9 +294,13 @@ def host_bytes() -> int:
 def peak_host_bytes() -> int:
     """Return the peak resident memory of this process.
 
-    The kernel's own peak may lag behind values that it reported before.
+    The kernel's own peak, which psutil does not report, may lag behind values that it reported before.
     """
-    return max(_most_seen, _status_bytes("VmHWM") or _rusage_bytes())
+    try:
+        peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:  # no Linux
+        peak = None
+    return max(_most_seen, int(peak[1]) * 1024 if peak else host_bytes())
 
 
 def gpu_bytes() -> int:
@@ -279,22 +316,6 @@ def peak_gpu_bytes() -> int:
     """Return the peak GPU memory that torch reserved for this process: what the GPU must have."""
     cuda = _cuda()
     return int(cuda.max_memory_reserved()) if cuda else 0
-
-
-def _status_bytes(key: str) -> int:
-    try:
-        text = STATUS.read_text()
-    except OSError:
-        return 0
-    for line in text.splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def _rusage_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _cuda():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
@@ -71,18 +72,85 @@ def test_visible_devices(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert module._visible(3) == left
+    assert module.visible_gpus(3) == left
 
 
-def test_container_limit(tmp_path: Path) -> None:
-    names = ("memory.max", "memory.current", "inactive_file")
-    assert module._cgroup_free(tmp_path, *names) is None
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("600\n")
-    (tmp_path / "memory.stat").write_text("anon 400\ninactive_file 150\n")
-    assert module._cgroup_free(tmp_path, *names) is None
-    (tmp_path / "memory.max").write_text("1000\n")
-    assert module._cgroup_free(tmp_path, *names) == 550
+@pytest.fixture
+def cgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cgroup v2 hierarchy in which this process is in /pod/job."""
+    (tmp_path / "membership").write_text("0::/pod/job\n")
+    (tmp_path / "pod" / "job").mkdir(parents=True)
+    monkeypatch.setattr(module, "CGROUPS", tmp_path)
+    monkeypatch.setattr(module, "MEMBERSHIP", tmp_path / "membership")
+    return tmp_path
+
+
+def limit(folder: Path, most: str, used: int = 600, cache: int = 150) -> None:
+    (folder / "memory.max").write_text(f"{most}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 400\ninactive_file {cache}\n")
+
+
+def test_container_limit(cgroups: Path) -> None:
+    node = module.host_total_bytes()
+    assert module.memory_limit() is None and module.host_free_bytes() > 2000
+    limit(cgroups, "max")
+    assert module.memory_limit() is None and module.host_total_bytes() == node
+    limit(cgroups / "pod/job", "1000")
+    assert module.memory_limit() == module.host_total_bytes() == 1000
+    assert module.host_free_bytes() == module.host_left_bytes() == 550
+    limit(cgroups / "pod", "900", used=800)
+    assert module.memory_limit() == 900 and module.host_free_bytes() == 250
+    limit(cgroups / "pod", "900", used=1100, cache=0)
+    assert module.host_free_bytes() == 0
+
+
+def test_container_limit_of_the_older_hierarchy(cgroups: Path) -> None:
+    (cgroups / "membership").write_text("9:name=systemd:/\n4:cpu,memory:/docker/abc\n")
+    root = cgroups / "memory"
+    root.mkdir()
+    (root / "memory.limit_in_bytes").write_text(str(2**63 - 4096))
+    assert module.memory_limit() is None
+    (root / "memory.limit_in_bytes").write_text("1000")
+    (root / "memory.usage_in_bytes").write_text("700")
+    (root / "memory.stat").write_text("total_inactive_file 100")
+    assert (module.memory_limit(), module.host_free_bytes()) == (1000, 400)
+
+
+def test_cpu_limit(cgroups: Path) -> None:
+    assert module.cpu_limit() is None
+    (cgroups / "pod/cpu.max").write_text("max 100000\n")
+    assert module.cpu_limit() is None
+    (cgroups / "pod/job/cpu.max").write_text("150000 100000\n")
+    assert module.cpu_limit() == 1.5
+    (cgroups / "membership").write_text("4:cpu,cpuacct:/\n")
+    (cgroups / "cpu").mkdir()
+    (cgroups / "cpu/cpu.cfs_quota_us").write_text("-1\n")
+    (cgroups / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    assert module.cpu_limit() is None
+    (cgroups / "cpu/cpu.cfs_quota_us").write_text("50000\n")
+    assert module.cpu_limit() == 0.5
+
+
+def test_gpus_are_those_of_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU whose memory cannot be read counts as one without any, so that machine.gpu_gib is asked for."""
+    pynvml = module.pynvml
+
+    def memory(index: int) -> SimpleNamespace:
+        if index == 1:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NO_PERMISSION)
+        return SimpleNamespace(free=(index + 1) * GIB)
+
+    for name, value in (
+        ("nvmlInit", lambda: None),
+        ("nvmlShutdown", lambda: None),
+        ("nvmlDeviceGetCount", lambda: 3),
+        ("nvmlDeviceGetHandleByIndex", lambda index: index),
+        ("nvmlDeviceGetMemoryInfo", memory),
+    ):
+        monkeypatch.setattr(pynvml, name, value)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert module.gpu_free_bytes() == [GIB, 0, 3 * GIB]
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
