@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from finetune.checkpointing.format import Pieces, file_hash, write_tensors  # noqa: E402
+from finetune.checkpointing.format import Pieces, entry_of, write_tensors  # noqa: E402
 from finetune.files import fsync  # noqa: E402
 from finetune.planning.machine import host_bytes  # noqa: E402
 
@@ -33,7 +33,7 @@ COPIES: list[Pieces] = []
 
 def library(file: Path, pieces: Pieces) -> None:
     save_file(dict(pieces.tensors()), file)
-    file_hash(file)
+    entry_of(file)
     fsync(file)
 
 

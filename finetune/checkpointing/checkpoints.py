@@ -20,11 +20,14 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
+
+from torch import Tensor
 
 from finetune.checkpointing import faults
 from finetune.checkpointing.format import (
@@ -33,13 +36,10 @@ from finetune.checkpointing.format import (
     STATE,
     Entry,
     Pieces,
-    Saved,
+    StateReader,
     entry_of,
-    find_resume,
     folder_bytes,
-    free_bytes,
     read_state,
-    saved_masters,
     step_folder,
     step_folders,
     step_of,
@@ -51,12 +51,10 @@ from finetune.checkpointing.train_state import TrainState
 from finetune.dist import World
 from finetune.errors import RunFailed, UserError, command, gib
 from finetune.files import fsync, write_atomic
+from finetune.planning.machine import disk_free_bytes
 from finetune.sharding import partitions
 
-__all__ = ["Checkpoints", "TrainState", "find_resume", "read_state", "saved_masters"]
-
 FEWEST_KEPT = 2
-KINDS = ("master", *partitions.MOMENTS)
 MARKS = ("best", "best_step", "without_gain", "owes_evaluation", "callbacks")
 """What an evaluation changes in the state."""
 UNTOUCHED = "Earlier checkpoints are untouched. Free some space and run the same command again."
@@ -102,13 +100,8 @@ class Checkpoints:
         best: bool = False,
     ):
         self.folder, self.keep, self.world = folder, max(FEWEST_KEPT, keep), world
-        self.identity, self.may_change, self.background, self.origin = (
-            identity,
-            may_change,
-            background,
-            origin,
-        )
-        self.best = best
+        self.identity, self.may_change = identity, may_change
+        self.background, self.origin, self.best = background, origin, best
         self._sound: set[int] = set()
         self._thread: Thread | None = None
         self._error: BaseException | None = None
@@ -135,11 +128,14 @@ class Checkpoints:
         pieces = self._pieces(engine)
         needed = int(self.world.sum([pieces.bytes])[0])
         self.world.on_main(lambda: self._require(needed, f"the checkpoint of step {state.step}"))
+        scaler = getattr(engine.optimizer, "cur_scale", None) or getattr(
+            engine.optimizer, "loss_scale", None
+        )
         about = {
             "format": FORMAT,
             "world_size": self.world.size,
             "adam_step": partitions.adam_step(engine),
-            "loss_scale": _loss_scale(engine),
+            "loss_scale": float(scaler) if engine.fp16_enabled() and scaler else None,
             "identity": self.identity,
             "origin": self.origin,
             "state": asdict(state),
@@ -185,16 +181,15 @@ class Checkpoints:
         sizes = {
             f"{name}|{start}|{kind}": numel
             for name, start, numel in partitions.ranges(engine)
-            for kind in KINDS
+            for kind in ("master", *partitions.MOMENTS)
         }
-        return Pieces(
-            sizes,
-            lambda: (
-                (f"{piece.name}|{piece.start}|{kind}", tensor.detach())
-                for piece in partitions.fragments(engine)
-                for kind, tensor in piece.tensors().items()
-            ),
-        )
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for piece in partitions.fragments(engine):
+                for kind, tensor in piece.tensors().items():
+                    yield f"{piece.name}|{piece.start}|{kind}", tensor
+
+        return Pieces(sizes, tensors)
 
     def _write_behind(self, save: _Save) -> None:
         try:
@@ -203,28 +198,39 @@ class Checkpoints:
             self._error = error
 
     def _write(self, save: _Save, world: World) -> None:
+        """Write this rank's file; then rank 0 completes the folder and gives it its final name."""
         stage = self.folder / f".tmp-step-{save.step:08d}"
-        final = step_folder(self.folder, save.step)
+
+        def make_stage() -> None:
+            shutil.rmtree(stage, ignore_errors=True)
+            stage.mkdir(parents=True)
+
         entry, error = None, None
         try:
             faults.point("save.begin")
-            world.on_main(lambda: _fresh(stage))
+            world.on_main(make_stage)
             name = f"optim-{world.rank:05d}-of-{world.size:05d}.safetensors"
             entry = name, write_tensors(stage / name, save.pieces)
             faults.point("save.written")
         except Exception as problem:
             error = f"rank {world.rank}: {problem}"
         results = world.gather((entry, error))
-        world.on_main(lambda: self._finish(stage, final, save, results))
+        final = step_folder(self.folder, save.step)
+        world.on_main(lambda: self._complete(stage, final, save, results))
         self._finished.append((save.step, str(final)))
 
-    def _finish(
+    def _complete(
         self,
         stage: Path,
         final: Path,
         save: _Save,
         results: list[tuple[tuple[str, Entry] | None, str | None]],
     ) -> None:
+        """Add state and manifest to the files of all ranks, rename the folder, drop old ones.
+
+        Args:
+            results: of each rank, its file with size and hash, or its error.
+        """
         try:
             errors = [error for _, error in results if error]
             if errors:
@@ -246,9 +252,25 @@ class Checkpoints:
             self._write_marks(save.step)
         except OSError as error:
             shutil.rmtree(stage, ignore_errors=True)
-            raise self._failed(save, error) from None
+            free = disk_free_bytes(self.folder)
+            missing = f"; {gib(save.needed - free)} more are needed" if save.needed > free else ""
+            raise RunFailed(
+                f"the checkpoint of step {save.step} could not be written: {error}{missing}",
+                str(self.folder),
+                UNTOUCHED,
+            ) from None
+
+        # Delete checkpoints older than the newest `keep` that are known to be sound, except the
+        # best one; nothing while there are fewer.
         self._sound.add(save.step)
-        self._retain(save.step, save.about["state"]["best_step"])
+        if len(self._sound) < self.keep:
+            return
+        kept = sorted(self._sound)[-self.keep :]
+        if self.best:
+            kept.append(save.about["state"]["best_step"])
+        for path in step_folders(self.folder):
+            if step_of(path) <= save.step and step_of(path) not in kept:
+                self._discard(path)
 
     def _write_marks(self, step: int) -> None:
         """Write the evaluation's marks into the checkpoint of `step` once both exist.
@@ -261,21 +283,12 @@ class Checkpoints:
             with self._marking, suppress(OSError):
                 write_atomic(folder / EVALUATED, json.dumps(marks, indent=1))
 
-    def _failed(self, save: _Save, error: OSError) -> RunFailed:
-        free = free_bytes(self.folder)
-        missing = f"; {gib(save.needed - free)} more are needed" if save.needed > free else ""
-        return RunFailed(
-            f"the checkpoint of step {save.step} could not be written: {error}{missing}",
-            str(self.folder),
-            UNTOUCHED,
-        )
-
     def _require(self, needed: int, what: str) -> None:
-        free = free_bytes(self.folder)
+        free = disk_free_bytes(self.folder)
         if needed > free:
             raise RunFailed(
-                f"{what} needs {gib(needed)} and the disk has {gib(free)} free: {gib(needed - free)} are "
-                "missing",
+                f"{what} needs {gib(needed)} and the disk has {gib(free)} free: "
+                f"{gib(needed - free)} are missing",
                 str(self.folder),
                 UNTOUCHED,
             )
@@ -303,19 +316,6 @@ class Checkpoints:
             )
 
         self.world.on_main(check)
-
-    def _retain(self, step: int, best: int) -> None:
-        """Delete checkpoints older than the newest `keep` that are known to be sound.
-
-        The best one is kept too if `self.best` is set. Nothing is deleted while there are fewer
-        than `keep`.
-        """
-        if len(self._sound) < self.keep:
-            return
-        kept = sorted(self._sound)[-self.keep :] + [best] * self.best
-        for path in step_folders(self.folder):
-            if step_of(path) <= step and step_of(path) not in kept:
-                self._discard(path)
 
     def _discard(self, path: Path) -> None:
         """Delete a checkpoint, renaming it first so that a half-deleted one is never visible."""
@@ -358,18 +358,21 @@ class Checkpoints:
 
     def load(self, engine, folder: Path) -> TrainState:
         """Load weights, moments and loss scale of a verified checkpoint. Collective."""
-        saved, source = read_state(folder), Saved(folder)
+        saved, reader = read_state(folder), StateReader(folder)
         partitions.ensure_states(engine)
         for piece in partitions.fragments(engine, write=True):
             for kind, tensor in piece.tensors().items():
-                tensor.copy_(source.read(piece.name, kind, piece.start, piece.numel))
+                tensor.copy_(reader.read(piece.name, kind, piece.start, piece.numel))
         partitions.set_adam_step(engine, saved["adam_step"])
         partitions.refresh_weights(
-            engine, lambda name, start, n: source.read(name, "master", start, n)
+            engine, lambda name, start, numel: reader.read(name, "master", start, numel)
         )
-        _set_loss_scale(engine, saved["loss_scale"])
-        known = {f.name for f in fields(TrainState)}
-        return TrainState(**{key: value for key, value in saved["state"].items() if key in known})
+        if saved["loss_scale"] is not None:  # fp16; which object holds it depends on the stage
+            for owner in (engine.optimizer, getattr(engine.optimizer, "loss_scaler", None)):
+                if hasattr(owner, "cur_scale"):
+                    owner.cur_scale = saved["loss_scale"]
+        names = {field.name for field in fields(TrainState)}
+        return TrainState(**{key: value for key, value in saved["state"].items() if key in names})
 
     def _continue_from(self, folder: Path) -> None:
         """Rename valid checkpoints beyond the chosen one: they would be taken for newer ones."""
@@ -383,68 +386,40 @@ class Checkpoints:
                 )
 
     def _check_identity(self, saved: dict, folder: Path) -> None:
-        before, now = _leaves(saved["identity"]), _leaves(self.identity)
+        before, now = _settings(saved["identity"]), _settings(self.identity)
         changed = [
             key
             for key, value in now.items()
             if key in before
             and before[key] != value
-            and key not in self.may_change
-            and key.split(".")[0] not in self.may_change
+            and not {key, key.split(".")[0]} & set(self.may_change)
         ]
         if changed:
-            told = "\n".join(f"  {key}: was {before[key]}, is {now[key]}" for key in changed)
+            listed = "\n".join(f"  {key}: was {before[key]}, is {now[key]}" for key in changed)
             allow = command([f"resume_changed=[{','.join(changed)}]"])
             raise UserError(
-                f"this run is not the one that was saved:\n{told}",
+                f"this run is not the one that was saved:\n{listed}",
                 str(folder),
-                f"Undo the change, allow it with {allow}, or start anew with resume=never or another run_dir.",
+                f"Undo the change, allow it with {allow}, or start anew with resume=never or "
+                "another run_dir.",
             )
 
 
-def _leaves(identity: dict[str, Any]) -> dict[str, Any]:
-    """Flatten the identity to one dotted key per setting, so that only differences are reported."""
-    leaves = dict[str, Any]()
-    for key, value in identity.items():
-        section = _section(value)
-        if section is None:
-            leaves[key] = value
-        else:
-            leaves |= {f"{key}.{name}": item for name, item in section.items()}
-    return leaves
-
-
-def _section(value: Any) -> dict[str, Any] | None:
-    """Return the settings of a section.
+def _settings(identity: dict[str, Any]) -> dict[str, Any]:
+    """Flatten the identity to one dotted key per setting, so that only differences are reported.
 
     Older checkpoints store a section as text: `OptimConfig(lr=0.01, schedule='cosine')`.
     """
-    if isinstance(value, dict):
-        return value
-    if not isinstance(value, str) or not re.fullmatch(r"\w+Config\(.*\)", value, re.DOTALL):
-        return None
-    call = ast.parse(value, mode="eval").body
-    assert isinstance(call, ast.Call)
-    return {str(word.arg): ast.literal_eval(word.value) for word in call.keywords} | {
-        "kind": value.partition("Config(")[0].lower()
-    }
-
-
-def _fresh(stage: Path) -> None:
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir(parents=True)
-
-
-def _loss_scale(engine) -> float | None:
-    scaler = getattr(engine.optimizer, "cur_scale", None) or getattr(
-        engine.optimizer, "loss_scale", None
-    )
-    return float(scaler) if engine.fp16_enabled() and scaler else None
-
-
-def _set_loss_scale(engine, value: float | None) -> None:
-    if value is None:
-        return
-    for owner in (engine.optimizer, getattr(engine.optimizer, "loss_scaler", None)):
-        if owner is not None and hasattr(owner, "cur_scale"):
-            owner.cur_scale = value
+    settings: dict[str, Any] = {}
+    for key, value in identity.items():
+        if isinstance(value, str) and re.fullmatch(r"\w+Config\(.*\)", value, re.DOTALL):
+            call = ast.parse(value, mode="eval").body
+            assert isinstance(call, ast.Call)
+            kind = value.partition("Config(")[0].lower()
+            value = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+            value |= {"kind": kind}
+        if isinstance(value, dict):
+            settings |= {f"{key}.{name}": item for name, item in value.items()}
+        else:
+            settings[key] = value
+    return settings

@@ -21,19 +21,19 @@ VARIABLE = "FINETUNE_FAULT"
 
 
 class Order:
-    """A fault to trigger at a named point."""
+    """A fault to trigger at a named point.
+
+    Args:
+        text: ACTION POINT [rank=R] [nth=N].
+    """
 
     def __init__(self, text: str):
         self.action, self.name, *rest = text.split()
         values = dict(word.split("=") for word in rest)
         self.rank, self.left = values.get("rank"), int(values.get("nth", 1))
 
-    def meets(self, name: str) -> bool:
-        """Count a passing of the point, and tell whether it is the nth one on the rank."""
-        if name != self.name or self.rank not in (None, os.environ.get("RANK", "0")):
-            return False
-        self.left -= 1
-        return self.left == 0
+
+_orders: list[Order] = []
 
 
 def arm(text: str) -> None:
@@ -43,26 +43,24 @@ def arm(text: str) -> None:
 
 def point(name: str) -> None:
     """Mark a point in the code where a fault can be triggered."""
-    if _orders:
-        for order in _orders:
-            if order.meets(name):
-                _strike(order)
+    for order in _orders:
+        if name != order.name or order.rank not in (None, os.environ.get("RANK", "0")):
+            continue
+        order.left -= 1
+        if order.left:
+            continue
+        match order.action:
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "term":
+                os.kill(os.getpid(), signal.SIGTERM)
+            case "nospace":
+                raise OSError(errno.ENOSPC, "No space left on device (injected)")
+            case "stop":
+                while True:
+                    time.sleep(60)
+            case _:
+                raise RuntimeError(f"injected at {name}")
 
 
-def _strike(order: Order) -> None:
-    match order.action:
-        case "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        case "term":
-            os.kill(os.getpid(), signal.SIGTERM)
-        case "nospace":
-            raise OSError(errno.ENOSPC, "No space left on device (injected)")
-        case "stop":
-            while True:
-                time.sleep(60)
-        case _:
-            raise RuntimeError(f"injected at {order.name}")
-
-
-_orders: list[Order] = []
 arm(os.environ.get(VARIABLE, ""))

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import re
-import shutil
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +29,32 @@ from torch import Tensor
 
 from finetune.checkpointing import faults
 from finetune.errors import UserError
-from finetune.files import read_json, write_atomic
+from finetune.files import fsync, read_json, write_atomic
 
 MANIFEST, STATE, EVALUATED = "manifest.json", "state.json", "evaluated.json"
 STEP_DIR = re.compile(r"^step-(\d{8})$")
 FORMAT = 1
-HASH_CHUNK = 1 << 24
+CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Names of precisions in a safetensors header."""
+CHUNK = 1 << 24
+"""Elements that are converted and brought to the host at once."""
 WRITE_BUFFER = 1 << 20
 VERIFY_THREADS = 4
+MAPPED_BYTES = 1 << 26
+"""Bytes read from mapped files before they are mapped anew."""
 
 Entry = dict[str, Any]
+Shapes = dict[str, tuple[int, ...]]
 
 
+@dataclass
 class Pieces:
-    """Flat fp32 tensors for one file, with sizes known in advance and one tensor held at a time.
+    """Flat fp32 tensors for one file, with sizes known in advance and one tensor held at a time."""
 
-    Args:
-        sizes: name -> elements, in the order of the file.
-        tensors: gives (name, tensor) in the same order; called anew for each pass.
-    """
-
-    def __init__(self, sizes: dict[str, int], tensors: Callable[[], Iterable[tuple[str, Tensor]]]):
-        self.sizes, self.tensors = sizes, tensors
+    sizes: dict[str, int]
+    """Name -> elements, in the order of the file."""
+    tensors: Callable[[], Iterable[tuple[str, Tensor]]]
+    """Gives (name, tensor) in the same order; called anew for each pass."""
 
     @classmethod
     def of(cls, pairs: list[tuple[str, Tensor]]) -> Pieces:
@@ -68,59 +73,92 @@ class Pieces:
 # ---------------------------------------------------------------------- writing
 
 
-def file_hash(path: Path) -> str:
-    """Return the blake2b-128 hash of a file's bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as f:
-        while chunk := f.read(HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+class TensorFile:
+    """A safetensors file that is written tensor by tensor, and hashed as it is written.
 
+    The library's own `save_file` wants all tensors in memory and copies each, and a hash would read
+    the file again. The format is eight bytes with the header's length, the header as JSON, then the
+    raw little-endian values (https://huggingface.co/docs/safetensors).
 
-def entry_of(path: Path) -> Entry:
-    """Return size and hash of a small file."""
-    return {"size": path.stat().st_size, "hash": file_hash(path)}
+    Args:
+        shapes: every tensor that will come, in order.
+        digest: an object of hashlib; None: no hash is needed.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+
+    def __init__(self, path: Path, shapes: Shapes, dtype: torch.dtype, digest: Any = None):
+        self.dtype, self.size, self.digest = dtype, 0, digest
+        self._waiting = deque(shapes.items())
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, shape in shapes.items():
+            begin, end = end, end + math.prod(shape) * dtype.itemsize
+            offsets = [begin, end]
+            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": offsets}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the values start at a multiple of 8
+        self._file = path.open("wb", buffering=WRITE_BUFFER)
+        self._write(len(text).to_bytes(8, "little") + text)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write the next tensor, rounded to the precision of the file."""
+        assert self._waiting, f"{name} was not announced"
+        expected = self._waiting.popleft()
+        assert (name, tuple(tensor.shape)) == expected, f"{name} {tensor.shape} is not {expected}"
+        flat = tensor.detach().reshape(-1)
+        for start in range(0, flat.numel(), CHUNK):
+            part = flat[start : start + CHUNK].to("cpu", self.dtype).contiguous()
+            self._write(memoryview(part.view(torch.uint8).numpy()))
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_) -> None:
+        if failure is None:
+            self.close()
+        else:  # a file that stays open would keep its space on a full disk
+            with suppress(OSError):
+                self._file.close()
+
+    def close(self) -> None:
+        """Flush and close the complete file."""
+        assert not self._waiting, f"{len(self._waiting)} tensors are missing: {self._waiting[0]}"
+        self._file.close()
+
+    def _write(self, content: bytes | memoryview) -> None:
+        self._file.write(content)
+        self.size += len(content)
+        if self.digest is not None:
+            self.digest.update(content)
 
 
 def write_tensors(path: Path, pieces: Pieces) -> Entry:
     """Write fp32 tensors as one safetensors file, synced to disk, and return its size and hash.
 
-    This takes one pass, while safetensors' own writer copies every tensor and a separate hash would
-    read the file again. The format is eight bytes with the header's length, the header as JSON,
-    then the tensors one after another.
-
     Raises:
         OSError: the disk is full or not writable.
     """
-    digest, size = hashlib.blake2b(digest_size=16), 0
-    with path.open("wb", buffering=WRITE_BUFFER) as file:
-        for chunk in _safetensors(pieces):
-            file.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
+    shapes = {name: (numel,) for name, numel in pieces.sizes.items()}
+    with TensorFile(path, shapes, torch.float32, _digest()) as file:
+        faults.point("save.tensor")
+        for name, tensor in pieces.tensors():
+            file.add(name, tensor)
             faults.point("save.tensor")
-        file.flush()
-        faults.point("save.fsync")
-        os.fsync(file.fileno())
-    return {"size": size, "hash": digest.hexdigest()}
+    faults.point("save.fsync")
+    fsync(path)
+    return {"size": file.size, "hash": file.digest.hexdigest()}
 
 
-def _safetensors(pieces: Pieces):
-    header, position = {}, 0
-    for name, numel in pieces.sizes.items():
-        header[name] = {
-            "dtype": "F32",
-            "shape": [numel],
-            "data_offsets": [position, position + 4 * numel],
-        }
-        position += 4 * numel
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for (name, tensor), (wanted, numel) in zip(pieces.tensors(), pieces.sizes.items(), strict=True):
-        assert (name, tensor.numel(), tensor.dtype) == (wanted, numel, torch.float32), name
-        if numel:
-            yield tensor.detach().to("cpu").contiguous().numpy().data.cast("B")
+def entry_of(path: Path) -> Entry:
+    """Return size and hash of a file."""
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "hash": hashlib.file_digest(file, _digest).hexdigest()}
+
+
+def _digest() -> Any:
+    return hashlib.blake2b(digest_size=16)
 
 
 def write_manifest(folder: Path, step: int, files: dict[str, Entry]) -> None:
@@ -130,8 +168,9 @@ def write_manifest(folder: Path, step: int, files: dict[str, Entry]) -> None:
 
 
 def _own_hash(step: int, files: dict[str, Entry]) -> str:
-    text = json.dumps([FORMAT, step, files], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    digest = _digest()
+    digest.update(json.dumps([FORMAT, step, files], sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------- finding
@@ -184,7 +223,7 @@ def _verify_file(folder: Path, name: str, entry: Entry) -> str | None:
             return f"{path}: missing"
         if path.stat().st_size != entry["size"]:
             return f"{path}: {path.stat().st_size} bytes, {entry['size']} were written"
-        if file_hash(path) != entry["hash"]:
+        if entry_of(path)["hash"] != entry["hash"]:
             return f"{path}: its bytes are not those that were written"
     except OSError as error:
         return f"{path}: {error.strerror}"
@@ -225,12 +264,12 @@ def find_resume(resume: str, run_dir: Path, warn) -> Path | None:
         return None
     own = run_dir / "checkpoints"
     named = None if resume == "auto" else Path(resume).expanduser().absolute()
-    found = newest_valid(own, warn)
+    newest = newest_valid(own, warn)
     if named is not None and named.parent == own.absolute():
-        stems = found is not None and read_state(found).get("origin") == named.name
-        return found if stems else _named_checkpoint(named, warn)
-    if found is not None:
-        return found
+        stems = newest is not None and read_state(newest).get("origin") == named.name
+        return newest if stems else _named_checkpoint(named, warn)
+    if newest is not None:
+        return newest
     if step_folders(own):
         raise UserError(
             "none of the checkpoints here is valid",
@@ -250,14 +289,14 @@ def _named_checkpoint(path: Path, warn) -> Path:
                 "Name another step, or its run directory.",
             )
         return path
-    found = newest_valid(path / "checkpoints", warn) if path.is_dir() else None
-    if found is None:
+    newest = newest_valid(path / "checkpoints", warn) if path.is_dir() else None
+    if newest is None:
         raise UserError(
             f"there is no valid checkpoint in {path}",
             "resume",
             "Give a run directory or one of its checkpoints/step-N, or resume=never.",
         )
-    return found
+    return newest
 
 
 def folder_bytes(folder: Path) -> int:
@@ -265,54 +304,56 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
 
 
-def free_bytes(folder: Path) -> int:
-    """Return the free space of the disk that holds `folder`, which need not exist yet."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
 # ---------------------------------------------------------------------- reading
 
 
-class Saved:
-    """Element ranges of a checkpoint, whichever ranks wrote them."""
+class StateReader:
+    """Master weights and moments of a checkpoint by element range, whichever ranks wrote them.
+
+    Pages that were read from a mapped file stay resident for as long as it is mapped, so the files
+    are mapped anew from time to time.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
-        for file in sorted(folder.glob("optim-*.safetensors")):
+        self._map()
+
+    def _map(self) -> None:
+        self._read_bytes = 0
+        self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
+        for file in sorted(self.folder.glob("optim-*.safetensors")):
             handle = safe_open(str(file), framework="pt")
             for key in handle.keys():  # noqa: SIM118 - not a dict
                 name, start, kind = key.rsplit("|", 2)
                 size = handle.get_slice(key).get_shape()[0]
-                self.pieces[name, kind].append((int(start), int(start) + size, handle, key))
+                self._pieces[name, kind].append((int(start), int(start) + size, handle, key))
 
     def names(self) -> list[str]:
-        return sorted({name for name, _ in self.pieces})
+        return sorted({name for name, _ in self._pieces})
 
     def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
-        """Return elements [start, start + numel) as fp32.
+        """Return elements [start, start + numel) of one tensor, flat and in fp32.
+
+        Args:
+            kind: master, exp_avg or exp_avg_sq.
 
         Raises:
             UserError: the checkpoint has no such parameter, or not all of the range.
         """
-        out = torch.empty(numel, dtype=torch.float32)
-        covered = 0
-        for low, high, handle, key in self.pieces.get((name, kind), ()):
-            a, b = max(low, start), min(high, start + numel)
-            if a < b:
-                out[a - start : b - start] = handle.get_slice(key)[a - low : b - low]
-                covered += b - a
+        if self._read_bytes > MAPPED_BYTES:
+            self._map()
+        self._read_bytes += 4 * numel
+        values, covered = torch.empty(numel, dtype=torch.float32), 0
+        for low, high, handle, key in self._pieces.get((name, kind), ()):
+            begin, end = max(low, start), min(high, start + numel)
+            if begin < end:
+                part = handle.get_slice(key)[begin - low : end - low]
+                values[begin - start : end - start] = part
+                covered += end - begin
         if covered != numel:
             raise UserError(
                 f"the checkpoint holds {covered} of the {numel} elements of {name}",
                 str(self.folder),
                 "Was it saved with another adapter or model? Start anew with resume=never.",
             )
-        return out
-
-
-def saved_masters(folder: Path) -> Saved:
-    """Open the trained fp32 weights of a checkpoint, to export without an engine."""
-    return Saved(folder)
+        return values

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from finetune.assets.paths import resolve
-from finetune.checkpointing.format import read_state
+from finetune.checkpointing.format import StateReader, read_state
 from finetune.cli.schemas import ExportAppConfig
 from finetune.compose import Composed
 from finetune.config import Config, FullConfig, Init, plain_config
@@ -28,7 +28,6 @@ from finetune.errors import EXIT_DONE, RunFailed, UserError
 from finetune.export.hub import check_hub, push
 from finetune.export.merge import check_mergeable, merged_tensor
 from finetune.export.reopen import (
-    Masters,
     about_of_run,
     check_base,
     checkpoint_of,
@@ -76,7 +75,7 @@ class Source:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of the whole model in fp32 or the run's precision, one at a time."""
-        masters = Masters(self.checkpoint)
+        masters = StateReader(self.checkpoint)
         names = set(masters.names())
         pretrained = self.cfg.model.init is Init.pretrained
         source = Weights(local_folder(self.cfg.model)) if pretrained else None
@@ -143,7 +142,7 @@ def _export(
     if app.kind == "adapter":
         _write_adapter(source, stage)
         if verify == "tensors":
-            masters = Masters(source.checkpoint)
+            masters = StateReader(source.checkpoint)
             figures = verify_adapter(stage, source.adapter_shell(), masters, DTYPES[info.dtype])
     else:
         error = write_model(source.tensors(), source.shapes(), info.dtype, stage, app.max_shard_gib)
@@ -259,7 +258,7 @@ def _source(cfg: Config, app: ExportAppConfig, folder: Path, checkpoint: Path) -
 
 
 def _write_adapter(source: Source, stage: Path) -> None:
-    masters = Masters(source.checkpoint)
+    masters = StateReader(source.checkpoint)
     shell = source.adapter_shell()
     trained = {
         name: masters.read(name, "master", 0, p.numel()).view(p.shape).to(DTYPES[source.info.dtype])

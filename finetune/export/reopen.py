@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from finetune.assets.paths import asset
 from finetune.checkpointing.format import (
+    StateReader,
     find_resume,
     read_state,
-    saved_masters,
     step_folder,
     verify,
 )
@@ -46,7 +46,6 @@ from finetune.files import read_json, refuse_pointer
 from finetune.gptj import adapters
 from finetune.gptj.load import (
     DTYPES,
-    MAPPED_BYTES,
     Weights,
     build_model,
     local_folder,
@@ -167,30 +166,9 @@ def reference_texts_of(run_dir: Path) -> list[list[int]]:
     return [load_tokenizer(None)(row["text"][:400])["input_ids"][:64] for _, row in rows]
 
 
-class Masters:
-    """The trained fp32 weights of a checkpoint, read by name and range with little memory.
-
-    Pages that were read from a mapped file stay resident for as long as it is mapped, so the file
-    is mapped anew from time to time.
-    """
-
-    def __init__(self, checkpoint: Path):
-        self.checkpoint, self._open, self._touched = checkpoint, saved_masters(checkpoint), 0
-
-    def names(self) -> list[str]:
-        return self._open.names()
-
-    def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
-        """Return elements [start, start + numel) of one tensor, flat."""
-        if self._touched > MAPPED_BYTES:
-            self._open, self._touched = saved_masters(self.checkpoint), 0
-        self._touched += 4 * numel
-        return self._open.read(name, kind, start, numel)
-
-
 def fill_from_checkpoint(module: nn.Module, checkpoint: Path) -> None:
     """Copy the trained weights of a checkpoint into a module of the same build, rounding once."""
-    masters = Masters(checkpoint)
+    masters = StateReader(checkpoint)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from finetune.checkpointing.format import StateReader
 from finetune.config import AdapterConfig, Config, FullConfig, Init
 from finetune.errors import RunFailed
 from finetune.export.merge import PREFIX
-from finetune.export.reopen import Masters
 from finetune.gptj.adapters import peft_config
 from finetune.gptj.load import DTYPES, Weights, draw, local_folder, meta_model
 
@@ -70,7 +70,7 @@ def verify_model(folder: Path, cfg: Config, config, info, checkpoint: Path) -> d
     Raises:
         RunFailed: names the tensor that is missing or differs.
     """
-    masters, written, dtype = Masters(checkpoint), Weights(folder), DTYPES[info.dtype]
+    masters, written, dtype = StateReader(checkpoint), Weights(folder), DTYPES[info.dtype]
     names = set(masters.names())
     source = Weights(local_folder(cfg.model)) if cfg.model.init is Init.pretrained else None
     parameters = dict(meta_model(config, info.head).named_parameters())

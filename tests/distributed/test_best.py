@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.checkpointing.format import saved_masters, step_folder
+from finetune.checkpointing.format import StateReader, step_folder
 from finetune.export.reopen import checkpoint_of
 from finetune.training.trainer import better
 from tests.distributed.ranks import metrics, run_cases
@@ -91,7 +91,7 @@ def test_the_best_step_is_kept_and_exported(runs, name):
     assert kept[0] == folder.name and len(kept) <= 3
     assert checkpoint_of(run) == (run, folder)
 
-    saved = saved_masters(folder)
+    saved = StateReader(folder)
     exported = {
         key: value
         for file in (run / "export").glob("*.safetensors")
