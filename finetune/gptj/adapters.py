@@ -16,6 +16,7 @@ from finetune.config import (
     PrefixConfig,
     PromptConfig,
 )
+from finetune.gptj.lora import fuse
 from finetune.gptj.prompt_tuning import flat
 from finetune.planning import parameter_groups as grouping
 from finetune.planning.shape import target_modules
@@ -44,6 +45,7 @@ def attach(model: nn.Module, cfg: AdapterConfig, head: str, base: str, seed: int
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
+    fuse(wrapped)
     return flat(wrapped)
 
 

@@ -46,14 +46,17 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width, bias=False)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of x (N, D); `lora.fuse` computes them in one pass."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
     def forward(
         self, x: Tensor, rope: Tensor, packed: Packed, prefix: Tensor | None = None
     ) -> Tensor:
         batch, length, width = x.shape
-        flat = x.view(-1, width)
-        q = rotate(self.q_proj(flat), rope, self.heads)
-        k = rotate(self.k_proj(flat), rope, self.heads)
-        v = self.v_proj(flat).view(*k.shape)
+        q, k, v = self.project(x.view(-1, width))
+        q, k = rotate(q, rope, self.heads), rotate(k, rope, self.heads)
+        v = v.view(*k.shape)
         dropout = self.dropout if self.training else 0.0
         if prefix is not None:
             out = prefixed_attention(q, k, v, packed, prefix, dropout)
