@@ -17,20 +17,16 @@ from finetune.config import (
     SCHEDULES,
     ClassifyConfig,
     Config,
-    Dtype,
     InstructConfig,
     LoraConfig,
-    Offload,
     PrefixConfig,
     PromptConfig,
     QaConfig,
     TaskConfig,
 )
 from finetune.errors import UserError, problems_error
-from finetune.planning.job import accumulation
+from finetune.planning.job import accumulation, sharding_problems
 from finetune.reporting.redact import secret_problems
-
-STAGES = ("auto", 0, 1, 2, 3)
 
 
 def check(
@@ -102,9 +98,9 @@ def _problems(cfg: Config, world_size: int, cuda: bool) -> Iterator[UserError]:
     yield from _length(cfg)
     yield from _batch(cfg, world_size)
     yield from _optim(cfg)
-    yield from _model(cfg, cuda)
+    yield from _model(cfg)
     yield from _adapter(cfg)
-    yield from _zero(cfg, world_size)
+    yield from sharding_problems(cfg, cuda)
     yield from task_problems(cfg.task)
     yield from metric_problems(cfg.task, cfg.train.metric)
     yield from _rest(cfg)
@@ -159,15 +155,10 @@ def _batch(cfg: Config, world_size: int) -> Iterator[UserError]:
             remedy="Try train.micro_batch=1.",
         )
         return
-    smallest = 1 if micro == "auto" else int(micro)
-    if cfg.train.global_batch % (smallest * world_size):
-        try:
-            trial = Config(
-                train=cfg.train.__class__(micro_batch=smallest, global_batch=cfg.train.global_batch)
-            )
-            accumulation(trial, world_size)
-        except UserError as error:
-            yield error
+    try:
+        accumulation(1 if micro == "auto" else int(micro), cfg.train.global_batch, world_size)
+    except UserError as error:
+        yield error
 
 
 def _optim(cfg: Config) -> Iterator[UserError]:
@@ -203,13 +194,7 @@ def _optim(cfg: Config) -> Iterator[UserError]:
             )
 
 
-def _model(cfg: Config, cuda: bool) -> Iterator[UserError]:
-    if cfg.model.dtype is Dtype.fp16 and not cuda:
-        yield UserError(
-            "fp16 trains on GPUs only, and there is none here",
-            "model.dtype",
-            "Try model.dtype=bf16.",
-        )
+def _model(cfg: Config) -> Iterator[UserError]:
     for key in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
         value = getattr(cfg.model, key)
         if value is not None and not 0 <= value < 1:
@@ -249,40 +234,12 @@ def _adapter(cfg: Config) -> Iterator[UserError]:
         )
 
 
-def _zero(cfg: Config, world_size: int) -> Iterator[UserError]:
-    zero = cfg.zero
-    if zero.stage not in STAGES:
+def _rest(cfg: Config) -> Iterator[UserError]:
+    if cfg.zero.bucket_elements < 1:
         yield UserError(
-            f"zero.stage = {zero.stage} is none of auto, 0, 1, 2, 3", remedy="Try zero=auto."
-        )
-    if zero.bucket_elements < 1:
-        yield UserError(
-            f"zero.bucket_elements = {zero.bucket_elements} must be at least 1",
+            f"zero.bucket_elements = {cfg.zero.bucket_elements} must be at least 1",
             remedy="Try zero.bucket_elements=50000000.",
         )
-    if zero.stage == 0 and zero.offload_optimizer is not Offload.none:
-        yield UserError(
-            "zero.offload_optimizer needs stage 1, 2 or 3", "zero.stage=0", "Try zero=stage1."
-        )
-    if zero.stage in (0, 1, 2) and zero.offload_params is not Offload.none:
-        yield UserError(
-            "zero.offload_params needs stage 3", f"zero.stage={zero.stage}", "Try zero=stage3."
-        )
-    if zero.stage in (1, 2) and zero.offload_optimizer is Offload.nvme:
-        yield UserError(
-            "zero.offload_optimizer=nvme needs stage 3; below it DeepSpeed would take the host instead",
-            f"zero.stage={zero.stage}",
-            "Try zero=stage3, or zero.offload_optimizer=cpu.",
-        )
-    if Offload.nvme in (zero.offload_optimizer, zero.offload_params) and not zero.nvme_path:
-        yield UserError(
-            "nvme offload needs a folder on a local disk",
-            "zero.nvme_path",
-            "Try zero.nvme_path=/local_nvme.",
-        )
-
-
-def _rest(cfg: Config) -> Iterator[UserError]:
     if not re.fullmatch(r"[\w][\w.-]*", cfg.name):
         yield UserError(
             f"name = {cfg.name} is part of a path and may only hold letters, digits, '.', '_' and '-'",

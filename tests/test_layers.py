@@ -23,7 +23,7 @@ ARROWS = {
     "files": "errors",
     "assets": "errors",
     "data": "assets config errors files",
-    "planning": "config errors files",
+    "planning": "assets config errors files",
     "compose": "config errors",
     "reporting": "config errors files",
     "reporting.page": "config errors files reporting",

@@ -16,15 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.data.columns import IGNORE
+from finetune.planning.activations import LOSS_CHUNK, SOFTMAX_ROWS, WEIGHT_ROWS
 
-LOSS_CHUNK = 512
-"""Rows (tokens) whose logits exist at once, unless all of them take less than a sum of the head's gradient would."""
-SOFTMAX_ROWS = {"cpu": 16, "cuda": 256}
-"""Rows whose fp32 probabilities exist at once; on a CPU they stay in its cache."""
 TINY = 1e-30
 """A probability whose logarithm is not taken: fp32 loses digits near its end, and then has 0."""
-WEIGHT_ROWS = 6400
-"""Rows of the head whose gradient from one chunk exists at once, before it is added to the fp32 sum."""
 
 
 class LMHead(nn.Linear):

@@ -23,11 +23,12 @@ from finetune.planning.job import Job
 from finetune.planning.shape import adapter_targets
 
 LOSS_CHUNK = 512
-"""Tokens whose logits exist at once (gptj/loss.py)."""
-SOFTMAX_ROWS = {True: 256, False: 16}
-"""Tokens whose fp32 probabilities exist at once, on a GPU and on a CPU (gptj/loss.py)."""
+"""Rows (tokens) whose logits exist at once, unless all of them take less than a sum of the head's
+gradient would."""
+SOFTMAX_ROWS = {"cpu": 16, "cuda": 256}
+"""Rows whose fp32 probabilities exist at once; on a CPU they stay in its cache."""
 WEIGHT_ROWS = 6400
-"""Rows of the head's weight gradient that one chunk makes at once (gptj/loss.py)."""
+"""Rows of the head whose gradient from one chunk exists at once, before it is added to the fp32 sum."""
 
 
 class Activations(NamedTuple):
@@ -49,13 +50,31 @@ class Activations(NamedTuple):
 
 def activations(job: Job) -> Activations:
     element, d, inner = job.work.element_bytes, job.shape.n_embd, job.shape.n_inner
+    targets = (
+        adapter_targets(job.adapter) if isinstance(job.adapter, (LoraConfig, Ia3Config)) else []
+    )
     stream = element * job.tokens * d
-    block = job.tokens * (element * _block_elements(job) + 4 * _block_fp32(job))
-    each = {True: stream, "offload": 0 if job.on_gpu else stream}.get(job.work.checkpointing, block)
-    layers = job.shape.n_layer * each - _unneeded(job)
+    # Selective checkpointing recomputes fc_out's input, where the gradient of a weight needs it.
+    needs_gelu = job.full or (isinstance(job.adapter, LoraConfig) and "fc_out" in targets)
+    rebuilt = inner if needs_gelu and job.work.checkpointing == "selective" else 0
+    # In fp32: the log-sum-exp of each head, and mean and deviation of the layer norm.
+    elements = _block_elements(job, targets) - rebuilt
+    block = job.tokens * (element * elements + 4 * (job.shape.n_head + 2))
+
+    kept = block
+    if job.work.checkpointing is True:
+        kept = stream
+    elif job.work.checkpointing == "offload":
+        kept = 0 if job.on_gpu else stream
+    layers = job.shape.n_layer * kept
+    if targets and not job.work.rebuilds:
+        # Nothing before the first adapter needs a gradient: the first block keeps neither x nor,
+        # unless it is adapted, the GELU's input.
+        layers -= element * job.tokens * (d + (0 if "fc_in" in targets else inner))
     # Input of the last norm, gradient of the loss with respect to its output, and the rotary table.
     ends = 2 * stream + 4 * job.tokens * job.shape.rotary_dim
-    transient = element * job.tokens * (inner + _made_again(job) + (2 if job.full else 3) * d)
+
+    transient = element * job.tokens * (inner + rebuilt + (2 if job.full else 3) * d)
     head_gradient = element * job.shape.vocab_size * d if job.full and job.shape.head == "lm" else 0
     # Evaluation: input, norm and attention output of a block, and the MLP's two wide tensors;
     # logits in chunks.
@@ -64,42 +83,30 @@ def activations(job: Job) -> Activations:
     return Activations(layers + ends, block, transient, loss_bytes(job), head_gradient, evaluation)
 
 
-def _unneeded(job: Job) -> int:
-    """Return the bytes that the first block need not keep: x and the GELU's input.
+def _block_elements(job: Job, targets: list[str]) -> int:
+    """Return the elements that one block keeps per token without checkpointing.
 
-    Nothing before the first adapter needs a gradient.
+    Args:
+        targets: linear modules with an adapter of their own.
     """
-    if job.work.rebuilds or not isinstance(job.adapter, (LoraConfig, Ia3Config)):
-        return 0
-    gelu = 0 if "fc_in" in adapter_targets(job.adapter) else job.shape.n_inner
-    return job.work.element_bytes * job.tokens * (job.shape.n_embd + gelu)
-
-
-def _block_elements(job: Job) -> int:
-    """Return the number of elements that one block keeps per token."""
     d, inner, adapter = job.shape.n_embd, job.shape.n_inner, job.adapter
-    joined = d if job.work.packing and not job.on_gpu and _reads_attention(job) else 0
+    # On a CPU, documents of different lengths are attended to one by one, and if `out_proj` keeps
+    # its input, joining them takes one more tensor; the GPU kernel handles them all at once.
+    reads_attention = job.full or "out_proj" in targets
+    joined = d if job.work.packing and not job.on_gpu and reads_attention else 0
     if isinstance(adapter, FullConfig):
-        return 6 * d + 2 * inner + joined - _made_again(job)
+        return 6 * d + 2 * inner + joined
     elements = 5 * d + inner + joined  # x, q, k, v, attention output, input of the GELU
     if isinstance(adapter, LoraConfig):
-        elements += _lora_elements(job, adapter) - _made_again(job)
-    if isinstance(adapter, Ia3Config):  # each rescaled activation is kept as it was before
-        elements += sum(
-            {"fc_out": inner, "fc_in": inner}.get(name, d) for name in adapter_targets(adapter)
-        )
+        # The adapters' inputs and rank-sized intermediates. Dropout and DoRA keep copies.
+        reads_norm = any(name in targets for name in ("q_proj", "k_proj", "v_proj", "fc_in"))
+        elements += adapter.rank * len(targets) + d * reads_norm + inner * ("fc_out" in targets)
+        for name in targets:
+            out_features, in_features = job.shape.linear_shape(name)
+            elements += in_features * (adapter.dropout > 0) + 2 * out_features * adapter.dora
+    elif isinstance(adapter, Ia3Config):  # each rescaled activation is kept as it was before
+        elements += sum(inner if name in ("fc_in", "fc_out") else d for name in targets)
     return elements
-
-
-def _made_again(job: Job) -> int:
-    """Return the elements per token that selective checkpointing recomputes.
-
-    This is `fc_out`'s input, if the gradient of a weight needs it.
-    """
-    needed = job.full or (
-        isinstance(job.adapter, LoraConfig) and "fc_out" in adapter_targets(job.adapter)
-    )
-    return job.shape.n_inner if needed and job.work.checkpointing == "selective" else 0
 
 
 def offloaded_bytes(job: Job) -> int:
@@ -112,40 +119,6 @@ def offloaded_bytes(job: Job) -> int:
 def power_of_two(size: int) -> int:
     """Round up to a power of two, the size in which page-locked blocks are allocated."""
     return 1 << (size - 1).bit_length() if size else 0
-
-
-def _reads_attention(job: Job) -> bool:
-    """Tell whether `out_proj` keeps its input.
-
-    On a CPU, documents of different lengths are attended to one by one, and joining them takes one
-    more tensor; the GPU kernel handles them all at once.
-    """
-    adapter = job.adapter
-    return job.full or (
-        isinstance(adapter, (LoraConfig, Ia3Config)) and "out_proj" in adapter_targets(adapter)
-    )
-
-
-def _lora_elements(job: Job, adapter: LoraConfig) -> int:
-    """Return the elements per token of the adapters' inputs and their rank-sized intermediates.
-
-    Dropout and DoRA keep copies of their own.
-    """
-    d, inner, targets = job.shape.n_embd, job.shape.n_inner, adapter_targets(adapter)
-    reads_norm = any(name in targets for name in ("q_proj", "k_proj", "v_proj", "fc_in"))
-    elements = adapter.rank * len(targets) + d * reads_norm + inner * ("fc_out" in targets)
-    for name in targets:
-        out_features, in_features = job.shape.linear_shape(name)
-        elements += in_features * (adapter.dropout > 0) + 2 * out_features * adapter.dora
-    return elements
-
-
-def _block_fp32(job: Job) -> int:
-    """Return the fp32 numbers that one block keeps per token.
-
-    These are the log-sum-exp of each head, and mean and deviation of the layer norm.
-    """
-    return job.shape.n_head + 2
 
 
 def loss_bytes(job: Job) -> int:
@@ -178,5 +151,6 @@ def _logits_bytes(job: Job, tokens: int) -> int:
     The gradient overwrites the logits, some rows at a time in fp32.
     """
     return job.shape.vocab_size * (
-        job.work.element_bytes * tokens + 4 * min(tokens, SOFTMAX_ROWS[job.on_gpu])
+        job.work.element_bytes * tokens
+        + 4 * min(tokens, SOFTMAX_ROWS["cuda" if job.on_gpu else "cpu"])
     )

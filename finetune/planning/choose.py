@@ -9,11 +9,11 @@ advice on what to change.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Optional
 
-from finetune.config import Config, Dtype, LoraConfig, Offload
-from finetune.errors import UserError, gib
+from finetune.config import Config, LoraConfig, Offload, ZeroConfig
+from finetune.errors import gib
 from finetune.planning.estimate import (
     Estimate,
     checkpoint_bytes,
@@ -21,7 +21,7 @@ from finetune.planning.estimate import (
     export_bytes,
     load_host_bytes,
 )
-from finetune.planning.job import Job, Option, Work
+from finetune.planning.job import Job, Option, Work, sharding_problems
 from finetune.planning.machine import GIB, Machine
 from finetune.planning.shape import ModelShape
 
@@ -31,17 +31,17 @@ class Plan:
     chosen: Estimate
     machine: Machine
     job: Job
-    """What the chosen option was computed from, its micro-batch included."""
+    """The input of the chosen option's estimate, its micro-batch included."""
     options: list[Estimate]
     parameters: dict[str, int]
     max_micro_batch: int
-    """Largest micro-batch of the chosen option that divides the global batch; 0: not even one sequence fits."""
+    """Largest micro-batch of the chosen option that divides the global batch; 0: none fits."""
     checkpoint_bytes: int
     export_bytes: int
     load_host_bytes: int
     """Host memory of one node while weights are read."""
     reason: str
-    advice: list[str] = field(default_factory=list)
+    advice: list[str]
     """Overrides that make it fit, or that it has room for, each with its numbers."""
 
     @property
@@ -58,22 +58,11 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the object of plan.json and of `plan.format=json`."""
-        option, machine = self.chosen.option, self.machine
+        chosen = self.chosen.to_json()
         return {
             "fits": self.fits,
-            "chosen": {
-                "zero": option.zero,
-                "offload_optimizer": option.offload_optimizer,
-                "offload_params": option.offload_params,
-            },
-            "machine": {
-                "name": machine.name,
-                "gpus": machine.gpus,
-                "gpus_per_node": machine.gpus_per_node,
-                "gpu_bytes": machine.gpu_bytes,
-                "host_bytes": machine.host_bytes,
-                "disk_bytes": machine.disk_bytes,
-            },
+            "chosen": {key: chosen[key] for key in ("zero", "offload_optimizer", "offload_params")},
+            "machine": asdict(self.machine),
             "options": [option.to_json() for option in self.options],
             "parameters": self.parameters,
             "world_size": self.job.world_size,
@@ -94,13 +83,27 @@ def plan(cfg: Config, machine: Machine, shape: ModelShape, world_size: int) -> P
     Raises:
         UserError: the configuration asks for something that DeepSpeed cannot do.
     """
-
-    refuse(cfg, machine)
-    auto = cfg.train.micro_batch == "auto"
+    for problem in sharding_problems(cfg, machine.gpus > 0):
+        raise problem
     job = build_job(cfg, machine, shape, world_size)
-    wanted = wanted_options(cfg, job)
-    chosen, job = choose(job, wanted, auto)
+    wanted = wanted_options(cfg.zero, job)
+    chosen, job = choose(job, wanted, cfg.train.micro_batch == "auto")
     listed = dict.fromkeys([*all_options(job, cfg.zero.nvme_path), *wanted])
+
+    before = wanted[: wanted.index(chosen.option)]
+    if cfg.zero.stage != "auto":
+        verdict = "fits" if chosen.fits else "does not fit"
+        reason = f"zero.stage={cfg.zero.stage} was asked for; it {verdict}."
+    elif not chosen.fits:
+        reason = f"No option fits; {chosen.option} comes closest ({missing(job, chosen)})."
+    elif not before:
+        reason = f"{chosen.option} is the fastest and fits."
+    else:
+        faster = estimate(job, before[-1])
+        reason = (
+            f"{chosen.option} is the fastest that fits; {faster.option} is faster but does not "
+            f"({missing(job, faster)})."
+        )
     return Plan(
         chosen=chosen,
         machine=machine,
@@ -111,8 +114,8 @@ def plan(cfg: Config, machine: Machine, shape: ModelShape, world_size: int) -> P
         checkpoint_bytes=checkpoint_bytes(job),
         export_bytes=export_bytes(job),
         load_host_bytes=load_host_bytes(job, chosen.option),
-        reason=_reason(cfg, job, chosen, wanted),
-        advice=advise(cfg, job, chosen),
+        reason=reason,
+        advice=room(job, chosen) if chosen.fits else remedies(cfg.zero, job, chosen),
     )
 
 
@@ -122,29 +125,26 @@ def build_job(cfg: Config, machine: Machine, shape: ModelShape, world_size: int)
     `train.micro_batch=auto` starts from one sequence.
     """
     train = cfg.train
-    micro = 1 if train.micro_batch == "auto" else int(train.micro_batch)
-    work = Work(
-        micro,
-        cfg.task.max_length,
-        1,
-        cfg.model.dtype.value,
-        train.packing,
-        train.activation_checkpointing,
-    )
-    kept = cfg.checkpoint.keep + 1 if cfg.checkpoint.every else 1
-    evaluated = train.eval_batch * cfg.task.max_length if cfg.data.eval else 0
+    micro_batch = 1 if train.micro_batch == "auto" else int(train.micro_batch)
     job = Job(
         shape,
         cfg.adapter,
-        work,
+        Work(
+            micro_batch=micro_batch,
+            max_length=cfg.task.max_length,
+            accumulation=1,
+            dtype=cfg.model.dtype.value,
+            packing=train.packing,
+            checkpointing=train.activation_checkpointing,
+        ),
         world_size,
         machine,
         train.global_batch,
         cfg.zero.bucket_elements,
-        evaluated,
-        kept,
+        eval_tokens=train.eval_batch * cfg.task.max_length if cfg.data.eval else 0,
+        checkpoints_kept=cfg.checkpoint.keep + 1 if cfg.checkpoint.every else 1,
     )
-    return job.with_micro_batch(micro)
+    return job.with_micro_batch(micro_batch)
 
 
 def choose(job: Job, wanted: list[Option], auto_micro_batch: bool = False) -> tuple[Estimate, Job]:
@@ -153,172 +153,159 @@ def choose(job: Job, wanted: list[Option], auto_micro_batch: bool = False) -> tu
     The second value is the job that the estimate was computed for.
     """
     for option in wanted:
-        micro = largest_micro_batch(job, option) if auto_micro_batch else job.work.micro_batch
-        if micro is None:
+        micro_batch = largest_micro_batch(job, option) if auto_micro_batch else job.work.micro_batch
+        if micro_batch is None:
             continue
-        candidate = job.with_micro_batch(micro)
-        found = estimate(candidate, option)
-        if found.fits:
-            return found, candidate
-    return min(
-        (estimate(job, option) for option in wanted), key=lambda found: _overshoot(job, found)
-    ), job
+        candidate = job.with_micro_batch(micro_batch)
+        estimated = estimate(candidate, option)
+        if estimated.fits:
+            return estimated, candidate
+
+    def overshoot(estimated: Estimate) -> float:
+        """Return the need for the scarcest memory as a multiple of its size."""
+        machine = job.machine
+        if estimated.short in ("disk", "nvme"):  # no option saves disk, so it ranks behind memory
+            disk = machine.nvme_bytes or 0 if estimated.short == "nvme" else machine.disk_bytes
+            return estimated.disk_bytes / max(1, disk)
+        host = estimated.host_bytes / max(1, machine.host_bytes)
+        return max(host, estimated.gpu_bytes / max(1, machine.gpu_bytes)) if job.on_gpu else host
+
+    return min((estimate(job, option) for option in wanted), key=overshoot), job
 
 
 def largest_micro_batch(job: Job, option: Option) -> Optional[int]:
     """Return the largest divisor of each rank's share of the global batch that fits, or None."""
-    for micro in _divisors(max(1, job.global_batch // job.world_size)):
-        if estimate(job.with_micro_batch(micro), option).fits:
-            return micro
+    share = max(1, job.global_batch // job.world_size)
+    for micro_batch in range(share, 0, -1):
+        if share % micro_batch == 0 and estimate(job.with_micro_batch(micro_batch), option).fits:
+            return micro_batch
     return None
 
 
-def _divisors(number: int) -> Iterator[int]:
-    """Yield the divisors in descending order, so that the first one that fits is the answer."""
-    return (divisor for divisor in range(number, 0, -1) if number % divisor == 0)
-
-
-def _overshoot(job: Job, found: Estimate) -> float:
-    """Return the need for the scarcest memory as a multiple of its size."""
-    if found.short in (
-        "disk",
-        "nvme",
-    ):  # no option saves disk, so it ranks behind memory
-        return found.disk_bytes / max(
-            1, job.machine.nvme_bytes or 0 if found.short == "nvme" else job.machine.disk_bytes
-        )
-    host = found.host_bytes / max(1, job.machine.host_bytes)
-    return max(host, found.gpu_bytes / max(1, job.machine.gpu_bytes)) if job.on_gpu else host
-
-
-def _reason(cfg: Config, job: Job, chosen: Estimate, wanted: list[Option]) -> str:
-    """Return one sentence on why this option was chosen."""
-    if cfg.zero.stage != "auto":
-        return f"zero.stage={cfg.zero.stage} was asked for; it {'fits' if chosen.fits else 'does not fit'}."
-    if not chosen.fits:
-        return f"No option fits; {chosen.option} comes closest ({missing(job, chosen)})."
-    before = wanted[: wanted.index(chosen.option)]
-    if not before:
-        return f"{chosen.option} is the fastest and fits."
-    last = estimate(job, before[-1])
-    return f"{chosen.option} is the fastest that fits; {last.option} is faster but does not ({missing(job, last)})."
-
-
-def missing(job: Job, found: Estimate) -> str:
+def missing(job: Job, misfit: Estimate) -> str:
     """Describe what a misfit lacks, e.g. "it needs 95.20 GiB of 80.00 GiB on the GPU"."""
     machine = job.machine
+    host_bytes = max(misfit.host_bytes, load_host_bytes(job, misfit.option))
     need, have, where = {
-        "gpu": (found.gpu_bytes, machine.gpu_bytes, "on the GPU"),
-        "host": (
-            max(found.host_bytes, load_host_bytes(job, found.option)),
-            machine.host_bytes,
-            "of host memory",
-        ),
-        "disk": (found.disk_bytes, machine.disk_bytes, "on disk"),
-        "nvme": (found.disk_bytes, machine.nvme_bytes or 0, "on nvme"),
-    }.get(found.short, (0, 0, "more"))
+        "gpu": (misfit.gpu_bytes, machine.gpu_bytes, "on the GPU"),
+        "host": (host_bytes, machine.host_bytes, "of host memory"),
+        "disk": (misfit.disk_bytes, machine.disk_bytes, "on disk"),
+        "nvme": (misfit.disk_bytes, machine.nvme_bytes or 0, "on nvme"),
+    }.get(misfit.short, (0, 0, "more"))
     return f"it needs {gib(need)} {where}, there are {gib(have)}"
 
 
-# All options, which of them a configuration allows, and the order in which they are tried.
-#
-# Fastest first, for the reasons given in docs/memory.md. An explicit zero.stage or offload narrows
-# the list.
-REPLICATED = Option(0)
-PLAIN = (Option(1), Option(2), Option(3))
-OPTIMIZER_OFFLOAD = (Option(1, "cpu"), Option(2, "cpu"), Option(3, "cpu"))
-PARAM_OFFLOAD = (Option(3, "none", "cpu"), Option(3, "cpu", "cpu"))
-NVME_OFFLOAD = (Option(3, "nvme"), Option(3, "nvme", "cpu"), Option(3, "nvme", "nvme"))
+# ---------------------------------------------------------------------- options
+
+OPTIONS = (
+    Option(0),
+    Option(1),
+    Option(2),
+    Option(3),
+    Option(1, "cpu"),
+    Option(2, "cpu"),
+    Option(3, "cpu"),
+    Option(3, "none", "cpu"),
+    Option(3, "cpu", "cpu"),
+    Option(3, "nvme"),
+    Option(3, "nvme", "cpu"),
+    Option(3, "nvme", "nvme"),
+)
+"""Every sensible option, the fastest first, for the reasons given in docs/memory.md."""
 TINY_STATES = 0.01
 """An adapter below this share of the model's parameters gains nothing from sharding its states."""
 
 
 def all_options(job: Job, nvme_path: str | None) -> list[Option]:
-    """Return every sensible option.
+    """Return the options that this machine has, fastest first.
 
     Without GPUs the host is the device, so offloading moves nothing.
     """
-    options = [REPLICATED, *PLAIN]
-    if job.on_gpu:
-        options += [*OPTIMIZER_OFFLOAD, *PARAM_OFFLOAD]
-    if job.on_gpu and nvme_path:
-        options += NVME_OFFLOAD
-    return options
+    places = {"none"} | ({"cpu"} if job.on_gpu else set())
+    places |= {"nvme"} if job.on_gpu and nvme_path else set()
+    return [o for o in OPTIONS if {o.offload_optimizer, o.offload_params} <= places]
 
 
-def wanted_options(cfg: Config, job: Job) -> list[Option]:
-    """Return the options that `cfg.zero` allows, fastest first; never empty."""
-    offloads = (cfg.zero.offload_optimizer.value, cfg.zero.offload_params.value)
-    if cfg.zero.stage != "auto":
-        return [Option(int(cfg.zero.stage), *offloads)]
-    order = [option for option in all_options(job, cfg.zero.nvme_path) if option != REPLICATED]
-    if _replicates(job):
-        order.insert(0, REPLICATED)
-    allowed = [option for option in order if _matches(option, *offloads)]
-    return allowed or [Option(3 if offloads[1] != "none" or "nvme" in offloads else 1, *offloads)]
-
-
-def _replicates(job: Job) -> bool:
-    """Tell whether stage 0 is worth trying first.
-
-    With several ranks, it is only if there is next to nothing to shard. Besides, stage 0 sums the
-    gradients of micro-steps in the weights' own precision, so that must be fp32, or there must be a
-    single micro-step.
-    """
+def wanted_options(zero: ZeroConfig, job: Job) -> list[Option]:
+    """Return the options that `zero` allows, fastest first; never empty."""
+    optimizer, params = zero.offload_optimizer.value, zero.offload_params.value
+    if zero.stage != "auto":
+        return [Option(int(zero.stage), optimizer, params)]
+    order = all_options(job, zero.nvme_path)
+    # With several ranks, stage 0 is worth trying only if there is next to nothing to shard. It sums
+    # the gradients of micro-steps in the weights' own precision, so that must be fp32, or there
+    # must be a single micro-step.
     exact = job.work.accumulation == 1 or job.work.element_bytes == 4
     tiny = job.shape.trainable(job.adapter) < TINY_STATES * job.shape.parameters()
-    return exact and (job.world_size == 1 or tiny)
+    if not exact or not (job.world_size == 1 or tiny):
+        order.remove(Option(0))
+    # `none` is also the default, so it constrains nothing; anything else was asked for.
+    allowed = [
+        option
+        for option in order
+        if optimizer in ("none", option.offload_optimizer)
+        and params in ("none", option.offload_params)
+    ]
+    stage = 3 if params != "none" or optimizer == "nvme" else 1
+    return allowed or [Option(stage, optimizer, params)]
 
 
-def _matches(option: Option, optimizer: str, params: str) -> bool:
-    """Tell whether an option has the requested offloading.
+# ---------------------------------------------------------------------- advice
 
-    `none` is also the default, so it constrains nothing; anything else was asked for.
-    """
-    return optimizer in ("none", option.offload_optimizer) and params in (
-        "none",
-        option.offload_params,
-    )
-
-
-def refuse(cfg: Config, machine: Machine) -> None:
-    """Raise UserError for anything that DeepSpeed cannot do."""
-    zero = cfg.zero
-    if cfg.model.dtype is Dtype.fp16 and machine.gpus == 0:
-        raise UserError(
-            "fp16 training needs a GPU", "model.dtype", "Try model.dtype=bf16 or model.dtype=fp32."
-        )
-    if zero.stage not in ("auto", 3, "3") and zero.offload_params is not Offload.none:
-        raise UserError(
-            f"zero.offload_params={zero.offload_params.value} needs stage 3, not {zero.stage}",
-            "",
-            "Try zero=stage3.",
-        )
-    if zero.stage in (0, "0") and zero.offload_optimizer is not Offload.none:
-        raise UserError(
-            "stage 0 cannot offload the optimizer", "zero.offload_optimizer", "Try zero=stage1."
-        )
-    if zero.stage not in ("auto", 3, "3") and zero.offload_optimizer is Offload.nvme:
-        raise UserError(
-            f"zero.offload_optimizer=nvme needs stage 3, not {zero.stage}",
-            "",
-            "Try zero=stage3, or offload it to cpu.",
-        )
-    if Offload.nvme in (zero.offload_optimizer, zero.offload_params) and not zero.nvme_path:
-        raise UserError(
-            "nvme offload needs a folder", "zero.nvme_path", "Try zero.nvme_path=/local/nvme."
-        )
-
-
-# Advice: overrides that make a misfit fit, or that a fitting plan has room for, with their numbers.
-#
 # Every piece of advice is planned, not guessed: the job is changed, all options are estimated
 # again, and only what fits is returned.
 MOST_GPUS = 256
 
 
-def advise(cfg: Config, job: Job, chosen: Estimate) -> list[str]:
-    return list(_room(job, chosen)) if chosen.fits else list(_remedies(cfg, job))
+def room(job: Job, chosen: Estimate) -> list[str]:
+    """Return the overrides that a fitting plan could still afford, with their numbers."""
+    advice = []
+    micro_batch = largest_micro_batch(job, chosen.option)
+    if micro_batch and micro_batch > job.work.micro_batch:
+        advice.append(f"train.micro_batch={micro_batch} fits too")
+    if job.work.rebuilds:
+        for kind, gain in ((False, "saves a forward"), ("selective", "saves nearly a forward")):
+            work = replace(job.work, checkpointing=kind)
+            lighter = estimate(replace(job, work=work), chosen.option)
+            if lighter.fits:
+                words = f"train.activation_checkpointing={str(kind).lower()}"
+                advice.append(f"{words} fits too ({_numbers(job, lighter)}) and {gain}")
+                break
+    return advice
+
+
+def remedies(zero: ZeroConfig, job: Job, misfit: Estimate) -> list[str]:
+    """Return the overrides that make a misfit fit, cheapest first, with their numbers."""
+    if misfit.short in ("disk", "nvme"):  # no change to the run shrinks what it must write
+        return [f"free disk space: {missing(job, misfit)}"]
+    advice = []
+    for overrides, changed in _changes(job):
+        if best := _best(zero, changed):
+            advice.append(f"{overrides}: {best.option}, {_numbers(changed, best)}")
+    if not job.on_gpu:
+        # The smallest memory that is enough without other changes, in whole GiB.
+        unlimited = replace(job, machine=replace(job.machine, host_bytes=2**60))
+        need = {
+            option: max(estimate(unlimited, option).host_bytes, load_host_bytes(unlimited, option))
+            for option in wanted_options(_auto(zero), unlimited)
+        }
+        least = min(need, key=lambda option: need[option])
+        host_gib = -(-need[least] // GIB)
+        advice.append(f"machine.host_gib={host_gib} (free, on such a machine): {least}")
+        advice.append(
+            "debug=tiny: the same command with the tiny GPT-J that ships with the project"
+        )
+        return advice
+    # The smallest number of GPUs like these that is enough without any other change.
+    gpus, per_node = job.machine.gpus + 1, max(8, job.machine.gpus_per_node)
+    while gpus <= MOST_GPUS:
+        machine = replace(job.machine, gpus=gpus, gpus_per_node=min(gpus, per_node))
+        bigger = replace(job, machine=machine).with_ranks(gpus)
+        if best := _best(zero, bigger):
+            advice.append(f"machine.gpus={gpus}: {best.option}, {_numbers(bigger, best)} each")
+            break
+        gpus += 1 if gpus < 8 else 8
+    return advice
 
 
 def after_overflow(
@@ -326,169 +313,90 @@ def after_overflow(
 ) -> list[tuple[str, str]]:
     """Return (overrides, numbers) to try after memory ran out, the cheapest change first.
 
+    First another way to shard, then a smaller micro-batch, then what changes the run.
+
     Args:
         gpu_bytes, host_bytes: limit for predictions, lower than the machine's; None: the machine's.
     """
-    machine = planned.machine
-    less = replace(machine, gpu_bytes=min(machine.gpu_bytes, gpu_bytes or machine.gpu_bytes),
-                   host_bytes=min(machine.host_bytes, host_bytes or machine.host_bytes))  # fmt: skip
+    machine, option = planned.machine, planned.chosen.option
+    less = replace(
+        machine,
+        gpu_bytes=min(machine.gpu_bytes, gpu_bytes or machine.gpu_bytes),
+        host_bytes=min(machine.host_bytes, host_bytes or machine.host_bytes),
+    )
     job = replace(planned.job, machine=less)
-    found = []
-    for overrides, changed in _smaller(cfg, job, planned):
-        best = _best(cfg, changed)
-        if best and _words(best.option) != _words(planned.chosen.option):
+    changes = [("", job)]
+    micro_batch = largest_micro_batch(job, option)
+    if micro_batch and micro_batch < job.work.micro_batch:
+        changes.append((f"train.micro_batch={micro_batch}", job.with_micro_batch(micro_batch)))
+    changes += [change for change in _changes(job) if change[0] != "zero=auto"]
+
+    smaller = []
+    for overrides, changed in changes:
+        best = _best(cfg.zero, changed)
+        if best and best.option != option:
             overrides = f"{overrides} {_words(best.option)}".strip()
         if best and overrides:
-            found.append((overrides, _numbers(changed, best)))
-    return found
+            smaller.append((overrides, _numbers(changed, best)))
+    return smaller
 
 
-def _smaller(cfg: Config, job: Job, planned: Plan) -> Iterator[tuple[str, Job]]:
-    """Yield another way to shard, then a smaller micro-batch, then what changes the run."""
-    yield "", job
-    micro = largest_micro_batch(job, planned.chosen.option)
-    if micro and micro < job.work.micro_batch:
-        yield f"train.micro_batch={micro}", job.with_micro_batch(micro)
-    yield from (change for change in _changes(cfg, job) if change[0] != "zero=auto")
+def _changes(job: Job) -> Iterator[tuple[str, Job]]:
+    """Yield (overrides, changed job): single changes, then with a smaller batch and checkpointing."""
+    work = job.work
+
+    def with_work(**changes: Any) -> Job:
+        return replace(job, work=replace(work, **changes))
+
+    lighter, lora = with_work(checkpointing=True), LoraConfig()
+    kept, split, half = not work.rebuilds, work.micro_batch > 1, work.max_length // 2
+    key = "train.activation_checkpointing"
+    for applies, overrides, changed in (
+        (True, "zero=auto", job),
+        (not work.checkpointing, f"{key}=selective", with_work(checkpointing="selective")),
+        (kept, f"{key}=true", lighter),
+        (
+            work.checkpointing is True and job.on_gpu,
+            f"{key}=offload",
+            with_work(checkpointing="offload"),
+        ),
+        (split, "train.micro_batch=1", job.with_micro_batch(1)),
+        (work.max_length > 512, f"task.max_length={half}", with_work(max_length=half)),
+        (job.full, "adapter=lora", replace(job, adapter=lora)),
+        (job.full and kept, f"adapter=lora {key}=true", replace(lighter, adapter=lora)),
+        (split and kept, f"{key}=true train.micro_batch=1", lighter.with_micro_batch(1)),
+        (
+            job.full and split,
+            f"adapter=lora {key}=true train.micro_batch=1",
+            replace(lighter, adapter=lora).with_micro_batch(1),
+        ),
+    ):
+        if applies:
+            yield overrides, changed
+
+
+def _best(zero: ZeroConfig, job: Job) -> Optional[Estimate]:
+    """Return the first option that fits, whatever the configuration asks for; None: none does."""
+    best, _ = choose(job, wanted_options(_auto(zero), job))
+    return best if best.fits else None
+
+
+def _auto(zero: ZeroConfig) -> ZeroConfig:
+    return replace(zero, stage="auto", offload_optimizer=Offload.none, offload_params=Offload.none)
 
 
 def _words(option: Option) -> str:
-    offloads = (
-        ("offload_optimizer", option.offload_optimizer),
-        ("offload_params", option.offload_params),
-    )
-    return " ".join(
-        [
-            f"zero={option.zero}",
-            *(f"zero.{key}={place}" for key, place in offloads if place != "none"),
-        ]
-    )
-
-
-def _room(job: Job, chosen: Estimate) -> Iterator[str]:
-    """Yield the changes that a fitting plan could still afford."""
-    micro = largest_micro_batch(job, chosen.option)
-    if micro and micro > job.work.micro_batch:
-        yield f"train.micro_batch={micro} fits too"
-    for kind, gain in ((False, "saves a forward"), ("selective", "saves nearly a forward")):
-        if job.work.rebuilds:
-            lighter = _estimate(
-                replace(job, work=replace(job.work, checkpointing=kind)), [chosen.option]
-            )
-            if lighter:
-                yield f"train.activation_checkpointing={str(kind).lower()} fits too ({_numbers(job, lighter)}) and {gain}"
-                return
-
-
-def _remedies(cfg: Config, job: Job) -> Iterator[str]:
-    """Yield single changes, cheapest first.
-
-    Then yield the same ones with a smaller batch and checkpointing.
-    """
-    chosen, _ = choose(job, wanted_options(cfg, job))
-    if chosen.short in ("disk", "nvme"):  # no change to the run shrinks what it must write
-        yield f"free disk space: {missing(job, chosen)}"
-        return
-    for overrides, changed in _changes(cfg, job):
-        found = _best(cfg, changed)
-        if found:
-            yield f"{overrides}: {found.option}, {_numbers(changed, found)}"
-    if job.on_gpu:
-        gpus = _enough_gpus(cfg, job)
-        if gpus:
-            yield gpus
-    else:
-        yield _enough_memory(cfg, job)
-        yield "debug=tiny: the same command with the tiny GPT-J that ships with the project"
-
-
-def _changes(cfg: Config, job: Job) -> Iterator[tuple[str, Job]]:
-    work = job.work
-    lighter = replace(job, work=replace(work, checkpointing=True))
-    yield "zero=auto", job
-    if not work.checkpointing:
-        yield (
-            "train.activation_checkpointing=selective",
-            replace(job, work=replace(work, checkpointing="selective")),
-        )
-    if not work.rebuilds:
-        yield "train.activation_checkpointing=true", lighter
-    if work.checkpointing is True and job.on_gpu:
-        yield (
-            "train.activation_checkpointing=offload",
-            replace(job, work=replace(work, checkpointing="offload")),
-        )
-    if work.micro_batch > 1:
-        yield "train.micro_batch=1", job.with_micro_batch(1)
-    if work.max_length > 512:
-        yield (
-            f"task.max_length={work.max_length // 2}",
-            replace(job, work=replace(work, max_length=work.max_length // 2)),
-        )
-    if job.full:
-        yield "adapter=lora", replace(job, adapter=LoraConfig())
-    if job.full and not work.rebuilds:
-        yield (
-            "adapter=lora train.activation_checkpointing=true",
-            replace(lighter, adapter=LoraConfig()),
-        )
-    if work.micro_batch > 1 and not work.rebuilds:
-        yield "train.activation_checkpointing=true train.micro_batch=1", lighter.with_micro_batch(1)
-    if job.full and work.micro_batch > 1:
-        yield (
-            "adapter=lora train.activation_checkpointing=true train.micro_batch=1",
-            replace(lighter, adapter=LoraConfig()).with_micro_batch(1),
-        )
-
-
-def _best(cfg: Config, job: Job) -> Optional[Estimate]:
-    return _estimate(job, _auto_options(cfg, job))
-
-
-def _auto_options(cfg: Config, job: Job) -> list[Option]:
-    """Return every option that `zero=auto` would try, whatever the configuration asks for."""
-    free = replace(
-        cfg.zero, stage="auto", offload_optimizer=Offload.none, offload_params=Offload.none
-    )
-    return wanted_options(replace(cfg, zero=free), job)
-
-
-def _estimate(job: Job, options: list[Option]) -> Optional[Estimate]:
-    found, _ = choose(job, options)
-    return found if found.fits else None
-
-
-def _enough_gpus(cfg: Config, job: Job) -> Optional[str]:
-    """Return the smallest number of GPUs like these that is enough without any other change."""
-    gpus = job.machine.gpus + 1
-    while gpus <= MOST_GPUS:
-        machine = replace(
-            job.machine, gpus=gpus, gpus_per_node=min(gpus, max(8, job.machine.gpus_per_node))
-        )
-        bigger = replace(job, machine=machine).with_ranks(gpus)
-        found = _best(cfg, bigger)
-        if found:
-            return f"machine.gpus={gpus}: {found.option}, {_numbers(bigger, found)} each"
-        gpus += 1 if gpus < 8 else 8
-    return None
-
-
-def _enough_memory(cfg: Config, job: Job) -> str:
-    """Return the smallest memory of a machine without GPUs that is enough without other changes.
-
-    The memory is given in whole GiB.
-    """
-    unlimited = replace(job, machine=replace(job.machine, host_bytes=2**60))
-    options = {option: estimate(unlimited, option) for option in _auto_options(cfg, unlimited)}
-    need = {
-        option: max(found.host_bytes, load_host_bytes(unlimited, option))
-        for option, found in options.items()
+    """Return the overrides that ask for an option."""
+    offloads = {
+        "offload_optimizer": option.offload_optimizer,
+        "offload_params": option.offload_params,
     }
-    least = min(need, key=lambda option: need[option])
-    return f"machine.host_gib={-(-need[least] // GIB)} (free, on such a machine): {least}"
+    words = [f"zero.{key}={place}" for key, place in offloads.items() if place != "none"]
+    return " ".join([f"zero={option.zero}", *words])
 
 
-def _numbers(job: Job, found: Estimate) -> str:
+def _numbers(job: Job, estimated: Estimate) -> str:
+    host, limits = gib(estimated.host_bytes), job.machine
     if not job.on_gpu:
-        return f"{gib(found.host_bytes)} of {gib(job.machine.host_bytes)}"
-    return f"{gib(found.gpu_bytes)} of {gib(job.machine.gpu_bytes)} per GPU, host {gib(found.host_bytes)}"
+        return f"{host} of {gib(limits.host_bytes)}"
+    return f"{gib(estimated.gpu_bytes)} of {gib(limits.gpu_bytes)} per GPU, host {host}"

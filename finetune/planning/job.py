@@ -1,22 +1,25 @@
-"""The values a plan is computed from: what is trained, on how many ranks, with which batch, and the options of ZeRO.
+"""The values a plan is computed from: what is trained, on how many ranks, with which batch.
 
-Plain frozen dataclasses, so that "what if" is `dataclasses.replace` and nothing here reads a config or a machine.
+Plain frozen dataclasses, so that "what if" is `dataclasses.replace`. Also the rules on batch sizes,
+stages and offload that a config must follow.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, prod
 from typing import Optional, Union
 
-from finetune.config import AdapterConfig, Config, FullConfig, PrefixConfig, PromptConfig
+from finetune.config import AdapterConfig, Config, Dtype, FullConfig, Offload, PromptConfig
 from finetune.errors import UserError
 from finetune.planning import parameter_groups
 from finetune.planning.machine import Machine
 from finetune.planning.shape import ModelShape
 
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+STAGES = ("auto", 0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Work:
 
     @property
     def accumulation_bytes(self) -> int:
-        """bf16 gradients are summed over micro-steps in fp32, fp16 ones with loss scaling as they are."""
+        """Bytes of a summed gradient: fp32 for bf16 over several micro-steps, else the model's."""
         return 4 if self.accumulation > 1 and self.dtype == "bf16" else self.element_bytes
 
 
@@ -90,11 +93,11 @@ class Job:
     """Checkpoints on disk at once, one being written included."""
 
     def with_micro_batch(self, micro_batch: int) -> Job:
-        """The same optimizer step in larger or smaller bites."""
+        """Return the same optimizer step in larger or smaller micro-batches."""
         return self.with_ranks(self.world_size, micro_batch)
 
     def with_ranks(self, world_size: int, micro_batch: Optional[int] = None) -> Job:
-        """The same optimizer step on more or fewer ranks; accumulation follows."""
+        """Return the same optimizer step on more or fewer ranks; accumulation follows."""
         micro = micro_batch or self.work.micro_batch
         accumulation = max(1, self.global_batch // (micro * world_size))
         return replace(
@@ -119,21 +122,17 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one forward of one rank; prompt tuning puts its trained tokens before every row."""
+        """Tokens of one forward of one rank, with those that prompt tuning adds to every row."""
         virtual = self.adapter.virtual_tokens if isinstance(self.adapter, PromptConfig) else 0
         return self.work.micro_batch * (self.work.max_length + virtual)
 
-    @property
-    def prefix_tokens(self) -> int:
-        """Trained key/value pairs that prefix tuning adds to every row of every layer."""
-        virtual = self.adapter.virtual_tokens if isinstance(self.adapter, PrefixConfig) else 0
-        return self.work.micro_batch * virtual
-
     @cached_property
     def trainable_groups(self) -> list[list[int]]:
-        """Elements of the trained tensors, split as the optimizer's parameter groups are: with weight decay
-        (matrices) and without (biases, norms), each cut by `parameter_groups`. Order and split decide the padding of ZeRO's
-        flat buffers."""
+        """Elements of the trained tensors, by parameter group of the optimizer.
+
+        Groups are those with weight decay (matrices) and without (biases, norms), each cut by
+        `parameter_groups`. Order and split decide the padding of ZeRO's flat buffers.
+        """
         shapes = [shape for _, shape in self.shape.trainable_tensors(self.adapter)]
         kinds = [[prod(s) for s in shapes if len(s) >= 2], [prod(s) for s in shapes if len(s) < 2]]
         return [
@@ -141,36 +140,74 @@ class Job:
         ]
 
     @cached_property
-    def frozen_numels(self) -> list[int]:
-        """Elements of the untrained tensors; a head that an adapter trains is kept once more, untrained."""
-        return [prod(shape) for _, shape in self.shape.frozen_tensors(self.adapter)]
+    def trained_numels(self) -> list[int]:
+        """Elements of the trained tensors."""
+        return [numel for group in self.trainable_groups for numel in group]
 
-    def largest_trainable(self) -> int:
-        return max((max(group) for group in self.trainable_groups), default=0)
+    @cached_property
+    def frozen_numels(self) -> list[int]:
+        """Elements of the untrained tensors: with an adapter the whole model, its head included."""
+        return [] if self.full else [prod(shape) for _, shape in self.shape.tensors()]
 
 
 def padded(numel: int, multiple: int) -> int:
-    """`numel` rounded up to a multiple."""
+    """Round `numel` up to a multiple."""
     return ceil(numel / multiple) * multiple
 
 
-def accumulation(cfg: Config, world_size: int) -> int:
-    """Micro-batches per optimizer step and rank: global_batch / (micro_batch x ranks).
+def accumulation(micro_batch: int, global_batch: int, world_size: int) -> int:
+    """Return the micro-batches per optimizer step and rank.
+
+    That is global_batch / (micro_batch x ranks).
 
     Raises:
         UserError: it is not a whole number.
     """
-    micro, ranks, total = int(cfg.train.micro_batch), world_size, cfg.train.global_batch
-    if total % (micro * ranks):
-        near = max(1, round(total / (micro * ranks))) * micro * ranks
-        raise UserError(
-            f"train.global_batch = {total} is not a multiple of train.micro_batch x ranks = {micro} x {ranks} = "
-            f"{micro * ranks}",
-            remedy=f"Try train.global_batch={near}" + _smaller_micro(total, ranks, micro) + ".",
+    at_once = micro_batch * world_size
+    if global_batch % at_once == 0:
+        return global_batch // at_once
+    near = max(1, round(global_batch / at_once)) * at_once
+    remedy = f"Try train.global_batch={near}"
+    divisors = (m for m in range(micro_batch, 0, -1) if global_batch % (m * world_size) == 0)
+    if smaller := next(divisors, None):
+        remedy += f", or train.micro_batch={smaller}"
+    raise UserError(
+        f"train.global_batch = {global_batch} is not a multiple of train.micro_batch x ranks = "
+        f"{micro_batch} x {world_size} = {at_once}",
+        remedy=f"{remedy}.",
+    )
+
+
+def sharding_problems(cfg: Config, cuda: bool) -> Iterator[UserError]:
+    """Yield what DeepSpeed cannot do among precision, stage and offload."""
+    zero = cfg.zero
+    if cfg.model.dtype is Dtype.fp16 and not cuda:
+        yield UserError(
+            "fp16 trains on GPUs only, and there is none here",
+            "model.dtype",
+            "Try model.dtype=bf16 or model.dtype=fp32.",
         )
-    return total // (micro * ranks)
-
-
-def _smaller_micro(total: int, ranks: int, micro: int) -> str:
-    fits = [m for m in range(micro, 0, -1) if total % (m * ranks) == 0]
-    return f", or train.micro_batch={fits[0]}" if fits else ""
+    if zero.stage not in STAGES:
+        yield UserError(
+            f"zero.stage = {zero.stage} is none of auto, 0, 1, 2, 3", remedy="Try zero=auto."
+        )
+    if zero.stage == 0 and zero.offload_optimizer is not Offload.none:
+        yield UserError(
+            "zero.offload_optimizer needs stage 1, 2 or 3", "zero.stage=0", "Try zero=stage1."
+        )
+    if zero.stage in (0, 1, 2) and zero.offload_params is not Offload.none:
+        yield UserError(
+            "zero.offload_params needs stage 3", f"zero.stage={zero.stage}", "Try zero=stage3."
+        )
+    if zero.stage in (1, 2) and zero.offload_optimizer is Offload.nvme:
+        yield UserError(
+            "zero.offload_optimizer=nvme needs stage 3; below it DeepSpeed would take the host instead",
+            f"zero.stage={zero.stage}",
+            "Try zero=stage3, or zero.offload_optimizer=cpu.",
+        )
+    if Offload.nvme in (zero.offload_optimizer, zero.offload_params) and not zero.nvme_path:
+        yield UserError(
+            "nvme offload needs a folder on a local disk",
+            "zero.nvme_path",
+            "Try zero.nvme_path=/local_nvme.",
+        )

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.config import Config, Dtype, Offload
+from finetune.planning.estimate import LIVE_ELEMENTS
 from finetune.planning.job import accumulation
+from finetune.planning.states import PERSISTENCE_ELEMENTS
 
 NO_CLIPPING = 1e30
 """DeepSpeed reports the gradient norm only where it clips; a bound that nothing reaches keeps the figure."""
@@ -35,7 +37,7 @@ class Sharding:
 
 def build(cfg: Config, sharding: Sharding, world_size: int, cuda: bool) -> dict:
     """Return DeepSpeed's configuration of one run."""
-    steps = accumulation(cfg, world_size)
+    steps = accumulation(int(cfg.train.micro_batch), cfg.train.global_batch, world_size)
     bf16, fp16 = cfg.model.dtype is Dtype.bf16, cfg.model.dtype is Dtype.fp16
     half_accumulates = bf16 and steps > 1 and sharding.stage > 0
     return {
@@ -70,9 +72,9 @@ def _zero(cfg: Config, sharding: Sharding, world_size: int, cuda: bool) -> dict:
     if sharding.stage == 3:
         zero |= {
             "stage3_prefetch_bucket_size": bucket,
-            "stage3_max_live_parameters": 1_000_000_000,
-            "stage3_max_reuse_distance": 1_000_000_000,
-            "stage3_param_persistence_threshold": 100_000,
+            "stage3_max_live_parameters": LIVE_ELEMENTS,
+            "stage3_max_reuse_distance": LIVE_ELEMENTS,
+            "stage3_param_persistence_threshold": PERSISTENCE_ELEMENTS,
             "stage3_gather_16bit_weights_on_model_save": False,
         }
     if sharding.stage > 0 and sharding.offload_optimizer is not Offload.none:

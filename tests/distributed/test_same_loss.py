@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from finetune.data.tokenizer import load_tokenizer
-from finetune.planning.shape import MODULES
+from finetune.planning.shape import LINEARS
 from tests.conftest import ROOT
 from tests.distributed import reference
 from tests.distributed.ranks import losses, metrics, run_cases
@@ -101,7 +101,7 @@ def lora(model):
     torch.manual_seed(3)
     return peft.get_peft_model(
         model,
-        peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=list(MODULES)),
+        peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=list(LINEARS)),
     )
 
 

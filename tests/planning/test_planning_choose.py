@@ -315,19 +315,12 @@ def test_options_without_gpus_do_not_offload() -> None:
     assert all_options(job(config(FULL)), "/nvme") == [Option(0), Option(1), Option(2), Option(3)]
 
 
-def test_constants_are_those_of_the_code_they_predict() -> None:
-    from finetune.gptj import loss
-    from finetune.planning.activations import LOSS_CHUNK
-    from finetune.planning.estimate import LIVE_ELEMENTS
-    from finetune.planning.states import PERSISTENCE_ELEMENTS
+def test_the_plan_counts_on_a_default_of_deepspeed() -> None:
     from finetune.sharding import deepspeed_config
     from finetune.sharding.deepspeed_config import Sharding
 
-    assert loss.LOSS_CHUNK == LOSS_CHUNK
     zero = deepspeed_config.build(config(FULL), Sharding(3), 1, cuda=False)["zero_optimization"]
-    assert zero["stage3_param_persistence_threshold"] == PERSISTENCE_ELEMENTS
-    assert zero["stage3_max_live_parameters"] == zero["stage3_max_reuse_distance"] == LIVE_ELEMENTS
-    assert "sub_group_size" not in zero, "the plan assumes DeepSpeed's default"
+    assert "sub_group_size" not in zero
 
 
 def test_contract_of_the_json() -> None:

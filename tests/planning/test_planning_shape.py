@@ -24,7 +24,7 @@ from finetune.config import (
     PromptConfig,
 )
 from finetune.errors import UserError
-from finetune.planning.shape import ModelShape, load_shape
+from finetune.planning.shape import ModelShape, load_shape, numel
 
 MODELS = {
     "lm": transformers.GPTJForCausalLM,
@@ -70,7 +70,7 @@ def test_adapter_tensors_equal_peft(head: str, adapter: AdapterConfig) -> None:
     shape = ModelShape.from_config(TINY, head)
     model = wrapped(head, adapter)
     trained = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
-    assert list(shape.adapter_tensors(adapter)) == trained
+    assert list(shape.trainable_tensors(adapter)) == trained
     assert shape.trainable(adapter) == sum(prod(size) for _, size in trained)
     assert shape.total(adapter) == sum(p.numel() for p in model.parameters())
 
@@ -78,7 +78,7 @@ def test_adapter_tensors_equal_peft(head: str, adapter: AdapterConfig) -> None:
 def test_gpt_j_6b_counts() -> None:
     shape = load_shape("asset:gptj_6b")
     assert shape.parameters() == 6_050_882_784
-    assert shape.layer_parameters() == 201_355_264
+    assert numel(shape.block_tensors()) == 201_355_264
     assert shape.matmul_parameters() == 5_843_582_976
     assert shape.trainable(FullConfig()) == shape.parameters()
     assert shape.trainable(LoraConfig(rank=8)) == 28 * 2 * 2 * 8 * 4096
@@ -108,7 +108,7 @@ def test_flops_agree_with_a_counter() -> None:
     assert counter.get_total_flops() == pytest.approx(
         length * (flops.backward + 2 * square), rel=1e-6
     )
-    assert flops.recompute == flops.forward - 2 * shape.head_parameters()
+    assert flops.recompute == flops.forward - 2 * numel(shape.head_tensors())
     frozen = shape.flops_per_token(length, LoraConfig())
     assert frozen.backward < flops.backward and frozen.recompute == 0
 
