@@ -22,7 +22,7 @@ EXIT_PREEMPTED = 75
 
 
 class UserError(Exception):
-    """Something the user can mend: what is wrong, where, and what to type instead.
+    """Something the user can fix: what is wrong, where, and what to type instead.
 
     Args:
         problem: one sentence with the offending value (and the limit it breaks).

@@ -105,7 +105,7 @@ USAGE = {
             "python launch/doctor.py --json",
             "python launch/doctor.py json=true",
         ],
-        ["Exit code 1 when something must be mended before training."],
+        ["Exit code 1 when something must be fixed before training."],
     ),
     "report": Usage(
         "The page of a run, or one page that compares runs.",

@@ -1,7 +1,9 @@
 """Batches of a run, prepared ahead in a thread, and the split of an evaluation over ranks.
 
-Flow: step -> positions (`Order`) -> rows -> collate -> a list with one batch per micro-step. Everything but the
-step number is fixed at construction; iterating twice gives the same batches. Moves nothing to a device.
+Flow: step -> positions of this rank's micro-batches -> sequences (`Order`) -> collate -> a list with one batch per
+micro-step. Positions count from 0 through all epochs, so a resumed run needs one integer, and neither the world size
+nor the accumulation changes which sequences a step holds. Iterating twice gives the same batches. Moves nothing to a
+device.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ import numpy as np
 
 Batch = dict[str, Any]
 POLL_SECONDS = 0.1
+"""How often a thread that waits for the queue looks whether it has been closed."""
 
 
 class StepBatches:
-    """Iterates over steps; each item is the list of this rank's batches of one step, one per micro-step."""
+    """Iterable over steps; each item is the list of this rank's batches of one step, one per micro-step."""
 
     def __init__(
         self,
@@ -37,7 +40,7 @@ class StepBatches:
         self.collate, self.order = collate, order
         self.layout = (global_batch, micro_batch, world_size, rank, end_position)
         self.steps, self.prefetch = range(start_step, end_step), prefetch
-        self._running: list[_Ahead] = []
+        self._running: list[Prefetch] = []
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -46,7 +49,7 @@ class StepBatches:
         if self.prefetch < 1:
             yield from map(self.step, self.steps)
             return
-        ahead = _Ahead(map(self.step, self.steps), self.prefetch)
+        ahead = Prefetch(map(self.step, self.steps), self.prefetch, "batches")
         self._running.append(ahead)
         try:
             yield from ahead
@@ -55,11 +58,10 @@ class StepBatches:
             self._running.remove(ahead)
 
     def step(self, step: int) -> list[Batch]:
-        """The batches of one step, made here and now."""
-        micro_steps = step_positions(step, *self.layout)
+        """Make the batches of one step here and now."""
         return [
             self.collate([self.order[position] for position in positions])
-            for positions in micro_steps
+            for positions in step_positions(step, *self.layout)
         ]
 
     def close(self) -> None:
@@ -68,80 +70,81 @@ class StepBatches:
             ahead.close()
 
 
-class _Ahead:
-    """Runs an iterator in a thread, up to `size` items ahead of its consumer."""
+class Prefetch:
+    """Iterator that runs another one in a thread, up to `size` items ahead of its consumer.
 
-    def __init__(self, source: Iterator[Any], size: int):
+    An error of the source is raised after the items that precede it.
+    """
+
+    def __init__(self, source: Iterator[Any], size: int, name: str):
         self._source, self._queue, self._stop = source, Queue(size), Event()
-        self._thread = Thread(target=self._run, name="batches", daemon=True)
+        self._thread = Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[Any]:
         while not self._stop.is_set():
             try:
-                item, error = self._queue.get(timeout=POLL_SECONDS)
+                item, error, ended = self._queue.get(timeout=POLL_SECONDS)
             except Empty:
                 continue
             if error is not None:
                 raise error
-            if item is None:
+            if ended:
                 return
             yield item
 
     def close(self) -> None:
+        """End the thread, and wait until it has ended."""
         self._stop.set()
         self._thread.join()
 
     def _run(self) -> None:
         try:
             for item in self._source:
-                if not self._offer(item, None):
+                if not self._put((item, None, False)):
                     return
-            self._offer(None, None)
+            self._put((None, None, True))
         except BaseException as error:
-            self._offer(None, error)
+            self._put((None, error, True))
 
-    def _offer(self, item: Any, error: BaseException | None) -> bool:
+    def _put(self, entry: tuple[Any, BaseException | None, bool]) -> bool:
+        """Wait for room in the queue; False if the queue was closed meanwhile."""
         while not self._stop.is_set():
             try:
-                self._queue.put((item, error), timeout=POLL_SECONDS)
+                self._queue.put(entry, timeout=POLL_SECONDS)
                 return True
             except Full:
                 continue
         return False
 
 
-def eval_batches(n_rows: int, batch: int, world_size: int, rank: int) -> list[list[int]]:
-    """Row indices of this rank's batches: every row on exactly one rank, equally many batches on all ranks.
+def eval_batches(n: int, batch: int, world_size: int, rank: int) -> list[list[int]]:
+    """Return the indices of this rank's batches out of `n` sequences.
 
-    Seven rows in batches of 2 over two ranks: rank 0 has [0, 1] [4, 5], rank 1 has [2, 3] [6]. Missing batches are
-    empty, because every rank must take part in every forward pass.
+    Every sequence is on exactly one rank, and all ranks have equally many batches. Seven sequences
+    in batches of 2 over two ranks: rank 0 has [0, 1] [4, 5], rank 1 has [2, 3] [6]. Missing batches
+    are empty, because every rank must take part in every forward pass.
     """
-    per_rank = -(-n_rows // (batch * world_size))
+    per_rank = -(-n // (batch * world_size))
     starts = ((i * world_size + rank) * batch for i in range(per_rank))
-    return [list(range(start, max(start, min(start + batch, n_rows)))) for start in starts]
-
-
-# Which row stands at which position of a run: a pure function of seed, epoch and position.
-#
-# Flow: step -> positions of this rank's micro-batches -> rows. Positions count from 0 through all epochs, so a resumed
-# run needs one integer, and neither the world size nor the accumulation changes which rows a step holds.
-_MASK = (1 << 64) - 1
+    return [list(range(start, max(start, min(start + batch, n)))) for start in starts]
 
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """(n,) int64: the rows in the order of this epoch; the same on every machine (Philox is counter-based)."""
-    key = np.array([seed & _MASK, epoch & _MASK], np.uint64)  # a list would pass through float64
+    """Return the order of `n` sequences in an epoch, (n,) int64.
+
+    It is the same on every machine, because Philox is counter-based.
+    """
+    mask = (1 << 64) - 1
+    key = np.array([seed & mask, epoch & mask], np.uint64)  # a list would pass through float64
     return np.random.Generator(np.random.Philox(key=key)).permutation(n)
 
 
-def row_at(position: int, n: int, seed: int, shuffle: bool) -> int:
-    epoch, index = divmod(position, n)
-    return int(permutation(seed, epoch, n)[index]) if shuffle else index
-
-
 class Order:
-    """`row_at` for one data set; keeps the permutation of the epoch it was asked for last."""
+    """The sequence at each position of a run: a pure function of seed, epoch and position.
+
+    Keeps the permutation of the epoch it was asked for last.
+    """
 
     def __init__(self, n: int, seed: int, shuffle: bool):
         assert n > 0
@@ -165,7 +168,7 @@ def step_positions(
     rank: int,
     end: int | None = None,
 ) -> list[list[int]]:
-    """Positions of each micro-batch of one rank in one step; steps count from 0.
+    """Return the positions of each micro-batch of one rank in one step; steps count from 0.
 
     Global batch 8, micro-batch 2, two ranks, step 0 (accumulation 2):
 

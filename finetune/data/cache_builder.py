@@ -124,7 +124,7 @@ def check_bad_rows(count: int, messages: list[str], cap: int) -> None:
         shown = "".join(f"\n  {message}" for message in messages)
         raise UserError(
             f"{count} bad rows, more than data.max_bad_rows={cap}; the first are:{shown}",
-            remedy=f"Mend the data, or try data.max_bad_rows={max(100, 10 * cap)}.",
+            remedy=f"Fix the data, or try data.max_bad_rows={max(100, 10 * cap)}.",
         )
 
 

@@ -113,7 +113,7 @@ def _swallowed(where: str, below: int, certain: bool) -> UserError:
     fault = UserError(
         f"a quote opens here and {verb} {rows} behind it",
         where,
-        f"{remedy}; {SKIP}\n  {keys}" if certain else f"{remedy}.\n  {keys}",
+        f"{remedy}, {SKIP}\n  {keys}" if certain else f"{remedy}.\n  {keys}",
     )
     if not certain:
         raise fault
@@ -148,7 +148,7 @@ def _fault(where: str, below: int, error: csv.Error) -> UserError:
     return UserError(
         f"broken CSV: {error}",
         where,
-        f'Double the quotes inside a quoted field: "say ""a"""; {SKIP}\n  {TEXT_REMEDY}',
+        f'Double the quotes inside a quoted field: "say ""a""", {SKIP}\n  {TEXT_REMEDY}',
     )
 
 
@@ -165,14 +165,14 @@ def _row(header: _Header, layout: Layout, held: list[Line], values: list[str]) -
         return UserError(
             f"the row{lines} has {len(values)} fields, the header {named}",
             where,
-            f'Quote fields that hold a {_name(layout.separator)} or a newline: "a, b"; {SKIP}',
+            f'Quote fields that hold a {_name(layout.separator)} or a newline: "a, b", {SKIP}',
         )
     if unnamed is not None:
         names = [*header.names, *(f"column{i + 1}" for i in range(named, header.width))]
         return UserError(
             f"column {unnamed + 1} has no name, and here the text {values[unnamed][:40]!r}",
             where,
-            f"Name it, so that no text is lost; the first line may be: {layout.separator.join(names)}\n  {SKIP}",
+            f"Name the column, {SKIP}\n  For example, the first line may be: {layout.separator.join(names)}",
         )
     if layout.padded:
         values = [value.strip() for value in values]

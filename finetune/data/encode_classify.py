@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, Any, Union, cast
 from finetune.config import ClassifyConfig
 from finetune.data.columns import Column, Example
 from finetune.data.encode_clm import TextTokenizer, ids_dtype
-from finetune.data.fields import MEND, counts, digest, parsed_cell, shown, text_field
+from finetune.data.fields import counts, digest, parsed_cell, shown, text_field
 from finetune.data.formats import json_type
 from finetune.data.sources import MISSING, field_error, get_field
-from finetune.data.utf8 import SKIP
+from finetune.data.utf8 import FIX, SKIP
 from finetune.errors import UserError
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class ClassifyEncoder:
             results.append(
                 [example]
                 if ids
-                else UserError("the text is empty: there is no token to judge", where, MEND)
+                else UserError("the text is empty: there is no token to judge", where, FIX)
             )
         return results
 
@@ -310,13 +310,13 @@ class LabelReader:
             number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
             remedy = (
-                MEND
+                FIX
                 if isinstance(value, str) and not value.strip()
                 else "Try task.problem=single_label."
             )
             raise self._wrong_type(value, "a number", where, remedy) from None
         if not abs(number) <= FLOAT32_MAX:
-            raise self._wrong_type(value, "a finite number", where, MEND)
+            raise self._wrong_type(value, "a finite number", where, FIX)
         return number
 
     def _known(self, value: Any, where: str) -> str:
@@ -351,7 +351,7 @@ class LabelReader:
             raise UserError(
                 f"label '{name}' could be {_quoted(alike)}",
                 where,
-                f"Spell it as one of them; {SKIP}",
+                f"Spell it as one of them, {SKIP}",
             )
         if not alike and isinstance(value, bool) and self.by_index:
             raise UserError(
@@ -370,10 +370,10 @@ class LabelReader:
         if isinstance(value, float) and value.is_integer():
             return str(int(value))
         if not isinstance(value, (int, str)):
-            raise self._wrong_type(value, "a name or an integer", where, MEND)
+            raise self._wrong_type(value, "a name or an integer", where, FIX)
         name = str(value).strip()
         if not name:
-            raise UserError(f"field '{self.field}' is an empty label", where, MEND)
+            raise UserError(f"field '{self.field}' is an empty label", where, FIX)
         return name
 
     def _missing(self, record: dict, where: str) -> UserError:
@@ -391,7 +391,7 @@ class LabelReader:
         )
 
 
-NO_ZEROS_AND_ONES = f"List the labels that apply, not zeros and ones for all of them; {SKIP}"
+NO_ZEROS_AND_ONES = f"List the labels that apply, not zeros and ones for all of them, {SKIP}"
 
 
 def label_key(name: str) -> str:
@@ -430,7 +430,7 @@ def unseen(name: str, names: list[str], by_index: bool, where: str) -> UserError
     return UserError(
         f"label '{name}' is unknown: {origin} {_quoted(names)}",
         where,
-        f"Mend the row, or name all labels: task.labels=[...]; {SKIP}",
+        f"Fix the row, or name all labels: task.labels=[...], {SKIP}",
     )
 
 

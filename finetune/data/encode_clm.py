@@ -19,6 +19,7 @@ from finetune.data.fields import counts
 from finetune.data.formats import json_type
 from finetune.data.sources import MISSING, field_error, get_field
 from finetune.data.tokenizer import backend, tokenizer_fingerprint
+from finetune.data.utf8 import FIX
 from finetune.errors import UserError
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class TextEncoder:
             return UserError(
                 f"field '{self.text_field}' is {json_type(text)}, not a string",
                 where,
-                "Mend the row, or data.on_bad_row=skip leaves such rows out.",
+                FIX,
             )
         return text
 

@@ -143,7 +143,7 @@ class InstructEncoder:
                 f"a completion has {longest} tokens with its eos; task.max_length = "
                 f"{self.cfg.max_length} leaves {self.cfg.max_length - 1}",
                 where,
-                f"Shorten it, or raise task.max_length to {longest + 1} (2048 at most); {SKIP}",
+                f"Shorten it, or raise task.max_length to {longest + 1} (2048 at most), {SKIP}",
             )
         ids = np.fromiter(
             (i for prompt, completion, _ in turns for i in (*prompt, *completion)), np.int64
@@ -250,5 +250,5 @@ def refuse_eos(messages: list[Message], eos: str, where: str) -> None:
             raise UserError(
                 f"the {message['role']}'s text {shown(message['content'])} holds '{eos}', which ends turns",
                 where,
-                f"Remove it: it is added behind every completion; {SKIP}",
+                f"Remove it, as it is added behind every completion, {SKIP}",
             )

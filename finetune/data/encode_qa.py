@@ -149,7 +149,7 @@ class QaEncoder:
                 f"{self.cfg.max_length} leaves {max(0, room)} for the context, of which windows share "
                 f"task.stride = {self.cfg.stride}",
                 question.where,
-                f"Shorten it, raise task.max_length (2048 at most) or lower task.stride; {SKIP}",
+                f"Shorten it, raise task.max_length (2048 at most) or lower task.stride, {SKIP}",
             )
         return room
 

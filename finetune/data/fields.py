@@ -14,10 +14,8 @@ from typing import Any
 
 from finetune.data.formats import json_type
 from finetune.data.sources import MISSING, field_error, get_field
-from finetune.data.utf8 import SKIP
+from finetune.data.utf8 import FIX, SKIP
 from finetune.errors import UserError
-
-MEND = f"Mend the row; {SKIP}"
 
 
 def text_field(record: dict, field: str, where: str, option_key: str) -> str:
@@ -35,9 +33,9 @@ def text_field(record: dict, field: str, where: str, option_key: str) -> str:
 def full_text(value: Any, name: str, where: str) -> str:
     """Return `value` if it is a non-blank string; `name` is its name in error messages."""
     if not isinstance(value, str):
-        raise UserError(f"{name} is {json_type(value)}, not a string", where, MEND)
+        raise UserError(f"{name} is {json_type(value)}, not a string", where, FIX)
     if not value.strip():
-        raise UserError(f"{name} is empty", where, MEND)
+        raise UserError(f"{name} is empty", where, FIX)
     return value
 
 
@@ -87,7 +85,7 @@ def counts(
             f"field '{weight_field}' is {value}: a row takes part (1) or is left out (0), losses are not "
             "weighed row by row",
             where,
-            f"Write 0 or 1, or set task.weight_field=null if it is no training weight; {SKIP}",
+            f"Write 0 or 1, or set task.weight_field=null if it is no training weight, {SKIP}",
         )
     return False
 

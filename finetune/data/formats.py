@@ -16,6 +16,7 @@ from typing import Any, Union
 from finetune.data.compressed_files import BrokenStream, Count, show_line
 from finetune.data.utf8 import (
     DEFAULTS,
+    FIX,
     SKIP,
     FileOptions,
     Line,
@@ -55,7 +56,7 @@ def parse_line(path: Path, line: Line) -> Row:
         return UserError(
             f"broken JSON: {_json_fault(error)}{cut}",
             where,
-            f"Fix it ({show_line(path, line.number)}); {SKIP}",
+            f"Fix it ({show_line(path, line.number)}), {SKIP}",
         )
     return check_object(record, where, surrogates=b"\\u" in line.data)
 
@@ -69,7 +70,7 @@ def check_object(record: Any, where: str, surrogates: bool = True) -> Row:
         return UserError(
             f"the row is {json_type(record)}, not an object",
             where,
-            f'Each row must look like {{"text": "..."}}; {SKIP}',
+            f'Write each row as {{"text": "..."}}, {SKIP}',
         )
     try:
         if surrogates:
@@ -77,7 +78,7 @@ def check_object(record: Any, where: str, surrogates: bool = True) -> Row:
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])
         return UserError(
-            f"a string holds half a surrogate pair ({half}), which is no character", where, SKIP
+            f"a string holds half a surrogate pair ({half}), which is no character", where, FIX
         )
     return where, record
 
@@ -210,11 +211,11 @@ def _arrow_row(batch: Any, i: int, where: str) -> dict | UserError:
         return UserError(
             f"a string column holds invalid UTF-8: byte 0x{error.object[error.start]:02x}",
             where,
-            f"Write the file again with valid text in it; {SKIP}",
+            f"Write the file again with valid text in it, {SKIP}",
         )
     except (ValueError, OverflowError, KeyError) as error:
         return UserError(
-            f"a value cannot be read ({error})", where, f"Fix or drop the column; {SKIP}"
+            f"a value cannot be read ({error})", where, f"Fix or drop the column, {SKIP}"
         )
 
 

@@ -23,11 +23,11 @@ from itertools import pairwise
 from typing import Any, Union
 
 from finetune.config import InstructConfig
-from finetune.data.fields import MEND, counts, full_text, parsed_cell, shown, text_field
+from finetune.data.fields import counts, full_text, parsed_cell, shown, text_field
 from finetune.data.formats import json_type
 from finetune.data.instruct_template import Message
 from finetune.data.sources import MISSING, get_field
-from finetune.data.utf8 import SKIP
+from finetune.data.utf8 import FIX, SKIP
 from finetune.errors import UserError
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -82,7 +82,7 @@ def conversation(
     messages = READERS[layout](record, where, cfg)
     if all(message["role"] != "assistant" for message in messages):
         raise UserError(
-            "the conversation has no turn of the assistant: nothing can be scored", where, MEND
+            "the conversation has no turn of the assistant: nothing can be scored", where, FIX
         )
     _check_order(messages, where)
     marks = [message.pop(SCORED, True) for message in messages]
@@ -93,7 +93,7 @@ def conversation(
         raise UserError(
             "no turn of the conversation is scored: all of the assistant's are marked as left out",
             where,
-            f'Mark one of them with "weight": 1; {SKIP}',
+            f'Mark one of them with "weight": 1, {SKIP}',
         )
     last = max(i for i, kept in enumerate(scored) if kept)
     return messages[: last + 1], scored[: last + 1]
@@ -216,11 +216,11 @@ def _instruction(record: dict, where: str) -> Message:
         raise UserError(
             "field 'history' holds earlier turns, which the layout alpaca has no place for",
             where,
-            f"Write the conversation as messages; {SKIP}",
+            f"Write the conversation as messages, {SKIP}",
         )
     extra = record.get("input")
     if extra is not None and not isinstance(extra, str):
-        raise UserError(f"field 'input' is {json_type(extra)}, not a string", where, MEND)
+        raise UserError(f"field 'input' is {json_type(extra)}, not a string", where, FIX)
     if not extra or not extra.strip():
         return {"role": "user", "content": instruction}
     return {
@@ -283,15 +283,15 @@ def _list(turns: Any, field: str, where: str, style: str) -> list[Message]:
     turns = parsed_cell(turns)
     if not isinstance(turns, list):
         cell = "A text cell must hold a JSON array. " if isinstance(turns, str) else ""
-        raise UserError(f"field '{field}' is {json_type(turns)}, not an array", where, cell + MEND)
+        raise UserError(f"field '{field}' is {json_type(turns)}, not an array", where, cell + FIX)
     if not turns:
-        raise UserError(f"field '{field}' is an empty array", where, MEND)
+        raise UserError(f"field '{field}' is an empty array", where, FIX)
     return [_turn(turn, f"{field}[{i}]", where, style) for i, turn in enumerate(turns)]
 
 
 def _turn(turn: Any, name: str, where: str, style: str) -> Message:
     if not isinstance(turn, dict):
-        raise UserError(f"{name} is {json_type(turn)}, not an object", where, MEND)
+        raise UserError(f"{name} is {json_type(turn)}, not an object", where, FIX)
     style = next(
         (
             key
@@ -304,7 +304,7 @@ def _turn(turn: Any, name: str, where: str, style: str) -> Message:
     missing = [key for key in (style, text_key) if key not in turn]
     if missing:
         present = ", ".join(f"'{key}'" for key in turn) or "nothing"
-        raise UserError(f"{name} has no '{missing[0]}'; it has {present}", where, MEND)
+        raise UserError(f"{name} has no '{missing[0]}'; it has {present}", where, FIX)
     role = turn[style]
     if not isinstance(role, str) or role not in roles:
         raise UserError(
@@ -322,7 +322,7 @@ def _turn(turn: Any, name: str, where: str, style: str) -> Message:
         raise UserError(
             f"{name} is the {message['role']}'s and marked as scored; only the assistant's turns are",
             where,
-            f"Remove the mark; {SKIP}",
+            f"Remove the mark, {SKIP}",
         )
     return message if mark is None else message | {SCORED: mark}
 
@@ -341,19 +341,19 @@ def _mark(turn: dict, name: str, where: str) -> bool | None:
             raise UserError(
                 f"{name} has '{key}', which looks like a mark of what is scored and is not known",
                 where,
-                f"Write \"weight\": 0 into turns that are not to be scored, or rename '{key}'; {SKIP}",
+                f"Write \"weight\": 0 into turns that are not to be scored, or rename '{key}', {SKIP}",
             )
         answer = _yes_or_no(value)
         if answer is None:
             raise UserError(
                 f"{name}.{key} is {shown(str(value))[1:-1]}: a turn is scored (1) or not (0), nothing between",
                 where,
-                f"Write 0 or 1; {SKIP}",
+                f"Write 0 or 1, {SKIP}",
             )
         marks[key] = answer != (key in MASKED)
     if len(set(marks.values())) > 1:
         raise UserError(
-            f"{name} is marked as scored and as not scored: {', '.join(marks)}", where, MEND
+            f"{name} is marked as scored and as not scored: {', '.join(marks)}", where, FIX
         )
     return next(iter(marks.values()), None)
 
@@ -384,7 +384,7 @@ def _detail(turn: dict, content: str, name: str, where: str) -> list[bool] | Non
                 f'{name}.{key} has {shown(str(part))[1:-1]}; a part is {{"begin_offset", "end_offset", "train"}}, '
                 f"characters 0 to {len(content) - 1}, both ends included",
                 where,
-                MEND,
+                FIX,
             )
         scored[begin : end + 1] = [answer] * (end + 1 - begin)
     return scored
@@ -409,13 +409,9 @@ def _yes_or_no(value: Any) -> bool | None:
 
 def _role_hint(role: str, roles: dict[str, str]) -> str:
     if role in TOOL_ROLES:
-        return f"Known are {', '.join(roles)}: fold what tools say into the user's words; {SKIP}"
+        return f"Known are {', '.join(roles)}: put what tools say into the user's turns, {SKIP}"
     near = get_close_matches(role.lower(), roles, 1)
-    return (
-        f"Perhaps '{near[0]}' was meant; {SKIP}"
-        if near
-        else f"Known are {', '.join(roles)}; {SKIP}"
-    )
+    return f"Try '{near[0]}', {SKIP}" if near else f"Write one of {', '.join(roles)}, {SKIP}"
 
 
 def _joined(content: Any) -> Any:
@@ -436,11 +432,11 @@ def _check_order(messages: list[Message], where: str) -> None:
     roles = [message["role"] for message in messages]
     if "system" in roles[1:]:
         at = roles.index("system", 1)
-        raise UserError(f"turn {at + 1} is a system message; only the first may be", where, MEND)
+        raise UserError(f"turn {at + 1} is a system message; only the first may be", where, FIX)
     turns = roles[1:] if roles[0] == "system" else roles
     if turns[:1] == ["assistant"]:
         raise UserError(
-            "the conversation starts with the assistant: there is no prompt to answer", where, MEND
+            "the conversation starts with the assistant: there is no prompt to answer", where, FIX
         )
     for i, (first, second) in enumerate(pairwise(turns)):
         if first == second:
@@ -448,7 +444,7 @@ def _check_order(messages: list[Message], where: str) -> None:
             raise UserError(
                 f"turns {at} and {at + 1} are both of the {first}",
                 where,
-                f"Join them into one, or mend their order; {SKIP}",
+                f"Join them into one, or fix their order, {SKIP}",
             )
 
 

@@ -25,7 +25,8 @@ import jinja2.ext
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from finetune.data.fields import MEND, shown
+from finetune.data.fields import shown
+from finetune.data.utf8 import FIX
 from finetune.errors import UserError
 
 FOLDER = Path(__file__).parent / "templates"
@@ -82,7 +83,7 @@ class Template:
             raise UserError(
                 f"template '{name}' is no valid Jinja: {error.message}",
                 f"line {error.lineno}",
-                "Mend it, or try task.template=alpaca.",
+                "Fix it, or try task.template=alpaca.",
             ) from None
         self.pieces(TRIALS[2], "task.template")
         self.chat_template = self._chat_template()
@@ -177,7 +178,7 @@ class Template:
         return UserError(
             f"template '{self.name}' {problem}",
             where,
-            f"Mend the template, or try task.template=alpaca. {MEND}",
+            f"Fix the template, or try task.template=alpaca. {FIX}",
         )
 
 

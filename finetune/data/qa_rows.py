@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Union
 
-from finetune.data.fields import MEND, full_text, parsed_cell, shown
+from finetune.data.fields import full_text, parsed_cell, shown
 from finetune.data.formats import json_type
-from finetune.data.utf8 import SKIP
+from finetune.data.utf8 import FIX, SKIP
 from finetune.errors import UserError
 
 LAYOUTS = (
-    'A row is a SQuAD article {"title", "paragraphs": [...]} or a question '
+    'Write each row as a SQuAD article {"title", "paragraphs": [...]} or as a question '
     '{"id", "context", "question", "answers": {"text": [..], "answer_start": [..]}}'
 )
 
@@ -48,7 +48,7 @@ def questions(record: dict, where: str) -> Iterator[Union[Question, UserError]]:
             raise UserError(
                 f"the row is neither an article nor a question; it has {present}",
                 where,
-                f"{LAYOUTS}; {SKIP}",
+                f"{LAYOUTS}, {SKIP}",
             )
     except UserError as error:
         yield error
@@ -106,13 +106,13 @@ def _checked(entry: Any, context: str, place: str, number: int) -> Question | Us
             raise UserError(
                 f"is_impossible is true, yet there is the answer {shown(answers[0][1])}",
                 where,
-                f"Empty 'answers', or set is_impossible to false; {SKIP}",
+                f"Empty 'answers', or set is_impossible to false, {SKIP}",
             )
         if impossible is False and not answers:
             raise UserError(
                 "is_impossible is false, yet 'answers' is empty",
                 where,
-                f"Add the answer, or set is_impossible to true; {SKIP}",
+                f"Add the answer, or set is_impossible to true, {SKIP}",
             )
         return _question(where, str(name), context, _get(entry, "question", where), answers)
     except UserError as error:
@@ -140,12 +140,12 @@ def _columns(answers: Any, where: str) -> list[dict[str, Any]]:
         raise UserError(
             f"'answers' is {json_type(answers)}, not an object",
             where,
-            f'It must look like {{"text": ["Paris"], "answer_start": [17]}}, or hold empty lists; {SKIP}',
+            f'Write it as {{"text": ["Paris"], "answer_start": [17]}}, empty lists for no answer, {SKIP}',
         )
     texts = _list(_get(answers, "text", where), "'answers.text'", where)
     starts = _list(_get(answers, "answer_start", where), "'answers.answer_start'", where)
     if len(texts) != len(starts):
-        raise UserError(f"'answers' has {len(texts)} texts and {len(starts)} starts", where, MEND)
+        raise UserError(f"'answers' has {len(texts)} texts and {len(starts)} starts", where, FIX)
     pairs = [{"text": t, "answer_start": s} for t, s in zip(texts, starts, strict=True)]
     return [_annotation(pair, where) for pair in pairs if not _is_none(pair)]
 
@@ -166,7 +166,7 @@ def _annotation(answer: Any, where: str) -> tuple[int, str]:
     if isinstance(start, float) and start.is_integer():
         start = int(start)
     if isinstance(start, bool) or not isinstance(start, int):
-        raise UserError(f"'answer_start' is {json_type(start)}, not a whole number", where, MEND)
+        raise UserError(f"'answer_start' is {json_type(start)}, not a whole number", where, FIX)
     return start, full_text(_get(answer, "text", where), "an answer's 'text'", where)
 
 
@@ -186,7 +186,7 @@ def _check_answer(context: str, start: int, text: str, where: str) -> None:
     raise UserError(
         f"answer {shown(text)} does not stand at answer_start = {start}; the context has {there}",
         where,
-        f"{_advice(context, start, text)}; {SKIP}",
+        f"{_advice(context, start, text)}, {SKIP}",
     )
 
 
@@ -218,16 +218,14 @@ _REQUIRED = object()
 
 def _get(entry: Any, key: str, where: str, default: Any = _REQUIRED) -> Any:
     if not isinstance(entry, dict):
-        raise UserError(
-            f"where an object with '{key}' should be is {json_type(entry)}", where, MEND
-        )
+        raise UserError(f"where an object with '{key}' should be is {json_type(entry)}", where, FIX)
     if key not in entry and default is _REQUIRED:
         present = ", ".join(f"'{name}'" for name in list(entry)[:12]) or "nothing"
-        raise UserError(f"'{key}' is missing; there is {present}", where, MEND)
+        raise UserError(f"'{key}' is missing; there is {present}", where, FIX)
     return entry.get(key, default)
 
 
 def _list(value: Any, name: str, where: str) -> list:
     if not isinstance(value, list):
-        raise UserError(f"{name} is {json_type(value)}, not an array", where, MEND)
+        raise UserError(f"{name} is {json_type(value)}, not an array", where, FIX)
     return value

@@ -35,7 +35,8 @@ UTF8_BOM = b"\xef\xbb\xbf"
 UTF8_NAMES = ("utf-8", "utf8", "UTF-8", "UTF8", "ascii")
 GUESS_BYTES = 4 << 20
 """Content from which an encoding is guessed."""
-SKIP = "data.on_bad_row=skip leaves such rows out."
+SKIP = "or set data.on_bad_row=skip to leave such rows out."
+FIX = f"Fix the row, {SKIP}"
 
 
 @dataclass(frozen=True)
@@ -176,9 +177,9 @@ def invalid_utf8(path: Path, where: str, error: UnicodeDecodeError) -> UserError
         return UserError(
             f"{problem}; other lines of this file are valid UTF-8",
             where,
-            f"Fix this line ({show_line(path, int(where.rpartition(':')[2]))}); {SKIP}"
+            f"Fix this line ({show_line(path, int(where.rpartition(':')[2]))}), {SKIP}"
             if where.rpartition(":")[2].isdigit()
-            else f"Fix this line; {SKIP}",
+            else f"Fix this line, {SKIP}",
         )
     if guess:
         try:
@@ -198,7 +199,7 @@ def invalid_utf8(path: Path, where: str, error: UnicodeDecodeError) -> UserError
         f"{problem}; its encoding cannot be told",
         where,
         f"Ask the source of the file, or: file -i {shlex.quote(str(path))}\n"
-        f"  Then try data.encoding=NAME; {SKIP}",
+        f"  Then try data.encoding=NAME, {SKIP}",
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.columns import IGNORE, Encoder, Store
-from finetune.data.packing import Rows
+from finetune.data.packing import Sequences
 from finetune.dist import World
 
 Batch = dict[str, Any]
@@ -48,9 +48,9 @@ class Task(Protocol):
         """Collect from the training data what the head needs (label names), or use `previous`."""
         ...
 
-    def rows(self, store: Store) -> Rows: ...
+    def rows(self, store: Store) -> Sequences: ...
 
-    def collate(self, store: Store, rows: Rows, indices: list[int]) -> Batch: ...
+    def collate(self, store: Store, rows: Sequences, indices: list[int]) -> Batch: ...
 
     def count(self, batch: Batch) -> float:
         """Return the loss's denominator for a numpy batch.
@@ -63,7 +63,7 @@ class Task(Protocol):
         """Return the fp32 sum of the loss over the batch's scored tokens (or examples)."""
         ...
 
-    def meter(self, store: Store, rows: Rows) -> Meter: ...
+    def meter(self, store: Store, rows: Sequences) -> Meter: ...
 
     def describe(self) -> dict[str, Any]:
         """Return the data that an export needs beside the weights: label names, template."""

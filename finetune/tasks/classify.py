@@ -39,7 +39,7 @@ from finetune.data.encode_classify import (
     sort_names,
     unseen,
 )
-from finetune.data.packing import Rows, one_per_row
+from finetune.data.packing import Sequences, one_per_sequence
 from finetune.dist import World
 from finetune.errors import UserError
 from finetune.tasks.base import Batch, Gathered, Model, flat_inputs
@@ -116,16 +116,16 @@ class ClassifyTask:
             refuse_double_spellings(list(names), self.cfg.label_field)
             self._learn(sort_names(list(names)), by_index=False)
 
-    def rows(self, store: Store) -> Rows:
+    def rows(self, store: Store) -> Sequences:
         """Return rows of one example each.
 
         Raises:
             UserError: the data has a label that the head has no output for.
         """
         self._targets(store)
-        return one_per_row(store.offsets)
+        return one_per_sequence(store.offsets)
 
-    def collate(self, store: Store, rows: Rows, indices: list[int]) -> Batch:
+    def collate(self, store: Store, rows: Sequences, indices: list[int]) -> Batch:
         """Build a flat batch with each example's pooled position, target and weight.
 
             ids   a b c E | d E      pool 3 5      targets 0 1      weights 1 1
@@ -171,7 +171,7 @@ class ClassifyTask:
             case _:
                 return (outputs[:, 0] - targets).square()
 
-    def meter(self, store: Store, rows: Rows) -> ClassifyMeter:
+    def meter(self, store: Store, rows: Sequences) -> ClassifyMeter:
         return ClassifyMeter(self, store)
 
     def describe(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from finetune.config import ClmConfig
 from finetune.data.collate import lm_batch
 from finetune.data.columns import IGNORE, Encoder, Store
 from finetune.data.encode_clm import TextEncoder
-from finetune.data.packing import Rows, document_chunks, stream_blocks
+from finetune.data.packing import Sequences, document_chunks, stream_blocks
 from finetune.dist import World
 from finetune.tasks.base import Batch, Model, flat_inputs, scored
 
@@ -32,11 +32,11 @@ class ClmTask:
     def prepare(self, train: Store | None, previous: dict | None) -> None:
         """Nothing to learn from the data."""
 
-    def rows(self, store: Store) -> Rows:
+    def rows(self, store: Store) -> Sequences:
         cut = stream_blocks if self.packing else document_chunks
         return cut(store.offsets, self.cfg.max_length)
 
-    def collate(self, store: Store, rows: Rows, indices: list[int]) -> Batch:
+    def collate(self, store: Store, rows: Sequences, indices: list[int]) -> Batch:
         return lm_batch(store, rows, indices)
 
     def count(self, batch: Batch) -> int:
@@ -45,7 +45,7 @@ class ClmTask:
     def loss(self, model: Model, batch: Batch) -> Tensor:
         return model(**flat_inputs(batch), labels=batch["labels"][None])
 
-    def meter(self, store: Store, rows: Rows) -> LmMeter:
+    def meter(self, store: Store, rows: Sequences) -> LmMeter:
         return LmMeter(store, "subset")
 
     def describe(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from finetune.data.columns import Encoder, Store
 from finetune.data.encode_instruct import InstructEncoder, prompt_ids
 from finetune.data.instruct_rows import check_format
 from finetune.data.instruct_template import Message, Template, load_template
-from finetune.data.packing import Rows, best_fit, one_per_row
+from finetune.data.packing import Sequences, best_fit, one_per_sequence
 from finetune.dist import World
 from finetune.tasks.base import Batch, Gathered, Model, flat_inputs, scored
 from finetune.tasks.clm import LmMeter
@@ -58,14 +58,14 @@ class InstructTask:
                 self.tokenizer.bos_token or "",
             )
 
-    def rows(self, store: Store) -> Rows:
+    def rows(self, store: Store) -> Sequences:
         return (
             best_fit(store.offsets, self.cfg.max_length)
             if self.packing
-            else one_per_row(store.offsets)
+            else one_per_sequence(store.offsets)
         )
 
-    def collate(self, store: Store, rows: Rows, indices: list[int]) -> Batch:
+    def collate(self, store: Store, rows: Sequences, indices: list[int]) -> Batch:
         return lm_batch(store, rows, indices)
 
     def count(self, batch: Batch) -> int:
@@ -74,7 +74,7 @@ class InstructTask:
     def loss(self, model: Model, batch: Batch) -> Tensor:
         return model(**flat_inputs(batch), labels=batch["labels"][None])
 
-    def meter(self, store: Store, rows: Rows) -> InstructMeter:
+    def meter(self, store: Store, rows: Sequences) -> InstructMeter:
         return InstructMeter(store)
 
     def describe(self) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from finetune.data.columns import IGNORE, Store
-from finetune.data.packing import Rows
+from finetune.data.packing import Sequences
 
 LONGEST_RUN = 160
 """Tokens of a marked or unmarked stretch that are shown; longer ones lose their middle."""
 
 
-def preview(task: Any, store: Store, rows: Rows, tokenizer: Any, n: int) -> str:
+def preview(task: Any, store: Store, rows: Sequences, tokenizer: Any, n: int) -> str:
     """The first `n` examples of the first rows, one after another."""
     blocks: list[str] = []
     for row in range(len(rows)):

@@ -28,7 +28,7 @@ from finetune.config import QaConfig
 from finetune.data.collate import lm_batch
 from finetune.data.columns import Encoder, Store
 from finetune.data.encode_qa import SEPARATOR, QaEncoder
-from finetune.data.packing import Rows, one_per_row
+from finetune.data.packing import Sequences, one_per_sequence
 from finetune.dist import World
 from finetune.tasks.base import Batch, Gathered, Model, flat_inputs
 from finetune.tasks.squad_metrics import best_threshold, score, score_v1, summarise
@@ -58,10 +58,10 @@ class QaTask:
         elif train is not None:
             self.unanswerable = bool((train.column("answers") == 0).any())
 
-    def rows(self, store: Store) -> Rows:
-        return one_per_row(store.offsets)
+    def rows(self, store: Store) -> Sequences:
+        return one_per_sequence(store.offsets)
 
-    def collate(self, store: Store, rows: Rows, indices: list[int]) -> Batch:
+    def collate(self, store: Store, rows: Sequences, indices: list[int]) -> Batch:
         """Build a flat batch with each example's slots (among tokens) and targets (among slots).
 
         ids     q n c1 c2 E | q n c1 E       pool  2 3 4 7 8       sizes [3, 2]
@@ -92,7 +92,7 @@ class QaTask:
     def loss(self, model: Model, batch: Batch) -> Tensor:
         return (window_losses(self._slots(model, batch), batch) * batch["weights"]).sum()
 
-    def meter(self, store: Store, rows: Rows) -> QaMeter:
+    def meter(self, store: Store, rows: Sequences) -> QaMeter:
         return QaMeter(self, store)
 
     def describe(self) -> dict[str, Any]:

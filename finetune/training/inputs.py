@@ -17,7 +17,7 @@ from finetune.check import length_problems
 from finetune.config import GPTJ_POSITIONS, Config, Init
 from finetune.data.cache import build_store
 from finetune.data.columns import Store, open_store
-from finetune.data.packing import Rows, efficiency
+from finetune.data.packing import Sequences, efficiency
 from finetune.data.sources import data_notes, file_options, open_source
 from finetune.data.tokenizer import load_tokenizer, token_limit
 from finetune.dist import World
@@ -43,7 +43,7 @@ class Inputs:
     task: Task
     train: Store
     eval: Store | None
-    rows: Rows
+    rows: Sequences
     """Which training examples share a row."""
     notes: dict[str, list[str]]
     """What is remarkable about the files, and what encoding did to the data (texts cut), by train and eval."""

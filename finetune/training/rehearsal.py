@@ -9,13 +9,13 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from finetune.data.packing import Rows
+from finetune.data.packing import Sequences
 from finetune.sharding.engine import Engine
 from finetune.tasks.base import to_device
 from finetune.training.inputs import Inputs
 
 
-def longest_rows(rows: Rows, count: int) -> list[int]:
+def longest_rows(rows: Sequences, count: int) -> list[int]:
     """Return `count` row indices, longest first in tokens; repeated if there are fewer rows."""
     tokens = np.diff(np.concatenate([[0], np.cumsum(rows.lengths, dtype=np.int64)])[rows.pointers])
     order = np.argsort(-tokens, kind="stable")[:count].tolist()

@@ -182,9 +182,9 @@ def test_exit_code_and_text(monkeypatch, capsys):
     monkeypatch.setattr(doctor_run, "CHECKS", fine)
     assert doctor.main() == 0
     assert "ready to train" in capsys.readouterr().out
-    monkeypatch.setattr(doctor_run, "CHECKS", (lambda: [Check("c", "red", "bad [x]", "mend it")],))
+    monkeypatch.setattr(doctor_run, "CHECKS", (lambda: [Check("c", "red", "bad [x]", "fix it")],))
     assert doctor.main() == 1
-    assert "bad [x]" in (text := capsys.readouterr().out) and "mend it" in text
+    assert "bad [x]" in (text := capsys.readouterr().out) and "fix it" in text
 
 
 def test_a_check_that_fails_is_a_finding(monkeypatch):

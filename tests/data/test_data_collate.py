@@ -11,7 +11,7 @@ from toy_encoder import EOS, ToyEncoder, write_jsonl
 from finetune.data.cache import build_store
 from finetune.data.collate import lm_batch
 from finetune.data.columns import IGNORE
-from finetune.data.packing import best_fit, document_chunks, one_per_row, stream_blocks
+from finetune.data.packing import best_fit, document_chunks, one_per_sequence, stream_blocks
 
 
 def store_of(tmp_path, texts, columns=("ids", "scored", "weight", "subset", "answer")):
@@ -57,14 +57,14 @@ def test_rows_come_in_the_order_asked_for(tmp_path):
 
 def test_only_scored_targets_are_labels(tmp_path):
     store = store_of(tmp_path, ["ABcd", "Xy"])  # capitals are not scored
-    batch = lm_batch(store, one_per_row(store.offsets), [0, 1])
+    batch = lm_batch(store, one_per_sequence(store.offsets), [0, 1])
     assert batch["ids"].tolist() == [ord("A"), ord("B"), *ids("cdE"), ord("X"), *ids("yE")]
     assert batch["labels"].tolist() == ids("-cdE-yE-")
 
 
 def test_no_rows_give_one_ignored_token(tmp_path):
     store = store_of(tmp_path, ["ab"])
-    batch = lm_batch(store, one_per_row(store.offsets), [])
+    batch = lm_batch(store, one_per_sequence(store.offsets), [])
     assert {key: np.asarray(value).tolist() for key, value in batch.items()} == {
         "ids": [0],
         "positions": [0],

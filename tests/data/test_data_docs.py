@@ -67,4 +67,4 @@ def test_the_packing_drawings():
     letters, offsets = "aaaaEbEccE", np.array([0, 5, 7, 10])
     assert draw(stream_blocks(offsets, 4), letters) == drawn("causal LM, packed")
     assert draw(document_chunks(offsets, 4), letters) == drawn("causal LM, train.packing=false")
-    assert draw(best_fit(offsets, 5), letters) == drawn("instructions, packed (rows of 5)")
+    assert draw(best_fit(offsets, 5), letters) == drawn("instructions, packed (sequences of 5)")

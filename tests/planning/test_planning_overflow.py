@@ -15,7 +15,7 @@ import torch
 from plan_cases import CPU, GIB, TINY, config, gpu_machine
 
 from finetune.config import FullConfig, LoraConfig
-from finetune.data.packing import one_per_row, stream_blocks
+from finetune.data.packing import one_per_sequence, stream_blocks
 from finetune.dist import World
 from finetune.errors import RunFailed
 from finetune.planning.choose import after_overflow, plan
@@ -37,7 +37,7 @@ GPTJ = {
 
 
 def test_longest_rows_first_and_repeated_where_there_are_too_few():
-    rows = one_per_row(np.array([0, 3, 10, 12, 19]))
+    rows = one_per_sequence(np.array([0, 3, 10, 12, 19]))
     assert longest_rows(rows, 3) == [1, 3, 0] and longest_rows(rows, 6) == [1, 3, 0, 2, 1, 3]
     assert longest_rows(stream_blocks(np.array([0, 5, 9]), 4), 1) == [0]
 

@@ -11,7 +11,7 @@ import transformers
 from transformers import GPTJConfig
 
 from finetune.data.columns import Store
-from finetune.data.packing import Rows
+from finetune.data.packing import Sequences
 from finetune.gptj.model import ARCHITECTURES, HEADS, copy_config
 from finetune.tasks.base import to_device
 from finetune.training.evaluate import evaluate
@@ -25,7 +25,7 @@ NEWLINE = 198
 class Made:
     task: Any
     store: Store
-    rows: Rows
+    rows: Sequences
 
     def example(self, i: int) -> dict[str, list]:
         """The i-th example's token columns and scalars, as lists."""
