@@ -1,1 +1,1 @@
-"""Checkpoints: the format on disk, saving and resuming, and the faults that tests inject meanwhile."""
+"""Checkpoints: the format on disk, saving and resuming, and the faults that tests inject."""

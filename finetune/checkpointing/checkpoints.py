@@ -56,7 +56,7 @@ from finetune.sharding import partitions
 
 FEWEST_KEPT = 2
 MARKS = ("best", "best_step", "without_gain", "owes_evaluation", "callbacks")
-"""What an evaluation changes in the state."""
+"""Fields of the state that an evaluation changes."""
 UNTOUCHED = "Earlier checkpoints are untouched. Free some space and run the same command again."
 
 

@@ -19,7 +19,7 @@ class TrainState:
     skipped: int = 0
     """Steps that changed nothing because a gradient was not finite."""
     skipped_in_a_row: int = 0
-    """The last steps of which all were skipped."""
+    """Skipped steps since the last one that was applied."""
     recent_losses: list[float] = field(default_factory=list)
     """Losses that the next one is compared with."""
     metric: str = ""
@@ -33,7 +33,7 @@ class TrainState:
     owes_evaluation: bool = False
     """The evaluation of this step was not finished when this was saved."""
     callbacks: dict[str, Any] = field(default_factory=dict)
-    """What trackers keep, by class name."""
+    """State of the trackers, by class name."""
 
     def rank_by(self, metric: str) -> bool:
         """Rank evaluations by `metric`; return True if this drops another metric's best value."""

@@ -1,7 +1,7 @@
 """All checks in order, as a table for people or JSON for programs.
 
-Exit code 0 when nothing is red, 1 otherwise. Repairs nothing and asks nothing of the network. A check that itself
-fails is a yellow finding, so that the others are still made.
+Exit code 0 when nothing is red, 1 otherwise. Repairs nothing and asks nothing of the network. A
+check that itself fails is a yellow finding, so that the others are still made.
 """
 
 from __future__ import annotations

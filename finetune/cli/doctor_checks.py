@@ -40,7 +40,7 @@ class Check(NamedTuple):
     """green: ready; yellow: works, or only some things do not; red: training fails or hangs."""
     finding: str
     remedy: str = ""
-    """What to type, or "" when nothing needs doing."""
+    """A command to type or a step to take; empty if none is needed."""
 
 
 def green(name: str, finding: str) -> Check:
@@ -61,13 +61,12 @@ def red(name: str, finding: str, remedy: str) -> Check:
 def python_version() -> Check:
     from packaging.specifiers import SpecifierSet
 
-    found = ".".join(map(str, sys.version_info[:3]))
+    version = ".".join(map(str, sys.version_info[:3]))
     wanted = (_metadata() or {}).get("Requires-Python", "")
-    if not SpecifierSet(wanted).contains(found):
-        return red(
-            "python", f"{found}, {wanted} is needed", "Make a virtual environment with Python 3.11."
-        )
-    return green("python", f"{found} at {sys.executable}")
+    if not SpecifierSet(wanted).contains(version):
+        remedy = "Make a virtual environment with Python 3.11."
+        return red("python", f"{version}, {wanted} is needed", remedy)
+    return green("python", f"{version} at {sys.executable}")
 
 
 def torch_and_cuda() -> Check:
@@ -92,7 +91,8 @@ def torch_and_cuda() -> Check:
         return red(
             "torch",
             f"{build} and driver {driver} do not work together",
-            f"Update the driver, or install a torch built for an older CUDA than {torch.version.cuda}.",
+            "Update the driver, or install a torch built for an older CUDA than "
+            f"{torch.version.cuda}.",
         )
     from finetune.training.mfu import SLOW_BF16, emulates_bf16
 
@@ -108,22 +108,18 @@ def cuda_compiler() -> Check:
     torch = _torch()
     if torch is None or not torch.version.cuda or not torch.cuda.is_available():
         return green("cuda compiler", "not needed without a GPU")
-    found = re.search(r"release (\d+\.\d+)", _output(["nvcc", "--version"]))
-    if found is None:
+    toolkit = f"Install the CUDA toolkit {torch.version.cuda}"
+    release = re.search(r"release (\d+\.\d+)", _output(["nvcc", "--version"]))
+    if release is None:
         return yellow(
             "cuda compiler",
             "nvcc is missing: ops that DeepSpeed compiles for CUDA cannot be built",
-            f"Install the CUDA toolkit {torch.version.cuda} if a run asks for one.",
+            f"{toolkit} if a run asks for one.",
         )
-    same = found[1].split(".")[0] == torch.version.cuda.split(".")[0]
-    text = f"nvcc {found[1]}, torch CUDA {torch.version.cuda}"
-    if same:
+    text = f"nvcc {release[1]}, torch CUDA {torch.version.cuda}"
+    if release[1].split(".")[0] == torch.version.cuda.split(".")[0]:
         return green("cuda compiler", text)
-    return yellow(
-        "cuda compiler",
-        f"{text}: DeepSpeed will not compile its ops",
-        f"Install the CUDA toolkit {torch.version.cuda}.",
-    )
+    return yellow("cuda compiler", f"{text}: DeepSpeed will not compile its ops", f"{toolkit}.")
 
 
 def compilers() -> Check:

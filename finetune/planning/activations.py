@@ -28,7 +28,7 @@ gradient would."""
 SOFTMAX_ROWS = {"cpu": 16, "cuda": 256}
 """Rows whose fp32 probabilities exist at once; on a CPU they stay in its cache."""
 WEIGHT_ROWS = 6400
-"""Rows of the head whose gradient from one chunk exists at once, before it is added to the fp32 sum."""
+"""Rows of the head whose gradient from one chunk exists at once, before the fp32 sum takes it."""
 
 
 class Activations(NamedTuple):
@@ -37,7 +37,7 @@ class Activations(NamedTuple):
     kept: int
     """Alive from the end of the forward to the backward."""
     block: int
-    """What one block keeps: rebuilt, one at a time, under checkpointing."""
+    """Tensors that one block keeps: rebuilt, one at a time, under checkpointing."""
     transient: int
     """Gradients inside one block while its backward runs, beyond what it keeps."""
     loss: int

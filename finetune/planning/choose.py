@@ -342,7 +342,7 @@ def after_overflow(
 
 
 def _changes(job: Job) -> Iterator[tuple[str, Job]]:
-    """Yield (overrides, changed job): single changes, then with a smaller batch and checkpointing."""
+    """Yield (overrides, changed job): single changes, then pairs and triples of them."""
     work = job.work
 
     def with_work(**changes: Any) -> Job:

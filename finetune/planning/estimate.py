@@ -28,11 +28,11 @@ CUDA_CONTEXT_BYTES = 600 * MIB
 NCCL_BYTES = 400 * MIB
 """Channels of NCCL's communicators."""
 GPU_SLACK = 0.03
-"""Share of the tensors that blocks cut too large or out of order cost on top."""
+"""Share of the tensors that the allocator's rounding and fragmentation add."""
 CPU_RESTING_SLACK, CPU_PASSING_SLACK, CPU_STAGE2_PASSING_SLACK = 0.05, 0.35, -0.25
-"""The same for glibc: of what stays, and of what comes and goes and leaves holes. At stage 2 that is
-less than it adds up to: buckets are not full while activations are. Fitted to measured peaks, see
-docs/memory.md."""
+"""The same for glibc, of tensors that stay, and of tensors that come and go and fragment the heap.
+At stage 2 less is needed than they add up to: buckets are not full while activations are. Fitted to
+measured peaks, see docs/memory.md."""
 GPU_PROCESS_BYTES = 2560 * MIB
 """Resident memory of a rank that uses CUDA: interpreter, torch, DeepSpeed and CUDA's libraries."""
 CPU_PROCESS_BYTES = 650 * MIB
@@ -40,7 +40,7 @@ CPU_PROCESS_BYTES = 650 * MIB
 STAGE0_BUCKET_ELEMENTS = 500_000_000
 """Elements that stage 0 all-reduces at once (engine.py MEMORY_OPT_ALLREDUCE_SIZE)."""
 LIVE_ELEMENTS = 1_000_000_000
-"""Stage 3 holds at most this many gathered elements (max_live_parameters and max_reuse_distance)."""
+"""Gathered elements that stage 3 holds at most (max_live_parameters, max_reuse_distance)."""
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
 
 

@@ -201,7 +201,8 @@ def sharding_problems(cfg: Config, cuda: bool) -> Iterator[UserError]:
         )
     if zero.stage in (1, 2) and zero.offload_optimizer is Offload.nvme:
         yield UserError(
-            "zero.offload_optimizer=nvme needs stage 3; below it DeepSpeed would take the host instead",
+            "zero.offload_optimizer=nvme needs stage 3; below it DeepSpeed would take the host "
+            "instead",
             f"zero.stage={zero.stage}",
             "Try zero=stage3, or zero.offload_optimizer=cpu.",
         )

@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
@@ -56,14 +56,12 @@ def measure_machine(
     world_size: Optional[int] = None,
     run_dir: str = ".",
     nvme_path: Optional[str] = None,
-    cuda: bool = True,
 ) -> Machine:
     """Return the machine that `config` describes, measuring here what it leaves null.
 
     Args:
         world_size: ranks of a launched run; with GPUs, the number of GPUs used.
         run_dir: folder in which runs are written; its disk is measured.
-        cuda: False if a run trains on the CPU although there are GPUs.
 
     Raises:
         UserError: GPUs are requested whose memory is neither given nor measurable.
@@ -78,7 +76,7 @@ def measure_machine(
 
     # GPUs: one per rank. A launched run may span several nodes like this one.
     all_given = config.gpus is not None and config.gpu_gib is not None
-    free = gpu_free_bytes() if cuda and not all_given else []
+    free = [] if all_given else gpu_free_bytes()
     gpus = config.gpus
     if gpus is None:
         gpus = (world_size or len(free)) if free else 0
@@ -89,7 +87,6 @@ def measure_machine(
             "machine.gpu_gib",
             "Try machine.gpu_gib=80 or machine=a100_80.",
         )
-    gpus_per_node = max(1, min(gpus, config.gpus_per_node or len(free) or 8))
 
     # Disks: those of this machine do not limit hardware that is elsewhere.
     elsewhere = all_given and not world_size
@@ -98,16 +95,13 @@ def measure_machine(
     if nvme_path:
         nvme = disk if elsewhere else disk_free_bytes(nvme_path)
 
+    per_node = max(1, min(gpus, config.gpus_per_node or len(free) or 8))
     host = _bytes(config.host_gib, host_free_bytes())
-    name = f"{host / GIB:.0f} GiB of host memory"
-    if gpus:
-        nodes = -(-gpus // gpus_per_node)
-        on_nodes = f" on {nodes} nodes" if nodes > 1 else ""
-        cards = f"{gpus} GPU{'s' if gpus > 1 else ''} of {gpu_bytes / GIB:.0f} GiB{on_nodes}"
-        name = f"{cards}, {name}{' each' if nodes > 1 else ''}"
-    else:
-        name = f"CPU, {name}"
-    return Machine(gpus, gpus_per_node, gpu_bytes, host, disk, nvme, name)
+    machine = Machine(gpus, per_node, gpu_bytes, host, disk, nvme)
+    several, memory = machine.nodes > 1, f"{host / GIB:.0f} GiB of host memory"
+    name = f"{gpus} GPU{'s' if gpus > 1 else ''} of {gpu_bytes / GIB:.0f} GiB"
+    name += f" on {machine.nodes} nodes, {memory} each" if several else f", {memory}"
+    return replace(machine, name=name if gpus else f"CPU, {memory}")
 
 
 def _bytes(gib: Optional[float], measured: int) -> int:
@@ -294,7 +288,7 @@ def host_bytes() -> int:
 def peak_host_bytes() -> int:
     """Return the peak resident memory of this process.
 
-    The kernel's own peak, which psutil does not report, may lag behind values that it reported before.
+    psutil does not report it. The kernel's own peak may lag behind values that it reported before.
     """
     try:
         peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())

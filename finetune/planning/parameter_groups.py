@@ -1,7 +1,8 @@
-"""How trained tensors are cut into the optimizer's parameter groups: the one rule for the engine and the planner.
+"""The cut of trained tensors into the optimizer's parameter groups, for the engine and the planner.
 
-ZeRO 1 to 3 update one group after another and copy its gradients to fp32 first. One group of everything would need
-four more bytes per parameter at that moment, 24 GB for GPT-J-6B; small groups need them for one group at a time.
+ZeRO 1 to 3 update one group after another and copy its gradients to fp32 first. One group of
+everything would need four more bytes per parameter at that moment, 24 GB for GPT-J-6B; small groups
+need them for one group at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ GROUP_ELEMENTS = 2**25
 
 
 def cut(numels: Sequence[int], limit: int = GROUP_ELEMENTS) -> list[range]:
-    """Consecutive runs of positions whose sizes add up to at most `limit`; a larger one stands alone."""
+    """Return consecutive runs of positions whose sizes add up to at most `limit`.
+
+    A larger tensor is a run of its own.
+    """
     runs: list[range] = []
     start = total = 0
     for index, numel in enumerate(numels):

@@ -29,7 +29,7 @@ from finetune.files import read_json, refuse_pointer
 
 GPTJ_6B_ID = "eleutherai/gpt-j-6b"
 LINEARS = ("k_proj", "v_proj", "q_proj", "out_proj", "fc_in", "fc_out")
-"""The linear modules of a block in the order of `named_parameters()`; peft's `all-linear` means these."""
+"""The linear modules of a block in the order of `named_parameters()`: peft's `all-linear`."""
 HEAD_MODULES = {"lm": "lm_head", "classify": "score", "qa": "qa_outputs"}
 PEFT_PREFIX = "base_model.model."
 
@@ -135,7 +135,7 @@ class ModelShape:
         yield from self.head_tensors()
 
     def trainable_tensors(self, adapter: AdapterConfig) -> Iterator[Tensor]:
-        """Yield (name, shape) of the tensors that the optimizer updates, adapters' as peft names them.
+        """Yield (name, shape) of the tensors that the optimizer updates, named as by peft.
 
         The heads of classification and question answering start from random values, so they are
         trained with any adapter (peft's `modules_to_save`, which keeps the untrained copy too).

@@ -2,7 +2,7 @@
 
 Flow: `model_states(job, option)` -> `States`, derived from DeepSpeed 0.19's sources:
   stage 0        fp16/unfused_optimizer.py, or the plain torch optimizer in fp32
-  stage 1        bf16_optimizer.py when bf16 gradients are summed in fp32, else zero/stage_1_and_2.py
+  stage 1        bf16_optimizer.py if bf16 gradients are summed in fp32, else zero/stage_1_and_2.py
   stage 2        zero/stage_1_and_2.py
   stage 3        zero/stage3.py and zero/partition_parameters.py
 tests/planning/test_planning_states.py compares every number with the tensors of a real engine.
@@ -25,8 +25,8 @@ PERSISTENCE_ELEMENTS = 100_000
 SUB_GROUP_ELEMENTS = 1_000_000_000
 """Stage 3 updates at most this many elements at once (DeepSpeed's sub_group_size)."""
 NVME_BUFFERS = 4
-"""Sub-group sized fp32 buffers between host and nvme: weights, gradients and two moments (DeepSpeed's
-buffer_count)."""
+"""Sub-group sized fp32 buffers between host and nvme: weights, gradients and two moments
+(DeepSpeed's buffer_count)."""
 PARAM_BUFFERS = 5
 """Buffers for weights between host and nvme, each with room for a rank's part of the largest
 (buffer_count)."""
@@ -104,9 +104,9 @@ def _replicated(job: Job) -> States:
 
 
 def _flat_states(job: Job) -> tuple[int, int, list[int]]:
-    """Return (weight bytes, optimizer bytes, elements of each group's flat buffer) at stages 1 and 2.
+    """Return weight bytes, optimizer bytes, and each group's flat elements at stages 1 and 2.
 
-    Each flat buffer is padded. A rank has masters and moments of its partition of every group.
+    Each group is one flat, padded buffer. A rank has masters and moments of its partition of every group.
     """
     flat = [padded(sum(group), ALIGNMENT * job.world_size) for group in job.trainable_groups]
     weights = job.work.element_bytes * (sum(flat) + sum(job.frozen_numels))
