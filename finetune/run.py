@@ -14,7 +14,8 @@ from functools import partial
 
 from finetune import dist, process
 from finetune.check import best_metric, check
-from finetune.checkpointing.checkpoints import TrainState, find_resume
+from finetune.checkpointing.format import find_resume
+from finetune.checkpointing.train_state import TrainState
 from finetune.compose import recipe_config
 from finetune.config import Config, plain_config
 from finetune.data.batches import Order, StepBatches

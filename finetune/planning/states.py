@@ -106,7 +106,7 @@ def _replicated(job: Job) -> States:
 def _flat_states(job: Job) -> tuple[int, int, list[int]]:
     """Return weight bytes, optimizer bytes, and each group's flat elements at stages 1 and 2.
 
-    Each group is one flat, padded buffer. A rank has masters and moments of its partition of every group.
+    Each group is one flat, padded buffer. A rank has masters and moments of its partition of each.
     """
     flat = [padded(sum(group), ALIGNMENT * job.world_size) for group in job.trainable_groups]
     weights = job.work.element_bytes * (sum(flat) + sum(job.frozen_numels))
