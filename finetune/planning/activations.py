@@ -74,7 +74,10 @@ def activations(job: Job) -> Activations:
     # Input of the last norm, gradient of the loss with respect to its output, and the rotary table.
     ends = 2 * stream + 4 * job.tokens * job.shape.rotary_dim
 
-    transient = element * job.tokens * (inner + rebuilt + (2 if job.full else 3) * d)
+    # The gradient of the GELU's output is new memory, unless LoRA on fc_out frees that output then.
+    lora = isinstance(job.adapter, LoraConfig) and not job.adapter.dora
+    freed = inner if lora and "fc_out" in targets else 0
+    transient = element * job.tokens * (inner - freed + rebuilt + (2 if job.full else 3) * d)
     head_gradient = element * job.shape.vocab_size * d if job.full and job.shape.head == "lm" else 0
     # Evaluation: input, norm and attention output of a block, and the MLP's two wide tensors;
     # logits in chunks.
