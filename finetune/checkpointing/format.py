@@ -29,7 +29,7 @@ from torch import Tensor
 
 from finetune.checkpointing import faults
 from finetune.errors import UserError
-from finetune.files import fsync, read_json, write_atomic
+from finetune.files import fsync, read_json, read_object, write_atomic
 
 MANIFEST, STATE, EVALUATED = "manifest.json", "state.json", "evaluated.json"
 STEP_DIR = re.compile(r"^step-(\d{8})$")
@@ -243,11 +243,8 @@ def newest_valid(folder: Path, warn) -> Path | None:
 def read_state(folder: Path) -> dict:
     """Return state.json of a checkpoint, updated by an evaluation that was done after the save."""
     saved = read_json(folder / STATE)
-    try:
-        marks = read_json(folder / EVALUATED)
-    except (OSError, ValueError):  # absent: the evaluation is still to be done, or there was none
-        return saved
-    return {**saved, "state": saved["state"] | marks}
+    # Absent, if the evaluation is still to be done or there was none.
+    return {**saved, "state": saved["state"] | read_object(folder / EVALUATED)}
 
 
 def find_resume(resume: str, run_dir: Path, warn) -> Path | None:

@@ -49,6 +49,7 @@ class Activations(NamedTuple):
 
 
 def activations(job: Job) -> Activations:
+    """Return the estimate for one micro-step of `job`."""
     element, d, inner = job.work.element_bytes, job.shape.n_embd, job.shape.n_inner
     targets = (
         adapter_targets(job.adapter) if isinstance(job.adapter, (LoraConfig, Ia3Config)) else []

@@ -67,6 +67,7 @@ class Estimate:
 
 
 def estimate(job: Job, option: Option) -> Estimate:
+    """Return the estimate for one option; of ranks that differ, the largest counts."""
     # Beyond 64 ranks, one stands for all.
     differ = option.stage in (1, 2) and job.world_size <= 64
     ranks = range(job.world_size if differ else 1)
@@ -147,7 +148,13 @@ def buffer_bytes(job: Job, option: Option) -> int:
         return element * min(trained, STAGE0_BUCKET_ELEMENTS) if job.world_size > 1 else 0
     if option.stage == 3:
         reduced = bucket + 2 * min(bucket, trained) + 2 * largest
-        return element * reduced + gathered_bytes(job, option)
+        if job.world_size == 1 and option.offload_params == "none":
+            return element * reduced  # the only rank's own copy is whole
+        # Whole tensors are gathered around the current block. A block is kept if its backward comes
+        # within the reuse distance of its forward.
+        block_and_head = numel(job.shape.block_tensors()) + job.shape.vocab_size * job.shape.n_embd
+        live = max(LIVE_ELEMENTS // 2, block_and_head) + job.bucket_elements
+        return element * (reduced + min(job.shape.total(job.adapter), live))
     if uses_bf16_optimizer(job, option):
         return element * largest
     staged = (summed if option.stage == 1 else element) * bucket
@@ -155,20 +162,6 @@ def buffer_bytes(job: Job, option: Option) -> int:
         staged *= 2
     fp32_copy = 4 * largest if summed != element else 0
     return staged + element * (largest + min(bucket, trained)) + fp32_copy
-
-
-def gathered_bytes(job: Job, option: Option) -> int:
-    """Return the bytes of whole tensors that stage 3 gathers around the current block.
-
-    One rank uses its own copy unless the weights are offloaded.
-    """
-    if job.world_size == 1 and option.offload_params == "none":
-        return 0
-    # A block is kept if its backward comes within the reuse distance of its forward.
-    reused = LIVE_ELEMENTS // 2
-    block_and_head = numel(job.shape.block_tensors()) + job.shape.vocab_size * job.shape.n_embd
-    live = max(reused, block_and_head) + job.bucket_elements
-    return job.work.element_bytes * min(job.shape.total(job.adapter), live)
 
 
 # ---------------------------------------------------------------------- host and disk
