@@ -1,0 +1,159 @@
+"""One GGUF file, for llama.cpp and what is built on it (Ollama, LM Studio).
+
+GPT-J is written in Phi's form (`phi.py`) as architecture `phi2`, tensor by tensor: memory holds one
+tensor. The tokenizer, its special tokens and its chat template are inside. llama.cpp reads norms
+and biases in fp32 only, so that matrices alone have the chosen precision.
+
+Needs the `gguf` package: pip install -e '.[gguf]'
+Source: the GGUF specification, github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GPTJConfig
+
+from finetune.errors import UserError
+from finetune.export import phi
+
+DTYPES = ("f32", "f16", "bf16", "q8_0")
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.final_layernorm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.dense": "attn_output",
+    "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down",
+}
+"""Phi's modules -> GGUF's."""
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
+NORMAL, CONTROL = 1, 3
+"""Token types of the specification: text, and a mark that text never yields."""
+BLOCK = 32
+"""Values of a row that q8_0 stores with one scale."""
+
+
+def write_gguf(
+    tensors: Iterable[tuple[str, Tensor]],
+    shapes: dict[str, tuple[int, ...]],
+    config: GPTJConfig,
+    tokenizer: Any,
+    file: Path,
+    dtype: str,
+    name: str,
+) -> None:
+    """Write a language model.
+
+    Args:
+        tensors: GPT-J's, in the order of `shapes`.
+        dtype: f32, f16, bf16 or q8_0.
+        name: of the model, for those who list it.
+
+    Raises:
+        UserError: the `gguf` package is missing, or q8_0 does not divide the model's rows.
+        OSError: the disk is full.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise UserError(
+            "GGUF files need the gguf package", remedy="pip install gguf xllamacpp"
+        ) from None
+
+    kinds = gguf.GGMLQuantizationType
+    matrix_kind = {"f32": kinds.F32, "f16": kinds.F16, "bf16": kinds.BF16, "q8_0": kinds.Q8_0}[
+        dtype
+    ]
+    if dtype == "q8_0" and (config.n_embd % BLOCK or (config.n_inner or 0) % BLOCK):
+        raise UserError(
+            f"q8_0 stores {BLOCK} values at a time; this model's rows have {config.n_embd}",
+            "dtype",
+            "Use dtype=f16.",
+        )
+
+    # Sizes first: every tensor's place in the file is known before any tensor is read.
+    writer = gguf.GGUFWriter(file, "phi2")
+    add_keys(writer, config, name, matrix_kind)
+    add_tokenizer(writer, tokenizer, config.vocab_size)
+    for source, shape in shapes.items():
+        for target, value in phi.convert(source, torch.empty(shape, device="meta"), config):
+            kind = matrix_kind if value.dim() > 1 else kinds.F32
+            # The library takes shapes in bytes, and gives them back in values.
+            size = gguf.quants.quant_shape_to_byte_shape(tuple(value.shape), kind)
+            info = (gguf_name(target), size, np.dtype(np.uint8), math.prod(size))
+            writer.add_tensor_info(*info, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for source, tensor in tensors:
+        for _, value in phi.convert(source, tensor, config):
+            kind = matrix_kind if value.dim() > 1 else kinds.F32
+            writer.write_tensor_data(gguf.quants.quantize(value.float().numpy(), kind))
+    writer.close()
+
+
+def add_keys(writer: Any, config: GPTJConfig, name: str, kind: Any) -> None:
+    """Add the keys of architecture phi2."""
+    writer.add_name(name)
+    writer.add_file_type(kind)
+    writer.add_context_length(config.n_positions)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.n_head)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    writer.add_rope_dimension_count(config.rotary_dim or config.n_embd // config.n_head)
+
+
+def add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
+    """Add a byte-level BPE tokenizer with one token for each of the embedding's rows.
+
+    Rows that the tokenizer has no token for get the names of GPT-J's spare tokens.
+    """
+    vocabulary = {index: token for token, index in tokenizer.get_vocab().items()}
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = {token["id"] for token in state["added_tokens"]}
+    tokens, types = [], []
+    for row in range(rows):
+        spare = row not in vocabulary
+        tokens.append(f"<|spare_{row}|>" if spare else vocabulary[row])
+        types.append(CONTROL if spare or row in added else NORMAL)
+    merges = state["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    for add, token in (
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
+    ):
+        if token is not None and token < rows:
+            add(token)
+    writer.add_add_bos_token(False)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def gguf_name(name: str) -> str:
+    """Return GGUF's name for one of Phi's tensors."""
+    if match := LAYER.fullmatch(name):
+        layer, module, kind = match.groups()
+        return f"blk.{layer}.{NAMES[module]}.{kind}"
+    module, kind = name.rsplit(".", 1)
+    return f"{NAMES[module]}.{kind}"

@@ -1,0 +1,172 @@
+"""GPT-J in Phi's form: the same function under names and a row order that more engines serve.
+
+`PhiForCausalLM` computes GPT-J's function: one layer norm for the parallel attention and MLP,
+partial rotary positions, and an untied head with a bias. Three things differ:
+
+    names      transformer.h.0.attn.q_proj -> model.layers.0.self_attn.q_proj, ...
+    biases     GPT-J has none in its attention: Phi's are zero
+    rotation   GPT-J rotates neighbouring dimensions of a head, Phi the two halves of its rotary
+               part. In the rows of q and k (weights, and a LoRA's B), per head of 8 dimensions of
+               which 6 rotate:   0 1 2 3 4 5 6 7  ->  0 2 4  1 3 5  6 7
+
+Scores are inner products of rows re-ordered alike, so that nothing else changes.
+Source: transformers/models/phi/modeling_phi.py.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GPTJConfig
+
+from finetune.errors import UserError
+
+ARCHITECTURES = {"lm": "PhiForCausalLM", "classify": "PhiForSequenceClassification"}
+"""Head -> class of transformers. Phi has no head for question answering."""
+MODULES = {
+    "q_proj": "q_proj",
+    "k_proj": "k_proj",
+    "v_proj": "v_proj",
+    "out_proj": "dense",
+    "fc_in": "fc1",
+    "fc_out": "fc2",
+}
+"""GPT-J's linear layers -> Phi's, which are also the names of an adapter's target modules."""
+LAYER = re.compile(r"transformer\.h\.(\d+)\.(attn|mlp|ln_1)\.?(\w*)")
+REORDERED = ("q_proj", "k_proj")
+SAME_FUNCTION = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+"""Activations of GPT-J whose name and function Phi's config takes over."""
+
+
+def check_form(config: GPTJConfig, head: str) -> None:
+    """Check that a model has a counterpart in Phi's form.
+
+    Raises:
+        UserError: its head or activation has none.
+    """
+    if head not in ARCHITECTURES:
+        raise UserError(
+            "Phi has no head for question answering",
+            "kind",
+            "Use kind=merged or kind=adapter, which open in transformers.",
+        )
+    if config.activation_function not in SAME_FUNCTION:
+        raise UserError(
+            f"activation_function = {config.activation_function} is not exported as Phi",
+            "kind",
+            "Use kind=merged.",
+        )
+
+
+def config_values(config: GPTJConfig, head: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Return Phi's config.json.
+
+    Args:
+        values: GPT-J's config.json, for what both have: dtype, token ids, labels.
+    """
+    head_dim = config.n_embd // config.n_head
+    share = (config.rotary_dim or head_dim) / head_dim
+    kept = ("dtype", "bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id")
+    kept += ("num_labels", "problem_type", "_name_or_path", "transformers_version")
+    return {
+        "architectures": [ARCHITECTURES[head]],
+        "model_type": "phi",
+        **{key: values[key] for key in kept if key in values},
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.n_embd,
+        "intermediate_size": config.n_inner or 4 * config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_head,
+        "hidden_act": config.activation_function,
+        "max_position_embeddings": config.n_positions,
+        "layer_norm_eps": config.layer_norm_epsilon,
+        "embd_pdrop": config.embd_pdrop,
+        "resid_pdrop": config.resid_pdrop,
+        "attention_dropout": config.attn_pdrop,
+        "initializer_range": config.initializer_range,
+        "qk_layernorm": False,
+        "tie_word_embeddings": False,
+        # The first two are read by engines and older releases of transformers, the third by newer.
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": share,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": share,
+        },
+    }
+
+
+def convert(name: str, tensor: Tensor, config: GPTJConfig) -> list[tuple[str, Tensor]]:
+    """Return one tensor of GPT-J in Phi's form, followed by the zero biases that Phi has beside it.
+
+    `name` may carry a prefix and a suffix of peft's: `base_model.model. ... .lora_B.weight`.
+    """
+    new = phi_name(name)
+    match = LAYER.search(name)
+    module = match[3] if match else ""
+    # A LoRA's A reads the layer's input, which has no order to change.
+    if module in REORDERED and "lora_A" not in name:
+        tensor = tensor[row_order(config).to(tensor.device)]
+    converted = [(new, tensor)]
+    if match and match[2] == "attn" and name.endswith(f"{module}.weight"):
+        bias = new.removesuffix("weight") + "bias"
+        converted.append((bias, tensor.new_zeros(tensor.shape[0])))
+    return converted
+
+
+def phi_name(name: str) -> str:
+    """Return Phi's name for a tensor or module of GPT-J."""
+
+    def layer(match: re.Match) -> str:
+        number, part, module = match.groups()
+        if part == "ln_1":
+            # A parameter of the norm: ln_1.weight.
+            return f"model.layers.{number}.input_layernorm.{module}"
+        inside = "self_attn" if part == "attn" else "mlp"
+        return f"model.layers.{number}.{inside}.{MODULES[module]}"
+
+    name = LAYER.sub(layer, name)
+    name = name.replace("transformer.wte", "model.embed_tokens")
+    return name.replace("transformer.ln_f", "model.final_layernorm")
+
+
+def adapter_config(values: dict[str, Any], base: str) -> dict[str, Any]:
+    """Return the adapter_config.json of a LoRA for a base in Phi's form.
+
+    Args:
+        values: adapter_config.json for GPT-J.
+        base: path or hub id of the base in Phi's form.
+
+    Raises:
+        UserError: the adapter is no LoRA, or has parts that are not re-ordered here.
+    """
+    kind = values["peft_type"]
+    if kind != "LORA" or values.get("use_dora") or values.get("lora_bias"):
+        name = "DoRA" if values.get("use_dora") else kind
+        raise UserError(
+            f"an adapter of kind {name} has no counterpart for a base in Phi's form",
+            "kind",
+            "Use kind=phi, which merges it into a whole model.",
+        )
+    targets = sorted(MODULES[target] for target in values["target_modules"])
+    return values | {
+        "target_modules": targets,
+        "base_model_name_or_path": base,
+        "revision": None,
+    }
+
+
+def row_order(config: GPTJConfig) -> Tensor:
+    """Return the rows of q and k, (n_embd,) int64, in Phi's order."""
+    head_dim = config.n_embd // config.n_head
+    rotary = config.rotary_dim or head_dim
+    order = torch.cat(
+        [torch.arange(0, rotary, 2), torch.arange(1, rotary, 2), torch.arange(rotary, head_dim)]
+    )
+    heads = torch.arange(config.n_head)[:, None] * head_dim
+    return (heads + order).reshape(-1)

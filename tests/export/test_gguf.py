@@ -1,0 +1,121 @@
+"""A GGUF file of the shipped model runs in llama.cpp and gives plain transformers' tokens and log-probabilities."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import GPTJConfig, GPTJForCausalLM
+
+from finetune.assets.paths import asset
+from finetune.config import ModelConfig
+from finetune.data.tokenizer import load_tokenizer
+from finetune.errors import UserError
+from finetune.export.gguf_file import gguf_name, write_gguf
+from finetune.gptj.load import Weights, read_config
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("xllamacpp")
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = "Return the money, said the people of the United States to the Congress, and the"
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> tuple[Path, list[int], list[int]]:
+    """Outputs of plain transformers, the text's ids, and the next 24 greedy tokens."""
+    folder = asset("gptj_tiny")
+    model = GPTJForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+    ids = load_tokenizer(None)(TEXT, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        outputs = model(ids).logits[0].float()
+        text = model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=50256)
+    file = tmp_path_factory.mktemp("reference") / "reference.safetensors"
+    save_file({"ids.0": ids[0], "outputs.0": outputs.contiguous()}, file)
+    return file, ids[0].tolist(), text[0, ids.shape[1] :].tolist()
+
+
+def write(file: Path, dtype: str) -> Path:
+    folder = asset("gptj_tiny")
+    weights = Weights(folder)
+    shapes = {name: weights.shape(name) for name in sorted(weights.files)}
+    config = read_config(folder, ModelConfig(path=str(folder)))
+    tensors = ((name, weights[name]) for name in shapes)
+    write_gguf(tensors, shapes, config, load_tokenizer(None), file, dtype, "tiny")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most", "bytes_each"),
+    [("f32", 1e-3, 4), ("f16", 5e-3, 2), ("bf16", 0.05, 2), ("q8_0", 0.2, 1.0625)],
+)
+def test_llama_cpp_gives_the_same_log_probabilities(tmp_path, reference, dtype, most, bytes_each):
+    file = write(tmp_path / "tiny.gguf", dtype)
+    weights = Weights(asset("gptj_tiny"))
+    values = sum(torch.Size(weights.shape(name)).numel() for name in weights.files)
+    assert file.stat().st_size == pytest.approx(values * bytes_each, rel=0.25, abs=2.5e6)
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune.export.verify_gguf", str(file), str(reference[0]), dtype],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["equal"] and figures["mean_logprob_difference"] <= most
+    assert figures["positions"] == 16 and figures["token_agreement"] >= 0.9
+
+
+def test_llama_cpp_writes_the_same_greedy_text(tmp_path, reference):
+    _, ids, wanted = reference
+    file = write(tmp_path / "tiny.gguf", "f32")
+    code = (
+        "import json, sys, xllamacpp\n"
+        "p = xllamacpp.CommonParams(); p.model.path = sys.argv[1]; p.n_ctx = 256\n"
+        "p.n_parallel = 1; p.warmup = False; p.verbosity = 0\n"
+        "answer = xllamacpp.Server(p).handle_completions({'prompt': json.loads(sys.argv[2]),\n"
+        "    'max_tokens': 24, 'temperature': 0, 'logprobs': 1, 'ignore_eos': True})\n"
+        "answer = answer if isinstance(answer, dict) else json.loads(answer)\n"
+        "print(json.dumps([t['id'] for t in answer['choices'][0]['logprobs']['content']]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(file), json.dumps(ids)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == wanted
+
+
+def test_the_tokenizer_and_the_keys_are_inside(tmp_path):
+    reader = gguf.GGUFReader(write(tmp_path / "tiny.gguf", "f16"))
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    config = read_config(asset("gptj_tiny"), ModelConfig(path=str(asset("gptj_tiny"))))
+    assert fields["general.architecture"] == "phi2"
+    assert fields["phi2.context_length"] == config.n_positions
+    assert fields["phi2.rope.dimension_count"] == config.rotary_dim
+    assert fields["tokenizer.ggml.add_bos_token"] is False
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    assert len(tokens) == len(types) == config.vocab_size
+    assert tokens[50256] == "<|endoftext|>" and set(types[50256:]) == {3} and types[0] == 1
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert kinds["blk.0.attn_q.weight"] == "F16" and kinds["blk.0.attn_q.bias"] == "F32"
+    assert kinds["output_norm.weight"] == "F32" and kinds["output.bias"] == "F32"
+
+
+def test_rows_that_q8_0_cannot_divide_are_refused(tmp_path):
+    config = GPTJConfig(n_embd=48, n_head=4, n_layer=1)
+    with pytest.raises(UserError, match=r"q8_0 stores 32 values at a time; .* 48"):
+        write_gguf([], {}, config, None, tmp_path / "x.gguf", "q8_0", "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names():
+    assert gguf_name("model.layers.3.self_attn.dense.bias") == "blk.3.attn_output.bias"
+    assert gguf_name("model.embed_tokens.weight") == "token_embd.weight"
+    assert gguf_name("lm_head.bias") == "output.bias"
