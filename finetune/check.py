@@ -17,6 +17,7 @@ from finetune.config import (
     SCHEDULES,
     ClassifyConfig,
     Config,
+    FinalCheckpoint,
     InstructConfig,
     LoraConfig,
     PrefixConfig,
@@ -261,6 +262,11 @@ def _rest(cfg: Config) -> Iterator[UserError]:
         yield UserError(
             f"checkpoint.keep = {cfg.checkpoint.keep}: the newest may be damaged by what ended the run",
             remedy="Try checkpoint.keep=2.",
+        )
+    if cfg.checkpoint.final is FinalCheckpoint.none and not cfg.export.enabled:
+        yield UserError(
+            "checkpoint.final=none and export.enabled=false leave nothing of the trained model",
+            remedy="Try checkpoint.final=weights.",
         )
     for section, key in (
         ("train", "eval_every"),

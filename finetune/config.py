@@ -43,6 +43,12 @@ class Offload(Enum):
     nvme = "nvme"
 
 
+class FinalCheckpoint(Enum):
+    full = "full"
+    weights = "weights"
+    none = "none"
+
+
 class Attention(Enum):
     auto = "auto"
     sdpa = "sdpa"
@@ -306,6 +312,9 @@ class CheckpointConfig:
     the run is done."""
     background: Union[bool, str] = "auto"
     """true: train on while a copy is written; false: wait; auto: where the optimizer states are on GPUs."""
+    final: FinalCheckpoint = FinalCheckpoint.full
+    """What is kept when the run is done: full, to train on from it; weights, a third of the size, to evaluate and export
+    again; none. A run that is stopped always keeps a full checkpoint."""
 
 
 @dataclass

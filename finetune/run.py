@@ -114,13 +114,15 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
         checkpoints = run_files.open_checkpoints(
             cfg, inputs.train.fingerprint, sharding, world, run_dir
         )
-        state = checkpoints.restore(engine.ds, resume_from) if resume_from else TrainState()
+        state = TrainState()
+        if resume_from:
+            state = checkpoints.restore(engine.ds, resume_from, length.steps)
         metric, direction = best_metric(cfg.task, cfg.train.metric)
         if state.rank_by(metric):
             say(
                 f"evaluations are ranked by {metric} now; the best one counts from step {state.step}"
             )
-        checkpoints.require_room(engine.ds, several=cfg.checkpoint.every > 0)
+        checkpoints.require_room(engine.ds, cfg.checkpoint.every > 0, cfg.checkpoint.final)
         optimizer_bytes = world.gather(engine.optimizer_bytes()["total"])
         if world.main:
             last_step = state.step if resume_from else -1
@@ -210,11 +212,14 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
                 export_trained(cfg, engine, inputs, exported, run_dir, world, say)
 
         # 8. Result.
+        if world.main and result.status == "done":
+            checkpoints.keep_at_end(cfg.checkpoint.final, [result.step, state.best_step])
         stopped_by = guard.stop.reason or "another rank"
         facts = {
             "optimizer_bytes_per_rank": optimizer_bytes,
             "start_host_bytes": guard.start_host_bytes,
             "zero_stage": sharding.stage,
+            "checkpoint": cfg.checkpoint.final.value if result.status == "done" else "full",
             "best_metric": metric,
             "stopped_by": stopped_by if result.status == "preempted" else None,
             "wall_seconds": time.perf_counter() - started,

@@ -48,6 +48,7 @@ from finetune.checkpointing.format import (
     write_tensors,
 )
 from finetune.checkpointing.train_state import TrainState
+from finetune.config import FinalCheckpoint
 from finetune.dist import World
 from finetune.errors import RunFailed, UserError, command, gib
 from finetune.files import fsync, write_atomic
@@ -113,8 +114,8 @@ class Checkpoints:
 
     # ------------------------------------------------------------------ save
 
-    def save(self, engine, state: TrainState) -> None:
-        """Write step-N. Collective.
+    def save(self, engine, state: TrainState, moments: bool = True) -> None:
+        """Write step-N, without the optimizer's moments if the run is done. Collective.
 
         On any failure the staging folder is removed and older checkpoints are untouched. In the
         background the call returns once the tensors are copied; failures are raised by the next
@@ -125,7 +126,7 @@ class Checkpoints:
         """
         self.wait()
         partitions.ensure_states(engine)
-        pieces = self._pieces(engine)
+        pieces = self._pieces(engine, moments)
         needed = int(self.world.sum([pieces.bytes])[0])
         self.world.on_main(lambda: self._require(needed, f"the checkpoint of step {state.step}"))
         scaler = getattr(engine.optimizer, "cur_scale", None) or getattr(
@@ -136,6 +137,7 @@ class Checkpoints:
             "world_size": self.world.size,
             "adam_step": partitions.adam_step(engine),
             "loss_scale": float(scaler) if engine.fp16_enabled() and scaler else None,
+            "moments": moments,
             "identity": self.identity,
             "origin": self.origin,
             "state": asdict(state),
@@ -175,19 +177,20 @@ class Checkpoints:
         done, self._finished = self._finished, []
         return done
 
-    def _pieces(self, engine) -> Pieces:
+    def _pieces(self, engine, moments: bool = True) -> Pieces:
         if not self.world.main and partitions.replicated(engine):
             return Pieces.of([])
         sizes = {
             f"{name}|{start}|{kind}": numel
             for name, start, numel in partitions.ranges(engine)
-            for kind in ("master", *partitions.MOMENTS)
+            for kind in ("master", *(partitions.MOMENTS if moments else ()))
         }
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             for piece in partitions.fragments(engine):
                 for kind, tensor in piece.tensors().items():
-                    yield f"{piece.name}|{piece.start}|{kind}", tensor
+                    if kind == "master" or moments:
+                        yield f"{piece.name}|{piece.start}|{kind}", tensor
 
         return Pieces(sizes, tensors)
 
@@ -293,10 +296,14 @@ class Checkpoints:
                 UNTOUCHED,
             )
 
-    def require_room(self, engine, several: bool) -> None:
+    def require_room(self, engine, several: bool, final: FinalCheckpoint) -> None:
         """Check before the first step that the disk has room for all checkpoints kept at once.
 
         Existing checkpoints are included.
+
+        Args:
+            several: checkpoints are written during the run, and not only when it is done.
+            final: what is kept then.
 
         Raises:
             RunFailed: the disk is too small; the message says how much is missing.
@@ -306,6 +313,9 @@ class Checkpoints:
 
         def check() -> None:
             here = step_folders(self.folder)
+            if final is not FinalCheckpoint.full and not several and not self.best:
+                weights = one // 3 if final is FinalCheckpoint.weights else 0
+                return self._require(weights, f"keeping the weights, {gib(weights)},")
             count = (
                 self.keep + 1 + self.best if several or self.best else min(self.keep, len(here)) + 1
             )
@@ -316,6 +326,47 @@ class Checkpoints:
             )
 
         self.world.on_main(check)
+
+    def keep_at_end(self, final: FinalCheckpoint, steps: list[int]) -> None:
+        """Keep of a run that is done what `final` says; on rank 0, once the export is there.
+
+        Args:
+            steps: whose weights are kept: the last one, and the best.
+        """
+        if final is FinalCheckpoint.full:
+            return
+        for path in step_folders(self.folder):
+            if final is FinalCheckpoint.none or step_of(path) not in steps:
+                self._discard(path)
+            elif read_state(path).get("moments", True):
+                self._drop_moments(path)
+        self._sound &= {step_of(path) for path in step_folders(self.folder)}
+
+    def _drop_moments(self, path: Path) -> None:
+        """Replace a checkpoint by one with the same weights and no moments."""
+        stage, reader, about = (
+            self.folder / f".tmp-{path.name}",
+            StateReader(path),
+            read_state(path),
+        )
+        shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir()
+        sizes = reader.sizes("master")
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for name, numel in sizes.items():
+                yield f"{name}|0|master", reader.read(name, "master", 0, numel)
+
+        file = "optim-00000-of-00001.safetensors"
+        pieces = Pieces({f"{name}|0|master": numel for name, numel in sizes.items()}, tensors)
+        files = {file: write_tensors(stage / file, pieces)}
+        write_atomic(stage / STATE, json.dumps(about | {"moments": False}, indent=1))
+        files[STATE] = entry_of(stage / STATE)
+        write_manifest(stage, step_of(path), files)
+        fsync(stage)
+        self._discard(path)
+        os.replace(stage, path)
+        fsync(self.folder)
 
     def _discard(self, path: Path) -> None:
         """Delete a checkpoint, renaming it first so that a half-deleted one is never visible."""
@@ -349,9 +400,21 @@ class Checkpoints:
             stamp = time.strftime("%Y%m%d-%H%M%S")
             os.replace(self.folder, self.folder.with_name(f"{self.folder.name}-before-{stamp}"))
 
-    def restore(self, engine, folder: Path) -> TrainState:
-        """Load a verified checkpoint of any world size and stage, and continue from it."""
-        self._check_identity(read_state(folder), folder)
+    def restore(self, engine, folder: Path, end_step: int) -> TrainState:
+        """Load a verified checkpoint of any world size and stage, and continue from it.
+
+        Raises:
+            UserError: it is another run's, or holds weights alone and the run has steps left.
+        """
+        saved = read_state(folder)
+        self._check_identity(saved, folder)
+        if not saved.get("moments", True) and saved["state"]["step"] < end_step:
+            raise UserError(
+                f"this checkpoint of step {saved['state']['step']} holds weights alone "
+                f"(checkpoint.final=weights): training cannot go on from it to step {end_step}",
+                str(folder),
+                "Start a new run from the export, or this one anew with resume=never.",
+            )
         state = self.load(engine, folder)
         self.world.on_main(lambda: self._continue_from(folder))
         return state
@@ -360,9 +423,11 @@ class Checkpoints:
         """Load weights, moments and loss scale of a verified checkpoint. Collective."""
         saved, reader = read_state(folder), StateReader(folder)
         partitions.ensure_states(engine)
+        kinds = ("master", *(partitions.MOMENTS if saved.get("moments", True) else ()))
         for piece in partitions.fragments(engine, write=True):
             for kind, tensor in piece.tensors().items():
-                tensor.copy_(reader.read(piece.name, kind, piece.start, piece.numel))
+                if kind in kinds:
+                    tensor.copy_(reader.read(piece.name, kind, piece.start, piece.numel))
         partitions.set_adam_step(engine, saved["adam_step"])
         partitions.refresh_weights(
             engine, lambda name, start, numel: reader.read(name, "master", start, numel)

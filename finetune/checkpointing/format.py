@@ -291,7 +291,9 @@ def _named_checkpoint(path: Path, warn) -> Path:
         raise UserError(
             f"there is no valid checkpoint in {path}",
             "resume",
-            "Give a run directory or one of its checkpoints/step-N, or resume=never.",
+            f"The run kept none; its export is {path / 'export'}."
+            if (path / "export").is_dir()
+            else "Give a run directory or one of its checkpoints/step-N, or resume=never.",
         )
     return newest
 
@@ -327,6 +329,14 @@ class StateReader:
 
     def names(self) -> list[str]:
         return sorted({name for name, _ in self._pieces})
+
+    def sizes(self, kind: str) -> dict[str, int]:
+        """Return the elements of every tensor of one kind."""
+        return {
+            name: max(end for _, end, *_ in pieces)
+            for (name, has), pieces in sorted(self._pieces.items())
+            if has == kind
+        }
 
     def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
         """Return elements [start, start + numel) of one tensor, flat and in fp32.

@@ -250,6 +250,7 @@ TRAINER = {
     "save_steps": "checkpoint.every",
     "save_total_limit": "checkpoint.keep",
     "load_best_model_at_end": "checkpoint.best",
+    "save_only_model": "checkpoint.final",
     "report_to": "tracker",
     "resume_from_checkpoint": "resume",
     "deepspeed": "zero",

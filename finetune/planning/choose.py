@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Optional
 
-from finetune.config import Config, LoraConfig, Offload, ZeroConfig
+from finetune.config import Config, FinalCheckpoint, LoraConfig, Offload, ZeroConfig
 from finetune.errors import gib
 from finetune.planning.estimate import (
     Estimate,
@@ -126,6 +126,7 @@ def build_job(cfg: Config, machine: Machine, shape: ModelShape, world_size: int)
     """
     train = cfg.train
     micro_batch = 1 if train.micro_batch == "auto" else int(train.micro_batch)
+    full = cfg.checkpoint.final is FinalCheckpoint.full or cfg.checkpoint.best
     job = Job(
         shape,
         cfg.adapter,
@@ -142,7 +143,8 @@ def build_job(cfg: Config, machine: Machine, shape: ModelShape, world_size: int)
         train.global_batch,
         cfg.zero.bucket_elements,
         eval_tokens=train.eval_batch * cfg.task.max_length if cfg.data.eval else 0,
-        checkpoints_kept=cfg.checkpoint.keep + 1 if cfg.checkpoint.every else 1,
+        checkpoints_kept=cfg.checkpoint.keep + 1 if cfg.checkpoint.every else int(full),
+        weights_kept=cfg.checkpoint.final is FinalCheckpoint.weights and not cfg.checkpoint.every,
     )
     return job.with_micro_batch(micro_batch)
 
@@ -276,8 +278,13 @@ def room(job: Job, chosen: Estimate) -> list[str]:
 
 def remedies(zero: ZeroConfig, job: Job, misfit: Estimate) -> list[str]:
     """Return the overrides that make a misfit fit, cheapest first, with their numbers."""
-    if misfit.short in ("disk", "nvme"):  # no change to the run shrinks what it must write
-        return [f"free disk space: {missing(job, misfit)}"]
+    if misfit.short in ("disk", "nvme"):
+        advice = [f"free disk space: {missing(job, misfit)}"]
+        saved = checkpoint_bytes(job) * 2 // 3
+        if misfit.short == "disk" and job.checkpoints_kept == 1:
+            need = misfit.disk_bytes - saved
+            advice.append(f"checkpoint.final=weights: {gib(need)} on disk; none: still less")
+        return advice
     advice = []
     for overrides, changed in _changes(job):
         if best := _best(zero, changed):

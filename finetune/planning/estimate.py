@@ -111,7 +111,8 @@ def estimate(job: Job, option: Option) -> Estimate:
     host_parts = _host_parts(job, option, states, peak + fixed)
     host = sum(host_parts.values())
     nvme = job.ranks_per_node * states.nvme_bytes
-    disk = job.checkpoints_kept * checkpoint_bytes(job) + export_bytes(job)
+    weights = checkpoint_bytes(job) // 3 if job.weights_kept else 0
+    disk = job.checkpoints_kept * checkpoint_bytes(job) + weights + export_bytes(job)
     machine = job.machine
     short = ""
     if job.on_gpu and peak + fixed > machine.gpu_bytes:

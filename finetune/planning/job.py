@@ -90,7 +90,9 @@ class Job:
     eval_tokens: int = 0
     """Tokens of one forward in evaluation; 0 without evaluation."""
     checkpoints_kept: int = 1
-    """Checkpoints on disk at once, one being written included."""
+    """Full checkpoints on disk at once, one being written included."""
+    weights_kept: bool = False
+    """A checkpoint of the weights alone is written when the run is done."""
 
     def with_micro_batch(self, micro_batch: int) -> Job:
         """Return the same optimizer step in larger or smaller micro-batches."""

@@ -32,7 +32,7 @@ from finetune.training import stop_signals
 from finetune.training.hang_watch import HangWatch
 from finetune.training.out_of_memory import HostWatch, OutOfMemory
 from finetune.training.rank_failures import RankFailures
-from finetune.training.run_dir import RunLock, failed_result
+from finetune.training.run_dir import RunLock, failed_result, refuse_finished
 from finetune.training.stop_signals import StopRequest
 
 
@@ -84,6 +84,8 @@ class Guard:
     def _take_over(self) -> None:
         """Lock the run directory and remove the outcome of the run before."""
         self._lock.take(self.callbacks.message)
+        if self.cfg.resume != "never":
+            refuse_finished(self.run_dir)
         (self.run_dir / metrics_log.RESULT).unlink(missing_ok=True)
 
     def __exit__(

@@ -17,7 +17,7 @@ from finetune.checkpointing.train_state import TrainState
 from finetune.config import Config, Offload, plain_config, to_yaml
 from finetune.dist import World
 from finetune.errors import Preempted, RunFailed, UserError
-from finetune.files import write_json
+from finetune.files import read_object, write_json
 from finetune.gptj.load import local_folder, weights_identity
 from finetune.planning import machine
 from finetune.reporting import metrics_log
@@ -49,6 +49,21 @@ def make_run_dir(run_dir: str | None, name: str, world: World) -> Path:
         return folder
 
     return world.on_main(make)
+
+
+def refuse_finished(run_dir: Path) -> None:
+    """Check that this run is not done already, with nothing kept to continue from.
+
+    Raises:
+        UserError: it is, and starting it would silently train anew.
+    """
+    result = read_object(run_dir / metrics_log.RESULT)
+    if result.get("status") == "done" and result.get("checkpoint") == "none":
+        raise UserError(
+            "this run is done, and kept no checkpoint (checkpoint.final=none)",
+            str(run_dir),
+            "Train anew here with resume=never, or choose another run_dir.",
+        )
 
 
 def save_config(cfg: Config, about: dict[str, Any], texts: list[list[int]], run_dir: Path) -> None:

@@ -37,7 +37,8 @@ def plan_run(cfg: Config, world: World, run_dir: Path, num_labels: int | None = 
         machine = replace(machine, disk_bytes=machine.disk_bytes + held)
     planned = plan(cfg, machine, shape, world.size)
     write_json(run_dir / "plan.json", planned.to_json())
-    if not planned.fits and cfg.zero.stage == "auto":
+    # A disk that is too small ends every run, before anything is loaded.
+    if not planned.fits and (cfg.zero.stage == "auto" or planned.chosen.short == "disk"):
         raise UserError("this run does not fit this machine\n" + render_table(planned))
     return planned
 

@@ -24,7 +24,13 @@ from finetune import process
 from finetune.checkpointing import faults
 from finetune.checkpointing.checkpoints import Checkpoints
 from finetune.checkpointing.train_state import TrainState
-from finetune.config import AdapterConfig, CheckpointConfig, OptimConfig, TrainConfig
+from finetune.config import (
+    AdapterConfig,
+    CheckpointConfig,
+    FinalCheckpoint,
+    OptimConfig,
+    TrainConfig,
+)
 from finetune.data.batches import StepBatches, step_positions
 from finetune.data.columns import Store
 from finetune.dist import World, seed_for
@@ -238,9 +244,12 @@ class Trainer:
         evaluates = self.eval_store is not None and (
             last or _every(state.step, self.train.eval_every)
         )
-        if save_now or last or _every(state.step, self.checkpoint.every):
+        if save_now or _every(state.step, self.checkpoint.every):
             state.owes_evaluation = evaluates
             self.save(state)
+        elif last:
+            state.owes_evaluation = evaluates
+            self._save_last(state)
         if evaluates:
             self._evaluate(state)
         if self.checkpoint.best and state.best_step == state.step:
@@ -296,15 +305,20 @@ class Trainer:
         )
         return True
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, moments: bool = True) -> None:
         """Write a checkpoint of `state`, unless its step has one. Collective."""
         if self.saved_step == state.step:
             return
         state.callbacks = self.world.broadcast(self.callbacks.state())
-        self.checkpoints.save(self.engine.ds, state)
+        self.checkpoints.save(self.engine.ds, state, moments)
         self.saved_step = state.step
         self._report_saves()
         self.beat()
+
+    def _save_last(self, state: TrainState) -> None:
+        """Save what checkpoint.final keeps of the last step, unless it has a checkpoint."""
+        if self.checkpoint.final is not FinalCheckpoint.none:
+            self.save(state, moments=self.checkpoint.final is FinalCheckpoint.full)
 
     def _report_saves(self) -> None:
         for step, path in self.checkpoints.finished():
@@ -336,8 +350,10 @@ class Trainer:
 
     def _finish(self, state: TrainState, stopped: bool) -> Result:
         self.batches.close()
-        if state.step > 0:
+        if stopped and state.step > 0:
             self.save(state)
+        elif state.step > 0:
+            self._save_last(state)
         self.checkpoints.wait()
         self._report_saves()
         if stopped:
