@@ -34,7 +34,7 @@ ARROWS = {
     "tasks": "check config data dist errors",
     # deepspeed
     "sharding": "config dist errors gptj planning",
-    "checkpointing": "dist errors files planning sharding",
+    "checkpointing": "config dist errors files planning sharding",
     "training": "assets check checkpointing config data dist errors files gptj planning process reporting sharding tasks",
     # what people do with a run
     "export": "assets checkpointing config data dist errors files gptj process reporting sharding tasks training",
