@@ -20,7 +20,7 @@ import torch
 from transformers import GPTJConfig
 from workload import machine
 
-from finetune.gptj.attention import pack, pick_attention, rope_tables
+from finetune.gptj.attention import Context, pack, pick_attention, rope_tables
 from finetune.gptj.model import Block
 
 
@@ -47,17 +47,17 @@ def main() -> None:
         resid_pdrop=0.0,
     )
     device, half = torch.device(args.device), args.tokens // 2
-    block = Block(config, 0).to(device, torch.bfloat16).train()
+    block = Block(config).to(device, torch.bfloat16).train()
     x = torch.randn(
         1, args.tokens, args.width, device=device, dtype=torch.bfloat16, requires_grad=True
     )
     rope = rope_tables(torch.arange(args.tokens, device=device) % half, args.rotary)
     kind = pick_attention("auto", args.device, x.dtype)
-    packed = pack(torch.tensor([0, half, args.tokens]), kind, device)
+    context = Context(rope, pack(torch.tensor([0, half, args.tokens]), kind, device))
 
     def seconds(module: torch.nn.Module) -> float:
         began = time.perf_counter()
-        out = module(x, rope, packed)
+        out = module(x, context, 0)
         out.backward(torch.ones_like(out))
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -44,6 +44,7 @@ from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import UserError
 from finetune.files import read_json, refuse_pointer
 from finetune.gptj import adapters
+from finetune.gptj.adapters import flat
 from finetune.gptj.load import (
     DTYPES,
     Weights,
@@ -53,7 +54,6 @@ from finetune.gptj.load import (
     same_base,
     weights_identity,
 )
-from finetune.gptj.prompt_tuning import flat
 from finetune.training.mfu import SLOW_BF16, emulates_bf16
 
 ABOUT, REFERENCE = "finetune.json", "reference.json"

@@ -1,12 +1,19 @@
-"""Attach an adapter by peft, count what is trained, and split parameters for weight decay."""
+"""Adapters: attach one by peft, count trained parameters, and split them for weight decay.
+
+peft's own `forward` passes on arguments of padded batches (masks, caches), which the training model
+does not take, and puts virtual tokens in front of a padded row, which in a flat batch is the first
+document only. Here (`flat`) the arguments go straight to the wrapped model, and virtual tokens
+enter in front of every document (`prompt_tuning.py`). Parameters and files stay peft's, so an
+adapter trained here opens in plain transformers and peft.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.config import (
     AdapterConfig,
@@ -17,7 +24,7 @@ from finetune.config import (
     PromptConfig,
 )
 from finetune.gptj.lora import fuse
-from finetune.gptj.prompt_tuning import flat
+from finetune.gptj.prompt_tuning import Virtual
 from finetune.planning import parameter_groups as grouping
 from finetune.planning.shape import target_modules
 
@@ -26,7 +33,9 @@ HEAD_MODULES = {"lm": None, "classify": ["score"], "qa": ["qa_outputs"]}
 
 
 def attach(model: nn.Module, cfg: AdapterConfig, head: str, base: str, seed: int) -> nn.Module:
-    """The model with what is trained marked by requires_grad: itself, or wrapped by peft.
+    """Return the model with the trained parameters marked by requires_grad, wrapped by peft.
+
+    A full fine-tune returns the model itself.
 
     Args:
         base: path or hub id for adapter_config.json, so that others find the base model.
@@ -39,8 +48,19 @@ def attach(model: nn.Module, cfg: AdapterConfig, head: str, base: str, seed: int
     torch.manual_seed(seed)
     model.name_or_path = base
     model.config._name_or_path = base  # type: ignore[union-attr]
-    with _peft_gathers(model):
+    partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    if partitioned:
+        # Only with this config does peft gather the partitioned weights that it reads: DoRA's
+        # norms, prompts from words. transformers holds it weakly, so it must stay alive.
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+        zero_3 = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    try:
         wrapped = peft.get_peft_model(model, peft_config(cfg, head), autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    finally:
+        if partitioned:
+            del zero_3
+            unset_hf_deepspeed_config()
     dtype = next(p for p in model.parameters() if not p.requires_grad).dtype
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype != dtype:
@@ -49,26 +69,8 @@ def attach(model: nn.Module, cfg: AdapterConfig, head: str, base: str, seed: int
     return flat(wrapped)
 
 
-@contextmanager
-def _peft_gathers(model: nn.Module) -> Iterator[None]:
-    """peft gathers the partitioned weights that it reads (DoRA's norms, prompts from words) only if told so here."""
-    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        yield
-        return
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
-
-    known = HfDeepSpeedConfig(
-        {"zero_optimization": {"stage": 3}}
-    )  # held only weakly by transformers
-    try:
-        yield
-    finally:
-        del known
-        unset_hf_deepspeed_config()
-
-
 def peft_config(cfg: AdapterConfig, head: str | None, targets: list[str] | None = None):
-    """peft's form of an adapter section.
+    """Convert an adapter section to peft's configuration.
 
     Args:
         head: lm, classify or qa; None for a bare module.
@@ -110,8 +112,63 @@ def peft_config(cfg: AdapterConfig, head: str | None, targets: list[str] | None 
             raise AssertionError(type(cfg))
 
 
+class FlatAdapter:
+    """Mixed into the peft model's class in front of peft's own `forward`."""
+
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        return self.base_model(*args, **inputs)  # type: ignore[attr-defined]
+
+
+class FlatPrompts(FlatAdapter):
+    """The same for prompt and prefix tuning."""
+
+    _saving: dict[str, Tensor] | None = None
+
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        """Call the model with the trained rows as virtual tokens."""
+        name, config = self.active_adapter, self.active_peft_config  # type: ignore[attr-defined]
+        # Read through the encoder's forward, where ZeRO-3 gathers them.
+        encoder = self.prompt_encoder[name]  # type: ignore[attr-defined]
+        rows = encoder(self.prompt_tokens[name].to(encoder.embedding.weight.device))  # type: ignore[attr-defined]
+        if config.peft_type.value == "PROMPT_TUNING":
+            virtual = Virtual(prompt=rows)
+        else:
+            size = config.token_dim // config.num_attention_heads
+            split = rows.view(len(rows), config.num_layers, 2, config.num_attention_heads, size)
+            virtual = Virtual(prefix=split.permute(1, 2, 0, 3, 4))
+        return super().forward(*args, virtual=virtual, **inputs)
+
+    def save_pretrained(self, *args: Any, **options: Any) -> None:
+        self._saving = options.get("state_dict")
+        try:
+            super().save_pretrained(*args, **options)  # type: ignore[misc]
+        finally:
+            self._saving = None
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """Return the rows of the state dict that is being saved.
+
+        peft computes them, which at ZeRO-3 would wait for the other ranks forever.
+        """
+        if self._saving is None:
+            return super().get_prompt_embedding_to_save(adapter_name)  # type: ignore[misc]
+        return self._saving[f"prompt_encoder.{adapter_name}.embedding.weight"].detach().cpu()
+
+
+def flat(model: nn.Module) -> nn.Module:
+    """Make a peft model take flat batches from now on, and return it."""
+    if not isinstance(model, FlatAdapter):
+        model.__class__ = _flat_class(type(model), model.active_peft_config.is_prompt_learning)  # type: ignore[union-attr]
+    return model
+
+
+@lru_cache(None)
+def _flat_class(base: type, prompts: bool) -> type:
+    return type(f"Flat{base.__name__}", (FlatPrompts if prompts else FlatAdapter, base), {})
+
+
 def count(model: nn.Module) -> dict[str, int]:
-    """Parameters in all and trained, also when ZeRO-3 has partitioned them."""
+    """Count all parameters and the trained ones, also if ZeRO-3 has partitioned them."""
     sizes = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in model.parameters()]
     return {
         "total": sum(n for n, _ in sizes),
@@ -120,7 +177,10 @@ def count(model: nn.Module) -> dict[str, int]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices with weight decay; biases, norms and other vectors without; each cut as `parameter_groups` says."""
+    """Return matrices with weight decay, and biases, norms and other vectors without.
+
+    Each kind is cut into groups as `planning.parameter_groups` says.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]
     vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
@@ -129,8 +189,3 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         for kind, decay in ((matrices, weight_decay), (vectors, 0.0))
         for run in grouping.cut([int(getattr(p, "ds_numel", p.numel())) for p in kind])
     ]
-
-
-def plain_name(name: str) -> str:
-    """Parameter name without what wrappers put in front."""
-    return name.removeprefix("module.")

@@ -4,13 +4,13 @@ A batch is flat: the tokens of all documents one after another, `(N, heads, head
 boundaries in `cu_seqlens`. No padding is computed and no mask of size T x T exists. On CUDA in half
 precision one variable-length flash kernel takes the boundary list. Elsewhere, neighbouring
 documents of equal length share one batched `scaled_dot_product_attention` and every other document
-has a call of its own, which is the fastest way on CPU. Projections and caches are in `model.py`.
+has a call of its own, which is the fastest way on CPU. The projections are in `model.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -30,10 +30,18 @@ class Packed:
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
     kind: str = "sdpa"
+    """Attention kernel: varlen, sdpa or eager."""
 
-    @property
-    def longest(self) -> int:
-        return max(self.lengths)
+
+@dataclass(frozen=True)
+class Context:
+    """Values that all blocks share, computed once per forward."""
+
+    rope: Tensor
+    """From `rope_tables`, (N, 1, rotary_dim / 2)."""
+    documents: Packed
+    prefixes: Mapping[int, Tensor] | None = None
+    """Keys and values that layers put before every document: layer -> (2, V, heads, head_dim)."""
 
 
 def pack(cu_seqlens: Tensor, kind: str, device: torch.device) -> Packed:
@@ -45,20 +53,6 @@ def pack(cu_seqlens: Tensor, kind: str, device: torch.device) -> Packed:
     return Packed(lengths, cu_seqlens.to(device, torch.int32, non_blocking=True), kind)
 
 
-@lru_cache(maxsize=1)
-def has_varlen() -> bool:
-    """Tell whether this torch has the variable-length flash kernel.
-
-    The kernel runs on CUDA in fp16 and bf16 and does not need the flash-attn package.
-    """
-    try:
-        from torch.nn.attention import varlen
-
-        return hasattr(varlen, "varlen_attn")
-    except ImportError:
-        return False
-
-
 def pick_attention(requested: str, device_type: str, dtype: torch.dtype) -> str:
     """Resolve `model.attention` to the name of the kernel that runs on this device.
 
@@ -66,7 +60,7 @@ def pick_attention(requested: str, device_type: str, dtype: torch.dtype) -> str:
     backward on CPU).
     """
     half = dtype in (torch.bfloat16, torch.float16)
-    if requested in ("auto", "flex") and device_type == "cuda" and half and has_varlen():
+    if requested in ("auto", "flex") and device_type == "cuda" and half:
         return "varlen"
     return "eager" if requested == "eager" else "sdpa"
 
@@ -84,10 +78,11 @@ def packed_attention(
         (N, heads, head_dim).
     """
     if packed.kind == "varlen" and dropout == 0.0:
+        # Imported here: it loads torch's compiler, which takes seconds and is not needed on a CPU.
         from torch.nn.attention.varlen import varlen_attn
 
-        cu = packed.cu_seqlens
-        return varlen_attn(q, k, v, cu, cu, packed.longest, packed.longest, **_causal_argument())
+        cu, longest = packed.cu_seqlens, max(packed.lengths)
+        return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))  # causal
     attend = _eager if packed.kind == "eager" else F.scaled_dot_product_attention
     runs = [(length, len(list(same))) for length, same in groupby(packed.lengths)]
     if len(runs) == 1:
@@ -97,17 +92,6 @@ def packed_attention(
     return torch.cat(
         [_run(attend, *part, *run, dropout) for part, run in zip(parts, runs, strict=True)]
     )
-
-
-@lru_cache(maxsize=1)
-def _causal_argument() -> dict:
-    """Return `window_size=(-1, 0)` for torch 2.11 and later, `is_causal=True` for earlier ones."""
-    import inspect
-
-    from torch.nn.attention.varlen import varlen_attn
-
-    names = inspect.signature(varlen_attn).parameters
-    return {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
 
 
 def _run(
@@ -122,17 +106,16 @@ def _run(
     return out.transpose(1, 2).reshape(count * length, out.shape[1], out.shape[3])
 
 
-def _eager(
-    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = True
-) -> Tensor:
-    """Compute attention as Hugging Face's eager GPT-J does, as a reference for comparison.
+def _eager(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, is_causal: bool) -> Tensor:
+    """Compute causal attention as Hugging Face's eager GPT-J does, as a reference for comparison.
 
-    The scores are in fp32 and form a T x T matrix.
+    The scores are in fp32 and form a T x T matrix. The arguments are those of
+    `scaled_dot_product_attention`.
     """
+    assert is_causal
     scores = q.float() @ k.float().transpose(-1, -2) / q.shape[-1] ** 0.5
-    if is_causal:
-        keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        scores = scores.masked_fill(~keep, torch.finfo(torch.float32).min)
+    keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    scores = scores.masked_fill(~keep, torch.finfo(torch.float32).min)
     return F.dropout(scores.softmax(-1).to(v.dtype), dropout_p, dropout_p > 0) @ v
 
 

@@ -360,6 +360,7 @@ def build_model(
     device: torch.device,
     seed: int,
     num_labels: int | None = None,
+    checkpointing: bool | str = False,
     partition: AbstractContextManager | None = None,
     place: Place | None = None,
     reads: bool = True,
@@ -369,6 +370,7 @@ def build_model(
 
     Args:
         head: lm, classify or qa; a head that the checkpoint lacks is drawn from the seed.
+        checkpointing: kind of activation checkpointing in training; one of `recompute.KINDS`.
         partition: zero.Init context at stage 3, else None.
         place: writes one tensor into a partitioned parameter (collective); None if nothing is
             partitioned.
@@ -383,7 +385,7 @@ def build_model(
         partition or torch.device("meta"),
         _default_dtype(dtype if partition else torch.float32),
     ):
-        model = HEADS[head](copy_config(config))
+        model = HEADS[head](copy_config(config), cfg.attention.value, checkpointing)
     source = Weights(folder) if cfg.init is Init.pretrained and reads else None
     names = dict(model.named_parameters())
     if source is not None:
@@ -410,7 +412,6 @@ def build_model(
         done += parameter.numel() if place is None else int(torch.Size(shape).numel())
         if progress is not None:
             progress(done)
-    model.transformer.attention = cfg.attention.value  # type: ignore[union-attr]
     return model
 
 

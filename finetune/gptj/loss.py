@@ -1,12 +1,14 @@
 """Cross-entropy from hidden states without ever holding the logits.
 
-GPT-J's head has 50400 outputs and a bias. Its logits for one 2048-token sequence are 206 MB in bf16 and 413 MB
-in fp32, several times over. Here logits turn in place into their own gradient, chunk by chunk, and gradients of hidden
-states, weight and bias are made from that, so that peak extra memory is one chunk whatever the batch. Only scored rows
-are projected. Sums are fp32. Does not average: the caller divides by the global count of scored tokens.
+GPT-J's head has 50400 outputs and a bias. Its logits for one 2048-token sequence are 206 MB in bf16
+and 413 MB in fp32, several times over. Here logits turn in place into their own gradient, chunk by
+chunk, and the gradients of hidden states, weight and bias are made from that, so that peak extra
+memory is one chunk whatever the batch. Only scored rows are projected. Sums are fp32. Nothing is
+averaged: the caller divides by the global count of scored tokens.
 
-A trained head's gradient over several chunks must be summed in fp32, which takes 4 bytes for each weight. As many
-rows as have no more bytes than that are one chunk: their product is made once, with no sum to hold.
+A trained head's gradient over several chunks must be summed in fp32, which takes 4 bytes for each
+weight. As many rows as have no more bytes than that are one chunk: their product is made once, with
+no sum to hold. `planning.activations` predicts this memory and holds the chunk sizes.
 """
 
 from __future__ import annotations
@@ -31,12 +33,14 @@ class LMHead(nn.Linear):
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, per_token: bool = False
     ) -> Tensor:
-        """Logits (.., V); with labels (N,): the fp32 sum of losses; per_token: fp32 losses (N,), 0 where ignored."""
+        """Return logits (.., V), or with labels (N,) the fp32 sum of losses.
+
+        With `per_token` the result is the fp32 losses (N,), 0 where the label is IGNORE.
+        """
         if labels is None:
             return F.linear(hidden, self.weight, self.bias)
-        if per_token:
-            return token_losses(hidden, self.weight, self.bias, labels)
-        return chunked_cross_entropy(hidden, self.weight, self.bias, labels)
+        loss = token_losses if per_token else chunked_cross_entropy
+        return loss(hidden, self.weight, self.bias, labels)
 
 
 def chunked_cross_entropy(
@@ -55,9 +59,11 @@ def chunked_cross_entropy(
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    """Loss of every token, fp32 (N,), 0 where the label is IGNORE; for perplexity by subset."""
+    """Return the loss of every token, fp32 (N,), 0 where the label is IGNORE."""
     losses = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
-    step, chunks = SOFTMAX_ROWS.get(hidden.device.type, 256), _chunks(_scored(labels), LOSS_CHUNK)
+    step = SOFTMAX_ROWS[hidden.device.type]
+    scored = (labels != IGNORE).nonzero()[:, 0]
+    chunks = scored.split(LOSS_CHUNK) if len(scored) else ()
     # Allocated once: fresh logits would be made while the chunk before still holds its own.
     buffer = hidden.new_empty(max(map(len, chunks), default=0), weight.shape[0])
     for rows in chunks:
@@ -71,30 +77,25 @@ def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
     return losses
 
 
-def _scored(labels: Tensor) -> Tensor:
-    return (labels != IGNORE).nonzero()[:, 0]
-
-
-def _chunks(rows: Tensor, size: int) -> tuple[Tensor, ...]:
-    return rows.split(size) if rows.numel() else ()
-
-
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Forward makes the gradients of the sum, backward scales them; of one whole chunk it makes the weight's."""
+    """Compute the gradients of the sum in the forward and scale them in the backward.
+
+    If all rows form one chunk, the backward also computes the weight's gradient.
+    """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:  # type: ignore[override]
         want_hidden, want_weight, want_bias, _ = ctx.needs_input_grad
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        scored = _scored(labels)
+        scored = (labels != IGNORE).nonzero()[:, 0]
         whole = want_weight and 0 < len(scored) * weight.element_size() <= 4 * weight.shape[1]
         d_hidden = torch.zeros_like(hidden) if want_hidden else None
-        d_weight = (
-            None if whole or not want_weight else torch.empty_like(weight, dtype=torch.float32)
-        )
+        d_weight = None
+        if want_weight and not whole:
+            d_weight = torch.empty_like(weight, dtype=torch.float32)
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
         part = logits = None
-        chunks = _chunks(scored, len(scored) if whole else LOSS_CHUNK)
+        chunks = scored.split(len(scored) if whole else LOSS_CHUNK) if len(scored) else ()
         # Allocated once: between fresh ones a CPU's heap would get holes.
         buffer = hidden.new_empty(max(map(len, chunks), default=0), weight.shape[0])
         for i, rows in enumerate(chunks):
@@ -132,17 +133,32 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _logits_to_gradient(
     logits: Tensor, bias: Tensor | None, targets: Tensor, d_bias: Tensor | None
 ) -> Tensor:
-    """Overwrite logits (C, V), still without bias, by softmax - onehot(targets (C, 1)); returns the sum of losses.
+    """Overwrite logits (C, V) by softmax - onehot(targets (C, 1)); return the sum of the losses.
 
-    A few rows at a time in fp32; the bias is added there too, where it costs least.
+    A few rows at a time in fp32. The logits come without bias: it is added there, where it costs
+    least.
     """
-    step = SOFTMAX_ROWS.get(logits.device.type, 256)
+    step = SOFTMAX_ROWS[logits.device.type]
     scratch = logits.new_empty(min(step, len(logits)), logits.shape[1], dtype=torch.float32)
     total, ones = scratch.new_zeros(()), scratch.new_ones(len(scratch))
     fp32_bias = bias.float() if bias is not None else None
     for part, target in zip(logits.split(step), targets.split(step), strict=True):
         fp32 = scratch[: len(part)]
-        total += _probabilities(part, fp32_bias, target, fp32)
+        fp32.copy_(part)
+        if fp32_bias is not None:
+            fp32 += fp32_bias
+        if fp32.is_cuda:
+            torch.log_softmax(fp32, -1, out=fp32)
+            total -= fp32.gather(1, target).sum()
+            fp32.exp_()
+        else:  # half the exponentials: the logarithm is taken of the targets' probabilities alone
+            torch.softmax(fp32, -1, out=fp32)
+            chosen = fp32.gather(1, target)
+            if chosen.min() < TINY:
+                exact = part.float() if fp32_bias is None else part + fp32_bias
+                total += F.cross_entropy(exact, target[:, 0], reduction="sum")
+            else:
+                total -= chosen.log().sum()
         fp32.scatter_add_(1, target, fp32.new_full(target.shape, -1.0))
         if d_bias is not None:
             d_bias.addmv_(fp32.T, ones[: len(part)])
@@ -150,28 +166,8 @@ def _logits_to_gradient(
     return total
 
 
-def _probabilities(logits: Tensor, bias: Tensor | None, targets: Tensor, out: Tensor) -> Tensor:
-    """Softmax of logits + bias into `out`, fp32; returns the sum of -log softmax at `targets`."""
-    out.copy_(logits)
-    if bias is not None:
-        out += bias
-    if out.is_cuda:
-        torch.log_softmax(out, -1, out=out)
-        loss = -out.gather(1, targets).sum()
-        out.exp_()
-        return loss
-    torch.softmax(
-        out, -1, out=out
-    )  # half the exponentials: the logarithm is taken of the targets' alone
-    chosen = out.gather(1, targets)
-    if chosen.min() < TINY:
-        exact = logits.float() if bias is None else logits + bias
-        return F.cross_entropy(exact, targets[:, 0], reduction="sum")
-    return -chosen.log().sum()
-
-
 def _weight_gradient(grad: Tensor, hidden: Tensor, scale: Tensor) -> Tensor:
-    """grad.T @ hidden * scale, (V, D) in the dtype of `grad`, rounded once."""
+    """Return grad.T @ hidden * scale, (V, D) in the dtype of `grad`, rounded once."""
     if not grad.is_cuda:
         return torch.addmm(grad.new_zeros(()), grad.T, hidden, beta=0, alpha=float(scale))
     if grad.dtype == torch.float32:
@@ -183,9 +179,10 @@ def _weight_gradient(grad: Tensor, hidden: Tensor, scale: Tensor) -> Tensor:
 
 
 def _add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor, first: bool) -> None:
-    """total (V, D) += grad.T @ hidden in fp32, some rows of the head at a time; the first time there is nothing to add to.
+    """Add grad.T @ hidden to `total` (V, D) in fp32, some rows of the head at a time.
 
-    CUDA adds half-precision products to fp32 without a rounding between.
+    The first time there is nothing to add to. CUDA adds half-precision products to fp32 without a
+    rounding between.
     """
     for rows, columns in zip(total.split(WEIGHT_ROWS), grad.split(WEIGHT_ROWS, 1), strict=True):
         if grad.dtype == torch.float32:

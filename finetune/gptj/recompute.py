@@ -13,72 +13,55 @@ Source: Chen et al., arXiv:1604.06174; Korthikanti et al., arXiv:2205.05198 for 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from finetune.gptj.attention import Context
+
 KINDS = (False, True, "selective", "offload")
 
 
-def run_block(kind: bool | str, block: Callable[..., Tensor], x: Tensor, *rest) -> Tensor:
-    """Run `block(x, *rest)` of a training forward, saving what `kind` says.
-
-    Only x and tensors in `rest` get gradients.
-    """
+def run_block(
+    kind: bool | str, block: Callable[..., Tensor], x: Tensor, context: Context, layer: int
+) -> Tensor:
+    """Run `block(x, context, layer)` of a training forward, saving what `kind` says."""
     if kind is True:
-        return checkpoint(block, x, *rest, use_reentrant=False)
-    if kind == "offload":
-        if not x.requires_grad:
-            x = (
-                x.detach().requires_grad_()
-            )  # a reentrant checkpoint trains nothing unless its input requires grad
-        with save_on_cpu(pin_memory=x.is_cuda):
-            return checkpoint(_with_constants(block, rest), x, *_learned(rest), use_reentrant=True)
-    return block(x, *rest)
+        return checkpoint(block, x, context, layer, use_reentrant=False)
+    if kind != "offload":
+        return block(x, context, layer)
+
+    # A reentrant checkpoint saves its tensor arguments, here on the host, and gives only them
+    # gradients. A prefix is trained, so it is one of them. The rest of the context is bound: as an
+    # argument it would be copied to the host once per block.
+    prefix = [context.prefixes[layer]] if context.prefixes else []
+
+    def run(x: Tensor, *prefix: Tensor) -> Tensor:
+        own = {layer: prefix[0]} if prefix else None
+        return block(x, replace(context, prefixes=own), layer)
+
+    if not x.requires_grad:
+        x = x.detach().requires_grad_()  # without it, a reentrant checkpoint trains nothing
+    with save_on_cpu(pin_memory=x.is_cuda):
+        return checkpoint(run, x, *prefix, use_reentrant=True)
 
 
-def _learned(rest: tuple) -> list[Tensor]:
-    return [value for value in rest if isinstance(value, Tensor) and value.requires_grad]
+class recomputed(saved_tensors_hooks):
+    """Context in which x is saved for the backward instead of `result = function(x)`.
 
-
-def _with_constants(block: Callable[..., Tensor], rest: tuple) -> Callable[..., Tensor]:
-    """Bind the arguments of `block` that need no gradient.
-
-    As arguments they would be copied to the host once per block.
-    """
-    constants = [
-        None if isinstance(value, Tensor) and value.requires_grad else value for value in rest
-    ]
-    learns = [isinstance(value, Tensor) and value.requires_grad for value in rest]
-
-    def run(x: Tensor, *learned: Tensor) -> Tensor:
-        given = iter(learned)
-        return block(
-            x,
-            *(
-                next(given) if learn else value
-                for learn, value in zip(learns, constants, strict=True)
-            ),
-        )
-
-    return run
-
-
-class made_again(saved_tensors_hooks):
-    """Context in which x is saved for the backward instead of `made = function(x)`.
-
-    The backward computes `made` again from x.
+    The backward computes the result again from x.
 
     Args:
         function: elementwise and without randomness.
         x: saved anyway by the function's own backward.
-        made: its contiguous result.
+        result: contiguous.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, made: Tensor):
-        storage, count, source = made.untyped_storage().data_ptr(), made.numel(), x.detach()
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, result: Tensor):
+        storage, count, source = result.untyped_storage().data_ptr(), result.numel(), x.detach()
 
         def pack(saved: Tensor) -> Tensor | tuple[Tensor, torch.Size]:
             same = (

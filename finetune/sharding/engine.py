@@ -168,11 +168,11 @@ def build_module(
         device=world.device,
         seed=cfg.seed,
         num_labels=num_labels,
+        checkpointing=cfg.train.activation_checkpointing,
         partition=partition,
         place=partial(place_partitioned, world) if sharded else None,
         reads=world.main or not sharded,
     )
-    model.transformer.checkpointing = cfg.train.activation_checkpointing  # type: ignore[union-attr]
     return adapters.attach(model, cfg.adapter, head, base_name, cfg.seed)
 
 

@@ -69,8 +69,9 @@ def separate_logits(reference, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("checkpointing", KINDS)
 def test_packed_equals_separate_documents(pair, kind, checkpointing):
     reference, ours = pair
-    ours.train()
-    ours.transformer.attention, ours.transformer.checkpointing = kind, checkpointing
+    weights = ours.state_dict()
+    ours = CausalLM(ours.config, kind, checkpointing).train()
+    ours.load_state_dict(weights)
     batch = packed_batch()
     logits = separate_logits(reference, batch["input_ids"])
     wanted = F.cross_entropy(logits, batch["labels"][0], ignore_index=IGNORE, reduction="sum")

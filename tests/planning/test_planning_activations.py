@@ -48,8 +48,9 @@ def measured(job: Job, lengths: list[int], path: Path) -> tuple[int, int, int]:
     """(kept at the start of the backward, peak of the forward, peak of the backward), gradients of weights excluded."""
     write_model(path, SHAPE)
     cfg = config(job.adapter, path=str(path), dtype=job.work.dtype)
-    model = build_model(cfg.model, "lm", device=torch.device("cpu"), seed=0)
-    model.transformer.checkpointing = job.work.checkpointing  # type: ignore[union-attr]
+    model = build_model(
+        cfg.model, "lm", device=torch.device("cpu"), seed=0, checkpointing=job.work.checkpointing
+    )
     model = adapters.attach(model, job.adapter, "lm", str(path), 0).train()
     ids = torch.randint(0, SHAPE["vocab_size"], (1, sum(lengths)))
     bounds = torch.tensor([0, *lengths]).cumsum(0)

@@ -47,7 +47,7 @@ class Made:
         return self.task.loss(model, to_device(self.batch(indices), CPU))
 
 
-def models(head: str, num_labels: int = 2, seed: int = 0):
+def models(head: str, num_labels: int = 2, seed: int = 0, checkpointing: bool | str = False):
     """Our model and Hugging Face's eager one, fp32, with the same weights."""
     config = GPTJConfig(
         vocab_size=50400,
@@ -62,7 +62,7 @@ def models(head: str, num_labels: int = 2, seed: int = 0):
         embd_pdrop=0.0,
     )
     torch.manual_seed(seed)
-    ours = HEADS[head](config)
+    ours = HEADS[head](config, checkpointing=checkpointing)
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, std=0.3) if parameter.dim() > 1 else torch.nn.init.normal_(
             parameter, 0.5, 0.2
