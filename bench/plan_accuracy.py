@@ -98,19 +98,14 @@ def main() -> None:
     }
     out = options.out or ROOT / f"bench/results/plan_accuracy_{options.cases}.json"
     if options.replan:
+        record = json.loads(out.read_text())
         rows = [
-            replanned(row, *chosen[row["case"]])
-            for row in json.loads(out.read_text())["rows"]
-            if row["case"] in chosen
+            replanned(row, *chosen[row["case"]]) for row in record["rows"] if row["case"] in chosen
         ]
     else:
+        record = {"machine": platform.platform(), "cores": os.cpu_count()}
         rows = [measure(name, *case) for name, case in chosen.items()]
-    out.write_text(
-        json.dumps(
-            {"machine": platform.platform(), "cores": os.cpu_count(), "rows": rows}, indent=1
-        )
-        + "\n"
-    )
+    out.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
     draw(rows, options.picture or ROOT / f"docs/plan_accuracy_{options.cases}.png")
 
 

@@ -29,13 +29,13 @@ NCCL_BYTES = 400 * MIB
 """Channels of NCCL's communicators."""
 GPU_SLACK = 0.03
 """Share of the tensors that the allocator's rounding and fragmentation add."""
-CPU_RESTING_SLACK, CPU_PASSING_SLACK, CPU_STAGE2_PASSING_SLACK = 0.05, 0.35, -0.25
+CPU_RESTING_SLACK, CPU_PASSING_SLACK, CPU_STAGE2_PASSING_SLACK = 0.08, 0.45, -0.25
 """The same for glibc, of tensors that stay, and of tensors that come and go and fragment the heap.
 At stage 2 less is needed than they add up to: buckets are not full while activations are. Fitted to
 measured peaks, see docs/memory.md."""
 GPU_PROCESS_BYTES = 2560 * MIB
 """Resident memory of a rank that uses CUDA: interpreter, torch, DeepSpeed and CUDA's libraries."""
-CPU_PROCESS_BYTES = 650 * MIB
+CPU_PROCESS_BYTES = 580 * MIB
 """The same without CUDA."""
 STAGE0_BUCKET_ELEMENTS = 500_000_000
 """Elements that stage 0 all-reduces at once (engine.py MEMORY_OPT_ALLREDUCE_SIZE)."""
