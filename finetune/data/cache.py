@@ -9,50 +9,42 @@ at once: one builds, the others wait and open the result. Bad rows stop the buil
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
-from finetune.data.cache_builder import BadRows, Meter, Progress, check_bad_rows, run
-from finetune.data.columns import (
-    FORMAT,
-    Column,
-    ColumnWriter,
-    Encoder,
-    Example,
-    Store,
-    open_store,
-    store_fault,
-    write_meta,
-)
+from finetune.data.cache_builder import Counts, Meter, Progress, check_bad_rows, encode_rows
+from finetune.data.columns import FORMAT, META, ColumnWriter, Encoder, Store, store_fault
 from finetune.data.sources import Source, open_source
 from finetune.data.tokenizer import TokenLimit
 from finetune.data.utf8 import DEFAULTS, FileOptions
 from finetune.errors import UserError
-from finetune.files import fsync
-
-__all__ = [
-    "Column",
-    "Encoder",
-    "Example",
-    "Store",
-    "build_store",
-    "default_cache_dir",
-    "open_store",
-]
+from finetune.files import fsync, write_json
 
 log = logging.getLogger(__name__)
 CHECKED_IDS = 1 << 24
 """Ids of a finished store that are compared with an embedding at once."""
+
+
+DISK_FAULTS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file grew beyond the limit of this account",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "the folder is not writable",
+    errno.EPERM: "the folder is not writable",
+    errno.ENOTDIR: "part of this path is a file",
+    errno.EEXIST: "part of this path is a file",
+}
 
 
 def build_store(
@@ -79,17 +71,51 @@ def build_store(
     """
     assert on_bad_row in ("error", "skip")
     source = open_source(spec, split, config, options)
-    fingerprint = _fingerprint(source, encoder, on_bad_row)
+    columns = {name: [column.kind, column.dtype] for name, column in encoder.columns.items()}
+    parts = [FORMAT, source.identity, encoder.fingerprint(), columns, on_bad_row]
+    fingerprint = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
     folder = (Path(cache_dir) if cache_dir else default_cache_dir()) / fingerprint[:16]
     if store_fault(folder) is None:
         return _reuse(folder, max_bad_rows, limit)
-    with _disk_faults(folder), _lock(folder):
+
+    # One builder per store. The lock ends with its process, so a killed builder blocks no other.
+    lock = FileLock(folder.with_suffix(".lock"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            log.info("waiting for another process that is tokenising the same data (%s)", folder)
+            lock.acquire()
         if store_fault(folder) is None:  # another process built it while this one waited
             return _reuse(folder, max_bad_rows, limit)
-        _remove_leftovers(folder)
-        rows = BadRows(on_bad_row, max_bad_rows)
-        with _temporary(folder) as temporary:
-            _build(temporary, spec, source, encoder, rows, fingerprint, progress, limit)
+        for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a killed builder
+            shutil.rmtree(leftover, ignore_errors=True)
+        if folder.exists():
+            fault = store_fault(folder)
+            log.warning("token cache %s is damaged (%s); building it again", folder, fault)
+            shutil.rmtree(folder)
+        temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+        temporary.mkdir()
+        try:
+            counts = Counts(on_bad_row, max_bad_rows)
+            meta = {"fingerprint": fingerprint, "spec": spec}
+            _write_store(temporary, source, encoder, counts, meta, progress, limit)
+            os.replace(temporary, folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        fsync(folder.parent)
+    except OSError as error:
+        if error.errno not in DISK_FAULTS:
+            raise
+        raise UserError(
+            f"the token cache cannot be written: {DISK_FAULTS[error.errno]}",
+            str(folder.parent),
+            "Free some space, or try data.cache_dir=/a/larger/disk",
+        ) from None
+    finally:
+        lock.release()
     return Store(folder)
 
 
@@ -118,118 +144,44 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-gptj"
 
 
-def _fingerprint(source: Source, encoder: Encoder, on_bad_row: str) -> str:
-    columns = {name: [column.kind, column.dtype] for name, column in encoder.columns.items()}
-    parts = [FORMAT, source.identity, encoder.fingerprint(), columns, on_bad_row]
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
-
-
-def _build(
+def _write_store(
     folder: Path,
-    spec: str,
     source: Source,
     encoder: Encoder,
-    rows: BadRows,
-    fingerprint: str,
+    counts: Counts,
+    meta: dict[str, Any],
     progress: Progress | None,
     limit: TokenLimit | None,
 ) -> None:
+    """Encode a source into the files of a store; `meta` is the beginning of its meta.json."""
     started = time.monotonic()
     writer = ColumnWriter(folder, encoder.columns)
     meter = Meter(source.total_bytes, writer, progress)
     try:
-        documents = run(source, encoder, rows, writer, meter, limit)
+        encode_rows(source, encoder, counts, writer, meter, limit)
         if writer.examples == 0:
-            raise rows.nothing_left(spec, documents)
+            shown = "".join(f"\n  {message}" for message in counts.bad_row_messages)
+            bad = f", {counts.bad_rows} bad rows:{shown}" if counts.bad_rows else ""
+            raise UserError(
+                f"no example is left to train on ({counts.documents} empty rows or rows of weight 0{bad})",
+                meta["spec"],
+            )
         sizes = writer.close()
     except BaseException:
         writer.abandon()
         raise
-    stats = {
-        "documents": documents,
-        "left_out": rows.left_out,
-        **writer.stats(),
-        "bad_rows": rows.count,
-        "bad_row_messages": rows.messages,
-        "seconds": round(time.monotonic() - started, 3),
-    }
-    columns = {name: {"kind": c.kind, "dtype": c.dtype} for name, c in encoder.columns.items()}
-    names = {name: list(table) for name, table in writer.names.items()}
-    write_meta(
-        folder,
-        {
-            "fingerprint": fingerprint,
-            "spec": spec,
-            "columns": columns,
-            "names": names,
-            "sizes": sizes,
-            "stats": stats,
+    meta |= {
+        "columns": {name: asdict(column) for name, column in encoder.columns.items()},
+        "names": {name: list(table) for name, table in writer.names.items()},
+        "sizes": sizes,
+        "stats": {
+            "documents": counts.documents,
+            "left_out": counts.left_out,
+            **writer.stats(),
+            "bad_rows": counts.bad_rows,
+            "bad_row_messages": counts.bad_row_messages,
+            "seconds": round(time.monotonic() - started, 3),
         },
-    )
+    }
+    write_json(folder / META, meta)
     meter.show(force=True)
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Allow one builder per store.
-
-    A flock ends with its process, so a killed builder blocks no other.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock"), "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("waiting for another process that is tokenising the same data (%s)", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what a killed builder left, or a damaged store; call with the lock held."""
-    for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    if folder.exists():
-        log.warning(
-            "token cache %s is damaged (%s); building it again", folder, store_fault(folder)
-        )
-        shutil.rmtree(folder)
-
-
-@contextmanager
-def _temporary(folder: Path) -> Iterator[Path]:
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    fsync(folder.parent)
-
-
-DISK_FAULTS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "a file grew beyond the limit of this account",
-    errno.EROFS: "the disk is read-only",
-    errno.EACCES: "the folder is not writable",
-    errno.EPERM: "the folder is not writable",
-    errno.ENOTDIR: "part of this path is a file",
-    errno.EEXIST: "part of this path is a file",
-}
-
-
-@contextmanager
-def _disk_faults(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_FAULTS:
-            raise
-        raise UserError(
-            f"the token cache cannot be written: {DISK_FAULTS[error.errno]}",
-            str(folder.parent),
-            "Free some space, or try data.cache_dir=/a/larger/disk",
-        ) from None

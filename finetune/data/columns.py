@@ -13,7 +13,6 @@ A store with two examples of 4 and 2 tokens, a category and a blob:
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from contextlib import ExitStack, suppress
@@ -21,8 +20,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from queue import Queue
-from threading import Thread
 from typing import Any, BinaryIO, Protocol, Union
 
 import numpy as np
@@ -34,6 +31,8 @@ FORMAT = 1
 """Part of a store's fingerprint: with a new layout, old caches are built again."""
 META = "meta.json"
 KINDS = ("token", "scalar", "category", "blob")
+IGNORE = -100
+"""Label of a token that is not scored, shared by data and loss."""
 
 Example = dict[str, Any]
 
@@ -49,7 +48,7 @@ class Column:
 
 
 class PartlyBad(UserError):
-    """Raised for a record of many parts (a SQuAD article) some of which are bad.
+    """Error of a row of many parts (a SQuAD article) some of which are bad.
 
     It carries the examples of the good parts and tells what is wrong with the others.
     """
@@ -61,7 +60,7 @@ class PartlyBad(UserError):
 
 
 class Encoder(Protocol):
-    """Encoder of records into examples. `encode` is called from one thread at a time."""
+    """Encoder of rows into examples. `encode` is called from one thread at a time."""
 
     columns: dict[str, Column]
     """Always with the token column `ids`."""
@@ -71,9 +70,9 @@ class Encoder(Protocol):
         ...
 
     def encode(self, batch: list[tuple[str, dict]]) -> list[Union[list[Example], UserError]]:
-        """Return, for each record, its examples or the error that describes what is wrong with it.
+        """Return, for each (place, record), its examples or the error that says what is wrong.
 
-        A record without examples is skipped silently; `PartlyBad` is an error with examples.
+        A row without examples is left out and counted; `PartlyBad` is an error with examples.
         """
         ...
 
@@ -103,6 +102,7 @@ class Store:
         return self._names[category]
 
     def blob(self, name: str, example: int) -> bytes:
+        """Return the bytes of one example in a blob column."""
         offsets = open_array(self.path / f"{name}.offsets.bin", "int64")
         return self.column(name)[offsets[example] : offsets[example + 1]].tobytes()
 
@@ -155,15 +155,11 @@ def open_array(path: Path, dtype: str) -> np.ndarray:
     return np.memmap(path, dtype, mode="r")
 
 
-# Writing examples to the column files of a store, in a separate thread.
-#
-# Flow: lists of examples -> one concatenated array per column -> appended to the column's file;
-# meta.json comes last. Statistics are counted on the way. `cache` decides where the folder is.
-QUEUED_BATCHES = 2
-
-
 class ColumnWriter:
-    """Writer that appends examples to one folder; `close` returns the sizes of its files."""
+    """Writer that appends examples to the files of one folder, and counts statistics on the way.
+
+    meta.json is the caller's, who writes it last.
+    """
 
     def __init__(self, folder: Path, columns: dict[str, Column]):
         assert columns["ids"].kind == "token" and all(c.kind in KINDS for c in columns.values())
@@ -184,17 +180,39 @@ class ColumnWriter:
             self._put(name, np.zeros(1, np.int64))
 
     def append(self, examples: list[Example]) -> None:
+        """Write the values of some examples to the file of each column."""
         if not examples:
             return
-        lengths = np.fromiter(
-            (len(example["ids"]) for example in examples), np.int64, len(examples)
-        )
+        lengths = np.array([len(example["ids"]) for example in examples], np.int64)
+        total = int(lengths.sum())
         assert lengths.min() > 0, "an encoder gave an example without tokens"
         self._put("offsets", self.tokens + np.cumsum(lengths))
         for name, column in self.columns.items():
             values = [example[name] for example in examples]
-            getattr(self, f"_append_{column.kind}")(name, column, values, lengths)
-        self.tokens += int(lengths.sum())
+            match column.kind:
+                case "token" if isinstance(values[0], np.ndarray):
+                    array = np.concatenate(values).astype(column.dtype, copy=False)
+                    assert len(array) == total, f"column {name} has not one value per token"
+                case "token":
+                    # Takes half the time of np.array(list); an id that does not fit raises OverflowError.
+                    array = np.fromiter(chain.from_iterable(values), column.dtype, total)
+                case "scalar":
+                    array = np.array(values, column.dtype)
+                case "category":
+                    table, counter = self.names[name], self.tokens_by_name[name]
+                    for value, length in zip(values, lengths.tolist(), strict=True):
+                        table.setdefault(value, len(table))
+                        counter[value] += length
+                    array = np.array([table[value] for value in values], column.dtype)
+                case _:
+                    sizes = [len(value) for value in values]
+                    ends = self._blob_ends[name] + np.cumsum(sizes, dtype=np.int64)
+                    self._blob_ends[name] = int(ends[-1])
+                    self._put(f"{name}.offsets", ends)
+                    self._files[name].write(b"".join(values))
+                    continue
+            self._put(name, array)
+        self.tokens += total
         self.examples += len(examples)
         self.histogram += np.bincount(np.frexp(lengths - 0.5)[1].clip(0, 63), minlength=64)
 
@@ -203,18 +221,17 @@ class ColumnWriter:
 
         `lengths` counts examples of at most 1, 2, 4, 8, ... tokens (and more than the bin before).
         """
-        lengths = {str(2**k): int(n) for k, n in enumerate(self.histogram) if n}
-        by_name = {
-            column: dict(counter.most_common()) for column, counter in self.tokens_by_name.items()
-        }
         return {
             "examples": self.examples,
             "tokens": self.tokens,
-            "lengths": lengths,
-            "tokens_by_name": by_name,
+            "lengths": {str(2**k): int(n) for k, n in enumerate(self.histogram) if n},
+            "tokens_by_name": {
+                name: dict(counter.most_common()) for name, counter in self.tokens_by_name.items()
+            },
         }
 
     def close(self) -> dict[str, int]:
+        """Sync all files to the disk and return their sizes."""
         with self._open:
             for file in self._files.values():
                 file.flush()
@@ -227,86 +244,5 @@ class ColumnWriter:
             with suppress(OSError):
                 file.close()
 
-    def _append_token(self, name: str, column: Column, values: list, lengths: np.ndarray) -> None:
-        array = _concatenate(values, column.dtype, int(lengths.sum()))
-        assert len(array) == lengths.sum(), f"column {name} has not one value per token"
-        self._put(name, array)
-
-    def _append_scalar(self, name: str, column: Column, values: list, lengths: np.ndarray) -> None:
-        self._put(name, np.array(values, column.dtype))
-
-    def _append_category(
-        self, name: str, column: Column, values: list, lengths: np.ndarray
-    ) -> None:
-        table, counter = self.names[name], self.tokens_by_name[name]
-        for value, length in zip(values, lengths.tolist(), strict=True):
-            table.setdefault(value, len(table))
-            counter[value] += length
-        self._put(name, np.array([table[value] for value in values], column.dtype))
-
-    def _append_blob(self, name: str, column: Column, values: list, lengths: np.ndarray) -> None:
-        ends = self._blob_ends[name] + np.cumsum([len(value) for value in values], dtype=np.int64)
-        self._blob_ends[name] = int(ends[-1])
-        self._put(f"{name}.offsets", ends)
-        self._files[name].write(b"".join(values))
-
     def _put(self, name: str, array: np.ndarray) -> None:
         self._files[name].write(array.data)
-
-
-class WriterThread:
-    """Thread that runs a ColumnWriter beside the encoder.
-
-    Converting lists of ids to arrays would cost the encoder a third of its time.
-    """
-
-    def __init__(self, writer: ColumnWriter):
-        self.writer = writer
-        self._fault: BaseException | None = None
-        self._queue: Queue[list[Example] | None] = Queue(QUEUED_BATCHES)
-        self._thread = Thread(target=self._run, name="store-writer", daemon=True)
-        self._thread.start()
-
-    def append(self, examples: list[Example]) -> None:
-        self._raise()
-        self._queue.put(examples)
-
-    def finish(self) -> None:
-        """Wait until everything is written; re-raise the thread's error, e.g. a full disk."""
-        if self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join()
-        self._raise()
-
-    def _run(self) -> None:
-        while (examples := self._queue.get()) is not None:
-            if (
-                self._fault is None
-            ):  # keep reading after a fault: append must not block on a full queue
-                try:
-                    self.writer.append(examples)
-                except BaseException as error:
-                    self._fault = error
-
-    def _raise(self) -> None:
-        if self._fault is not None:
-            raise self._fault
-
-
-def write_meta(folder: Path, meta: dict[str, Any]) -> None:
-    with open(folder / META, "w", encoding="utf-8") as file:
-        json.dump(meta, file, ensure_ascii=False, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _concatenate(values: list, dtype: str, total: int) -> np.ndarray:
-    if isinstance(values[0], np.ndarray):
-        return np.concatenate(values).astype(dtype, copy=False)
-    # Takes half the time of np.array(list); an id that does not fit raises OverflowError.
-    return np.fromiter(chain.from_iterable(values), dtype, total)
-
-
-# Label of positions that are not scored, shared by data and loss.
-IGNORE = -100
-"""Label of a token that is not scored."""

@@ -431,7 +431,7 @@ def test_only_bad_or_empty_rows(tmp_path, toy):
     ):
         build_store(str(path), "train", toy, on_bad_row="skip")
     path.write_bytes(b'{"text": ""}\n')
-    with pytest.raises(UserError, match=r"no example is left to train on .1 empty record"):
+    with pytest.raises(UserError, match=r"no example is left to train on .1 empty row"):
         build_store(str(path), "train", ToyEncoder())
 
 
