@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any, Union, cast
 
 from finetune.config import ClassifyConfig
 from finetune.data.columns import Column, Example
-from finetune.data.encode_clm import TextTokenizer, ids_dtype
-from finetune.data.fields import counts, digest, parsed_cell, shown, text_field
+from finetune.data.fields import counts, digest, encode_texts, parsed_cell, shown, text_field
 from finetune.data.formats import json_type
 from finetune.data.sources import MISSING, field_error, get_field
+from finetune.data.tokenizer import TextTokenizer, ids_dtype
 from finetune.data.utf8 import FIX, SKIP
 from finetune.errors import UserError
 
@@ -108,27 +108,8 @@ class ClassifyEncoder:
         )
 
     def encode(self, batch: list[tuple[str, dict]]) -> list[list[Example] | UserError]:
-        rows = [self._row(where, record) for where, record in batch]
-        good = [row[0] for row in rows if isinstance(row, tuple)]
-        encoded = iter(self.text_ids(good))
-        results: list[list[Example] | UserError] = []
-        for (where, _), row in zip(batch, rows, strict=True):
-            if not isinstance(row, tuple):
-                results.append([] if row is None else row)
-                continue
-            ids, cut = next(encoded)
-            example = {
-                "ids": ids,
-                "label": row[1],
-                "where": where.encode("utf-8", "backslashreplace"),
-                "cut": cut,
-            }
-            results.append(
-                [example]
-                if ids
-                else UserError("the text is empty: there is no token to judge", where, FIX)
-            )
-        return results
+        tokenize = (lambda texts: texts) if self._plain else self._texts
+        return encode_texts(batch, self._read, tokenize, self._examples)
 
     def text_ids(self, texts: list[list[str]]) -> list[tuple[list[int], int]]:
         """Return the ids and the number of tokens cut, for each single text or pair.
@@ -140,20 +121,24 @@ class ClassifyEncoder:
         ids = iter(self._texts([part for parts in texts for part in parts]))
         return [self._join([next(ids) for _ in parts]) for parts in texts]
 
-    def _row(self, where: str, record: dict) -> tuple[list[str], Label] | UserError | None:
-        """Return a row's texts and label, its error, or None if its weight leaves it out."""
+    def _read(self, where: str, record: dict) -> tuple[list[str], Label] | None:
+        """Return a row's texts and label, or None if its weight leaves it out."""
         cfg = self.cfg
-        try:
-            if not counts(
-                record,
-                cfg.weight_field,
-                (cfg.text_field, cfg.text_pair_field, cfg.label_field),
-                where,
-            ):
-                return None
-            return labelled_texts(record, cfg, where), self.labels.read(record, where)
-        except UserError as error:
-            return error
+        others = (cfg.text_field, cfg.text_pair_field, cfg.label_field)
+        if not counts(record, cfg.weight_field, others, where):
+            return None
+        return labelled_texts(record, cfg, where), self.labels.read(record, where)
+
+    def _examples(self, where: str, parts: list, label: Label) -> list[Example]:
+        """Build the example of a row from the ids of its texts, or from the texts themselves."""
+        if self._plain:
+            ids, cut = self._plain.ids(parts, self.cfg.max_length)
+        else:
+            ids, cut = self._join(parts)
+        if not ids:
+            raise UserError("the text is empty: there is no token to judge", where, FIX)
+        place = where.encode("utf-8", "backslashreplace")
+        return [{"ids": ids, "label": label, "where": place, "cut": cut}]
 
     def _join(self, parts: list[list[int]]) -> tuple[list[int], int]:
         """Return at most `max_length` ids of one or two texts with eos, and how many were cut."""

@@ -27,10 +27,10 @@ import numpy as np
 
 from finetune.config import InstructConfig
 from finetune.data.columns import Column, Example
-from finetune.data.encode_clm import TextTokenizer, ids_dtype
-from finetune.data.fields import digest, shown
+from finetune.data.fields import digest, encode_texts, shown
 from finetune.data.instruct_rows import Scored, conversation
 from finetune.data.instruct_template import RENDER_FAULTS, Message, Template
+from finetune.data.tokenizer import TextTokenizer, ids_dtype
 from finetune.data.utf8 import SKIP
 from finetune.errors import UserError
 
@@ -74,103 +74,92 @@ class InstructEncoder:
         )
 
     def encode(self, batch: list[tuple[str, dict]]) -> list[list[Example] | UserError]:
-        rows = [self._pieces(where, record) for where, record in batch]
-        ids = iter(
-            self._texts([piece for row in rows if isinstance(row, tuple) for piece in row[0]])
-        )
-        results: list[list[Example] | UserError] = []
-        for (where, _), row in zip(batch, rows, strict=True):
-            if not isinstance(row, tuple):
-                results.append([] if row is None else row)
-                continue
-            turns: list[Turn] = []
-            prompt: list[int] = []
-            for text, scored in zip(row[0][1::2], row[1], strict=True):
-                prompt, completion = [*prompt, *next(ids)], [*next(ids), self._eos]
-                if scored:
-                    turns.append((prompt, completion, self._flags(text, scored, len(completion))))
-                prompt = [] if scored else [*prompt, *completion]
-            results.append(self._examples(where, turns))
-        return results
+        return encode_texts(batch, self._read, self._texts, self._examples)
 
-    def _pieces(self, where: str, record: dict) -> Pieces | UserError | None:
-        """Return prompts and completions of a row, its error, or None if its mark leaves it out."""
-        try:
-            read = conversation(record, where, self.cfg)
-            if read is None:
-                return None
-            messages, scored = read
-            refuse_eos(messages, self.template.eos, where)
-            pieces = self.template.pieces(messages, where)
-            answers = [
-                (m["content"], kept)
-                for m, kept in zip(messages, scored, strict=True)
-                if m["role"] == "assistant"
-            ]
-            marks = [
-                _spread(kept, content, text) if isinstance(kept, list) else kept
-                for (content, kept), text in zip(answers, pieces[1::2], strict=True)
-            ]
-            return pieces, marks
-        except UserError as error:
-            return error
+    def _read(self, where: str, record: dict) -> tuple[list[str], Pieces] | None:
+        """Return prompts and completions of a row in turn, or None if its mark leaves it out.
 
-    def _flags(self, text: str, scored: Scored, size: int) -> list[bool]:
-        """Return which ids of a completion, including the closing eos, are scored.
-
-        An id is scored if all of its characters are.
+        They come once to be tokenised, and once with the mark of each completion.
         """
-        if not isinstance(scored, list):
-            return [True] * size
-        return [
-            *(
-                all(scored[first : max(behind, first + 1)])
-                for first, behind in self._texts.offsets(text)
-            ),
-            scored[-1],
+        read = conversation(record, where, self.cfg)
+        if read is None:
+            return None
+        messages, scored = read
+        refuse_eos(messages, self.template.eos, where)
+        pieces = self.template.pieces(messages, where)
+        answers = [
+            (message["content"], mark)
+            for message, mark in zip(messages, scored, strict=True)
+            if message["role"] == "assistant"
         ]
+        marks: list[Scored] = []
+        for (content, mark), text in zip(answers, pieces[1::2], strict=True):
+            if isinstance(mark, list):
+                # Marks of the content's characters become marks of the completion that the template
+                # made of it. Text that the template adds, or eos, is scored as the content's first
+                # or last character is.
+                kept = content.strip()
+                first = len(content) - len(content.lstrip())
+                inner = mark[first : first + len(kept)]
+                at = text.find(kept)
+                mark = [inner[0]] * at + inner + [inner[-1]] * (len(text) - at - len(kept))
+            marks.append(mark)
+        return pieces, (pieces, marks)
 
-    def _examples(self, where: str, turns: list[Turn]) -> list[Example] | UserError:
+    def _examples(self, where: str, ids: list[list[int]], read: Pieces) -> list[Example]:
+        # Prompt and completion of every scored turn; others are part of the next prompt.
+        pieces, marks = read
+        turns: list[Turn] = []
+        prompt: list[int] = []
+        for prompt_ids, completion, text, mark in zip(
+            ids[::2], ids[1::2], pieces[1::2], marks, strict=True
+        ):
+            prompt, completion = [*prompt, *prompt_ids], [*completion, self._eos]
+            if not mark:
+                prompt += completion
+                continue
+            flags = [True] * len(completion)
+            if isinstance(mark, list):  # an id is scored if all of its characters are
+                (encoding,) = self._texts.with_offsets([text])
+                flags = [all(mark[a : max(b, a + 1)]) for a, b in encoding.offsets] + [mark[-1]]
+            turns.append((prompt, completion, flags))
+            prompt = []
+
         if not turns[0][0]:
-            return UserError(
+            raise UserError(
                 "the prompt is empty: the completion's first token would have nothing before it",
                 where,
                 "Text without prompts trains with task=clm.",
             )
         longest = max(len(completion) for _, completion, _ in turns)
         if longest >= self.cfg.max_length:
-            return UserError(
+            raise UserError(
                 f"a completion has {longest} tokens with its eos; task.max_length = "
                 f"{self.cfg.max_length} leaves {self.cfg.max_length - 1}",
                 where,
                 f"Shorten it, or raise task.max_length to {longest + 1} (2048 at most), {SKIP}",
             )
-        ids = np.fromiter(
-            (i for prompt, completion, _ in turns for i in (*prompt, *completion)), np.int64
-        )
-        scored = np.concatenate([[0] * len(prompt) + flags for prompt, _, flags in turns]).astype(
-            np.int64
-        )
+
+        # Every completion is scored in one window; the tokens before it are context.
+        flat = [i for prompt, completion, _ in turns for i in (*prompt, *completion)]
+        all_ids = np.array(flat, np.int64)
+        scored = np.concatenate([[0] * len(prompt) + flags for prompt, _, flags in turns])
         ends = list(accumulate(len(prompt) + len(completion) for prompt, completion, _ in turns))
-        cuts = windows(ends, self.cfg.max_length)
-        before = [0, *(end for _, _, end in cuts)]
-        found = [
-            _window(ids, scored, *cut, max(0, cut[0] - end))
-            for cut, end in zip(cuts, before, strict=False)
-        ]
-        return [example | {"where": where.encode("utf-8", "backslashreplace")} for example in found]
-
-
-def _spread(scored: list[bool], content: str, text: str) -> list[bool]:
-    """Map marks of a content's characters to the completion that the template made of it.
-
-    Text that the template adds, or eos, is scored as the content's first or last character is.
-    """
-    kept = content.strip()
-    first = len(content) - len(content.lstrip())
-    inner = scored[first : first + len(kept)]
-    at = text.find(kept)
-    return [inner[0]] * at + inner + [inner[-1]] * (len(text) - at - len(kept))
+        examples: list[Example] = []
+        covered = 0
+        for begin, scored_from, end in windows(ends, self.cfg.max_length):
+            flags = scored[begin:end].astype(np.int64)
+            flags[: max(0, scored_from - begin)] = 0
+            examples.append(
+                {
+                    "ids": all_ids[begin:end],
+                    "scored": flags,
+                    "cut": max(0, begin - covered),
+                    "where": where.encode("utf-8", "backslashreplace"),
+                }
+            )
+            covered = end
+        return examples
 
 
 def windows(ends: list[int], max_length: int) -> list[tuple[int, int, int]]:
@@ -181,15 +170,15 @@ def windows(ends: list[int], max_length: int) -> list[tuple[int, int, int]]:
     Args:
         ends: end of each turn, in tokens from the conversation's start.
     """
-    found, first = [], 0
+    examples, first = [], 0
     while first < len(ends):
         start = ends[first - 1] if first else 0
         last = first
         while last + 1 < len(ends) and ends[last + 1] - start <= max_length:
             last += 1
-        found.append((max(0, ends[last] - max_length), start, ends[last]))
+        examples.append((max(0, ends[last] - max_length), start, ends[last]))
         first = last + 1
-    return found
+    return examples
 
 
 def chat_template_differs(
@@ -232,15 +221,6 @@ def prompt_ids(
     return [
         i for n, piece in enumerate(cast(list, pieces)) for i in (*piece, *([eos] if n % 2 else []))
     ]
-
-
-def _window(
-    ids: np.ndarray, scored: np.ndarray, begin: int, scored_from: int, end: int, lost: int
-) -> Example:
-    """Build one example; `lost` counts the tokens before it that are in no example."""
-    flags = scored[begin:end].copy()
-    flags[: max(0, scored_from - begin)] = 0
-    return {"ids": ids[begin:end], "scored": flags, "cut": lost}
 
 
 def refuse_eos(messages: list[Message], eos: str, where: str) -> None:

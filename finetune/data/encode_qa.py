@@ -22,10 +22,9 @@ import numpy as np
 
 from finetune.config import QaConfig
 from finetune.data.columns import Column, Example, PartlyBad
-from finetune.data.encode_clm import ids_dtype
 from finetune.data.fields import counts, digest
 from finetune.data.qa_rows import Question, questions
-from finetune.data.tokenizer import backend, tokenizer_fingerprint
+from finetune.data.tokenizer import TextTokenizer, ids_dtype
 from finetune.data.utf8 import SKIP
 from finetune.errors import UserError
 
@@ -59,15 +58,13 @@ class QaEncoder:
             "answers": scalar,
             "question": Column("blob", "uint8"),
         }
-        self._fingerprint = tokenizer_fingerprint(tokenizer)
-        self._tokens = _OffsetTokenizer(tokenizer)
+        self._texts = TextTokenizer(tokenizer)
         self._eos = cast(int, tokenizer.eos_token_id)
-        self._separator = self._tokens([SEPARATOR])[0].ids
+        self._separator = self._texts([SEPARATOR])[0]
 
     def fingerprint(self) -> str:
-        return digest(
-            "qa-4", self._fingerprint, self.cfg.max_length, self.cfg.stride, self.cfg.weight_field
-        )
+        cfg = self.cfg
+        return digest("qa-4", self._texts.fingerprint, cfg.max_length, cfg.stride, cfg.weight_field)
 
     def encode(self, batch: list[tuple[str, dict]]) -> list[list[Example] | UserError]:
         return [self._row(where, record) for where, record in batch]
@@ -78,97 +75,67 @@ class QaEncoder:
                 return []
         except UserError as error:
             return error
-        found = list(questions(record, where))
-        asked = [q for q in found if isinstance(q, Question)]
-        faults = [q for q in found if isinstance(q, UserError)]
-        contexts = list(dict.fromkeys(q.context for q in asked))
-        encoded = dict(zip(contexts, self._tokens(contexts), strict=True))
+        asked, faults = [], []
+        for question in questions(record, where):
+            (faults if isinstance(question, UserError) else asked).append(question)
+        # The questions of an article share contexts, each of which is tokenised once.
+        contexts = list(dict.fromkeys(question.context for question in asked))
+        encoded = dict(zip(contexts, self._texts.with_offsets(contexts), strict=True))
+        asked_ids = self._texts([question.question for question in asked])
         examples: list[Example] = []
-        for question, tokens in zip(asked, self._tokens([q.question for q in asked]), strict=True):
+        for question, ids in zip(asked, asked_ids, strict=True):
             try:
-                examples += self._windows(
-                    question, [*tokens.ids, *self._separator], encoded[question.context]
-                )
+                examples += self._windows(question, ids, encoded[question.context])
             except UserError as error:
                 faults.append(error)
         return PartlyBad(examples, faults) if faults else examples
 
-    def _windows(self, question: Question, prefix: list[int], context: Any) -> list[Example]:
-        ids, chars = context.ids, np.array(context.offsets, np.int32).reshape(-1, 2)
-        room = self._room(question, prefix, len(ids))
-        spans = [
-            token_span(chars, start + len(text) - len(text.lstrip()), start + len(text.rstrip()))
-            for start, text in question.answers
-        ]
-        return [
-            self._window(
-                question,
-                prefix,
-                ids[begin : begin + room],
-                chars[begin : begin + room],
-                number,
-                [(first - begin, last - begin) for first, last in spans],
-            )
-            for number, begin in enumerate(window_starts(len(ids), room, self.cfg.stride))
-        ]
-
-    def _window(
-        self,
-        question: Question,
-        prefix: list[int],
-        ids: list[int],
-        chars: np.ndarray,
-        number: int,
-        spans: list[tuple[int, int]],
-    ) -> Example:
-        at, size = len(prefix), len(prefix) + len(ids) + 1
-        null = size - 1
-        start, end = next(
-            ((at + a, at + b) for a, b in spans if a >= 0 and b < len(ids)), (null, null)
-        )
-        starts, ends = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        starts[at:null], ends[at:null] = chars[:, 0], chars[:, 1]
-        return {
-            "ids": np.array([*prefix, *ids, self._eos]),
-            "char_start": starts,
-            "char_end": ends,
-            "context_at": at,
-            "start": start,
-            "end": end,
-            "window": number,
-            "answers": len(spans),
-            "question": b"" if number else _describe(question),
-        }
-
-    def _room(self, question: Question, prefix: list[int], context_length: int) -> int:
-        """Return how many context tokens fit beside the question and the null slot."""
-        room = self.cfg.max_length - len(prefix) - 1
-        if room < 1 or (context_length > room and room <= self.cfg.stride):
+    def _windows(self, question: Question, question_ids: list[int], context: Any) -> list[Example]:
+        prefix = [*question_ids, *self._separator]
+        stride, at = self.cfg.stride, len(prefix)
+        room = self.cfg.max_length - at - 1  # beside the question and the null slot
+        if room < 1 or (len(context.ids) > room and room <= stride):
             raise UserError(
-                f"the question has {len(prefix) - len(self._separator)} tokens: task.max_length = "
+                f"the question has {len(question_ids)} tokens: task.max_length = "
                 f"{self.cfg.max_length} leaves {max(0, room)} for the context, of which windows share "
-                f"task.stride = {self.cfg.stride}",
+                f"task.stride = {stride}",
                 question.where,
                 f"Shorten it, raise task.max_length (2048 at most) or lower task.stride, {SKIP}",
             )
-        return room
-
-
-class _OffsetTokenizer:
-    """Tokenizer of texts into ids and character offsets.
-
-    It is a copy of the given tokenizer, without truncation and padding.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        from tokenizers import Tokenizer
-
-        self._backend = Tokenizer.from_str(backend(tokenizer).to_str())
-        self._backend.no_truncation()
-        self._backend.no_padding()
-
-    def __call__(self, texts: list[str]) -> list[Any]:
-        return self._backend.encode_batch(texts, add_special_tokens=False)
+        offsets = np.array(context.offsets, np.int32).reshape(-1, 2)
+        spans = [
+            token_span(offsets, start + len(text) - len(text.lstrip()), start + len(text.rstrip()))
+            for start, text in question.answers
+        ]
+        description = {
+            "id": question.id,
+            "where": question.where,
+            "context": question.context,
+            "answers": [text for _, text in question.answers],
+        }
+        examples: list[Example] = []
+        for number, begin in enumerate(window_starts(len(context.ids), room, stride)):
+            ids, chars = context.ids[begin : begin + room], offsets[begin : begin + room]
+            null = at + len(ids)
+            # Of several answers, the first that lies wholly in the window; else the null slot.
+            inside = [(a, b) for a, b in spans if a >= begin and b < begin + len(ids)]
+            start, end = (at - begin + place for place in inside[0]) if inside else (null, null)
+            examples.append(
+                {
+                    "ids": np.array([*prefix, *ids, self._eos]),
+                    "char_start": np.pad(chars[:, 0], (at, 1)),
+                    "char_end": np.pad(chars[:, 1], (at, 1)),
+                    "context_at": at,
+                    "start": start,
+                    "end": end,
+                    "window": number,
+                    "answers": len(spans),
+                    "question": b""
+                    if number
+                    else json.dumps(description, ensure_ascii=False).encode(),
+                }
+            )
+        return examples
 
 
 def token_span(chars: np.ndarray, start: int, end: int) -> tuple[int, int]:
@@ -191,15 +158,3 @@ def window_starts(length: int, room: int, stride: int) -> list[int]:
     while starts[-1] + room < length:
         starts.append(starts[-1] + room - stride)
     return starts
-
-
-def _describe(question: Question) -> bytes:
-    return json.dumps(
-        {
-            "id": question.id,
-            "where": question.where,
-            "context": question.context,
-            "answers": [text for _, text in question.answers],
-        },
-        ensure_ascii=False,
-    ).encode()

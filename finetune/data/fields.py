@@ -1,4 +1,4 @@
-"""Helpers of all encoders: required text fields, lists in table cells, row weights, fingerprints.
+"""Helpers of all encoders: a batch of rows in one call, required text fields, lists in table cells, row weights.
 
 Independent of file formats; `sources` finds fields, `formats` names JSON's types.
 """
@@ -9,13 +9,50 @@ import ast
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from finetune.data.columns import Example
 from finetune.data.formats import json_type
 from finetune.data.sources import MISSING, field_error, get_field
 from finetune.data.utf8 import FIX, SKIP
 from finetune.errors import UserError
+
+
+def encode_texts(
+    batch: list[tuple[str, dict]],
+    read: Callable[[str, dict], tuple[list[str], Any] | None],
+    tokenize: Callable[[list[str]], list[list[int]]],
+    build: Callable[[str, list[list[int]], Any], list[Example]],
+) -> list[list[Example] | UserError]:
+    """Encode a batch of rows with one call of the tokenizer.
+
+    Args:
+        read: returns the texts of (place, record) and whatever else `build` needs; None leaves the
+            row out.
+        build: returns the examples of (place, the ids of each text, what `read` returned).
+
+    Both may raise a UserError, which takes the row's place in the result.
+    """
+    results: list[list[Example] | UserError] = []
+    readings = []
+    for where, record in batch:
+        try:
+            reading = read(where, record)
+        except UserError as error:
+            results.append(error)
+            continue
+        if reading is not None:
+            readings.append((len(results), where, *reading))
+        results.append([])
+    ids = iter(tokenize([text for _, _, texts, _ in readings for text in texts]))
+    for at, where, texts, rest in readings:
+        own = [next(ids) for _ in texts]
+        try:
+            results[at] = build(where, own, rest)
+        except UserError as error:
+            results[at] = error
+    return results
 
 
 def text_field(record: dict, field: str, where: str, option_key: str) -> str:

@@ -9,12 +9,14 @@ from toy_encoder import write_jsonl
 from transformers import AutoTokenizer
 
 from finetune.assets.paths import asset, resolve
-from finetune.data import encode_clm as text_module
+from finetune.data import tokenizer as tokenizer_module
 from finetune.data.cache import build_store
-from finetune.data.encode_clm import TextEncoder, TextTokenizer, _pieces
+from finetune.data.encode_clm import TextEncoder
 from finetune.data.tokenizer import (
+    TextTokenizer,
     build_gptj_tokenizer,
     load_tokenizer,
+    text_pieces,
     token_limit,
     tokenizer_fingerprint,
 )
@@ -188,7 +190,7 @@ def texts_to_ids(tokenizer):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_cutting_a_long_text_does_not_change_its_ids(tokenizer, texts_to_ids, monkeypatch, seed):
-    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 7)
+    monkeypatch.setattr(tokenizer_module, "PIECE_CHARACTERS", 7)
     rng = random.Random(seed)
     parts = [
         "a",
@@ -218,7 +220,7 @@ def test_cutting_a_long_text_does_not_change_its_ids(tokenizer, texts_to_ids, mo
     ]
     text = "".join(rng.choices(parts, k=300))
     texts = [text, "", "short", text[::-1]]
-    assert len(list(_pieces(text))) > 5 and "".join(_pieces(text)) == text
+    assert len(list(text_pieces(text))) > 5 and "".join(text_pieces(text)) == text
     assert texts_to_ids(texts) == [tokenizer.encode(t) for t in texts]
 
 
