@@ -1,7 +1,8 @@
-"""The one exception that a user should see, exit codes, and settings and commands written to be pasted."""
+"""What programs say to people: the one exception that a user should see, exit codes, numbers, and commands to paste."""
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Iterable
@@ -73,14 +74,53 @@ def problems_error(title: str, problems: list[UserError]) -> UserError:
     return UserError("\n".join(lines))
 
 
-def gib(n_bytes: float) -> str:
-    """Bytes as people read them: `1.5 GiB`, `12.0 MiB`, `7 B`."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+def gib(n_bytes: float, spec: str = "") -> str:
+    """Format bytes as `1.50 GiB`, `12.0 MiB` or `7 B`; `spec` replaces the number's format."""
+    for unit, size, usual in (("GiB", 2**30, ".2f"), ("MiB", 2**20, ".1f"), ("KiB", 2**10, ".1f")):
         if abs(n_bytes) >= size:
-            return (
-                f"{n_bytes / size:.2f} {unit}" if unit == "GiB" else f"{n_bytes / size:.1f} {unit}"
-            )
-    return f"{int(n_bytes)} B"
+            return f"{n_bytes / size:{spec or usual}} {unit}"
+    return f"{n_bytes:.0f} B"
+
+
+def number(value: Any, spec: str = ",.0f") -> str:
+    """Format `value` with `spec`; "-" for None. NaN and infinities are shown, never hidden."""
+    return format(value, spec) if isinstance(value, (int, float)) else "-"
+
+
+def figure(value: Any) -> str:
+    """Format a loss or metric, with the same digits everywhere.
+
+    Five digits, at most four of them after the point, with thousands separators: `0.9312`,
+    `7.1906`, `44.701`, `889.57`, `1,602.3`; `1.250e-04` below a thousandth; counts as integers; "-"
+    for None.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "-" if value is None else str(value)
+    if isinstance(value, int) or not math.isfinite(value):
+        return f"{value:,}"
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.3e}"
+    digits = 4 - math.floor(math.log10(abs(value))) if abs(value) >= 1 else 4
+    return f"{value:,.{max(0, digits)}f}"
+
+
+def large(value: float) -> str:
+    """Format a large count: `1.24 M`, `38.2 k`, `512`."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f}"
+
+
+def clock(seconds: float | None) -> str:
+    """Format a duration: `0:12`, `1:02:03`, `2d 01:02`; "-" if unknown."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-"
+    minutes, secs = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24}d {hours % 24:02d}:{minutes:02d}"
+    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"
 
 
 PLAIN_VALUE = re.compile(r"[A-Za-z0-9_/.:@%+-]+")

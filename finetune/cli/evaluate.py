@@ -18,7 +18,7 @@ from finetune.data.columns import open_store
 from finetune.data.sources import data_notes, file_options
 from finetune.data.tokenizer import load_tokenizer, token_limit
 from finetune.dist import World
-from finetune.errors import EXIT_DONE, UserError
+from finetune.errors import EXIT_DONE, UserError, figure
 from finetune.export.reopen import (
     Trained,
     about_of_run,
@@ -41,7 +41,6 @@ from finetune.planning.shape import load_shape
 from finetune.reporting.page.build import build_report
 from finetune.reporting.redact import redact_text
 from finetune.reporting.terminal import silence_libraries, summary_table
-from finetune.reporting.terminal_text import figure
 from finetune.tasks.build import build_task, head_of
 from finetune.training.evaluate import evaluate_with
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class RunInfo:
     data: dict[str, Any] = field(default_factory=dict)
     """Statistics of the data; `finetune/reporting/page/data.py` says which keys have a place on the page."""
     extra: dict[str, Any] = field(default_factory=dict)
+    """Versions and machine, with `overrides` (the words as typed) and `ranks_per_node`."""
 
 
 class Callback:
@@ -72,65 +74,42 @@ class CallbackList(Callback):
     def __init__(self, callbacks: list[Callback]):
         self.callbacks = list(callbacks)
 
-    def start(self, run: RunInfo) -> None:
-        self._tell("start", run)
+    def _forward(self, event: str, *args: Any) -> None:
+        for callback in list(self.callbacks):
+            self._call(callback, event, *args)
 
-    def train_step(self, record: dict[str, Any]) -> None:
-        self._tell("train_step", record)
-
-    def evaluation(self, record: dict[str, Any]) -> None:
-        self._tell("evaluation", record)
-
-    def sample(self, step: int, prompt: str, text: str) -> None:
-        self._tell("sample", step, prompt, text)
-
-    def checkpoint(self, step: int, path: str) -> None:
-        self._tell("checkpoint", step, path)
-
-    def finish(self, result: dict[str, Any]) -> None:
-        self._tell("finish", result)
-
-    def message(self, text: str) -> None:
-        self._tell("message", text)
+    start = partialmethod(_forward, "start")
+    train_step = partialmethod(_forward, "train_step")
+    evaluation = partialmethod(_forward, "evaluation")
+    sample = partialmethod(_forward, "sample")
+    checkpoint = partialmethod(_forward, "checkpoint")
+    finish = partialmethod(_forward, "finish")
+    message = partialmethod(_forward, "message")
 
     def state(self) -> dict[str, Any]:
         """Return the callbacks' states by class name; callbacks without state are left out."""
-        states = {}
-        for callback in list(self.callbacks):
-            try:
-                state = callback.state()
-            except Exception as error:
-                self._disable(callback, "state", error)
-                continue
-            if state:
-                states[type(callback).__name__] = state
-        return states
+        states = {type(c).__name__: self._call(c, "state") for c in list(self.callbacks)}
+        return {name: state for name, state in states.items() if state}
 
     def restore(self, state: dict[str, Any]) -> None:
         for callback in list(self.callbacks):
-            name = type(callback).__name__
-            if name in state:
+            if (name := type(callback).__name__) in state:
                 self._call(callback, "restore", state[name])
 
-    def _tell(self, moment: str, *args: Any) -> None:
-        for callback in list(self.callbacks):
-            self._call(callback, moment, *args)
-
-    def _call(self, callback: Callback, moment: str, *args: Any) -> None:
+    def _call(self, callback: Callback, event: str, *args: Any) -> Any:
         try:
-            getattr(callback, moment)(*args)
+            return getattr(callback, event)(*args)
         except Exception as error:
-            self._disable(callback, moment, error)
-
-    def _disable(self, callback: Callback, moment: str, error: Exception) -> None:
-        if callback not in self.callbacks:
-            return
-        self.callbacks.remove(callback)
-        log.warning(
-            "%s failed in %s and is switched off for this run; training goes on. %s: %s",
-            type(callback).__name__,
-            moment,
-            type(error).__name__,
-            error,
-        )
-        log.debug("where %s failed:", type(callback).__name__, exc_info=error)
+            name = type(callback).__name__
+            # A callback may end up here again from within its own event.
+            if callback in self.callbacks:
+                self.callbacks.remove(callback)
+                log.warning(
+                    "%s failed in %s and is switched off for this run; training goes on. %s: %s",
+                    name,
+                    event,
+                    type(error).__name__,
+                    error,
+                )
+                log.debug("where %s failed:", name, exc_info=error)
+            return None

@@ -23,21 +23,17 @@ PACKAGES = (
 
 def environment(world_size: int, device: torch.device) -> dict[str, Any]:
     """Return versions and machine as plain values."""
-    found: dict[str, Any] = {
+    about: dict[str, Any] = {
         "python": platform.python_version(),
         "system": platform.platform(),
         "world_size": world_size,
     }
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            about[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
+            about[name] = None
     if device.type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-    else:
-        found |= {
-            "cpu": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-        }
-    return found
+        return about | {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    cpu = platform.processor() or platform.machine()
+    return about | {"cpu": cpu, "threads": torch.get_num_threads()}

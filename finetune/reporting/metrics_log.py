@@ -1,15 +1,16 @@
 """metrics.jsonl, samples.jsonl and result.json: the files that every other view of a run is made from.
 
-Flow: `truncate` (a resumed run, before its first step) -> `MetricsLog` appends one flushed line per record ->
-`write_result` at the end. `read` is for everyone else, also while the run is still writing.
-Every line is strict JSON: a NaN or infinite number is written as null. Draws nothing and judges nothing.
+Flow: `truncate_run` (a resumed run, before its first step) -> `MetricsLog` appends one flushed line
+per record -> `write_result` at the end. `read` is for everyone else, also while the run is still
+writing. Every line is strict JSON: a NaN or infinite number is written as null.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeGuard
 
 from finetune.files import dumps, write_atomic, write_json
 from finetune.reporting.callbacks import Callback
@@ -20,7 +21,7 @@ RESULT = "result.json"
 
 
 class MetricsLog(Callback):
-    """Appends each record to run_dir/metrics.jsonl and each sample to run_dir/samples.jsonl."""
+    """Append each record to run_dir/metrics.jsonl and each sample to run_dir/samples.jsonl."""
 
     def __init__(self, run_dir: Path | str):
         self.run_dir = Path(run_dir)
@@ -42,50 +43,67 @@ class MetricsLog(Callback):
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         if name not in self.files:
-            self.files[name] = _open_for_append(self.run_dir / name)
+            path = self.run_dir / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torn = path.exists() and not (path.read_bytes() or b"\n").endswith(b"\n")
+            self.files[name] = path.open("a", encoding="utf-8")
+            if torn:
+                # Without this the first new record would be glued to the torn one: both lost.
+                self.files[name].write("\n")
         # One write call per line, so that a reader or a kill never sees half of two records.
         self.files[name].write(dumps(record) + "\n")
         self.files[name].flush()
 
 
+def is_number(value: Any) -> TypeGuard[float]:
+    """Tell a finite number from the null, text or NaN that a record may hold in its place."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def read(path: Path | str) -> list[dict[str, Any]]:
-    """The records of a jsonl file, [] when it does not exist; lines torn by a kill are left out."""
+    """Return the records of a jsonl file; [] if it does not exist. Lines torn by a kill are left out."""
     path = Path(path)
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    return [record for record in map(_parse, lines) if record is not None]
+    records = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
 
 
 def newest(run_dir: Path, step: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The newest training record, and the newest evaluation's metrics, of a run or of one of its steps."""
-    lines = [line for line in read(run_dir / METRICS) if step is None or line.get("step") == step]
-    trained, evaluated = (
-        next((line for line in reversed(lines) if line.get("kind") == kind), {})
-        for kind in ("train", "eval")
-    )
-    return trained, {key: value for key, value in evaluated.items() if key not in ("kind", "step")}
+    """Return the newest training record and the newest evaluation's metrics, of a run or of one step."""
+    last: dict[Any, dict[str, Any]] = {}
+    for record in read(run_dir / METRICS):
+        if step is None or record.get("step") == step:
+            last[record.get("kind")] = record
+    evaluated = last.get("eval", {})
+    return last.get("train", {}), {k: v for k, v in evaluated.items() if k not in ("kind", "step")}
 
 
 def training_seconds(run_dir: Path) -> float:
-    """Seconds that the logged steps took, evaluations and saves left out, by their own rates."""
-    lines = [line for line in read(run_dir / METRICS) if line.get("kind") == "train"]
-    totals = [line.get("tokens") or 0 for line in lines]
-    return sum(
-        (now - before) / line["tokens_per_second"]
-        for before, now, line in zip([0, *totals], totals, lines, strict=False)
-        if line.get("tokens_per_second")
-    )
+    """Return the seconds that the logged steps took by their own rates, without evaluations and saves."""
+    seconds, before = 0.0, 0
+    for record in read(run_dir / METRICS):
+        if record.get("kind") == "train":
+            tokens = record.get("tokens") or 0
+            if rate := record.get("tokens_per_second"):
+                seconds += (tokens - before) / rate
+            before = tokens
+    return seconds
 
 
 def truncate(path: Path | str, last_step: int, evaluates: bool = False) -> int:
-    """Drop torn lines and records beyond `last_step`; returns how many lines went.
+    """Drop torn lines and records beyond `last_step`; return the number of dropped lines.
 
-    Called before a resumed run writes, so that each step is there once. Atomic: a kill leaves the old file
-    or the new one.
+    Called before a resumed run writes, so that each step is there once. Atomic: after a kill there is
+    the old file or the new one.
 
     Args:
-        evaluates: whether the run begins with the evaluation of `last_step`: a record of it goes too.
+        evaluates: the run begins with the evaluation of `last_step`: a record of it is dropped too.
     """
     path = Path(path)
     if not path.exists():
@@ -110,21 +128,3 @@ def truncate_run(run_dir: Path, last_step: int, evaluates: bool) -> None:
 def write_result(run_dir: Path | str, result: dict[str, Any]) -> Path:
     """Write run_dir/result.json atomically."""
     return write_json(Path(run_dir) / RESULT, result)
-
-
-def _open_for_append(path: Path) -> TextIO:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    file = path.open("a", encoding="utf-8")
-    if torn:
-        # Without this the first new record would be glued to the torn one, and both would be lost.
-        file.write("\n")
-    return file
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None

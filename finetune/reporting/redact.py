@@ -105,15 +105,15 @@ def redact(value: Any, key: str = "") -> Any:
 
 
 def redact_text(text: str, key: str = "") -> str:
-    """Hide tokens, and what a URL lets in with; 40 hex digits stay where `key` names a hash or a path."""
+    """Hide tokens and the secret parts of URLs; 40 hex digits stay where `key` names a hash or a path."""
     text = USER_INFO.sub(rf"\1{HIDDEN}@", text)
-    text = QUERY.sub(lambda found: f"{found[1]}{HIDDEN}" if _opens(found[2]) else found[0], text)
-    text = TOKEN.sub(lambda found: HIDDEN if _is_token(found) else found[0], text)
+    text = QUERY.sub(lambda m: f"{m[1]}{HIDDEN}" if _is_secret_parameter(m[2]) else m[0], text)
+    text = TOKEN.sub(lambda m: HIDDEN if _is_token(m) else m[0], text)
     return text if set(_words(key)) & (HASH_KEYS | PATH_KEYS) else HEX_KEY.sub(HIDDEN, text)
 
 
 def redact_words(argv: list[str]) -> list[str]:
-    """A command line as it may be shown: `key=value`, `--key value` and loose words."""
+    """Redact a command line of `key=value`, `--key value` and loose words."""
     shown: list[str] = []
     for position, word in enumerate(argv):
         key, separator, value = word.partition("=")
@@ -128,58 +128,38 @@ def redact_words(argv: list[str]) -> list[str]:
 
 
 def secret_problems(value: Any, key: str = "") -> Iterator[UserError]:
-    """The secrets of a config or of a part of it, each by its dotted key and without its text."""
+    """Yield a problem for each secret in a config or a part of it, by its dotted key and without its text.
+
+    `redact_text` may hide a name too many; here a user name in a URL and 40 hex digits count only where
+    they can be nothing else.
+    """
     if isinstance(value, dict):
         for name, item in value.items():
             yield from secret_problems(item, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, (list, tuple)):
+        return
+    if isinstance(value, (list, tuple)):
         for item in value:
             yield from secret_problems(item, key)
-    elif isinstance(value, str) and (secret := _kind_of_secret(value, key)):
-        yield UserError(
-            f"the value holds {secret}, and a run's files keep every setting",
-            key,
-            "Give secrets in the environment: HF_TOKEN=... or WANDB_API_KEY=... before the command. "
-            "Download data and models that need a login first, and name the local path.",
-        )
-
-
-def _kind_of_secret(text: str, key: str) -> str:
-    """Words for a secret that must not be written down, "" where there is none.
-
-    `redact_text` may hide a name too many; here a user name in a URL and 40 hex digits count only where they can be
-    nothing else.
-    """
-    if any(":" in found[2] or len(found[2]) >= 20 for found in USER_INFO.finditer(text)):
-        return "a URL with a password or a token in it"
-    if any(_opens(found[2]) for found in QUERY.finditer(text)):
-        return "a URL that is signed, or has a token in it"
-    for found in TOKEN.finditer(text):
-        if _is_token(found):
-            return f"what looks like an access token ('{(found[1] or found[3]).strip()}...')"
-    return (
-        "40 hex digits, as wandb's API keys have them"
-        if "wandb" in _words(key) and HEX_KEY.search(text)
-        else ""
+        return
+    if not isinstance(value, str):
+        return
+    token = next((m for m in TOKEN.finditer(value) if _is_token(m)), None)
+    if any(":" in m[2] or len(m[2]) >= 20 for m in USER_INFO.finditer(value)):
+        secret = "a URL with a password or a token in it"
+    elif any(_is_secret_parameter(m[2]) for m in QUERY.finditer(value)):
+        secret = "a URL that is signed, or has a token in it"
+    elif token:
+        secret = f"what looks like an access token ('{(token[1] or token[3]).strip()}...')"
+    elif "wandb" in _words(key) and HEX_KEY.search(value):
+        secret = "40 hex digits, as wandb's API keys have them"
+    else:
+        return
+    yield UserError(
+        f"the value holds {secret}, and a run's files keep every setting",
+        key,
+        "Give secrets in the environment: HF_TOKEN=... or WANDB_API_KEY=... before the command. "
+        "Download data and models that need a login first, and name the local path.",
     )
-
-
-def _is_token(found: re.Match[str]) -> bool:
-    """Tell a random piece of text behind a known beginning, as tokens are, from a name made of words and dates."""
-    if found[3]:
-        return True
-    if found[1].lower().startswith(("bearer", "xox")):
-        return any(character.isdigit() for character in found[2])
-    runs = re.findall(r"[A-Za-z0-9]{16,}", found[2])
-    return any(
-        re.search("[a-z]", run) and re.search("[A-Z]", run) and re.search("[0-9]", run)
-        for run in runs
-    )
-
-
-def _opens(parameter: str) -> bool:
-    """Tell the query parameters of a URL that are secrets by their names."""
-    return parameter.lower() in SIGNATURES or is_secret_key(parameter)
 
 
 def is_secret_key(key: str) -> bool:
@@ -187,10 +167,23 @@ def is_secret_key(key: str) -> bool:
     words = _words(key.rpartition(".")[2])
     if SECRET_WORDS & set(words) or SECRET_PAIRS & set(pairwise(words)):
         return True
-    is_token = bool(words) and words[-1] == "token"
-    return is_token and not VOCABULARY & set(words)
+    return words[-1:] == ["token"] and not VOCABULARY & set(words)
+
+
+def _is_secret_parameter(name: str) -> bool:
+    return name.lower() in SIGNATURES or is_secret_key(name)
+
+
+def _is_token(match: re.Match[str]) -> bool:
+    """Tell a random piece of text behind a known beginning from a name made of words and dates."""
+    if match[3]:
+        return True
+    if match[1].lower().startswith(("bearer", "xox")):
+        return any(character.isdigit() for character in match[2])
+    runs = re.findall(r"[A-Za-z0-9]{16,}", match[2])
+    return any(all(re.search(kind, run) for kind in ("[a-z]", "[A-Z]", "[0-9]")) for run in runs)
 
 
 def _words(key: str) -> list[str]:
-    """`wandbApiKey` and `wandb-api_key` -> wandb, api, key."""
+    """Split a name: `wandbApiKey` and `wandb-api_key` give wandb, api, key."""
     return [word.lower() for word in WORD.findall(key)]

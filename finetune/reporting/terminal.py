@@ -14,7 +14,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -24,7 +23,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
-    TaskID,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -32,11 +30,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from finetune.errors import clock, number
 from finetune.reporting.callbacks import Callback, RunInfo
 from finetune.reporting.metrics_log import METRICS, read
 from finetune.reporting.terminal_text import (
-    clock,
-    count,
     evaluation_text,
     figures,
     outcome_text,
@@ -106,18 +103,21 @@ def _errors_only(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
+def print_line(console: Console, text: str, style: str = "") -> None:
+    """Print above a live bar; never wrapped or coloured if stdout is not a terminal."""
+    if console.is_terminal:
+        console.print(Text(text, style=style))
+    else:
+        print(text, file=console.file, flush=True)
+
+
 def summary_table(title: str, rows: list[tuple[str, str]], console: Console | None = None) -> None:
     """Print a short two-column table, as aligned plain lines if stdout is not a terminal."""
     console = console or Console(highlight=False)
     if not console.is_terminal:
         width = max((len(name) for name, _ in rows), default=0)
-        print(
-            title,
-            *(f"  {name:<{width}}  {value}" for name, value in rows),
-            sep="\n",
-            file=console.file,
-            flush=True,
-        )
+        lines = [f"  {name:<{width}}  {value}" for name, value in rows]
+        print_line(console, "\n".join([title, *lines]))
         return
     table = Table(
         title=title,
@@ -144,8 +144,22 @@ class Phase:
         self.name, self.total, self.console = name, total, console
         self.done = 0.0
         self.started = self.printed = time.monotonic()
-        self.bar: Progress | None = _phase_bar(console) if console.is_terminal else None
-        self.task = self.bar.add_task(name, total=total) if self.bar else TaskID(0)
+        self.bar: Progress | None = None
+        if console.is_terminal:
+            self.bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeElapsedColumn(),
+                console=console,
+                transient=True,
+                refresh_per_second=2,
+            )
+            self.bar.add_task(name, total=total)
+            self.bar.start()
+        else:
+            print_line(console, f"{name} ...")
 
     def advance(self, n: float = 1) -> None:
         self.update(self.done + n)
@@ -154,30 +168,19 @@ class Phase:
         """Set how much is done in total."""
         self.done = done
         if self.bar is not None:
-            self.bar.update(self.task, completed=done, total=self.total)
+            self.bar.update(self.bar.task_ids[0], completed=done, total=self.total)
         elif time.monotonic() - self.printed >= PLAIN_SECONDS:
             self.printed = time.monotonic()
-            self._print(f"{self.name}: {self._amount()}")
-
-    def open(self) -> None:
-        if self.bar is not None:
-            self.bar.start()
-        else:
-            self._print(f"{self.name} ...")
+            amount = f"{done / self.total:.0%}" if self.total else number(done)
+            print_line(self.console, f"{self.name}: {amount}")
 
     def close(self, failed: bool) -> None:
         if self.bar is not None:
             self.bar.stop()
         seconds = clock(time.monotonic() - self.started)
-        self._print(
-            f"{self.name}: failed after {seconds}" if failed else f"{self.name}: done in {seconds}"
+        print_line(
+            self.console, f"{self.name}: {'failed after' if failed else 'done in'} {seconds}"
         )
-
-    def _amount(self) -> str:
-        return f"{self.done / self.total:.0%}" if self.total else count(self.done)
-
-    def _print(self, text: str) -> None:
-        _print_line(self.console, text)
 
 
 class Display(Callback):
@@ -185,16 +188,12 @@ class Display(Callback):
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(highlight=False)
-        self.total_steps = 0
+        self.run: RunInfo | None = None
+        """Known once training begins."""
         self.pace = Pace()
         self.printed = float("-inf")
         self.bar: Progress | None = None
         self.live: Live | None = None
-        self.run_dir: Path | None = None
-        self.task = ""
-        """Kind of task."""
-        self.again = ""
-        """The command that goes on with this run; known, as the two above, once training begins."""
 
     @contextmanager
     def phase(self, name: str, total: float | None = None) -> Iterator[Phase]:
@@ -203,7 +202,6 @@ class Display(Callback):
         E.g. `with display.phase("tokenising", n) as phase: phase.advance()`.
         """
         phase = Phase(name, total, self.console)
-        phase.open()
         try:
             yield phase
         except BaseException:
@@ -212,36 +210,37 @@ class Display(Callback):
         phase.close(failed=False)
 
     def start(self, run: RunInfo) -> None:
-        self.run_dir, self.task = run.run_dir, str((run.config.get("task") or {}).get("kind", ""))
-        ranks = run.extra.get("ranks_per_node")
-        launcher = (
-            f"deepspeed --num_gpus {ranks}" if ranks and ranks == run.world_size else "deepspeed"
-        )
-        self.again = train_command(
-            [str(w) for w in run.extra.get("overrides") or []], run.run_dir, launcher
-        )
-        self.total_steps = run.total_steps
-        self.pace = Pace(run.start_step)
+        self.run, self.pace = run, Pace(run.start_step)
         if run.resumed:
             self.message(f"resumed after step {run.start_step}")
         if self.console.is_terminal:
-            self.bar = _train_bar(self.console)
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TimeElapsedColumn(),
+                console=self.console,
+                expand=True,
+                auto_refresh=False,
+            )
             self.bar.add_task("step", total=run.total_steps, completed=run.start_step)
             self.live = Live(self.bar, console=self.console, refresh_per_second=2, transient=True)
             self.live.start()
 
     def train_step(self, record: dict[str, Any]) -> None:
-        step = record["step"]
+        assert self.run is not None
+        step, total = record["step"], self.run.total_steps
         self.pace.reached(record)
-        left = self.pace.seconds_for(self.total_steps - step)
+        left = self.pace.seconds_for(total - step)
+        now = time.monotonic()
         if self.live is not None and self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=step)
-            self.live.update(
-                Group(self.bar, Text("  " + "  ".join(figures(record, left)), style="cyan"))
-            )
-        elif self._due(step):
-            self.printed = time.monotonic()
-            self.message(plain_line(record, self.total_steps, left))
+            line = Text("  " + "  ".join(figures(record, left)), style="cyan")
+            self.live.update(Group(self.bar, line))
+        elif total <= SHORT_RUN or step == total or now - self.printed >= PLAIN_SECONDS:
+            self.printed = now
+            self.message(plain_line(record, total, left))
 
     def evaluation(self, record: dict[str, Any]) -> None:
         self.message(evaluation_text(record), style="bold green")
@@ -252,28 +251,31 @@ class Display(Callback):
     def checkpoint(self, step: int, path: str) -> None:
         self.message(f"checkpoint at step {step}: {path}", style="dim")
 
-    def message(self, text: str, style: str | None = None) -> None:
-        _print_line(self.console, text, style)
+    def message(self, text: str, style: str = "") -> None:
+        print_line(self.console, text, style)
 
     def finish(self, result: dict[str, Any]) -> None:
         self.close()
         done = result.get("status") == "done"
         self.message(result_text(result), style="bold" if done else "bold red")
-        if self.run_dir is not None:
-            records = read(self.run_dir / METRICS)
-            self.message(outcome_text(result, records, self.run_dir, self.task))
-        if self.again and not done:
-            self.message(f"to go on: {self.again}")
+        if self.run is None:
+            return
+        run = self.run
+        records = read(run.run_dir / METRICS)
+        task = str((run.config.get("task") or {}).get("kind", ""))
+        self.message(outcome_text(result, records, run.run_dir, task))
+        if not done:
+            words = [str(word) for word in run.extra.get("overrides") or []]
+            ranks = run.extra.get("ranks_per_node")
+            one_node = bool(ranks) and ranks == run.world_size
+            launcher = f"deepspeed --num_gpus {ranks}" if one_node else "deepspeed"
+            self.message(f"to go on: {train_command(words, run.run_dir, launcher)}")
 
     def close(self) -> None:
         """Remove the live bar; safe to call at any time, and repeatedly."""
         if self.live is not None:
             self.live.stop()
             self.live = None
-
-    def _due(self, step: int) -> bool:
-        short = self.total_steps <= SHORT_RUN
-        return short or step == self.total_steps or time.monotonic() - self.printed >= PLAIN_SECONDS
 
 
 class Pace:
@@ -296,28 +298,3 @@ class Pace:
 
     def seconds_for(self, steps: int) -> float | None:
         return None if self.seconds is None else self.seconds * steps
-
-
-def _print_line(console: Console, text: str, style: str | None = None) -> None:
-    """Print one line above the bar; never wrapped or coloured if it goes to a file."""
-    if console.is_terminal:
-        console.print(Text(text, style=style or ""))
-    else:
-        print(text, file=console.file, flush=True)
-
-
-def _phase_bar(console: Console) -> Progress:
-    name = TextColumn("{task.description}")
-    columns = [SpinnerColumn(), name, BarColumn(), TaskProgressColumn(), TimeElapsedColumn()]
-    return Progress(*columns, console=console, transient=True, refresh_per_second=2)
-
-
-def _train_bar(console: Console) -> Progress:
-    columns = [
-        TextColumn("{task.description}"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=None),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-    ]
-    return Progress(*columns, console=console, expand=True, auto_refresh=False)

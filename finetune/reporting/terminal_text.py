@@ -1,67 +1,28 @@
-"""Format records as lines of text for the display, with pure functions."""
+"""Format the records of a run, and the commands that usually follow it, as text; pure functions."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import command, gib, setting, who_stopped
+from finetune.errors import clock, command, figure, gib, number, setting, who_stopped
 
 EVAL_METRICS = ("loss", "perplexity", "accuracy", "f1", "micro_f1", "exact_match", "mse", "pearson")
-
-
-def number(value: Any, spec: str) -> str:
-    """Format `value` with `spec`; "-" for None. NaN and infinities are shown, never hidden."""
-    return format(value, spec) if isinstance(value, (int, float)) else "-"
-
-
-def figure(value: Any) -> str:
-    """Format a loss or metric, with the same digits everywhere.
-
-    Five digits, at most four of them after the point, with thousands separators: `0.9312`,
-    `7.1906`, `44.701`, `889.57`, `1,602.3`; `1.250e-04` below a thousandth; counts as integers; "-"
-    for None.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return "-" if value is None else str(value)
-    if isinstance(value, int) or not math.isfinite(value):
-        return f"{value:,}"
-    if 0 < abs(value) < 1e-3:
-        return f"{value:.3e}"
-    digits = 4 - math.floor(math.log10(abs(value))) if abs(value) >= 1 else 4
-    return f"{value:,.{max(0, digits)}f}"
-
-
-def count(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-def clock(seconds: float | None) -> str:
-    """Format a duration: `0:12`, `1:02:03`, `2d 01:02`; "-" if unknown."""
-    if seconds is None or not math.isfinite(seconds):
-        return "-"
-    minutes, secs = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 24:
-        return f"{hours // 24}d {hours % 24:02d}:{minutes:02d}"
-    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"
 
 
 def figures(record: dict[str, Any], seconds_left: float | None) -> list[str]:
     """Format the figures of a step that have a value: `loss 2.3456`, `lr 1.0e-04`, ..."""
     parts = [f"loss {figure(record.get('loss'))}", f"lr {number(record.get('lr'), '.1e')}"]
-    if record.get("grad_norm") is not None:
-        parts.append(f"grad {number(record['grad_norm'], '.2f')}")
-    if record.get("tokens_per_second") is not None:
-        parts.append(f"{number(record['tokens_per_second'], ',.0f')} tok/s")
-    if record.get("mfu") is not None:
-        parts.append(f"MFU {number(record['mfu'], '.1%')}")
-    parts += [
-        f"{name} {gib(record[key])}"
-        for name, key in (("host", "host_bytes"), ("gpu", "gpu_bytes"))
-        if record.get(key)
-    ]
+    for key, before, spec, after in (
+        ("grad_norm", "grad ", ".2f", ""),
+        ("tokens_per_second", "", ",.0f", " tok/s"),
+        ("mfu", "MFU ", ".1%", ""),
+    ):
+        if record.get(key) is not None:
+            parts.append(f"{before}{number(record[key], spec)}{after}")
+    for name in ("host", "gpu"):
+        if record.get(f"{name}_bytes"):
+            parts.append(f"{name} {gib(record[f'{name}_bytes'])}")
     return [*parts, f"ETA {clock(seconds_left)}"]
 
 
@@ -70,40 +31,23 @@ def plain_line(record: dict[str, Any], total_steps: int, seconds_left: float | N
     return "  ".join([f"step {step}", *figures(record, seconds_left)])
 
 
-def evaluation_text(record: dict[str, Any]) -> str:
-    """Format an evaluation, with one line per subset if there are any.
-
-    For example: `eval at step 20: loss 2.1034  perplexity 8.19`.
-    """
-    lines = [f"eval at step {record.get('step')}: {metrics_text(record)}"]
-    subsets = record.get("subsets") or record.get("per_class") or {}
-    width = max((len(str(name)) for name in subsets), default=0)
-    lines += [
-        f"  {name!s:<{width}}  {metrics_text(row)}"
-        for name, row in subsets.items()
-        if isinstance(row, dict)
-    ]
-    return "\n".join(lines)
-
-
 def metrics_text(record: dict[str, Any]) -> str:
-    known = [f"{name} {figure(record[name])}" for name in EVAL_METRICS if name in record]
-    known += [f"{count(record['tokens'])} tokens"] if isinstance(record.get("tokens"), int) else []
-    return "  ".join(known) or "no metrics"
+    """Format the metrics of an evaluation: `loss 2.1034  perplexity 8.19`."""
+    metrics = [f"{name} {figure(record[name])}" for name in EVAL_METRICS if name in record]
+    if isinstance(record.get("tokens"), int):
+        metrics.append(f"{record['tokens']:,} tokens")
+    return "  ".join(metrics) or "no metrics"
 
 
-def train_command(words: list[str], run_dir: Any = None, launcher: str = "deepspeed") -> str:
-    """Return the command of a run, ready to paste.
-
-    `words` are as typed; `run_dir` is added if the run is to continue there.
-    """
-    kept = [
-        word
-        for word in words
-        if run_dir is None or not str(word).lstrip("+").startswith("run_dir=")
-    ]
-    place = [] if run_dir is None else [setting("run_dir", run_dir)]
-    return f"{launcher} {command(['launch/train.py', *kept, *place])}"
+def evaluation_text(record: dict[str, Any]) -> str:
+    """Format an evaluation, with one line per subset or class if there are any."""
+    lines = [f"eval at step {record.get('step')}: {metrics_text(record)}"]
+    groups = record.get("subsets") or record.get("per_class") or {}
+    width = max((len(str(name)) for name in groups), default=0)
+    for name, metrics in groups.items():
+        if isinstance(metrics, dict):
+            lines.append(f"  {name!s:<{width}}  {metrics_text(metrics)}")
+    return "\n".join(lines)
 
 
 def sample_text(step: int, prompt: str, text: str) -> str:
@@ -134,13 +78,11 @@ def averaged_loss(records: list[dict[str, Any]]) -> tuple[float, str] | None:
         if record.get("kind", "train") == "train" and isinstance(record.get("loss"), (int, float))
     ]
     losses = losses[-min(50, max(5, len(losses) // 10)) :]
-    if not losses:
-        return None
+    if len(losses) < 2:
+        return (losses[0][1], f"step {losses[0][0]}") if losses else None
     mean = sum(loss for _, loss in losses) / len(losses)
     logged = "" if losses[-1][0] - losses[0][0] == len(losses) - 1 else "logged "
-    return mean, f"last {len(losses)} {logged}steps averaged" if len(
-        losses
-    ) > 1 else f"step {losses[0][0]}"
+    return mean, f"last {len(losses)} {logged}steps averaged"
 
 
 def result_text(result: dict[str, Any]) -> str:
@@ -150,9 +92,9 @@ def result_text(result: dict[str, Any]) -> str:
     """
     parts = [f"{status_text(result)} at step {result.get('step', 0)}"]
     if result.get("tokens"):
-        parts.append(f"{count(result['tokens'])} tokens in {clock(result.get('seconds'))}")
+        parts.append(f"{number(result['tokens'])} tokens in {clock(result.get('seconds'))}")
     if result.get("tokens_per_second"):
-        parts.append(f"{number(result['tokens_per_second'], ',.0f')} tok/s")
+        parts.append(f"{number(result['tokens_per_second'])} tok/s")
     return "  ".join(parts)
 
 
@@ -172,13 +114,9 @@ def outcome_text(
         lines.append(("evaluation", metrics_text(result["eval"])))
     best = result.get("best_step")
     if best and best != result.get("step"):
+        value = f"{result.get('best_metric', 'metric')} {figure(result.get('best'))}"
         exported = ", which is exported" if result.get("export_step") == best else ""
-        lines.append(
-            (
-                "best",
-                f"{result.get('best_metric', 'metric')} {figure(result.get('best'))} at step {best}{exported}",
-            )
-        )
+        lines.append(("best", f"{value} at step {best}{exported}"))
     lines.append(("page", str(run_dir / "report.html")))
     if result.get("export"):
         export = run_dir / str(result["export"])
@@ -186,9 +124,23 @@ def outcome_text(
     return "\n".join(f"  {name:<10}  {text}" for name, text in lines)
 
 
+def train_command(words: list[str], run_dir: Any = None, launcher: str = "deepspeed") -> str:
+    """Return the command of a run.
+
+    `words` are as typed; `run_dir` is added if the run is to continue there.
+    """
+    if run_dir is not None:
+        words = [word for word in words if not str(word).lstrip("+").startswith("run_dir=")]
+        words.append(setting("run_dir", run_dir))
+    return command([*launcher.split(), "launch/train.py", *words])
+
+
+def evaluate_command(run_dir: Any) -> str:
+    return command(["deepspeed", "launch/evaluate.py", setting("run", run_dir)])
+
+
 def generate_command(export: Path, task: str) -> str:
     """Return the command that generates with an export, with the settings that its task takes."""
-    words = {"qa": 'question="..." context="..."', "instruct": 'chat=true prompt="..."'}.get(
-        task, 'prompt="..."'
-    )
-    return f"{command(['python', 'launch/generate.py', setting('model', export)])} {words}"
+    words = {"qa": 'question="..." context="..."', "instruct": 'chat=true prompt="..."'}
+    program = command(["python", "launch/generate.py", setting("model", export)])
+    return program + " " + words.get(task, 'prompt="..."')

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import glob
 import math
-import time
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import command, setting
+from finetune.errors import clock, command, figure, number, setting
 from finetune.files import read_json, write_atomic
-from finetune.reporting.page.charts import HEIGHT, WIDTH, Axis, is_number, linear_axis
+from finetune.reporting.metrics_log import is_number
+from finetune.reporting.page.charts import HEIGHT, WIDTH, Axis, round_axis
 from finetune.reporting.page.tables import Tile
 from finetune.reporting.page.template import render
-from finetune.reporting.terminal_text import clock, figure, number
 
 HERE = Path(__file__).parent
 SUMMARY, PAGE = "sweep.json", "sweep.html"
@@ -77,7 +76,7 @@ def build_sweep_page(folder: Path | str) -> Path:
     summary = read_json(folder / SUMMARY)
     return write_atomic(
         folder / PAGE,
-        render("sweep.html", page_context(summary, folder), ("sweep.css",), ("sweep.js",), HERE),
+        render(HERE / "sweep.html", page_context(summary, folder)),
     )
 
 
@@ -96,7 +95,6 @@ def page_context(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
         "name": name if "sweep" in name else f"sweep {name}",
         "folder": str(folder),
         "running": running,
-        "updated": time.strftime("%Y-%m-%d %H:%M:%S"),
         "status": "running" if running else "done" if summary["best"] is not None else "failed",
         "told": f"{sum(job['status'] == 'done' for job in jobs)} of {summary['total']} jobs done",
         "tiles": tiles(summary),
@@ -146,7 +144,7 @@ def scale_of(key: str, values: list[Any]) -> Scale | None:
         return Scale(
             key,
             found,
-            _log_axis(different) if log else linear_axis(different[0], different[-1]),
+            _log_axis(different) if log else round_axis(different[0], different[-1]),
             log,
         )
     axis = Axis(places[0] - 0.08 * room, places[-1] + 0.08 * room)
@@ -159,7 +157,7 @@ def scale_of(key: str, values: list[Any]) -> Scale | None:
 
 def metric_scale(name: str, values: list[float]) -> Scale | None:
     """Return the axis of the compared metric, with round ticks."""
-    return Scale(name, list(values), linear_axis(min(values), max(values))) if values else None
+    return Scale(name, list(values), round_axis(min(values), max(values))) if values else None
 
 
 def swept_value(value: float) -> str:

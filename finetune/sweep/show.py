@@ -13,9 +13,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from finetune.errors import command, setting
+from finetune.errors import clock, command, figure, number
 from finetune.files import write_json
-from finetune.reporting.terminal_text import clock, figure, number
+from finetune.reporting.terminal_text import evaluate_command
 from finetune.sweep.job import DONE, Job
 from finetune.sweep.page import compare_command
 from finetune.sweep.search import Goal
@@ -100,7 +100,7 @@ def commands(job: dict[str, Any], launcher: list[str]) -> list[tuple[str, str]]:
         ("train it alone", command(["deepspeed", *launcher, "launch/train.py", *job["overrides"]])),
         ("look at it", command([folder / "report.html"])),
         ("compare", compare_command(folder.parent)),
-        ("evaluate", command(["deepspeed", "launch/evaluate.py", setting("run", folder)])),
+        ("evaluate", evaluate_command(folder)),
     ]
 
 

@@ -14,8 +14,8 @@ from finetune.compose import compose_train, recipe_config
 from finetune.config import plain_config
 from finetune.errors import UserError
 from finetune.reporting.page.compare import build_comparison, page_context, run_names
-from finetune.reporting.page.differences import from_recipe
 from finetune.reporting.page.files import read_run
+from finetune.reporting.page.tables import from_recipe
 from tests.reporting.run_folders import make_run
 
 

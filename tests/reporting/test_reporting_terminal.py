@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from finetune.errors import clock, figure
 from finetune.planning.machine import gpu_bytes, host_bytes, peak_host_bytes
 from finetune.reporting import terminal as display_module
 from finetune.reporting.callbacks import RunInfo
 from finetune.reporting.terminal import NOISY, Display, summary_table
-from finetune.reporting.terminal_text import clock, figure, plain_line
+from finetune.reporting.terminal_text import plain_line
 from finetune.sharding.ops import hushed
 
 RECORD = {

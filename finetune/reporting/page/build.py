@@ -1,6 +1,6 @@
 """report.html and curves.png from the files of a run.
 
-Flow: `read_run` -> `page_context` (plain values, every text still unescaped) -> page.html, which escapes -> one
+Flow: `read_run` -> a context of plain values, every text still unescaped -> page.html, which escapes -> one
 file that asks nothing of the network. `Report` does it while a run goes on, without the picture: matplotlib
 would count as memory of the run.
 """
@@ -16,16 +16,14 @@ from finetune.config import Config
 from finetune.files import write_atomic, write_json
 from finetune.reporting.callbacks import Callback, RunInfo
 from finetune.reporting.page import tables
-from finetune.reporting.page.charts import draw
-from finetune.reporting.page.curves import curves, steps_of
+from finetune.reporting.page.charts import draw_all
+from finetune.reporting.page.curves import curves
 from finetune.reporting.page.data import sections
-from finetune.reporting.page.differences import from_recipe
-from finetune.reporting.page.files import DATA, ENVIRONMENT, RunFiles, read_run
-from finetune.reporting.page.tables import confusion
-from finetune.reporting.page.template import render
+from finetune.reporting.page.files import DATA, ENVIRONMENT, read_run
+from finetune.reporting.page.template import FOLDER, render
 from finetune.reporting.redact import redact
 
-PAGE, PICTURE, TEMPLATE = "report.html", "curves.png", "page.html"
+PAGE, PICTURE = "report.html", "curves.png"
 REBUILD_SECONDS = 30.0
 
 
@@ -39,56 +37,50 @@ def build_report(
     out: Path | None = None,
     recipe_of: RecipeOf | None = None,
 ) -> Path:
-    """Write run_dir/report.html (and curves.png) from what the run has written so far; returns the page's path.
+    """Write run_dir/report.html (and curves.png) from what the run has written so far.
 
     Args:
         out: the page's place, instead of the run directory.
         recipe_of: for the table of what differs from the run's recipe; None: without that table.
+
+    Returns:
+        The page's path.
     """
     run = read_run(run_dir)
     charts = curves(run)
-    page = write_atomic(out or run.run_dir / PAGE, render(TEMPLATE, page_context(run, recipe_of)))
-    if picture and charts:
-        from finetune.reporting.page.picture import curves_png
-
-        write_atomic(run.run_dir / PICTURE, curves_png(charts, title=tables.run_name(run)))
-    return page
-
-
-def page_context(run: RunFiles, recipe_of: RecipeOf | None = None) -> dict[str, Any]:
-    """Everything that the template names."""
-    recipe = str(run.config.get("name") or "")
-    charts = curves(run)
-    drawings = [draw(chart, steps_of(charts)) for chart in charts]
-    return {
-        "name": tables.run_name(run),
+    name, recipe = tables.run_name(run), str(run.config.get("name") or "")
+    context = {
+        "name": name,
         "run_dir": str(run.run_dir),
         "status": tables.status(run),
         "status_words": tables.status_words(run),
         "running": not run.result,
         "error": run.result.get("error"),
-        "updated": time.strftime("%Y-%m-%d %H:%M:%S"),
         "tiles": tables.tiles(run),
-        "drawings": drawings,
-        # The first chart spans the page, and so does a last one that would stand alone in its row.
-        "wide": {0, len(drawings) - 1} if len(drawings) % 2 == 0 else {0},
+        "drawings": draw_all(charts),
         "memory": tables.memory(run),
         "evaluations": tables.evaluations(run),
         "later": tables.later(run),
         "groups": tables.groups(run),
-        "confusion": confusion(run),
+        "confusion": tables.confusion(run),
         "data": sections(run.data),
         "samples": tables.samples(run),
-        "differences": from_recipe(run.config, recipe_of(recipe) if recipe_of else None),
+        "differences": tables.from_recipe(run.config, recipe_of(recipe) if recipe_of else None),
         "recipe": recipe,
-        "config": tables.config_rows(run),
+        "config": tables.flat(run.config),
         "environment": tables.environment_rows(run),
         "commands": tables.commands(run),
     }
+    page = write_atomic(out or run.run_dir / PAGE, render(FOLDER / "page.html", context))
+    if picture and charts:
+        from finetune.reporting.page.picture import curves_png
+
+        write_atomic(run.run_dir / PICTURE, curves_png(charts, title=name))
+    return page
 
 
 class Report(Callback):
-    """Rebuilds the page at the start, at steps and evaluations, at most every 30 seconds, and at the end."""
+    """Rebuild the page at the start, at steps and evaluations, at most every 30 seconds, and at the end."""
 
     def __init__(self, run_dir: Path | None = None, recipe_of: RecipeOf | None = None) -> None:
         # Known from the beginning, so that a run which fails before its first step has a page as well.
@@ -101,9 +93,9 @@ class Report(Callback):
         if run.data:
             write_json(run.run_dir / DATA, run.data)
         overrides = [str(word) for word in run.extra.get("overrides") or []]
-        known = {"world_size": run.world_size, "total_steps": run.total_steps, **redact(run.extra)}
+        about = {"world_size": run.world_size, "total_steps": run.total_steps, **redact(run.extra)}
         # The page's "continue" command is made of these words, which `check` has found free of secrets.
-        write_json(run.run_dir / ENVIRONMENT, known | {"overrides": overrides})
+        write_json(run.run_dir / ENVIRONMENT, about | {"overrides": overrides})
         self._rebuild()
 
     def train_step(self, record: dict[str, Any]) -> None:

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
-from finetune.config import DIRECTIONS
-from finetune.errors import command, gib, setting
+from finetune.errors import clock, command, figure, gib
 from finetune.files import read_object, write_atomic
+from finetune.reporting.metrics_log import is_number
 from finetune.reporting.page import tables
-from finetune.reporting.page.charts import (
-    SMOOTH_FROM,
-    Chart,
-    Drawing,
-    Point,
-    Series,
-    column,
-    draw,
-    is_number,
-    smooth,
-)
-from finetune.reporting.page.curves import steps_of
-from finetune.reporting.page.differences import between
+from finetune.reporting.page.charts import SMOOTH_FROM, Chart, Series, column, draw_all, smooth
 from finetune.reporting.page.files import RunFiles, read_run
 from finetune.reporting.page.tables import Table, Tile
-from finetune.reporting.page.template import render
-from finetune.reporting.terminal_text import EVAL_METRICS, averaged_loss, clock, figure
+from finetune.reporting.page.template import FOLDER, render
+from finetune.reporting.terminal_text import EVAL_METRICS, averaged_loss, evaluate_command
 
 COLORS = 6
 PAGE = "compare.html"
@@ -47,195 +34,140 @@ CHARTS = (
 
 def build_comparison(run_dirs: list[Path], out: Path) -> Path:
     """Write one self-contained page about several runs; returns its path."""
-    return write_atomic(
-        out, render("compare.html", page_context([read_run(folder) for folder in run_dirs]))
-    )
+    context = page_context([read_run(folder) for folder in run_dirs])
+    return write_atomic(out, render(FOLDER / "compare.html", context))
 
 
 def page_context(runs: list[RunFiles]) -> dict[str, Any]:
-    """Everything that the template names."""
+    """Return all variables of the template."""
     names = run_names(runs)
-    drawings = charts(runs, names)
+    # The metric that ranks runs, and the index of the best one.
+    metric = tables.criterion(runs)
+    best = tables.best_of([_evaluated(run).get(metric) for run in runs], metric)
+    keys = [
+        {"name": name, "color": color_of(i), "style": style_of(i), "path": str(run.run_dir)}
+        for i, (run, name) in enumerate(zip(runs, names, strict=True))
+    ]
     return {
         "title": f"{len(runs)} runs compared",
-        "updated": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "keys": [
-            {
-                "name": name,
-                "color": color_of(i),
-                "style": style_of(i),
-                "path": str(run.run_dir),
-                "status": tables.status_words(run),
-            }
-            for i, (run, name) in enumerate(zip(runs, names, strict=True))
-        ],
-        "tiles": tiles(runs, names),
-        "results": results(runs, names),
-        "drawings": drawings,
-        "wide": {0, len(drawings) - 1} if len(drawings) % 2 == 0 else {0},
-        "settings": between(names, [run.config for run in runs]),
-        "environments": between(names, [run.env for run in runs]),
+        "keys": keys,
+        "tiles": tiles(runs, names, metric, best),
+        "results": results(runs, names, best),
+        "drawings": draw_all(charts(runs, names)),
+        "settings": tables.between(names, [run.config for run in runs]),
+        "environments": tables.between(names, [run.env for run in runs]),
         "groups": groups(runs, names),
         "samples": samples(runs, names),
-        "commands": commands(runs, names),
+        "commands": [] if best is None else commands(runs[best]),
     }
 
 
 def run_names(runs: list[RunFiles]) -> list[str]:
-    """Short and different: what a sweep varied, else the end of the path that sets the runs apart."""
+    """Return short, different names: what a sweep varied, else the end of the path that differs."""
     chosen = [read_object(run.run_dir / "job.json").get("chosen") for run in runs]
     if len(runs) > 1 and all(chosen):
-        told = [
+        varied = [
             " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in words.items())
             for words in chosen
         ]
-        return [f"{run.run_dir.name}: {text}" for run, text in zip(runs, told, strict=True)]
+        return [f"{run.run_dir.name}: {text}" for run, text in zip(runs, varied, strict=True)]
     paths = [str(run.run_dir) for run in runs]
     common = os.path.commonpath(paths) if len(paths) > 1 else os.path.dirname(paths[0])
     return [os.path.relpath(path, common) for path in paths]
 
 
-def charts(runs: list[RunFiles], names: list[str]) -> list[Drawing]:
-    """Every figure that at least one run has, a line a run."""
-    found = []
+def charts(runs: list[RunFiles], names: list[str]) -> list[Chart]:
+    """Return every figure that at least one run has, a line a run."""
+    shown = []
     for kind, key, title, unit, from_zero in CHARTS:
-        series = [
-            Series(
-                name,
-                _averaged(column(getattr(run, kind), key)),
-                color_of(i),
-                style_of(i, kind == "evals"),
-            )
-            for i, (run, name) in enumerate(zip(runs, names, strict=True))
-        ]
+        series = []
+        for i, (run, name) in enumerate(zip(runs, names, strict=True)):
+            points = column(getattr(run, kind), key)
+            points = smooth(points) if len(points) >= SMOOTH_FROM else points
+            if points:
+                series.append(Series(name, points, color_of(i), style_of(i, kind == "evals")))
         # A GPU's memory is 0 on a machine without one.
         if any(y for s in series for _, y in s.points):
-            found.append(Chart(title, [s for s in series if s.points], unit, from_zero))
-    return [draw(chart, steps_of(found)) for chart in found]
+            shown.append(Chart(title, series, unit, from_zero))
+    return shown
 
 
-def results(runs: list[RunFiles], names: list[str]) -> Table:
-    """One row a run, the best evaluation marked."""
+def results(runs: list[RunFiles], names: list[str], best: int | None) -> Table:
+    """Return one row a run, the best evaluation marked."""
     metrics = [
         name for name in EVAL_METRICS if any(is_number(_evaluated(run).get(name)) for run in runs)
     ]
-    rows = [
-        [
-            name,
-            tables.status_words(run),
-            _step(run),
-            figure(_loss(run)),
-            *(figure(_evaluated(run).get(metric)) for metric in metrics),
-            figure(_rate(run)),
-            clock(run.result.get("seconds")),
-            _bytes(run, "host"),
-            _bytes(run, "gpu"),
-            str(run.result.get("world_size") or run.env.get("world_size") or "-"),
-        ]
-        for run, name in zip(runs, names, strict=True)
-    ]
-    evaluated = [f"eval {name.replace('_', ' ')}" for name in metrics]
-    head = [
-        "run",
-        "status",
-        "steps",
-        "loss",
-        *evaluated,
-        "tokens/s",
-        "time",
-        "host, peak",
-        "GPU, peak",
-        "ranks",
-    ]
-    return Table(head, rows, _best(runs))
-
-
-def tiles(runs: list[RunFiles], names: list[str]) -> list[Tile]:
-    found = []
-    best = _best(runs)
-    if best is not None:
-        key = tables.criterion(runs)
-        found.append(
-            Tile(
-                f"best eval {key.replace('_', ' ')}",
-                figure(_evaluated(runs[best])[key]),
-                names[best],
-            )
+    head = ["run", "status", "steps", "loss"]
+    head += [f"eval {name.replace('_', ' ')}" for name in metrics]
+    head += ["tokens/s", "time", "host, peak", "GPU, peak", "ranks"]
+    rows = []
+    for run, name in zip(runs, names, strict=True):
+        # Only the result may be left, with the last step's loss.
+        averaged = averaged_loss(run.train)
+        peaks = [run.peak(key) for key in ("host_bytes", "gpu_bytes")]
+        rows.append(
+            [
+                name,
+                tables.status_words(run),
+                f"{run.result.get('step') or run.last('step') or 0:,}",
+                figure(averaged[0] if averaged else run.result.get("loss")),
+                *(figure(_evaluated(run).get(metric)) for metric in metrics),
+                figure(_rate(run)),
+                clock(run.result.get("seconds")),
+                *(gib(peak) if peak else "-" for peak in peaks),
+                str(run.result.get("world_size") or run.env.get("world_size") or "-"),
+            ]
         )
-    rates = [(rate, i) for i, run in enumerate(runs) if is_number(rate := _rate(run))]
+    return Table(head, rows, best)
+
+
+def tiles(runs: list[RunFiles], names: list[str], metric: str, best: int | None) -> list[Tile]:
+    shown = []
+    if best is not None:
+        value = figure(_evaluated(runs[best])[metric])
+        shown.append(Tile(f"best eval {metric.replace('_', ' ')}", value, names[best]))
+    rates = [(rate, name) for run, name in zip(runs, names, strict=True) if (rate := _rate(run))]
     if rates:
-        rate, i = max(rates)
-        found.append(Tile("fastest, tokens/s", f"{rate:,.0f}", names[i]))
-    peaks = [
-        (peak, i)
-        for i, run in enumerate(runs)
-        if is_number(peak := run.result.get("peak_host_bytes"))
-    ]
-    if peaks:
-        peak, i = min(peaks)
-        found.append(Tile("least host memory", gib(peak), names[i]))
-    return found
+        rate, name = max(rates)
+        shown.append(Tile("fastest, tokens/s", f"{rate:,.0f}", name))
+    peaks = [run.result.get("peak_host_bytes") for run in runs]
+    if any(map(is_number, peaks)):
+        least = min(filter(is_number, peaks))
+        shown.append(Tile("least host memory", gib(least), names[peaks.index(least)]))
+    return shown
 
 
 def groups(runs: list[RunFiles], names: list[str]) -> Table | None:
-    """Subsets or classes by loss (or f1) at each run's last evaluation."""
+    """Return subsets or classes by loss (or f1) at each run's last evaluation."""
     lasts = [
-        next(
-            (
-                r.get("subsets") or r.get("per_class")
-                for r in reversed(run.evals)
-                if r.get("subsets") or r.get("per_class")
-            ),
-            {},
-        )
+        next((g for record in reversed(run.evals) if (g := tables.groups_of(record))), {})
         for run in runs
     ]
-    found = dict.fromkeys(str(name) for last in lasts for name in last)
-    if not found:
+    shown = dict.fromkeys(str(name) for last in lasts for name in last)
+    if not shown:
         return None
-    figures = [row for last in lasts for row in last.values() if isinstance(row, dict)]
-    key = next(
-        (k for k in ("loss", "f1", "accuracy") if any(is_number(row.get(k)) for row in figures)),
-        "loss",
-    )
+    measured = {key for last in lasts for row in last.values() for key in tables.numbers_of(row)}
+    key = next((key for key in ("loss", "f1", "accuracy") if key in measured), "loss")
     rows = [
-        [group, *(figure((last.get(group) or {}).get(key)) for last in lasts)] for group in found
+        [group, *(figure((last.get(group) or {}).get(key)) for last in lasts)] for group in shown
     ]
     return Table([f"{key} by group", *names], rows)
 
 
 def samples(runs: list[RunFiles], names: list[str]) -> list[dict[str, Any]]:
-    """Each prompt with the newest text of every run."""
-    prompts = dict.fromkeys(str(record.get("prompt", "")) for run in runs for record in run.samples)
-    found = []
-    for prompt in prompts:
-        texts = []
-        for i, (run, name) in enumerate(zip(runs, names, strict=True)):
-            last = next(
-                (r for r in reversed(run.samples) if str(r.get("prompt", "")) == prompt), None
-            )
-            if last:
-                texts.append(
-                    {
-                        "name": name,
-                        "color": color_of(i),
-                        "step": last.get("step", "?"),
-                        "text": str(last.get("text", "")),
-                    }
-                )
-        found.append({"prompt": prompt, "texts": texts})
-    return found
+    """Return each prompt with the newest text of every run."""
+    texts: dict[str, dict[int, dict[str, Any]]] = {}
+    for i, (run, name) in enumerate(zip(runs, names, strict=True)):
+        for record in run.samples:
+            prompt, text = str(record.get("prompt", "")), str(record.get("text", ""))
+            newest = {"name": name, "color": color_of(i), "step": record.get("step", "?")}
+            texts.setdefault(prompt, {})[i] = newest | {"text": text}
+    return [{"prompt": prompt, "texts": list(of.values())} for prompt, of in texts.items()]
 
 
-def commands(runs: list[RunFiles], names: list[str]) -> list[tuple[str, str]]:
-    best = _best(runs)
-    if best is None:
-        return []
-    folder = runs[best].run_dir
-    return [
-        ("evaluate the best", command(["deepspeed", "launch/evaluate.py", setting("run", folder)])),
-        ("its page", command([folder / "report.html"])),
-    ]
+def commands(best: RunFiles) -> list[tuple[str, str]]:
+    page = command([best.run_dir / "report.html"])
+    return [("evaluate the best", evaluate_command(best.run_dir)), ("its page", page)]
 
 
 def color_of(i: int) -> int:
@@ -247,44 +179,9 @@ def style_of(i: int, few: bool = False) -> str:
     return "dashed" if i >= COLORS else "dots" if few else "line"
 
 
-def _averaged(points: list[Point]) -> list[Point]:
-    return smooth(points) if len(points) >= SMOOTH_FROM else points
-
-
 def _evaluated(run: RunFiles) -> dict[str, Any]:
     return run.result.get("eval") or (run.evals[-1] if run.evals else {})
 
 
-def _loss(run: RunFiles) -> float | None:
-    """Training loss at the end: averaged, or the last one where only the result is left."""
-    averaged = averaged_loss(run.train)
-    return averaged[0] if averaged else run.result.get("loss")
-
-
-def _step(run: RunFiles) -> str:
-    return f"{run.result.get('step') or (run.train[-1]['step'] if run.train else 0):,}"
-
-
 def _rate(run: RunFiles) -> float | None:
-    return run.result.get("tokens_per_second") or (
-        run.train[-1].get("tokens_per_second") if run.train else None
-    )
-
-
-def _bytes(run: RunFiles, kind: str) -> str:
-    peak = run.result.get(f"peak_{kind}_bytes") or max(
-        (r.get(f"{kind}_bytes") or 0 for r in run.train), default=0
-    )
-    return gib(peak) if peak else "-"
-
-
-def _best(runs: list[RunFiles]) -> int | None:
-    key = tables.criterion(runs)
-    scored = [
-        (_evaluated(run)[key], i)
-        for i, run in enumerate(runs)
-        if is_number(_evaluated(run).get(key))
-    ]
-    if not scored:
-        return None
-    return (max if DIRECTIONS.get(key) == "max" else min)(scored)[1]
+    return run.result.get("tokens_per_second") or run.last("tokens_per_second")

@@ -12,13 +12,15 @@ A flat object is read as `train`. Every key is optional. Computes shares, not st
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from finetune.reporting.page.charts import is_number
+from finetune.reporting.metrics_log import is_number
 
 SHOWN_APART = ("lengths", "subsets", "tokens_by_name", "notes", "bad_row_messages")
+SIZES = ("tokens", "documents", "rows", "count", "share")
+"""Keys that may hold the size of a subset, the first one wins."""
 
 
 @dataclass
@@ -34,106 +36,75 @@ class Bar:
 @dataclass
 class DataSection:
     name: str
-    facts: list[tuple[str, str]] = field(default_factory=list)
-    lengths: list[Bar] = field(default_factory=list)
-    subsets: list[Bar] = field(default_factory=list)
-    complaints: list[str] = field(default_factory=list)
+    facts: list[tuple[str, str]]
+    lengths: list[Bar]
+    subsets: list[Bar]
+    complaints: list[str]
 
 
 def sections(data: dict[str, Any]) -> list[DataSection]:
+    """Return what the page says about training and evaluation data."""
     parts = {name: data[name] for name in ("train", "eval") if isinstance(data.get(name), dict)}
     if not parts and data:
         parts = {"train": data}
-    return [_section(name, part) for name, part in parts.items()]
-
-
-def _section(name: str, part: dict[str, Any]) -> DataSection:
-    by_column = [names for names in (part.get("tokens_by_name") or {}).values() if names]
-    subsets = part.get("subsets") or (by_column[0] if by_column else {})
-    complaints = [
-        str(line) for key in ("notes", "bad_row_messages") for line in part.get(key) or []
-    ]
-    return DataSection(
-        name, _facts(part), _lengths(part.get("lengths")), _subsets(subsets), complaints
-    )
-
-
-def _facts(part: dict[str, Any]) -> list[tuple[str, str]]:
-    return [
-        (key.replace("_", " "), fact_text(key, value))
-        for key, value in part.items()
-        if key not in SHOWN_APART and isinstance(value, (str, int, float, bool))
-    ]
+    shown = []
+    for name, part in parts.items():
+        facts = [
+            (key.replace("_", " "), fact_text(key, value))
+            for key, value in part.items()
+            if key not in SHOWN_APART and isinstance(value, (str, int, float, bool))
+        ]
+        by_column = [names for names in (part.get("tokens_by_name") or {}).values() if names]
+        subsets = part.get("subsets") or (by_column[0] if by_column else {})
+        sizes = {}
+        for subset, size in subsets.items() if isinstance(subsets, dict) else ():
+            if isinstance(size, dict):
+                size = next((size[key] for key in SIZES if key in size), 0)
+            sizes[str(subset)] = float(size) if is_number(size) else 0.0
+        complaints = [
+            str(line) for key in ("notes", "bad_row_messages") for line in part.get(key) or []
+        ]
+        shares = bars(sorted(sizes.items(), key=lambda item: -item[1]))
+        shown.append(
+            DataSection(name, facts, bars(histogram(part.get("lengths"))), shares, complaints)
+        )
+    return shown
 
 
 def fact_text(key: str, value: Any) -> str:
-    if (
-        isinstance(value, float)
-        and 0 <= value <= 1
-        and key.endswith(("efficiency", "share", "fraction"))
-    ):
+    share = key.endswith(("efficiency", "share", "fraction"))
+    if isinstance(value, float) and 0 <= value <= 1 and share:
         return f"{value:.1%}"
     if is_number(value):
         return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
     return str(value)
 
 
-def _lengths(lengths: Any) -> list[Bar]:
-    if isinstance(lengths, list):
-        lengths = _binned([value for value in lengths if is_number(value)])
-    if not isinstance(lengths, dict):
-        return []
-    if lengths and all(str(key).isdigit() for key in lengths):
-        return _doubling(lengths)
-    edges, counts = lengths.get("edges") or [], lengths.get("counts") or []
+def histogram(lengths: Any, bins: int = 24) -> list[tuple[str, float]]:
+    """Return ("65 to 128", count) for each range of lengths, from any of the three shapes."""
+    if isinstance(lengths, dict) and lengths and all(str(key).isdigit() for key in lengths):
+        # Bins by their upper bound, a power of two; those in between that are empty are shown empty.
+        counts = {int(key): value for key, value in lengths.items() if is_number(value)}
+        shown, bound = [], min(counts)
+        while 0 < bound <= max(counts):
+            shown.append((f"{bound // 2 + 1:,} to {bound:,}", counts.get(bound, 0)))
+            bound *= 2
+        return shown
+    edges, counts = [], []
+    if isinstance(lengths, dict):
+        edges, counts = lengths.get("edges") or [], lengths.get("counts") or []
+    elif isinstance(lengths, list) and (values := [v for v in lengths if is_number(v)]):
+        low, width = min(values), (max(values) - min(values)) / bins or 1.0
+        edges, counts = [low + i * width for i in range(bins + 1)], [0.0] * bins
+        for value in values:
+            counts[min(bins - 1, int((value - low) / width))] += 1
     if len(edges) != len(counts) + 1 or not all(map(is_number, [*edges, *counts])):
         return []
     names = [f"{low:,.0f} to {high:,.0f}" for low, high in pairwise(edges)]
-    return _bars(list(zip(names, counts, strict=True)))
+    return list(zip(names, counts, strict=True))
 
 
-def _doubling(lengths: dict[str, Any]) -> list[Bar]:
-    """Bins by their upper bound, a power of two; those in between that are empty are shown empty."""
-    found = {int(key): value for key, value in lengths.items() if is_number(value)}
-    bounds, bound = [], min(found)
-    while 0 < bound <= max(found):
-        bounds.append(bound)
-        bound *= 2
-    return _bars([(f"{bound // 2 + 1:,} to {bound:,}", found.get(bound, 0)) for bound in bounds])
-
-
-def _binned(values: list[float], bins: int = 24) -> dict[str, list[float]]:
-    if not values:
-        return {}
-    low, high = min(values), max(values)
-    width = (high - low) / bins or 1.0
-    counts = [0.0] * bins
-    for value in values:
-        counts[min(bins - 1, int((value - low) / width))] += 1
-    return {"edges": [low + i * width for i in range(bins + 1)], "counts": counts}
-
-
-def _subsets(subsets: Any) -> list[Bar]:
-    if not isinstance(subsets, dict):
-        return []
-    sizes = [(str(name), _size(value)) for name, value in subsets.items()]
-    return _bars(sorted(sizes, key=lambda item: -item[1]))
-
-
-def _size(value: Any) -> float:
-    if isinstance(value, dict):
-        value = next(
-            (
-                value[key]
-                for key in ("tokens", "documents", "rows", "count", "share")
-                if key in value
-            ),
-            0,
-        )
-    return float(value) if is_number(value) else 0.0
-
-
-def _bars(values: list[tuple[str, float]]) -> list[Bar]:
+def bars(values: list[tuple[str, float]]) -> list[Bar]:
     total = sum(value for _, value in values) or 1.0
     tallest = max((value for _, value in values), default=0) or 1.0
     return [Bar(name, value, value / total, 100 * value / tallest) for name, value in values]

@@ -1,11 +1,12 @@
 """A run directory read back: every file is optional and may be half written.
 
-Flow: `read_run(run_dir)` -> `RunFiles`. The page is made from this alone, so it can be built again at any
-time, on another machine, after a crash. Computes nothing.
+Flow: `read_run(run_dir)` -> `RunFiles`. The page is made from this alone, so it can be built again at
+any time, on another machine, after a crash. Computes nothing.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,40 +38,39 @@ class RunFiles:
     env: Record = field(default_factory=dict)
     """Versions and machine; with `world_size`, and where known `ranks_per_node`, `total_steps` and `overrides`."""
 
+    def last(self, key: str) -> Any:
+        """Return a value of the newest training record; None if there is none."""
+        return self.train[-1].get(key) if self.train else None
+
+    def peak(self, key: str) -> float:
+        """Return the largest `host_bytes` or `gpu_bytes` of a rank; 0 if it was not measured."""
+        logged = max((record.get(key) or 0 for record in self.train), default=0)
+        return self.result.get(f"peak_{key}") or logged
+
 
 def read_run(run_dir: Path | str) -> RunFiles:
-    """Everything the run has written so far; what is missing or broken is empty."""
+    """Return everything the run has written so far; what is missing or broken is empty."""
     run_dir = Path(run_dir)
-    records = read(run_dir / METRICS)
+    config = None
+    # A broken config must not cost the page: everything else on it still helps.
+    with suppress(Exception):
+        config = read_yaml(run_dir / CONFIG)
+    # One record a step, the newest: a step that was repeated counts as the repetition.
+    records: dict[str, dict[int, Record]] = {"train": {}, "eval": {}}
+    for record in read(run_dir / METRICS):
+        if record.get("kind") in records and isinstance(record.get("step"), int):
+            records[record["kind"]][record["step"]] = record
+    train, evals = ([steps[step] for step in sorted(steps)] for steps in records.values())
     result = read_object(run_dir / RESULT)
     return RunFiles(
         run_dir=run_dir,
-        config=_yaml(run_dir / CONFIG),
+        config=config if isinstance(config, dict) else {},
         plan=read_object(run_dir / PLAN),
-        train=_by_step(records, "train"),
-        evals=_by_step(records, "eval"),
+        train=train,
+        evals=evals,
         samples=read(run_dir / SAMPLES),
         result=result,
         later=read_object(run_dir / LATER),
         data=read_object(run_dir / DATA),
         env=result.get("env") or read_object(run_dir / ENVIRONMENT),
     )
-
-
-def _by_step(records: list[Record], kind: str) -> list[Record]:
-    """One record a step, the newest: a step that was repeated counts as the repetition."""
-    found = {
-        record["step"]: record
-        for record in records
-        if record.get("kind") == kind and isinstance(record.get("step"), int)
-    }
-    return [found[step] for step in sorted(found)]
-
-
-def _yaml(path: Path) -> Record:
-    try:
-        value = read_yaml(path)
-    except Exception:
-        # A broken config must not cost the page: everything else on it still helps.
-        return {}
-    return value if isinstance(value, dict) else {}

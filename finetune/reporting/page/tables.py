@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.config import DIRECTIONS, METRICS
-from finetune.errors import command, gib, setting
-from finetune.reporting.page.charts import is_number
+from finetune.config import DIRECTIONS, METRICS, Config, plain_config
+from finetune.errors import clock, command, figure, gib, large, setting
+from finetune.reporting.metrics_log import is_number
 from finetune.reporting.page.curves import chosen_option, predicted, ranks_per_node
 from finetune.reporting.page.files import RunFiles
 from finetune.reporting.terminal_text import (
     EVAL_METRICS,
     averaged_loss,
-    clock,
-    figure,
+    evaluate_command,
     generate_command,
     status_text,
     train_command,
@@ -22,6 +21,8 @@ from finetune.reporting.terminal_text import (
 
 PARTS = ("process", "weights", "gradients", "optimizer", "activations", "logits", "workspace")
 """Parts of a prediction, by the number of their colour."""
+NOT_SETTINGS = ("run_dir", "name")
+ABSENT = "-"
 Rows = list[tuple[str, str]]
 
 
@@ -80,26 +81,71 @@ def status_words(run: RunFiles) -> str:
 
 def tiles(run: RunFiles) -> list[Tile]:
     """Return the figures at the top of the page, without those that the run does not have yet."""
-    found = [
-        _progress(run),
-        _loss(run),
-        _best(run),
-        _throughput(run),
-        _time(run),
-        _trainable(run),
-        _sharding(run),
-        _peak(run, "host", "peak_host_bytes", "host_bytes"),
-        _peak(run, "GPU", "peak_gpu_bytes", "gpu_bytes"),
-    ]
-    return [tile for tile in found if tile is not None]
+    result, evals = run.result, run.evals
+    step = max(run.last("step") or 0, result.get("step") or 0)
+    total = run.env.get("total_steps") or (run.config.get("train") or {}).get("steps")
+    shown = [Tile("steps", f"{step:,}", f"of {total:,}" if is_number(total) else "")]
+    if averaged := averaged_loss(run.train):
+        shown.append(Tile("training loss", figure(averaged[0]), averaged[1]))
+    metric = criterion([run])
+    best = best_of([record.get(metric) for record in evals], metric)
+    if best is not None:
+        first, note = evals[0].get(metric), f"step {evals[best]['step']:,}"
+        note += f", from {figure(first)}" if best and is_number(first) else ""
+        name = "eval loss" if metric == "loss" else metric.replace("_", " ")
+        shown.append(Tile(f"best {name}", figure(evals[best][metric]), note))
+    speeds = sorted(filter(is_number, (r.get("tokens_per_second") for r in run.train)))
+    speed = result.get("tokens_per_second") or (speeds[len(speeds) // 2] if speeds else None)
+    if is_number(speed):
+        shown.append(Tile("tokens per second", f"{speed:,.0f}", "all ranks"))
+    tokens = result.get("tokens") or run.last("tokens")
+    if is_number(tokens):
+        note = f"in {clock(result['seconds'])}" if result.get("seconds") else "so far"
+        shown.append(Tile("tokens", large(tokens), note))
+    counts = run.plan.get("parameters") or {}
+    total, trainable = counts.get("total"), counts.get("trainable")
+    if is_number(total) and is_number(trainable) and total:
+        note = f"{trainable / total:.2%} of {large(total)}"
+        shown.append(Tile("trained parameters", large(trainable), note))
+    stage, ranks = result.get("zero_stage"), result.get("world_size") or run.env.get("world_size")
+    if stage is None:
+        stage = (run.plan.get("chosen") or {}).get("zero")
+    if stage is not None:
+        note = f"{ranks} rank{'s' if ranks != 1 else ''}" if ranks else ""
+        shown.append(Tile("ZeRO", f"stage{str(stage).removeprefix('stage')}", note))
+    expected = predicted(run)
+    for name, key in (("host", "host_bytes"), ("GPU", "gpu_bytes")):
+        if measured := run.peak(key):
+            note = f"predicted {gib(expected[key])}" if expected.get(key) else "of a rank"
+            shown.append(Tile(f"{name} memory, peak", gib(measured), note))
+    return shown
 
 
-def large(value: float) -> str:
-    """Format a large number: `1.24 M`, `38.2 k`, `512`."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f}"
+def criterion(runs: list[RunFiles]) -> str:
+    """Return the metric that ranks evaluations: train.metric or the task's own.
+
+    It is read from the first run that states it.
+    """
+    named = [(run.config.get("train") or {}).get("metric") for run in runs]
+    tasks = [run.config.get("task") or {} for run in runs]
+    kinds = [str(task.get("problem") or task.get("kind")) for task in tasks]
+    own = [next(iter(METRICS.get(kind, {})), None) for kind in kinds]
+    measured = {
+        name
+        for run in runs
+        for record in [*run.evals, run.result.get("eval") or {}]
+        for name, value in record.items()
+        if is_number(value)
+    }
+    names = [*named, *own, "accuracy", "f1", "exact_match"]
+    return next((name for name in names if name in measured), "loss")
+
+
+def best_of(values: list[Any], metric: str) -> int | None:
+    """Return the index of a metric's best value, the first of equal ones; None if there is no number."""
+    numbers = list(filter(is_number, values))
+    better = max if DIRECTIONS.get(metric) == "max" else min
+    return values.index(better(numbers)) if numbers else None
 
 
 def evaluations(run: RunFiles) -> Table | None:
@@ -111,37 +157,34 @@ def evaluations(run: RunFiles) -> Table | None:
         [f"{record['step']:,}", *(figure(record.get(name)) for name in names)]
         for record in run.evals
     ]
-    return Table(["step", *(name.replace("_", " ") for name in names)], rows, _best_index(run))
+    metric = criterion([run])
+    best = best_of([record.get(metric) for record in run.evals], metric)
+    return Table(["step", *(name.replace("_", " ") for name in names)], rows, best)
 
 
 def later(run: RunFiles) -> Table | None:
     """Return the results of launch/evaluate.py: the task's own metrics and lm-eval's tasks."""
-    own = [
-        (name.replace("_", " "), figure(value))
-        for name, value in run.later.items()
-        if is_number(value)
-    ]
-    rows = (
-        [
-            [
-                str(run.later.get("data") or "evaluation"),
-                ", ".join(f"{name} {value}" for name, value in own),
-            ]
-        ]
-        if own
-        else []
-    )
     suite = run.later.get("lm_eval")
     tasks = suite.get("tasks") if isinstance(suite, dict) else None
-    for name, found in (tasks if isinstance(tasks, dict) else {}).items():
-        if isinstance(found, dict):
-            rows.append(
-                [
-                    f"lm-eval: {name}",
-                    ", ".join(f"{k} {figure(v)}" for k, v in found.items() if is_number(v)),
-                ]
-            )
+    own = {name.replace("_", " "): value for name, value in run.later.items()}
+    results = {str(run.later.get("data") or "evaluation"): own} if numbers_of(own) else {}
+    for name, metrics in (tasks if isinstance(tasks, dict) else {}).items():
+        if isinstance(metrics, dict):
+            results[f"lm-eval: {name}"] = metrics
+    rows = [
+        [name, ", ".join(f"{key} {figure(value)}" for key, value in numbers_of(metrics).items())]
+        for name, metrics in results.items()
+    ]
     return Table(["evaluated on", "result"], rows) if rows else None
+
+
+def numbers_of(values: Any) -> dict[str, float]:
+    return {str(name): value for name, value in (values or {}).items() if is_number(value)}
+
+
+def groups_of(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the metrics of an evaluation by subset or class; {} if it has none."""
+    return record.get("subsets") or record.get("per_class") or {}
 
 
 def groups(run: RunFiles) -> Table | None:
@@ -149,98 +192,60 @@ def groups(run: RunFiles) -> Table | None:
 
     Each has the change of its loss since the first such evaluation.
     """
-    with_groups = [
-        record for record in run.evals if record.get("subsets") or record.get("per_class")
-    ]
-    if not with_groups:
+    grouped = [record for record in run.evals if groups_of(record)]
+    if not grouped:
         return None
-    first, last = (
-        record.get("subsets") or record["per_class"] for record in (with_groups[0], with_groups[-1])
-    )
+    first, last = groups_of(grouped[0]), groups_of(grouped[-1])
     rows_of = {str(name): row for name, row in last.items() if isinstance(row, dict)}
     names = list(dict.fromkeys(key for row in rows_of.values() for key in row))
-    changed = len(with_groups) > 1 and "loss" in names
-    rows = [
-        [
-            name,
-            *(figure(row.get(key)) for key in names),
-            *([_change(first.get(name), row)] if changed else []),
-        ]
-        for name, row in rows_of.items()
-    ]
-    head = [
-        "subset" if with_groups[-1].get("subsets") else "class",
-        *(name.replace("_", " ") for name in names),
-    ]
-    return Table(
-        [*head, *(["loss since first"] if changed else [])],
-        rows,
-        note=f"step {with_groups[-1]['step']:,}",
-    )
+    head = ["subset" if grouped[-1].get("subsets") else "class"]
+    head += [name.replace("_", " ") for name in names]
+    rows = [[name, *(figure(row.get(key)) for key in names)] for name, row in rows_of.items()]
+    if len(grouped) > 1 and "loss" in names:
+        head.append("loss since first")
+        for cells, (name, row) in zip(rows, rows_of.items(), strict=True):
+            old, new = numbers_of(first.get(name)).get("loss"), numbers_of(row).get("loss")
+            cells.append("-" if old is None or new is None else f"{new - old:+.4f}")
+    return Table(head, rows, note=f"step {grouped[-1]['step']:,}")
 
 
 def memory(run: RunFiles) -> Memory | None:
     """Compare predicted and measured bytes of one rank, with the parts of the prediction."""
-    expected = predicted(run)
+    expected, option, ranks = predicted(run), chosen_option(run), ranks_per_node(run)
     rows = []
     for name, key in (("GPU", "gpu_bytes"), ("host", "host_bytes")):
-        measured = run.result.get(f"peak_{key}") or max(
-            (r.get(key) or 0 for r in run.train), default=0
-        )
-        if expected.get(key) or measured:
-            rows.append(
-                [
-                    f"{name}, peak of a rank",
-                    _bytes(expected.get(key)),
-                    _bytes(measured),
-                    _ratio(measured, expected.get(key)),
-                ]
-            )
-    note = (
-        f"host of a node divided by its {ranks_per_node(run)} ranks"
-        if ranks_per_node(run) > 1
-        else ""
-    )
+        total, measured = expected.get(key), run.peak(key)
+        if total or measured:
+            share = f"{measured / total:.0%}" if measured and total else "-"
+            sizes = [gib(size) if size else "-" for size in (total, measured)]
+            rows.append([f"{name}, peak of a rank", *sizes, share])
+    if not rows:
+        return None
+    note = f"host of a node divided by its {ranks} ranks" if ranks > 1 else ""
     table = Table(["", "predicted", "measured", "of predicted"], rows, note=note)
-    return Memory(table, _bars(run, expected)) if rows else None
 
-
-def _bars(run: RunFiles, expected: dict[str, float]) -> list[Bar]:
-    """Return the parts of each prediction in bytes of one rank.
-
-    The rest, which the plan does not name, is the process itself.
-    """
-    option, ranks = chosen_option(run), ranks_per_node(run)
-    device = _numbers(option.get("parts"))
-    host = {name: value / ranks for name, value in _numbers(option.get("host_parts")).items()}
-    if "tensors" in host or not (
-        host or "gpu_bytes" in expected
-    ):  # without a GPU the tensors are in host memory
+    device = numbers_of(option.get("parts"))
+    host = {name: value / ranks for name, value in numbers_of(option.get("host_parts")).items()}
+    # Without a GPU the tensors are in host memory.
+    if "tensors" in host or not (host or "gpu_bytes" in expected):
         host.pop("tensors", None)
         host = {name: host.get(name, 0) + device.get(name, 0) for name in [*host, *device]}
-    found = []
+    bars = []
     for name, key, parts in (("GPU", "gpu_bytes", device), ("host", "host_bytes", host)):
         total = expected.get(key)
         if not total or not parts:
             continue
         parts = {"process" if part == "processes" else part: value for part, value in parts.items()}
         if name == "host":
+            # The rest, which the plan does not name, is the process itself.
             parts["process"] = parts.get("process", 0) + max(0, total - sum(parts.values()))
-        largest = sorted((item for item in parts.items() if item[1] > 0), key=lambda item: -item[1])
-        found.append(
-            Bar(
-                f"{name}, predicted {gib(total)}",
-                [
-                    Part(part, gib(value), value / total, PARTS.index(part) if part in PARTS else 0)
-                    for part, value in largest
-                ],
-            )
-        )
-    return found
-
-
-def _numbers(values: Any) -> dict[str, float]:
-    return {str(name): value for name, value in (values or {}).items() if is_number(value)}
+        shown = [
+            Part(part, gib(value), value / total, PARTS.index(part) if part in PARTS else 0)
+            for part, value in sorted(parts.items(), key=lambda item: -item[1])
+            if value > 0
+        ]
+        bars.append(Bar(f"{name}, predicted {gib(total)}", shown))
+    return Memory(table, bars)
 
 
 def samples(run: RunFiles) -> list[dict[str, str]]:
@@ -253,10 +258,6 @@ def samples(run: RunFiles) -> list[dict[str, str]]:
         }
         for record in reversed(run.samples)
     ]
-
-
-def config_rows(run: RunFiles) -> Rows:
-    return flat(run.config)
 
 
 def flat(value: Any, prefix: str = "") -> Rows:
@@ -280,149 +281,44 @@ def environment_rows(run: RunFiles) -> Rows:
 
 
 def commands(run: RunFiles) -> Rows:
-    """Return the commands that usually follow this run, ready to paste."""
-    place = setting("run", run.run_dir)
-    adapter = run.config.get("adapter") or {}
-    kinds = ["full"] if adapter.get("kind", "full") == "full" else ["adapter"]
+    """Return the commands that usually follow this run."""
+    kind = (run.config.get("adapter") or {}).get("kind", "full")
+    kinds = ["full"] if kind == "full" else ["adapter"]
     # Prompts and prefixes are inputs, not weights, and cannot be merged.
-    kinds += ["merged"] * (adapter.get("kind") in ("lora", "ia3"))
-    export = run.run_dir / str(run.result.get("export") or "export")
-    found = [] if run.result.get("status") == "done" else [("continue", _again(run))]
-    found.append(("evaluate", command(["deepspeed", "launch/evaluate.py", place])))
-    found += [
-        (f"export {kind}", command(["python", "launch/export.py", place, f"kind={kind}"]))
-        for kind in kinds
-    ]
-    return [
-        *found,
-        ("generate", generate_command(export, str((run.config.get("task") or {}).get("kind")))),
-    ]
+    kinds += ["merged"] * (kind in ("lora", "ia3"))
+    shown = []
+    if run.result.get("status") != "done":
+        words = [str(word) for word in run.env.get("overrides") or []]
+        words = words or [f"recipe={run.config.get('name') or 'R'}"]
+        shown.append(("continue", train_command(words, run.run_dir)))
+    shown.append(("evaluate", evaluate_command(run.run_dir)))
+    export = ["python", "launch/export.py", setting("run", run.run_dir)]
+    shown += [(f"export {kind}", command([*export, f"kind={kind}"])) for kind in kinds]
+    folder = run.run_dir / str(run.result.get("export") or "export")
+    task = str((run.config.get("task") or {}).get("kind"))
+    return [*shown, ("generate", generate_command(folder, task))]
 
 
-def _again(run: RunFiles) -> str:
-    words = [str(word) for word in run.env.get("overrides") or []] or [
-        f"recipe={run.config.get('name') or 'R'}"
-    ]
-    return train_command(words, run.run_dir)
+def from_recipe(config: dict[str, Any], recipe_config: Config | None) -> Table | None:
+    """Return the keys whose value differs from the recipe's; None if the recipe is not known here.
 
-
-def _progress(run: RunFiles) -> Tile:
-    step = run.train[-1]["step"] if run.train else 0
-    step = max(step, run.result.get("step") or 0)
-    total = run.env.get("total_steps") or (run.config.get("train") or {}).get("steps")
-    return Tile("steps", f"{step:,}", f"of {total:,}" if is_number(total) else "")
-
-
-def _loss(run: RunFiles) -> Tile | None:
-    averaged = averaged_loss(run.train)
-    return Tile("training loss", figure(averaged[0]), averaged[1]) if averaged else None
-
-
-def _best(run: RunFiles) -> Tile | None:
-    index = _best_index(run)
-    if index is None:
-        return None
-    key, record = criterion([run]), run.evals[index]
-    first = run.evals[0].get(key)
-    note = f"step {record['step']:,}" + (
-        f", from {figure(first)}" if index and is_number(first) else ""
-    )
-    return Tile(
-        f"best {key.replace('_', ' ')}" if key != "loss" else "best eval loss",
-        figure(record[key]),
-        note,
-    )
-
-
-def criterion(runs: list[RunFiles]) -> str:
-    """Return the metric that ranks evaluations: train.metric or the task's own.
-
-    It is read from the first run that states it.
+    Compares with the recipe as it is now. The page says so, since a recipe may change after a run.
     """
-    named = [(run.config.get("train") or {}).get("metric") for run in runs]
-    tasks = [run.config.get("task") or {} for run in runs]
-    own = [
-        next(iter(METRICS.get(str(task.get("problem") or task.get("kind")), {})), None)
-        for task in tasks
-    ]
-    measured = {
-        name
-        for run in runs
-        for record in [*run.evals, run.result.get("eval") or {}]
-        for name, value in record.items()
-        if is_number(value)
-    }
-    return next(
-        (name for name in [*named, *own, "accuracy", "f1", "exact_match"] if name in measured),
-        "loss",
-    )
-
-
-def _best_index(run: RunFiles) -> int | None:
-    key = criterion([run])
-    scored = [
-        (record[key], index) for index, record in enumerate(run.evals) if is_number(record.get(key))
-    ]
-    if not scored:
+    if recipe_config is None:
         return None
-    return (
-        max(scored, key=lambda s: (s[0], -s[1])) if DIRECTIONS.get(key) == "max" else min(scored)
-    )[1]
+    recipe, ours = dict(flat(plain_config(recipe_config))), dict(flat(config))
+    # Keys that only the recipe has were added after the run.
+    keys = [key for key in ours if key not in NOT_SETTINGS and recipe.get(key) != ours[key]]
+    rows = [[key, recipe.get(key, ABSENT), ours[key]] for key in keys]
+    return Table(["key", "recipe", "this run"], rows)
 
 
-def _throughput(run: RunFiles) -> Tile | None:
-    speeds = sorted(
-        r["tokens_per_second"] for r in run.train if is_number(r.get("tokens_per_second"))
-    )
-    speed = run.result.get("tokens_per_second") or (speeds[len(speeds) // 2] if speeds else None)
-    return Tile("tokens per second", f"{speed:,.0f}", "all ranks") if is_number(speed) else None
-
-
-def _time(run: RunFiles) -> Tile | None:
-    tokens = run.result.get("tokens") or (run.train[-1].get("tokens") if run.train else None)
-    note = f"in {clock(run.result['seconds'])}" if run.result.get("seconds") else "so far"
-    return Tile("tokens", large(tokens), note) if is_number(tokens) else None
-
-
-def _trainable(run: RunFiles) -> Tile | None:
-    counts = run.plan.get("parameters") or {}
-    total, trainable = counts.get("total"), counts.get("trainable")
-    if not is_number(total) or not is_number(trainable) or not total:
-        return None
-    return Tile(
-        "trained parameters", large(trainable), f"{trainable / total:.2%} of {large(total)}"
-    )
-
-
-def _sharding(run: RunFiles) -> Tile | None:
-    stage = run.result.get("zero_stage")
-    if stage is None:
-        stage = (run.plan.get("chosen") or {}).get("zero")
-    ranks = run.result.get("world_size") or run.env.get("world_size")
-    if stage is None:
-        return None
-    name = str(stage) if str(stage).startswith("stage") else f"stage{stage}"
-    return Tile("ZeRO", name, f"{ranks} rank{'s' if ranks != 1 else ''}" if ranks else "")
-
-
-def _peak(run: RunFiles, name: str, peak: str, current: str) -> Tile | None:
-    measured = run.result.get(peak) or max((r.get(current) or 0 for r in run.train), default=0)
-    expected = predicted(run).get(current)
-    note = f"predicted {gib(expected)}" if expected else "of a rank"
-    return Tile(f"{name} memory, peak", gib(measured), note) if measured else None
-
-
-def _bytes(value: float | None) -> str:
-    return gib(value) if value else "-"
-
-
-def _ratio(measured: float | None, expected: float | None) -> str:
-    return f"{measured / expected:.0%}" if measured and expected else "-"
-
-
-def _change(before: Any, now: dict[str, Any]) -> str:
-    old, new = before.get("loss") if isinstance(before, dict) else None, now.get("loss")
-    return f"{new - old:+.4f}" if is_number(old) and is_number(new) else "-"
+def between(names: list[str], settings: list[dict[str, Any]]) -> Table:
+    """Return the keys that differ between several configs or environments; one column each."""
+    columns = [dict(flat(values)) for values in settings]
+    keys = dict.fromkeys(key for column in columns for key in column if key not in NOT_SETTINGS)
+    rows = [[key, *(column.get(key, ABSENT) for column in columns)] for key in keys]
+    return Table(["key", *names], [row for row in rows if len(set(row[1:])) > 1])
 
 
 # The confusion matrix of the last evaluation that has one, as a shaded grid.
@@ -451,27 +347,17 @@ def confusion(run: RunFiles) -> Confusion | None:
     """Return the last confusion matrix; None if no evaluation has one that can be drawn."""
     for record in [*reversed(run.evals), run.later]:
         names, counts = record.get("labels"), record.get("confusion")
-        if _drawable(names, counts):
-            rows = [
-                (str(name), [_cell(n, sum(row), i == j) for j, n in enumerate(row)])
-                for i, (name, row) in enumerate(zip(names, counts, strict=True))
-            ]
+        if not isinstance(names, list) or not isinstance(counts, list):
+            continue
+        square = len(counts) == len(names) and all(
+            isinstance(row, list) and len(row) == len(names) and all(map(is_number, row))
+            for row in counts
+        )
+        if square and 0 < len(names) <= MOST_CLASSES:
+            rows = []
+            for i, (name, row) in enumerate(zip(names, counts, strict=True)):
+                total = sum(row) or 1
+                cells = [Cell(f"{n:,}", n / total, i == j) for j, n in enumerate(row)]
+                rows.append((str(name), cells))
             return Confusion([str(name) for name in names], rows, record.get("step"))
     return None
-
-
-def _cell(count: int, total: int, right: bool) -> Cell:
-    return Cell(f"{count:,}", count / total if total else 0.0, right)
-
-
-def _drawable(names: Any, counts: Any) -> bool:
-    if (
-        not isinstance(names, list)
-        or not isinstance(counts, list)
-        or not 0 < len(names) <= MOST_CLASSES
-    ):
-        return False
-    return len(counts) == len(names) and all(
-        isinstance(row, list) and len(row) == len(names) and all(map(is_number, row))
-        for row in counts
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,35 +13,20 @@ from markupsafe import Markup
 FOLDER = Path(__file__).parent
 
 
-def render(
-    template: str,
-    context: dict[str, Any],
-    styles: tuple[str, ...] = (),
-    scripts: tuple[str, ...] = (),
-    folder: Path = FOLDER,
-) -> bytes:
-    """The page as UTF-8. page.css and page.js are always in it, `styles` and `scripts` after them.
+def render(template: Path, context: dict[str, Any]) -> bytes:
+    """Return the page as UTF-8.
 
-    Args:
-        folder: where the template, its styles and its scripts are; it may build on the templates of this folder.
+    page.css and page.js are always in it, then the template's own where they lie beside it under its
+    name. The template may build on those of this folder.
     """
-    style = Markup(
-        "\n".join([_text(FOLDER / "page.css"), *(_text(folder / name) for name in styles)])
-    )
-    script = Markup(
-        "\n".join([_text(FOLDER / "page.js"), *(_text(folder / name) for name in scripts)])
-    )
-    return (
-        _environment(folder)
-        .get_template(template)
-        .render(**context, style=style, script=script)
-        .encode("utf-8")
-    )
-
-
-@lru_cache
-def _text(file: Path) -> str:
-    return file.read_text(encoding="utf-8")
+    parts = {}
+    for suffix in (".css", ".js"):
+        common, own = FOLDER / f"page{suffix}", template.with_suffix(suffix)
+        files = [common, own] if own != common and own.exists() else [common]
+        parts[suffix] = Markup("\n".join(file.read_text(encoding="utf-8") for file in files))
+    page = _environment(template.parent).get_template(template.name)
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    return page.render(**context, updated=now, style=parts[".css"], script=parts[".js"]).encode()
 
 
 @lru_cache
@@ -54,11 +40,11 @@ def _environment(folder: Path) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["data"] = _script_data
+    environment.filters["data"] = script_data
     return environment
 
 
-def _script_data(value: Any) -> Markup:
-    """JSON for a script element, where `</script>` in a name would end it and entities are not decoded."""
+def script_data(value: Any) -> Markup:
+    """Render JSON for a script element, where `</script>` would end it and entities are not decoded."""
     text = json.dumps(value, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
