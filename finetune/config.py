@@ -27,9 +27,20 @@ Text = str
 
 
 class Dtype(Enum):
-    bf16 = "bf16"
-    fp16 = "fp16"
-    fp32 = "fp32"
+    """Precision of weights: its name here, its name in torch and transformers, bytes of an element."""
+
+    bf16 = "bf16", "bfloat16", 2
+    fp16 = "fp16", "float16", 2
+    fp32 = "fp32", "float32", 4
+
+    def __new__(cls, name: str, torch_name: str, element_bytes: int) -> Dtype:
+        member = object.__new__(cls)
+        member._value_ = name
+        member.torch_name, member.element_bytes = torch_name, element_bytes
+        return member
+
+    torch_name: str
+    element_bytes: int
 
 
 class Init(Enum):
@@ -91,6 +102,8 @@ class ModelConfig:
 
 @dataclass
 class TaskConfig:
+    head = "lm"
+    """Head of GPT-J that the task trains, a key of `HEADS`."""
     max_length: int = GPTJ_POSITIONS
     """Sequence length in tokens."""
     weight_field: Optional[str] = "weight"
@@ -119,6 +132,7 @@ class InstructConfig(TaskConfig):
 
 @dataclass
 class ClassifyConfig(TaskConfig):
+    head = "classify"
     text_field: str = "text"
     """Record field with the text."""
     text_pair_field: Optional[str] = None
@@ -140,6 +154,7 @@ class ClassifyConfig(TaskConfig):
 
 @dataclass
 class QaConfig(TaskConfig):
+    head = "qa"
     stride: int = 128
     """Tokens that neighbouring windows of a long context share."""
     max_answer_tokens: int = 32
@@ -468,13 +483,65 @@ DIRECTIONS = {name: better for metrics in METRICS.values() for name, better in m
 """Metric -> "min" or "max"."""
 
 
-HEADS = {"GPTJForSequenceClassification": "classify", "GPTJForQuestionAnswering": "qa"}
-ADAPTER_HEADS = {"CAUSAL_LM": "lm", "SEQ_CLS": "classify", "QUESTION_ANS": "qa", None: "lm"}
-SAVED_HEADS = {"score": "classify", "qa_outputs": "qa"}
+@dataclass(frozen=True)
+class Head:
+    """A head of GPT-J, and its names in transformers, peft and on the hub."""
+
+    name: str
+    module: str
+    """Attribute of the model that holds the head's linear layer."""
+    architecture: str
+    """Class in transformers, as config.json names it."""
+    auto_class: str
+    peft_task: str
+    pipeline: str
+    """Task in the metadata of a model card."""
+    task: str
+    """Task that a model from elsewhere with this head is taken to have."""
 
 
-def adapter_head(values: dict[str, Any], where: str) -> str:
-    """Return the head of GPT-J that an adapter of plain peft was trained with: lm, classify or qa.
+HEADS = {
+    head.name: head
+    for head in (
+        Head(
+            name="lm",
+            module="lm_head",
+            architecture="GPTJForCausalLM",
+            auto_class="AutoModelForCausalLM",
+            peft_task="CAUSAL_LM",
+            pipeline="text-generation",
+            task="clm",
+        ),
+        Head(
+            name="classify",
+            module="score",
+            architecture="GPTJForSequenceClassification",
+            auto_class="AutoModelForSequenceClassification",
+            peft_task="SEQ_CLS",
+            pipeline="text-classification",
+            task="classify",
+        ),
+        Head(
+            name="qa",
+            module="qa_outputs",
+            architecture="GPTJForQuestionAnswering",
+            auto_class="AutoModelForQuestionAnswering",
+            peft_task="QUESTION_ANS",
+            pipeline="question-answering",
+            task="qa",
+        ),
+    )
+}
+
+
+def config_head(values: dict[str, Any]) -> Head:
+    """Return the head that a config.json names; that of language models where it names none."""
+    named = (values.get("architectures") or [""])[0]
+    return next((head for head in HEADS.values() if head.architecture == named), HEADS["lm"])
+
+
+def adapter_head(values: dict[str, Any], where: str) -> Head:
+    """Return the head of GPT-J that an adapter of plain peft was trained with.
 
     Args:
         values: of its adapter_config.json.
@@ -482,18 +549,20 @@ def adapter_head(values: dict[str, Any], where: str) -> str:
     Raises:
         UserError: a task that GPT-J has no head for.
     """
-    for module, head in SAVED_HEADS.items():
-        if module in (values.get("modules_to_save") or ()):
+    saved, task = values.get("modules_to_save") or (), values.get("task_type")
+    for head in HEADS.values():
+        # A language model's head may be saved with an adapter of any task_type.
+        if head.name != "lm" and head.module in saved:
             return head
-    task = values.get("task_type")
-    if task not in ADAPTER_HEADS:
-        raise UserError(
-            f"the adapter's task_type is {task}",
-            where,
-            "Adapters of language models (CAUSAL_LM), classifiers (SEQ_CLS) and question answerers "
-            "(QUESTION_ANS) can be used here.",
-        )
-    return ADAPTER_HEADS[task]
+    for head in HEADS.values():
+        if task in (None, head.peft_task):
+            return head
+    raise UserError(
+        f"the adapter's task_type is {task}",
+        where,
+        "Adapters of language models (CAUSAL_LM), classifiers (SEQ_CLS) and question answerers "
+        "(QUESTION_ANS) can be used here.",
+    )
 
 
 # Conversion between a config and plain values, for config.yaml, exports and trackers. Texts are

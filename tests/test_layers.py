@@ -37,7 +37,7 @@ ARROWS = {
     "checkpointing": "config dist errors files planning sharding",
     "training": "assets check checkpointing config data dist errors files gptj planning process reporting sharding tasks",
     # what people do with a run
-    "export": "assets checkpointing config data dist errors files gptj process reporting sharding tasks training",
+    "export": "assets checkpointing config data dist errors files gptj process reporting sharding training",
     "inference": "assets data dist errors export files gptj planning process tasks",
     "sweep": "check compose config errors files planning process reporting reporting.page",
     # top

@@ -39,7 +39,7 @@ from finetune.compose import (
     text_settings,
     unquoted,
 )
-from finetune.config import HEADS, Literals, adapter_head, plain_values, read_yaml, to_yaml
+from finetune.config import Literals, adapter_head, config_head, plain_values, read_yaml, to_yaml
 from finetune.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -323,7 +323,5 @@ def _task_of_export(folder: Path) -> str:
     if (folder / "finetune.json").is_file():
         return read_json(folder / "finetune.json")["settings"]["kind"]
     if (folder / "adapter_config.json").is_file():
-        head = adapter_head(read_json(folder / "adapter_config.json"), str(folder))
-        return "clm" if head == "lm" else head
-    values = read_json(folder / "config.json")
-    return HEADS.get((values.get("architectures") or [""])[0], "clm")
+        return adapter_head(read_json(folder / "adapter_config.json"), str(folder)).task
+    return config_head(read_json(folder / "config.json")).task

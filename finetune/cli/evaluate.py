@@ -41,7 +41,7 @@ from finetune.planning.shape import load_shape
 from finetune.reporting.page.build import build_report
 from finetune.reporting.redact import redact_text
 from finetune.reporting.terminal import silence_libraries, summary_table
-from finetune.tasks.build import build_task, head_of
+from finetune.tasks.build import build_task
 from finetune.training.evaluate import evaluate_with
 
 TOO_LARGE = (
@@ -205,7 +205,7 @@ def _subject(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> Subject
         config = load_config(folder)
         check_base(config, checkpoint)  # fail before tokenising data for a wrong base model
         settings, data = config.task, config.data
-        about, head = about_of_run(folder), head_of(settings)
+        about, head = about_of_run(folder), settings.head
         if cfg.base:
             raise UserError("a run knows its base model", "base", "Leave base out.")
         if cfg.dtype:
@@ -240,9 +240,9 @@ def _subject(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> Subject
         cfg.task
     ):  # another task was typed: keep what it shares with the trained one
         settings = replace(cfg.task, max_length=settings.max_length)
-    if head_of(settings) != about["head"]:
+    if settings.head != about["head"]:
         raise UserError(
-            f"this export has the head '{about['head']}', the task needs '{head_of(settings)}'",
+            f"this export has the head '{about['head']}', the task needs '{settings.head}'",
             "task",
             "Leave task out: an export knows its own.",
         )

@@ -50,7 +50,6 @@ from finetune.gptj import adapters
 from finetune.gptj.load import DTYPES, Weights, draw, local_folder, meta_model, read_config
 from finetune.reporting import metrics_log
 from finetune.reporting.terminal import silence_libraries, summary_table
-from finetune.tasks.build import head_of
 
 KINDS = ("adapter", "merged", "full")
 VERIFY = {
@@ -121,7 +120,7 @@ def run(composed: Composed) -> int:
     refuse_overwrite(target)
     if cfg.model.init is Init.random and not (folder / "base").exists() and app.kind == "adapter":
         labels = about_of_run(folder).get("num_labels")
-        write_random_base(cfg.model, head_of(cfg.task), cfg.seed, folder / "base", labels)
+        write_random_base(cfg.model, cfg.task.head, cfg.seed, folder / "base", labels)
     source = _source(cfg, app, folder, checkpoint)
     stage = fresh_stage(target)
     try:
@@ -242,7 +241,7 @@ def _source(cfg: Config, app: ExportAppConfig, folder: Path, checkpoint: Path) -
     )
     info = ExportInfo(
         cfg.name,
-        head_of(cfg.task),
+        cfg.task.head,
         _base_name(cfg, folder),
         dtype,
         about,

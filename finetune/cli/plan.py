@@ -13,8 +13,6 @@ from finetune.planning.machine import measure_machine
 from finetune.planning.shape import load_shape
 from finetune.planning.show import render_table
 
-HEADS = {"ClassifyConfig": "classify", "QaConfig": "qa"}
-
 
 def run(composed: Composed) -> int:
     """Print the plan; exit code 0 when it fits, 1 when nothing does."""
@@ -27,7 +25,7 @@ def run(composed: Composed) -> int:
     machine = measure_machine(cfg.machine, nvme_path=cfg.zero.nvme_path)
     ranks = max(1, machine.gpus)
     labels = len(getattr(cfg.task, "labels", None) or []) or 2
-    shape = load_shape(cfg.model.path, HEADS.get(type(cfg.task).__name__, "lm"), labels)
+    shape = load_shape(cfg.model.path, cfg.task.head, labels)
     planning_problems(cfg, ranks, machine.gpus > 0, shape.n_positions)
     found = plan(cfg, machine, shape, ranks)
     if cfg.plan.picture:

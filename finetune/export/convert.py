@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GPTJConfig
 
-from finetune.config import ModelConfig
+from finetune.config import HEADS, ModelConfig
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import RunFailed, UserError
 from finetune.export.hf_files import config_values
@@ -20,7 +20,6 @@ from finetune.export.mesh_transformer import MeshReader, MeshWriter
 from finetune.export.safetensors_writer import ShardWriter
 from finetune.files import read_json, write_json
 from finetune.gptj.load import DTYPES, Weights, meta_model, read_config
-from finetune.gptj.model import ARCHITECTURES
 
 KEPT = (
     "tokenizer.json",
@@ -55,7 +54,10 @@ def open_hf(folder: Path) -> Checkpoint:
     config = read_config(folder, ModelConfig(path=str(folder)))
     weights = Weights(folder)
     names = sorted(weights.files)
-    head = "classify" if "score.weight" in names else "qa" if "qa_outputs.weight" in names else "lm"
+    # A classifier's files may keep the language model's head too.
+    head = next(
+        h for h in ("classify", "qa", "lm") if h == "lm" or f"{HEADS[h].module}.weight" in names
+    )
     shapes = {name: weights.shape(name) for name in names}
     return Checkpoint(
         config, head, shapes, weights.__getitem__, weights["transformer.ln_f.weight"].dtype
@@ -157,7 +159,7 @@ def write_hf(
     values.pop("torch_dtype", None)
     values |= {
         "dtype": str(dtype).removeprefix("torch."),
-        "architectures": [ARCHITECTURES[source.head]],
+        "architectures": [HEADS[source.head].architecture],
     }
     write_json(stage / "config.json", values)
 

@@ -19,15 +19,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from finetune.config import HEADS, Dtype
 from finetune.data.instruct_template import Template
 from finetune.files import write_json
-from finetune.gptj.model import ARCHITECTURES
 
 PAD, NEW_PAD = "<|extratoken_1|>", "<|pad|>"
 """The first of the 143 tokens that GPT-J's embedding has and no text uses; where there is none, the name of another."""
 NO_TEXT_BYTES = "ÿþýüûúùø÷öõÁÀ"
 """Names, in a byte-level vocabulary, of the bytes that UTF-8 never holds (FF to F5, C1, C0): no text yields their tokens."""
-DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def tokenizer_for(tokenizer, head: str, task: dict[str, Any], rows: int, pads: bool = True):
@@ -152,8 +151,8 @@ def config_values(
     for name in ("transformers_version", "_attn_implementation_autoset", "num_labels"):
         values.pop(name, None)
     values |= {
-        "architectures": [ARCHITECTURES[head]],
-        "dtype": DTYPE_NAMES[dtype],
+        "architectures": [HEADS[head].architecture],
+        "dtype": Dtype(dtype).torch_name,
         "use_cache": True,
         "_name_or_path": base,
     }

@@ -9,12 +9,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-PIPELINES = {"lm": "text-generation", "classify": "text-classification", "qa": "question-answering"}
-AUTO = {
-    "lm": "AutoModelForCausalLM",
-    "classify": "AutoModelForSequenceClassification",
-    "qa": "AutoModelForQuestionAnswering",
-}
+from finetune.config import HEADS, Dtype
+
 REPO = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -48,7 +44,7 @@ def model_card(
     metadata = ModelCardData(
         license="apache-2.0",
         library_name="peft" if kind == "adapter" else "transformers",
-        pipeline_tag=PIPELINES[head],
+        pipeline_tag=HEADS[head].pipeline,
         tags=["gptj", "deepspeed"],
         model_name=name,
         base_model=next((x for x in (base, origin) if REPO.match(x)), None),
@@ -64,7 +60,7 @@ def _results(metrics: dict[str, Any], facts: dict[str, Any], head: str) -> list[
     data = Path(str(facts.get("evaluation data") or "held-out data")).name
     return [
         EvalResult(
-            task_type=PIPELINES[head],
+            task_type=HEADS[head].pipeline,
             dataset_type="custom",
             dataset_name=data,
             metric_type=key,
@@ -162,8 +158,8 @@ def _proof(figures: dict[str, Any]) -> list[str]:
 
 
 def _loading(head: str, kind: str, base: str, dtype: str, revision: str | None) -> list[str]:
-    auto = AUTO[head]
-    torch_dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype]
+    auto = HEADS[head].auto_class
+    torch_dtype = Dtype(dtype).torch_name
     if kind != "adapter":
         return [
             f"from transformers import AutoTokenizer, {auto}",

@@ -22,7 +22,6 @@ def main(checkpoint: Path, kind: str, dtype: str, texts: Path, out: Path) -> Non
     from finetune.export.reopen import about_of_run, load_config, load_run, readable
     from finetune.export.write import reference_outputs
     from finetune.gptj.load import tokenizer_of
-    from finetune.tasks.build import head_of
 
     run_dir = checkpoint.parent.parent
     cfg = load_config(run_dir)
@@ -34,13 +33,13 @@ def main(checkpoint: Path, kind: str, dtype: str, texts: Path, out: Path) -> Non
     module = load_run(
         cfg,
         checkpoint,
-        head_of(cfg.task),
+        cfg.task.head,
         about_of_run(run_dir).get("num_labels"),
         device,
         Dtype(dtype),
     )
     module = readable(module, Dtype(dtype), device)
-    head, eos = head_of(cfg.task), load_tokenizer(tokenizer_of(cfg.model)).eos_token_id
+    head, eos = cfg.task.head, load_tokenizer(tokenizer_of(cfg.model)).eos_token_id
     save_file(
         reference_outputs(module, json.loads(texts.read_text(encoding="utf-8")), head, eos, device),
         out,

@@ -35,6 +35,7 @@ from finetune.config import (
     ModelConfig,
     TaskConfig,
     adapter_head,
+    config_head,
     read_yaml,
     typed,
 )
@@ -270,8 +271,7 @@ def read_about(folder: Path, base: str | None = None) -> dict[str, Any]:
         return _foreign_adapter(folder, base)
     if (folder / "config.json").is_file():
         values = _json(folder / "config.json")
-        head = HEADS.get((values.get("architectures") or [""])[0], "lm")
-        return {"base": str(folder), "kind": "full", **_foreign(values, head)}
+        return {"base": str(folder), "kind": "full", **_foreign(values, config_head(values).name)}
     raise UserError(
         "neither an export nor a GPT-J checkpoint", str(folder), "Pass model=RUN_DIR/export."
     )
@@ -339,7 +339,7 @@ def _foreign_adapter(folder: Path, base: str | None) -> dict[str, Any]:
     """Return the equivalent of finetune.json for an adapter that plain peft wrote."""
     file = folder / "adapter_config.json"
     values = _json(file)
-    head = adapter_head(values, str(file))
+    head = adapter_head(values, str(file)).name
     home = base_folder(
         base or values.get("base_model_name_or_path"), values.get("revision"), folder
     )
@@ -364,7 +364,7 @@ def _head_outputs(folder: Path, home: Path, head: str) -> int:
     Raises:
         UserError: neither has a head, so that its answers would be random.
     """
-    name = {"classify": "score", "qa": "qa_outputs"}[head]
+    name = HEADS[head].module
     stored = re.compile(rf"(^|\.){name}\.(modules_to_save\.(default\.)?)?weight$")
     file = next(
         (
@@ -394,11 +394,10 @@ def _foreign(values: dict[str, Any], head: str) -> dict[str, Any]:
     Args:
         values: of its config.json.
     """
-    dtype = {"float32": "fp32", "float16": "fp16"}.get(
-        values.get("dtype") or values.get("torch_dtype"), "bf16"
-    )
+    stored = values.get("dtype") or values.get("torch_dtype")
+    dtype = next((d.value for d in Dtype if d.torch_name == stored), "bf16")
     settings = {
-        "kind": "clm" if head == "lm" else head,
+        "kind": HEADS[head].task,
         "max_length": min(GPTJ_POSITIONS, values.get("n_positions") or GPTJ_POSITIONS),
     }
     about = {"head": head, "dtype": dtype, "task": {}, "settings": settings}

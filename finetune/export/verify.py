@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+from finetune.config import HEADS, Dtype
 from finetune.files import read_json
 
 TOLERANCE = {
@@ -34,13 +35,8 @@ def open_export(folder: Path):
     import transformers
 
     about = read_json(folder / "finetune.json")
-    kind = {
-        "lm": "AutoModelForCausalLM",
-        "classify": "AutoModelForSequenceClassification",
-        "qa": "AutoModelForQuestionAnswering",
-    }[about["head"]]
-    auto = getattr(transformers, kind)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[about["dtype"]]
+    auto = getattr(transformers, HEADS[about["head"]].auto_class)
+    dtype = getattr(torch, Dtype(about["dtype"]).torch_name)
     if (folder / "adapter_config.json").exists():
         from peft import PeftModel
 
@@ -81,9 +77,8 @@ PADDED_MEAN = 3
 def outputs(model, head: str, ids):
     """Head outputs at every position of the text, fp32 (T, V): pooling is the task's business, not the export's."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layer = {"lm": "lm_head", "classify": "score", "qa": "qa_outputs"}[head]
     seen: list = []
-    hook = getattr(inner, layer).register_forward_hook(
+    hook = getattr(inner, HEADS[head].module).register_forward_hook(
         lambda module, given, output: seen.append(output[0])
     )
     adapter = getattr(model, "active_peft_config", None)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.config import (
+    HEADS,
     AdapterConfig,
     FullConfig,
     Ia3Config,
@@ -27,9 +28,6 @@ from finetune.gptj.lora import fuse
 from finetune.gptj.prompt_tuning import Virtual
 from finetune.planning import parameter_groups as grouping
 from finetune.planning.shape import target_modules
-
-PEFT_TASKS = {"lm": "CAUSAL_LM", "classify": "SEQ_CLS", "qa": "QUESTION_ANS"}
-HEAD_MODULES = {"lm": None, "classify": ["score"], "qa": ["qa_outputs"]}
 
 
 def attach(model: nn.Module, cfg: AdapterConfig, head: str, base: str, seed: int) -> nn.Module:
@@ -78,7 +76,8 @@ def peft_config(cfg: AdapterConfig, head: str | None, targets: list[str] | None 
     """
     import peft
 
-    task, heads = (PEFT_TASKS[head], HEAD_MODULES[head]) if head else (None, None)
+    task = HEADS[head].peft_task if head else None
+    heads = [HEADS[head].module] if head in ("classify", "qa") else None
     match cfg:
         case LoraConfig():
             return peft.LoraConfig(

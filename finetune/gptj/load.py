@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from transformers import GPTJConfig
 
 from finetune.assets.paths import resolve
-from finetune.config import Init, ModelConfig
+from finetune.config import HEADS, Dtype, Init, ModelConfig
 from finetune.data.tokenizer import TOKENIZER_FILES
 from finetune.errors import UserError
 from finetune.files import read_json, refuse_pointer
-from finetune.gptj.model import HEADS, copy_config
+from finetune.gptj.model import MODELS, copy_config
 
 LEGACY = re.compile(r"(\.attn\.(bias|masked_bias|embed_positions)|\.rotary_emb\.inv_freq)$")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES: dict[str, torch.dtype] = {d.value: getattr(torch, d.torch_name) for d in Dtype}
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
 PATTERNS = [
@@ -385,7 +385,7 @@ def build_model(
         partition or torch.device("meta"),
         _default_dtype(dtype if partition else torch.float32),
     ):
-        model = HEADS[head](copy_config(config), cfg.attention.value, checkpointing)
+        model = MODELS[head](copy_config(config), cfg.attention.value, checkpointing)
     source = Weights(folder) if cfg.init is Init.pretrained and reads else None
     names = dict(model.named_parameters())
     if source is not None:
@@ -418,7 +418,7 @@ def build_model(
 def meta_model(config: GPTJConfig, head: str) -> nn.Module:
     """Build the module on the meta device: names and shapes without memory for the parameters."""
     with _no_init(), torch.device("meta"):
-        return HEADS[head](copy_config(config))
+        return MODELS[head](copy_config(config))
 
 
 def _check_names(source: Weights, wanted: dict[str, tuple[int, ...]], folder: Path) -> None:
@@ -427,7 +427,7 @@ def _check_names(source: Weights, wanted: dict[str, tuple[int, ...]], folder: Pa
     The heads of classification and QA may be missing, as they are drawn anew. Unused heads are
     ignored.
     """
-    heads = ("lm_head.", "score.", "qa_outputs.")
+    heads = tuple(f"{head.module}." for head in HEADS.values())
     missing = [n for n in wanted if n not in source.files and not (n.startswith(heads[1:]))]
     extra = [n for n in source.files if n not in wanted and not n.startswith(heads)]
     shapes = [

@@ -262,12 +262,8 @@ class QuestionAnswerer(_Pooled):
     head_name, bias = "qa_outputs", True
 
 
-HEADS = {"lm": CausalLM, "classify": SequenceClassifier, "qa": QuestionAnswerer}
-ARCHITECTURES = {
-    "lm": "GPTJForCausalLM",
-    "classify": "GPTJForSequenceClassification",
-    "qa": "GPTJForQuestionAnswering",
-}
+MODELS = {"lm": CausalLM, "classify": SequenceClassifier, "qa": QuestionAnswerer}
+"""Head, as in `finetune.config.HEADS` -> model."""
 
 
 def copy_config(config: GPTJConfig) -> GPTJConfig:

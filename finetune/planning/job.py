@@ -18,7 +18,6 @@ from finetune.planning import parameter_groups
 from finetune.planning.machine import Machine
 from finetune.planning.shape import ModelShape
 
-ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 STAGES = ("auto", 0, 1, 2, 3)
 
 
@@ -46,7 +45,7 @@ class Work:
 
     @property
     def element_bytes(self) -> int:
-        return ELEMENT_BYTES[self.dtype]
+        return Dtype(self.dtype).element_bytes
 
     @property
     def accumulation_bytes(self) -> int:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Union
 
 from finetune.assets.paths import asset, resolve
 from finetune.config import (
+    HEADS,
     AdapterConfig,
     FullConfig,
     Ia3Config,
@@ -30,7 +31,6 @@ from finetune.files import read_json, refuse_pointer
 GPTJ_6B_ID = "eleutherai/gpt-j-6b"
 LINEARS = ("k_proj", "v_proj", "q_proj", "out_proj", "fc_in", "fc_out")
 """The linear modules of a block in the order of `named_parameters()`: peft's `all-linear`."""
-HEAD_MODULES = {"lm": "lm_head", "classify": "score", "qa": "qa_outputs"}
 PEFT_PREFIX = "base_model.model."
 
 Shape = tuple[int, ...]
@@ -119,7 +119,7 @@ class ModelShape:
         The language model's head is not tied to the embedding and has a bias.
         """
         rows = self.vocab_size if self.head == "lm" else self.num_labels
-        name = HEAD_MODULES[self.head]
+        name = HEADS[self.head].module
         yield f"{name}.weight", (rows, self.n_embd)
         if self.head != "classify":
             yield f"{name}.bias", (rows,)

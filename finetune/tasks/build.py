@@ -27,8 +27,3 @@ def build_task(cfg: TaskConfig, tokenizer, packing: bool) -> Task:
             return QaTask(cfg, tokenizer)
         case _:
             raise AssertionError(type(cfg))
-
-
-def head_of(cfg: TaskConfig) -> str:
-    """lm, classify or qa: which head of GPT-J the task trains."""
-    return {ClassifyConfig: "classify", QaConfig: "qa"}.get(type(cfg), "lm")

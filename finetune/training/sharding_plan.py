@@ -17,7 +17,6 @@ from finetune.planning.shape import load_shape
 from finetune.planning.show import render_table
 from finetune.sharding import nvme
 from finetune.sharding.deepspeed_config import Sharding
-from finetune.tasks.build import head_of
 
 
 def plan_run(cfg: Config, world: World, run_dir: Path, num_labels: int | None = None) -> Plan:
@@ -29,7 +28,7 @@ def plan_run(cfg: Config, world: World, run_dir: Path, num_labels: int | None = 
     Raises:
         UserError: nothing fits; the table says what is missing, and what to change.
     """
-    shape = load_shape(str(local_folder(cfg.model)), head_of(cfg.task), num_labels or 2)
+    shape = load_shape(str(local_folder(cfg.model)), cfg.task.head, num_labels or 2)
     machine = measure_machine(cfg.machine, world.size, str(run_dir), cfg.zero.nvme_path)
     if cfg.machine.disk_gib is None:
         # What a resumed run already keeps there is part of what it needs.

@@ -12,16 +12,16 @@ import torch.nn.functional as F
 import transformers
 
 from finetune.compose import compose_train
+from finetune.config import HEADS
 from finetune.data.batches import permutation
 from finetune.data.cache import build_store
 from finetune.data.tokenizer import load_tokenizer
 from finetune.gptj import adapters
 from finetune.gptj.load import build_model
-from finetune.gptj.model import ARCHITECTURES
 from finetune.tasks.build import build_task
 from tests.peft_reference import run_peft
 
-LAYERS = {"lm": "lm_head", "classify": "score", "qa": "qa_outputs"}
+LAYERS = {name: head.module for name, head in HEADS.items()}
 
 
 def train(overrides: list[str]) -> tuple[list[float], list[float]]:
@@ -69,7 +69,7 @@ def _model(cfg, task):
         cfg.model.path, num_labels=task.num_labels or 2
     )
     config._attn_implementation, config.pad_token_id = "eager", None
-    theirs = getattr(transformers, ARCHITECTURES[task.head])(config)
+    theirs = getattr(transformers, HEADS[task.head].architecture)(config)
     theirs.load_state_dict(ours.state_dict())
     if type(cfg.adapter).__name__ == "FullConfig":
         return theirs

@@ -204,7 +204,7 @@ def test_a_head_that_nobody_holds_is_refused(adapters, tmp_path):
     ],
 )
 def test_the_head_of_an_adapter(values, head):
-    assert adapter_head(values, "") == head
+    assert adapter_head(values, "").name == head
 
 
 def test_an_adapter_of_another_task_is_refused():

@@ -12,7 +12,7 @@ from transformers import GPTJConfig, GPTJForCausalLM
 
 from finetune.data.columns import IGNORE
 from finetune.gptj.library import to_library_model
-from finetune.gptj.model import HEADS, CausalLM
+from finetune.gptj.model import MODELS, CausalLM
 from finetune.gptj.recompute import KINDS
 from finetune.inference.sample import Sampling, continue_flat, continue_ids
 
@@ -124,9 +124,9 @@ def test_rows_are_documents_and_keep_picks_logits(pair):
 @pytest.mark.parametrize(
     "argument", ["attention_mask", "past_key_values", "cache", "use_cache", "inputs_embeds"]
 )
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", MODELS)
 def test_an_argument_that_forward_does_not_know_is_an_error(head, argument):
-    model = HEADS[head](config())
+    model = MODELS[head](config())
     with pytest.raises(TypeError, match=argument):
         model(input_ids=torch.tensor([[1, 2]]), **{argument: None})
 

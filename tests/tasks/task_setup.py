@@ -10,9 +10,10 @@ import torch
 import transformers
 from transformers import GPTJConfig
 
+from finetune.config import HEADS
 from finetune.data.columns import Store
 from finetune.data.packing import Sequences
-from finetune.gptj.model import ARCHITECTURES, HEADS, copy_config
+from finetune.gptj.model import MODELS, copy_config
 from finetune.tasks.base import to_device
 from finetune.training.evaluate import evaluate
 
@@ -62,7 +63,7 @@ def models(head: str, num_labels: int = 2, seed: int = 0, checkpointing: bool | 
         embd_pdrop=0.0,
     )
     torch.manual_seed(seed)
-    ours = HEADS[head](config, checkpointing=checkpointing)
+    ours = MODELS[head](config, checkpointing=checkpointing)
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, std=0.3) if parameter.dim() > 1 else torch.nn.init.normal_(
             parameter, 0.5, 0.2
@@ -70,7 +71,7 @@ def models(head: str, num_labels: int = 2, seed: int = 0, checkpointing: bool | 
     config = copy_config(config)  # ours left its kind of attention on the other
     config._attn_implementation = "eager"
     config.pad_token_id = None  # one sequence at a time: the last token is the last token
-    theirs = getattr(transformers, ARCHITECTURES[head])(config)
+    theirs = getattr(transformers, HEADS[head].architecture)(config)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs.eval()
 
