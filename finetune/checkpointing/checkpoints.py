@@ -218,18 +218,16 @@ class Checkpoints:
         except Exception as problem:
             error = f"rank {world.rank}: {problem}"
         results = world.gather((entry, error))
-        final = step_folder(self.folder, save.step)
-        world.on_main(lambda: self._complete(stage, final, save, results))
-        self._finished.append((save.step, str(final)))
+        world.on_main(lambda: self._complete(stage, save, results))
+        self._finished.append((save.step, str(step_folder(self.folder, save.step))))
 
     def _complete(
         self,
         stage: Path,
-        final: Path,
         save: _Save,
         results: list[tuple[tuple[str, Entry] | None, str | None]],
     ) -> None:
-        """Add state and manifest to the files of all ranks, rename the folder, drop old ones.
+        """Make a checkpoint of the files of all ranks, and delete old ones.
 
         Args:
             results: of each rank, its file with size and hash, or its error.
@@ -239,19 +237,8 @@ class Checkpoints:
             if errors:
                 raise OSError(errors[0])
             faults.point("save.gathered")
-            write_atomic(stage / STATE, json.dumps(save.about, indent=1))
-            faults.point("save.state")
             files = dict(entry for entry, _ in results if entry)
-            files[STATE] = entry_of(stage / STATE)
-            write_manifest(stage, save.step, files)
-            faults.point("save.manifest")
-            fsync(stage)
-            if final.exists():
-                self._discard(final)
-            faults.point("save.rename")
-            os.replace(stage, final)
-            faults.point("save.renamed")
-            fsync(self.folder)
+            self._publish(stage, save.step, save.about, files)
             self._write_marks(save.step)
         except OSError as error:
             shutil.rmtree(stage, ignore_errors=True)
@@ -274,6 +261,29 @@ class Checkpoints:
         for path in step_folders(self.folder):
             if step_of(path) <= save.step and step_of(path) not in kept:
                 self._discard(path)
+
+    def _publish(
+        self, stage: Path, step: int, about: dict[str, Any], files: dict[str, Entry]
+    ) -> None:
+        """Add state and manifest to the tensors in `stage`, and give the folder its final name.
+
+        A checkpoint of that name is hidden just before and deleted afterwards, as deleting takes
+        time in which a kill must not leave the run without it.
+        """
+        final, hidden = step_folder(self.folder, step), None
+        write_atomic(stage / STATE, json.dumps(about, indent=1))
+        faults.point("save.state")
+        write_manifest(stage, step, files | {STATE: entry_of(stage / STATE)})
+        faults.point("save.manifest")
+        fsync(stage)
+        if final.exists():
+            hidden = self._hide(final)
+        faults.point("save.rename")
+        os.replace(stage, final)
+        faults.point("save.renamed")
+        fsync(self.folder)
+        if hidden is not None:
+            shutil.rmtree(hidden, ignore_errors=True)
 
     def _write_marks(self, step: int) -> None:
         """Write the evaluation's marks into the checkpoint of `step` once both exist.
@@ -344,11 +354,7 @@ class Checkpoints:
 
     def _drop_moments(self, path: Path) -> None:
         """Replace a checkpoint by one with the same weights and no moments."""
-        stage, reader, about = (
-            self.folder / f".tmp-{path.name}",
-            StateReader(path),
-            read_state(path),
-        )
+        stage, reader = self.folder / f".tmp-{path.name}", StateReader(path)
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir()
         sizes = reader.sizes("master")
@@ -360,21 +366,19 @@ class Checkpoints:
         file = "optim-00000-of-00001.safetensors"
         pieces = Pieces({f"{name}|0|master": numel for name, numel in sizes.items()}, tensors)
         files = {file: write_tensors(stage / file, pieces)}
-        write_atomic(stage / STATE, json.dumps(about | {"moments": False}, indent=1))
-        files[STATE] = entry_of(stage / STATE)
-        write_manifest(stage, step_of(path), files)
-        fsync(stage)
-        self._discard(path)
-        os.replace(stage, path)
-        fsync(self.folder)
+        self._publish(stage, step_of(path), read_state(path) | {"moments": False}, files)
 
     def _discard(self, path: Path) -> None:
-        """Delete a checkpoint, renaming it first so that a half-deleted one is never visible."""
-        doomed = self.folder / f".tmp-old-{path.name}"
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(path, doomed)
+        """Delete a checkpoint; a half-deleted one is never visible."""
+        shutil.rmtree(self._hide(path), ignore_errors=True)
+
+    def _hide(self, path: Path) -> Path:
+        """Rename a checkpoint that is to be deleted, and return its new path."""
+        hidden = self.folder / f".tmp-old-{path.name}"
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.replace(path, hidden)
         faults.point("save.discard")
-        shutil.rmtree(doomed, ignore_errors=True)
+        return hidden
 
     # ------------------------------------------------------------------ start
 
