@@ -101,12 +101,13 @@ def estimate(job: Job, option: Option) -> Estimate:
         fixed = (4 + job.work.element_bytes) * job.shape.vocab_size * job.shape.n_embd
 
     # States are counted in full; the other parts get what they add on top, as far as the peak goes.
-    room = peak - resting
+    # A negative slack makes all of them smaller.
+    room = peak + min(fixed, 0) - resting
     logits = min(acts.loss, room)
     used = max(acts.kept + acts.block + acts.transient, acts.evaluation)
     used = min(used, max(0, room - logits - buffers))
     sizes = (states.weights, states.peak_gradients, states.optimizer)
-    sizes += (used, logits, room - logits - used + fixed)
+    sizes += (used, logits, room - logits - used + max(fixed, 0))
 
     host_parts = _host_parts(job, option, states, peak + fixed)
     host = sum(host_parts.values())

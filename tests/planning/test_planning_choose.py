@@ -186,6 +186,8 @@ def test_largest_micro_batch(gpus: int, gib: float) -> None:
 def every_estimate() -> list[Estimate]:
     cases = [(FULL, 1, 1), (FULL, 4, 1), (LORA, 1, 1), (LORA, 2, 8), (FULL, 2, 32), (FULL, 1, 64)]
     plans = [planned(six_b(kind, micro_batch=micro), gpus, 80) for kind, gpus, micro in cases]
+    tiny = config(LORA, dtype="fp32", micro_batch=4)
+    plans.append(plan(tiny, CPU, ModelShape.from_config(TINY), 1))
     return [found for made in plans for found in made.options]
 
 
@@ -194,7 +196,9 @@ def test_parts_add_up() -> None:
         assert set(found.parts) == set(PARTS)
         assert sum(found.parts.values()) == found.gpu_bytes, found
         assert all(size >= 0 for size in found.parts.values()), found
-        assert found.tensor_bytes <= found.gpu_bytes
+        # On a CPU at stage 2 the fitted slack is negative.
+        on_cpu = "tensors" in found.host_parts
+        assert found.tensor_bytes <= found.gpu_bytes or (on_cpu and found.option.stage == 2)
         assert sum(found.host_parts.values()) == found.host_bytes
 
 
