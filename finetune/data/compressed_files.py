@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import UserError
+from finetune.errors import UserError, command
 
 READ_BYTES = 1 << 18
 # 2 GiB: what `zstd --long=31` writes. The memory is only taken for files that were written so.
@@ -74,7 +74,7 @@ def show_line(path: Path, number: int) -> str:
     """The shell command that prints one line of a file."""
     if compression(path):
         return f"{decompress_command(path)} | sed -n {number}p"
-    return f"sed -n {number}p {shlex.quote(str(path))}"
+    return command(["sed", "-n", f"{number}p", path])
 
 
 def decompress_command(path: Path) -> str:

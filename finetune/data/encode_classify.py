@@ -31,7 +31,7 @@ from finetune.data.formats import json_type
 from finetune.data.sources import MISSING, field_error, get_field
 from finetune.data.tokenizer import TextTokenizer, ids_dtype
 from finetune.data.utf8 import FIX, SKIP
-from finetune.errors import UserError
+from finetune.errors import UserError, setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -397,7 +397,7 @@ def refuse_double_spellings(names: list[str], label_field: str) -> None:
         if len(spellings) > 1:
             raise UserError(
                 f"labels {_quoted(spellings)} differ in their spelling alone: are they one label?",
-                f"task.label_field={label_field}",
+                setting("task.label_field", label_field),
                 "Spell them alike in the data; if they differ, name all labels: task.labels=[...]",
             )
 

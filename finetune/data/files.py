@@ -21,7 +21,7 @@ from pathlib import Path
 from finetune.assets.paths import resolve
 from finetune.data import hub_datasets
 from finetune.data.compressed_files import head_of
-from finetune.errors import UserError
+from finetune.errors import UserError, command, setting
 from finetune.files import refuse_pointer
 
 TEXT_FORMATS = (".jsonl", ".ndjson", ".jsonlines", ".json", ".csv", ".tsv", ".txt")
@@ -200,12 +200,14 @@ def address_error(spec: str) -> UserError:
     scheme, _, rest = spec.partition("://")
     remedy = f"Copy it to this machine and give the file. {KNOWN}"
     if scheme == "file":
-        remedy = f"Try data.train=/{rest.partition('/')[2]}"
+        path = f"/{rest.partition('/')[2]}"
+        remedy = f"Try {command([setting('data.train', path)])}"
     elif scheme == "hf" or (
         id_ := re.fullmatch(r"(www\.)?huggingface\.co/datasets/([\w.-]+/[\w.-]+?)/?", rest)
     ):
         name = re.sub(r"^datasets/", "", rest) if scheme == "hf" else id_[2]
-        remedy = f"Try data.train={'/'.join(name.split('/')[:2])}"
+        hub_id = "/".join(name.split("/")[:2])
+        remedy = f"Try {command([setting('data.train', hub_id)])}"
     elif scheme in ("http", "https"):
         # A page at these two addresses shows a file; the file itself has another address.
         direct = re.sub(
@@ -214,7 +216,8 @@ def address_error(spec: str) -> UserError:
             re.sub(r"(github\.com/.*?)/blob/", r"\1/raw/", spec),
         )
         name = Path(rest.partition("?")[0]).name or "data.jsonl"
-        remedy = f"Download it: curl -fL -o {shlex.quote(name)} {shlex.quote(direct)}\n  Then data.train={name}"
+        download = command(["curl", "-fL", "-o", name, direct])
+        remedy = f"Download it: {download}\n  Then {command([setting('data.train', name)])}"
     return UserError("this is an address; data are read from files on this machine", spec, remedy)
 
 
@@ -290,7 +293,7 @@ def _entries(folder: Path) -> Iterator[Path]:
             raise UserError(
                 "a `datasets` folder lies in this directory",
                 root,
-                f"Name it itself: data.train={root}",
+                f"Name it itself: {command([setting('data.train', root)])}",
             )
         yield from (
             path
@@ -358,8 +361,7 @@ def _refuse_packed_twice(paths: list[Path]) -> None:
             raise UserError(
                 f"{one.name} and {other.name} are probably the same data, which would be read twice",
                 str(path.parent),
-                f"Keep one of them here, e.g.: mv {shlex.quote(str(other))} "
-                f"{shlex.quote(str(other) + '.bak')}",
+                f"Keep one of them here, e.g.: {command(['mv', other, f'{other}.bak'])}",
             )
         plain[name] = path
 

@@ -17,7 +17,7 @@ from urllib.parse import urlparse
 
 from finetune.data.compressed_files import Count
 from finetune.data.formats import Row, arrow_rows
-from finetune.errors import UserError
+from finetune.errors import UserError, command, setting
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 PROBE_SECONDS = 5.0
@@ -205,7 +205,7 @@ def _no_split(spec: str, split: str, splits: list[str]) -> UserError:
     return UserError(
         f"there is no split '{split}'; there is {', '.join(splits)}",
         spec,
-        f"Try {key}={splits[0]}.",
+        f"Try {command([setting(key, splits[0])])}.",
     )
 
 

@@ -38,7 +38,7 @@ from finetune.data.files import (
 from finetune.data.formats import Reader, Row, jsonl_rows, parquet_rows, txt_rows
 from finetune.data.large_json import json_rows
 from finetune.data.utf8 import DEFAULTS, FileOptions
-from finetune.errors import UserError
+from finetune.errors import UserError, command, setting
 
 FORMATS: dict[str, Reader] = {
     ".jsonl": jsonl_rows,
@@ -184,9 +184,10 @@ def field_error(record: dict, field: str, where: str, option_key: str) -> UserEr
     present = ", ".join(f"'{name}'" for name in fields[:12]) or "no field at all"
     texts = [name for name in fields if isinstance(get_field(record, name), str)]
     best = max(texts or fields, key=lambda name: _plausible(name, field, record), default=None)
-    remedy = (
-        f"Try {option_key}={best}." if best else f"Set {option_key} to the field that holds it."
-    )
+    remedy = f"Set {option_key} to the field that holds it."
+    if best:
+        *others, key = option_key.split()
+        remedy = f"Try {command([*others, setting(key, best)])}."
     return UserError(f"field '{field}' is missing; this record has {present}.", where, remedy)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shlex
 import shutil
 import subprocess
 
@@ -11,10 +12,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from datasets import Dataset
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from finetune.config import DataConfig
 from finetune.data.cache import build_store
-from finetune.data.sources import data_notes, read
+from finetune.data.sources import data_notes, field_error, read
 from finetune.data.utf8 import FileOptions
 from finetune.errors import UserError
 
@@ -207,6 +210,35 @@ def test_addresses_are_refused_with_the_way_to_their_content(spec, remedy):
     with pytest.raises(UserError, match="this is an address") as caught:
         read(spec, "train")
     assert remedy in caught.value.remedy
+
+
+def test_a_remedy_can_be_pasted_whatever_the_path_holds(tmp_path):
+    """A shell and Hydra give back the path, or the name of a field, that the remedy was made of."""
+    name = "my data, n=2"
+    (tmp_path / name).mkdir()
+    Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / name / "saved")
+    faults = {}
+    for spec in (tmp_path / name, f"file://{tmp_path}/{name}", f"https://a.org/{name}.csv"):
+        with pytest.raises(UserError) as caught:
+            read(str(spec), "train")
+        faults[caught.value.remedy] = "data.train="
+    fault = field_error({name: "x"}, "text", "a.csv:2", "task.format=prompt task.prompt_field")
+    faults[fault.remedy.removesuffix(".")] = "task.format="
+    settings = []
+    for remedy, key in faults.items():
+        start = min(
+            at
+            for at in (remedy.find(key), remedy.find(f"'{key}"), remedy.find(f'"{key}'))
+            if at >= 0
+        )
+        words = OverridesParser.create().parse_overrides(shlex.split(remedy[start:]))
+        settings.append((words[-1].key_or_group, words[-1].value()))
+    assert settings == [
+        ("data.train", f"{tmp_path}/{name}/saved"),
+        ("data.train", f"{tmp_path}/{name}"),
+        ("data.train", f"{name}.csv"),
+        ("task.prompt_field", name),
+    ]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.JSONL"])
