@@ -7,12 +7,14 @@ readers of .zst end silently. Knows neither text nor lines (`utf8`).
 
 from __future__ import annotations
 
+import gzip
 import re
 import shlex
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from finetune.errors import UserError, command
 
@@ -32,7 +34,7 @@ class BrokenStream(Exception):
 
 
 def head_of(path: Path) -> bytes:
-    """The first bytes of the file as it lies on disk.
+    """Return the first bytes of the file as it lies on disk.
 
     Raises:
         UserError: the file cannot be read.
@@ -45,7 +47,7 @@ def head_of(path: Path) -> bytes:
 
 
 def compression(path: Path) -> str:
-    """gzip, zstd or "", by content; where that tells nothing, by name."""
+    """Return gzip, zstd or "", by content; if that tells nothing, by name."""
     head = head_of(path)
     if head.startswith(GZIP):
         return "gzip"
@@ -59,81 +61,70 @@ def compression(path: Path) -> str:
 
 
 def chunks(path: Path, count: Count | None = None) -> Iterator[bytes]:
-    """Decompressed pieces of a file; `count` is told how many bytes of the file itself were consumed.
+    """Yield decompressed pieces of a file; `count` is called with the bytes of the file consumed.
 
     Raises:
         BrokenStream: truncated or damaged compression; every byte before the fault was yielded.
         UserError: the file cannot be read.
     """
-    pieces = _read(path, count or (lambda _: None))
-    unpack = {"gzip": _inflate, "zstd": _zstd}.get(compression(path))
-    return unpack(pieces) if unpack else pieces
+    read = {"gzip": _gunzip, "zstd": _unzstd, "": _read}[compression(path)]
+    try:
+        with open(path, "rb") as file:
+            done = 0
+            for piece in read(file):
+                if count:
+                    count(file.tell() - done)
+                    done = file.tell()
+                yield piece
+            if count:
+                count(file.tell() - done)
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror or error}", str(path)) from None
 
 
 def show_line(path: Path, number: int) -> str:
-    """The shell command that prints one line of a file."""
+    """Return the shell command that prints one line of a file."""
     if compression(path):
         return f"{decompress_command(path)} | sed -n {number}p"
     return command(["sed", "-n", f"{number}p", path])
 
 
 def decompress_command(path: Path) -> str:
-    """The shell command that decompresses a file whatever its name."""
+    """Return the shell command that decompresses a file whatever its name."""
     return f"{compression(path)} -dc < {shlex.quote(str(path))}"
 
 
 def renamed(path: Path, mark: str) -> str:
-    """a.csv.gz -> a.utf8.csv, beside it."""
+    """Return the quoted path of a new file beside this one: a.csv.gz -> a.utf8.csv."""
     name = re.sub(r"\.(gz|zst)$", "", path.name, flags=re.IGNORECASE)
     stem, dot, suffix = name.rpartition(".")
     return shlex.quote(str(path.with_name(f"{stem}.{mark}.{suffix}" if dot else f"{name}.{mark}")))
 
 
-def _read(path: Path, count: Count) -> Iterator[bytes]:
+def _read(file: BinaryIO) -> Iterator[bytes]:
+    return iter(lambda: file.read(READ_BYTES), b"")
+
+
+def _gunzip(file: BinaryIO) -> Iterator[bytes]:
+    """Decompress all members; zeros between them, e.g. of tapes, are padding."""
     try:
-        with open(path, "rb") as file:
-            while piece := file.read(READ_BYTES):
-                count(len(piece))
-                yield piece
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror or error}", str(path)) from None
-
-
-def _inflate(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    frame: Any = None
-    for data in pieces:
-        while data:
-            if frame is None:
-                data = data.lstrip(b"\0")  # padding between members, e.g. of tapes
-                if not data:
-                    break
-                frame = zlib.decompressobj(wbits=31)
-            try:
-                # max_length: 256 KiB of a highly repetitive file inflate to 256 MiB otherwise.
-                yield frame.decompress(data, 4 * READ_BYTES)
-            except zlib.error as error:
-                raise BrokenStream(f"the gzip data is damaged ({error})") from None
-            data = frame.unused_data if frame.eof else frame.unconsumed_tail
-            frame = None if frame.eof else frame
-    if frame is not None:
-        yield from _drain(frame)
-        if not frame.eof:
-            raise BrokenStream("the gzip stream is truncated")
-
-
-def _drain(frame: Any) -> Iterator[bytes]:
-    try:
-        yield frame.flush()
-    except zlib.error as error:
+        # read1 returns what precedes a fault, and never more than it is asked for: 256 KiB of a
+        # highly repetitive file inflate to 256 MiB.
+        yield from iter(partial(gzip.GzipFile(fileobj=file).read1, 4 * READ_BYTES), b"")
+    except EOFError:
+        raise BrokenStream("the gzip stream is truncated") from None
+    except (zlib.error, gzip.BadGzipFile) as error:
+        if repr(GZIP[:1]) in str(error):  # the file ends behind the first byte of a member
+            raise BrokenStream("the gzip stream is truncated") from None
         raise BrokenStream(f"the gzip data is damaged ({error})") from None
 
 
-def _zstd(pieces: Iterator[bytes]) -> Iterator[bytes]:
+def _unzstd(file: BinaryIO) -> Iterator[bytes]:
     import zstandard
 
     decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES)
     frame, step = None, 1024
-    for data in pieces:
+    for data in _read(file):
         while data:
             frame = frame or decompressor.decompressobj()
             piece, data = data[:step], data[step:]
@@ -141,10 +132,10 @@ def _zstd(pieces: Iterator[bytes]) -> Iterator[bytes]:
                 text = frame.decompress(piece)
             except zstandard.ZstdError as error:
                 raise BrokenStream(f"the zstd data is damaged ({error})") from None
-            # decompressobj gives all that a piece expands to at once: of very repetitive data take smaller pieces.
-            step = min(
-                ZSTD_STEP_BYTES, 2 * step, max(64, step * 4 * READ_BYTES // max(1, len(text)))
-            )
+            # decompressobj gives all that a piece expands to at once: of very repetitive data take
+            # smaller pieces.
+            fitting = max(64, step * 4 * READ_BYTES // max(1, len(text)))
+            step = min(ZSTD_STEP_BYTES, 2 * step, fitting)
             yield text
             if frame.eof:
                 data, frame = frame.unused_data + data, None
