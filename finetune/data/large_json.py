@@ -33,28 +33,21 @@ def json_rows(
 
 def _is_jsonl(path: Path, options: FileOptions) -> bool:
     """Return whether the first line alone is an object that is not the whole {"data": [...]}."""
-    head = _first_line(path, options).strip()
-    if not head.startswith(b"{"):
-        return False
-    try:
-        return not isinstance(json.loads(head).get("data"), list)
-    except ValueError:
-        return False
-
-
-def _first_line(path: Path, options: FileOptions) -> bytes:
-    """The first line that is not blank; nothing where it is longer than `HEAD_BYTES`, or cannot be read."""
-    head = b""
+    head = b""  # from the first line that is not blank
     try:
         for chunk in text_chunks(path, encoding=options.encoding):
             head = (head + chunk).lstrip()
             if b"\n" in head:
-                return head.split(b"\n")[0]
+                break
             if len(head) > HEAD_BYTES:
-                return b""
+                return False
     except BrokenStream:
-        return b""  # reported with its line by the reader proper
-    return head
+        return False  # reported with its line by the reader proper
+    try:
+        first = json.loads(head.split(b"\n")[0]) if head.startswith(b"{") else []
+    except ValueError:
+        return False
+    return isinstance(first, dict) and not isinstance(first.get("data"), list)
 
 
 def _document_rows(path: Path, count: Count | None, options: FileOptions) -> Iterator[Row]:
@@ -62,54 +55,45 @@ def _document_rows(path: Path, count: Count | None, options: FileOptions) -> Ite
     opening = window.peek()
     if opening == "":
         return
-    if opening == "{":
-        _enter_data(window)
-    elif opening != "[":
+    if opening not in ("{", "["):
         raise window.fault("this is neither an array nor an object", SHAPES)
-    for index, (line, element) in enumerate(_elements(window)):
-        yield check_object(element, f"{path}:{line}[{index}]")
     if opening == "{":
-        _leave_object(window)
-    if window.peek():
-        raise window.fault("there is more text behind the end of the JSON document", SHAPES)
+        # Move to the array under the key "data"; other keys (SQuAD's "version") are read over.
+        window.take("{")
+        while True:
+            if window.peek() == "}":
+                raise window.fault("this is one object without an array 'data'", SHAPES)
+            key = window.value()
+            window.take(":")
+            if key == "data" and window.peek() == "[":
+                break
+            value = window.value()
+            if key == "data":
+                raise window.fault(f"'data' is {json_type(value)}, not an array", SHAPES)
+            if window.peek() == ",":
+                window.take(",")
 
-
-def _enter_data(window: _Window) -> None:
-    """Move to the array under the key "data"; other keys (SQuAD's "version") are read over."""
-    window.take("{")
-    while window.peek() != "}":
-        key = window.value()
-        window.take(":")
-        if key == "data" and window.peek() == "[":
-            return
-        value = window.value()
-        if key == "data":
-            raise window.fault(f"'data' is {json_type(value)}, not an array", SHAPES)
-        if window.peek() == ",":
-            window.take(",")
-    raise window.fault("this is one object without an array 'data'", SHAPES)
-
-
-def _leave_object(window: _Window) -> None:
-    while window.peek() == ",":
-        window.take(",")
-        window.value()
-        window.take(":")
-        window.value()
-    window.take("}")
-
-
-def _elements(window: _Window) -> Iterator[tuple[int, Any]]:
-    """The line that each element begins on, and the element."""
     window.take("[")
+    index = 0
     while window.peek() != "]":
         line = window.line_here()
-        yield line, window.value()
+        yield check_object(window.value(), f"{path}:{line}[{index}]")
+        index += 1
         if window.peek() != "]":
             window.take(",")
             if window.peek() == "]":
                 raise window.fault("a comma stands before the closing bracket", "Remove the comma.")
     window.take("]")
+
+    if opening == "{":
+        while window.peek() == ",":
+            window.take(",")
+            window.value()
+            window.take(":")
+            window.value()
+        window.take("}")
+    if window.peek():
+        raise window.fault("there is more text behind the end of the JSON document", SHAPES)
 
 
 class _Window:

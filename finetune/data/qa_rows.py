@@ -1,4 +1,4 @@
-"""Rows of question answering data -> questions, every answer checked against its context.
+"""Rows of question answering data to questions, every answer checked against its context.
 
     article    {"title", "paragraphs": [{"context", "qas": [{"id", "question", "answers": [{"text", "answer_start"}],
                "is_impossible"}]}]}                                SQuAD v1.1 and v2: the elements of the file's "data"
@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Union
@@ -37,7 +38,7 @@ class Question:
 
 
 def questions(record: dict, where: str) -> Iterator[Union[Question, UserError]]:
-    """The row's questions; of an article the good ones too when others are bad."""
+    """Yield the row's questions; of an article the good ones too when others are bad."""
     try:
         if "paragraphs" in record:
             yield from _article(record, where)
@@ -55,7 +56,7 @@ def questions(record: dict, where: str) -> Iterator[Union[Question, UserError]]:
 
 
 def without_answers(record: dict) -> dict:
-    """The row as a question alone, whatever answers it has or lacks: what a model is asked."""
+    """Return the record as a model is asked: without answers, whatever it has or lacks."""
     if "paragraphs" not in record:
         return record | {"answers": []} if "question" in record or "context" in record else record
     if not isinstance(record["paragraphs"], list):
@@ -85,38 +86,33 @@ def _article(record: dict, where: str) -> Iterator[Union[Question, UserError]]:
             yield error
             continue
         for j, entry in enumerate(entries):
-            yield _checked(entry, context, place, j)
+            try:
+                yield _of_article(entry, context, place, j)
+            except UserError as error:
+                yield error
 
 
-def _checked(entry: Any, context: str, place: str, number: int) -> Question | UserError:
-    try:
-        name = _get(entry, "id", f"{place} question {number}", default=f"question {number}")
-        where = f"{place} id {name}"
-        impossible = entry.get("is_impossible")
-        given = (
-            [] if impossible is True and "answers" not in entry else _get(entry, "answers", where)
+def _of_article(entry: Any, context: str, place: str, number: int) -> Question:
+    name = _get(entry, "id", f"{place} question {number}", default=f"question {number}")
+    where = f"{place} id {name}"
+    impossible = entry.get("is_impossible")
+    annotated = (
+        [] if impossible is True and "answers" not in entry else _get(entry, "answers", where)
+    )
+    answers = _annotations(_list(annotated, "'answers'", where), where, impossible is True)
+    if impossible is True and answers:
+        raise UserError(
+            f"is_impossible is true, yet there is the answer {shown(answers[0][1])}",
+            where,
+            f"Empty 'answers', or set is_impossible to false, {SKIP}",
         )
-        annotated = _list(given, "'answers'", where)
-        answers = [
-            _annotation(answer, where)
-            for answer in annotated
-            if not _is_none(answer, impossible is True)
-        ]
-        if impossible is True and answers:
-            raise UserError(
-                f"is_impossible is true, yet there is the answer {shown(answers[0][1])}",
-                where,
-                f"Empty 'answers', or set is_impossible to false, {SKIP}",
-            )
-        if impossible is False and not answers:
-            raise UserError(
-                "is_impossible is false, yet 'answers' is empty",
-                where,
-                f"Add the answer, or set is_impossible to true, {SKIP}",
-            )
-        return _question(where, str(name), context, _get(entry, "question", where), answers)
-    except UserError as error:
-        return error
+    if impossible is False and not answers:
+        raise UserError(
+            "is_impossible is false, yet 'answers' is empty",
+            where,
+            f"Add the answer, or set is_impossible to true, {SKIP}",
+        )
+    return _question(where, str(name), context, _get(entry, "question", where), answers)
 
 
 def _flat(record: dict, where: str) -> Question:
@@ -124,93 +120,88 @@ def _flat(record: dict, where: str) -> Question:
     place = f"{where} id {name}" if name is not None else where
     context = full_text(_get(record, "context", place), "'context'", place)
     answers = parsed_cell(_get(record, "answers", place))
-    pairs = (
-        [_annotation(answer, place) for answer in answers if not _is_none(answer)]
-        if isinstance(answers, list)
-        else _columns(answers, place)
-    )
-    return _question(
-        place, str(where if name is None else name), context, _get(record, "question", place), pairs
-    )
-
-
-def _columns(answers: Any, where: str) -> list[dict[str, Any]]:
-    """Annotations of the flat layout, where texts and starts are two lists."""
-    if not isinstance(answers, dict):
+    if not isinstance(answers, (list, dict)):
         raise UserError(
             f"'answers' is {json_type(answers)}, not an object",
-            where,
+            place,
             f'Write it as {{"text": ["Paris"], "answer_start": [17]}}, empty lists for no answer, {SKIP}',
         )
-    texts = _list(_get(answers, "text", where), "'answers.text'", where)
-    starts = _list(_get(answers, "answer_start", where), "'answers.answer_start'", where)
-    if len(texts) != len(starts):
-        raise UserError(f"'answers' has {len(texts)} texts and {len(starts)} starts", where, FIX)
-    pairs = [{"text": t, "answer_start": s} for t, s in zip(texts, starts, strict=True)]
-    return [_annotation(pair, where) for pair in pairs if not _is_none(pair)]
+    if isinstance(answers, dict):  # texts and starts are two lists
+        texts = _list(_get(answers, "text", place), "'answers.text'", place)
+        starts = _list(_get(answers, "answer_start", place), "'answers.answer_start'", place)
+        if len(texts) != len(starts):
+            problem = f"'answers' has {len(texts)} texts and {len(starts)} starts"
+            raise UserError(problem, place, FIX)
+        pairs = zip(texts, starts, strict=True)
+        answers = [{"text": text, "answer_start": start} for text, start in pairs]
+    annotations = _annotations(answers, place)
+    identity = str(where if name is None else name)
+    return _question(place, identity, context, _get(record, "question", place), annotations)
 
 
-def _is_none(answer: Any, impossible: bool = False) -> bool:
-    """Return whether an annotation says that there is no answer: without text, at -1 or nowhere.
+def _annotations(answers: list, where: str, impossible: bool = False) -> list[tuple[int, str]]:
+    """Return (first character, text) of the answers, without those that say that there is none.
+
+    Such an answer has no text and stands at -1 or nowhere.
 
     Args:
         impossible: the question is marked as unanswerable; then any start will do.
     """
-    if not isinstance(answer, dict) or answer.get("text") not in ("", None):
-        return False
-    return impossible or answer.get("answer_start", -1) in (-1, None)
-
-
-def _annotation(answer: Any, where: str) -> tuple[int, str]:
-    start = _get(answer, "answer_start", where)
-    if isinstance(start, float) and start.is_integer():
-        start = int(start)
-    if isinstance(start, bool) or not isinstance(start, int):
-        raise UserError(f"'answer_start' is {json_type(start)}, not a whole number", where, FIX)
-    return start, full_text(_get(answer, "text", where), "an answer's 'text'", where)
+    annotations = []
+    for answer in answers:
+        if (
+            isinstance(answer, dict)
+            and answer.get("text") in ("", None)
+            and (impossible or answer.get("answer_start", -1) in (-1, None))
+        ):
+            continue
+        start = _get(answer, "answer_start", where)
+        if isinstance(start, float) and start.is_integer():
+            start = int(start)
+        if isinstance(start, bool) or not isinstance(start, int):
+            problem = f"'answer_start' is {json_type(start)}, not a whole number"
+            raise UserError(problem, where, FIX)
+        annotations.append(
+            (start, full_text(_get(answer, "text", where), "an answer's 'text'", where))
+        )
+    return annotations
 
 
 def _question(
     where: str, name: str, context: str, question: Any, answers: list[tuple[int, str]]
 ) -> Question:
+    """Build a question, each of whose answers stands where it says.
+
+    Raises:
+        UserError: an answer does not; the remedy names the offset that was probably meant.
+    """
     for start, text in answers:
-        _check_answer(context, start, text, where)
+        if start >= 0 and context.startswith(text, start):
+            continue
+        there = f"{len(context)} characters"
+        if 0 <= start < len(context):
+            there = f"{shown(context[start : start + len(text)])} there"
+        encoded = context.encode()
+        places = [match.start() for match in re.finditer(f"(?={re.escape(text)})", context)]
+        if start >= 0 and encoded.startswith(text.encode(), start):
+            right = len(encoded[:start].decode())
+            advice = f"answer_start counts characters, not bytes: it stands at {right}"
+        elif places:
+            nearest = min(places, key=lambda place: abs(place - start))
+            off = abs(nearest - start)
+            advice = f"It stands at {nearest}, {off} off: try answer_start={nearest}"
+        elif text.lower() in context.lower():
+            advice = (
+                "It is there in another case only: an answer must be an exact piece of the context"
+            )
+        else:
+            advice = "It is nowhere in the context: an answer must be an exact piece of it"
+        raise UserError(
+            f"answer {shown(text)} does not stand at answer_start = {start}; the context has {there}",
+            where,
+            f"{advice}, {SKIP}",
+        )
     return Question(where, name, context, full_text(question, "'question'", where), answers)
-
-
-def _check_answer(context: str, start: int, text: str, where: str) -> None:
-    if start >= 0 and context.startswith(text, start):
-        return
-    found = context[start : start + len(text)] if 0 <= start < len(context) else None
-    there = f"{shown(found)} there" if found is not None else f"{len(context)} characters"
-    raise UserError(
-        f"answer {shown(text)} does not stand at answer_start = {start}; the context has {there}",
-        where,
-        f"{_advice(context, start, text)}, {SKIP}",
-    )
-
-
-def _advice(context: str, start: int, text: str) -> str:
-    """The offset that was probably meant."""
-    encoded = context.encode()
-    if start >= 0 and encoded.startswith(text.encode(), start):
-        right = len(encoded[:start].decode())
-        return f"answer_start counts characters, not bytes: it stands at {right}"
-    places = _occurrences(context, text)
-    if places:
-        nearest = min(places, key=lambda place: abs(place - start))
-        return f"It stands at {nearest}, {abs(nearest - start)} off: try answer_start={nearest}"
-    if _occurrences(context.lower(), text.lower()):
-        return "It is there in another case only: an answer must be an exact piece of the context"
-    return "It is nowhere in the context: an answer must be an exact piece of it"
-
-
-def _occurrences(context: str, text: str) -> list[int]:
-    places, at = [], context.find(text)
-    while at >= 0:
-        places.append(at)
-        at = context.find(text, at + 1)
-    return places
 
 
 _REQUIRED = object()
