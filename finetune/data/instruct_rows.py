@@ -17,7 +17,6 @@ not render or tokenise.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any, Union
@@ -76,10 +75,24 @@ def conversation(
     """
     layout = layout_of(record, cfg) if cfg.format == "auto" else cfg.format
     if layout is None:
-        raise _unknown_layout(record, where, cfg)
-    if _left_out(record, where, cfg):
+        present = ", ".join(f"'{name}'" for name in list(record)[:12]) or "no field at all"
+        prompts, completions = (
+            ("prompt", "instruction", "question", "input"),
+            ("completion", "response", "answer", "output"),
+        )
+        prompt = next((name for name in prompts if name in record), "FIELD")
+        completion = next((name for name in completions if name in record), "FIELD")
+        raise UserError(
+            f"the row is none of {LAYOUTS}; it has {present}",
+            where,
+            f"Try task.format=prompt task.prompt_field={prompt} task.completion_field={completion}.",
+        )
+    others = (cfg.prompt_field, cfg.completion_field)
+    if not counts(record, cfg.weight_field, others, where) or any(
+        _yes_or_no(record.get(key)) is False for key in ("train", "training", "trainable", "loss")
+    ):
         return None
-    messages = READERS[layout](record, where, cfg)
+    messages = _messages(layout, record, where, cfg)
     if all(message["role"] != "assistant" for message in messages):
         raise UserError(
             "the conversation has no turn of the assistant: nothing can be scored", where, FIX
@@ -136,7 +149,7 @@ def question(record: dict, where: str, cfg: InstructConfig) -> str | list[Messag
             text = text_field(record, field, where, "task.prompt_field")
             messages = [*_system(record, where), {"role": "user", "content": text}]
     else:
-        messages = READERS[layout](record, where, cfg)
+        messages = _messages(layout, record, where, cfg)
     for message in messages:
         message.pop(SCORED, None)
     _check_order(messages, where)
@@ -150,7 +163,8 @@ def question(record: dict, where: str, cfg: InstructConfig) -> str | list[Messag
 
 
 def check_format(name: str) -> None:
-    if name != "auto" and name not in READERS:
+    """Raise a UserError if task.format is unknown."""
+    if name not in ("auto", "prompt", "messages", "alpaca", "sharegpt"):
         raise UserError(f"task.format = {name} is unknown", remedy=f"Choose from auto, {LAYOUTS}.")
 
 
@@ -172,41 +186,33 @@ def layout_of(record: dict, cfg: InstructConfig) -> str | None:
     return None
 
 
-def _unknown_layout(record: dict, where: str, cfg: InstructConfig) -> UserError:
-    present = ", ".join(f"'{name}'" for name in list(record)[:12]) or "no field at all"
-    prompt = next(
-        (n for n in ("prompt", "instruction", "question", "input") if n in record), "FIELD"
-    )
-    completion = next(
-        (n for n in ("completion", "response", "answer", "output") if n in record), "FIELD"
-    )
-    return UserError(
-        f"the row is none of {LAYOUTS}; it has {present}",
-        where,
-        f"Try task.format=prompt task.prompt_field={prompt} task.completion_field={completion}.",
-    )
-
-
-def _prompt(record: dict, where: str, cfg: InstructConfig) -> list[Message]:
-    parts = [
-        (field, parsed_cell(get_field(record, field)))
-        for field in (cfg.prompt_field, cfg.completion_field)
-    ]
+def _messages(layout: str, record: dict, where: str, cfg: InstructConfig) -> list[Message]:
+    """Convert a record of a layout to messages, its field `system` first."""
+    if layout in ("messages", "sharegpt"):
+        field, style = ("messages", "role") if layout == "messages" else ("conversations", "from")
+        if field not in record:
+            present = ", ".join(f"'{name}'" for name in list(record)[:12])
+            problem = f"field '{field}' is missing; this record has {present}"
+            raise UserError(problem, where, "Try task.format=auto.")
+        return _system(record, where) + _list(record[field], field, where, style)
+    if layout == "alpaca":
+        messages = [*_system(record, where), _instruction(record, where)]
+        output = text_field(record, "output", where, "task.format=prompt task.completion_field")
+        return [*messages, {"role": "assistant", "content": output}]
+    fields = (cfg.prompt_field, cfg.completion_field)
+    parts = [(field, parsed_cell(get_field(record, field))) for field in fields]
     if all(_are_turns(value) for _, value in parts):
-        turns = [
-            message for field, value in parts for message in _list(value, field, where, "role")
-        ]
+        turns = [turn for field, value in parts for turn in _list(value, field, where, "role")]
         return _with_system(record, turns, where)
     prompt = text_field(record, cfg.prompt_field, where, "task.prompt_field")
-    return _system(record, where) + _pair(
-        prompt, text_field(record, cfg.completion_field, where, "task.completion_field")
-    )
-
-
-def _alpaca(record: dict, where: str, cfg: InstructConfig) -> list[Message]:
-    asked = _instruction(record, where)
-    output = text_field(record, "output", where, "task.format=prompt task.completion_field")
-    return [*_system(record, where), asked, {"role": "assistant", "content": output}]
+    return [
+        *_system(record, where),
+        {"role": "user", "content": prompt},
+        {
+            "role": "assistant",
+            "content": text_field(record, cfg.completion_field, where, "task.completion_field"),
+        },
+    ]
 
 
 def _instruction(record: dict, where: str) -> Message:
@@ -253,28 +259,6 @@ def _system(record: dict, where: str) -> list[Message]:
     return [{"role": "system", "content": full_text(text, "field 'system'", where)}]
 
 
-def _pair(prompt: str, completion: str) -> list[Message]:
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-
-
-def _messages(record: dict, where: str, cfg: InstructConfig) -> list[Message]:
-    return _system(record, where) + _turns(record, where, "messages", "role")
-
-
-def _sharegpt(record: dict, where: str, cfg: InstructConfig) -> list[Message]:
-    return _system(record, where) + _turns(record, where, "conversations", "from")
-
-
-def _turns(record: dict, where: str, field: str, style: str) -> list[Message]:
-    turns = record.get(field, MISSING)
-    if turns is MISSING:
-        present = ", ".join(f"'{name}'" for name in list(record)[:12])
-        raise UserError(
-            f"field '{field}' is missing; this record has {present}", where, "Try task.format=auto."
-        )
-    return _list(turns, field, where, style)
-
-
 def _list(turns: Any, field: str, where: str, style: str) -> list[Message]:
     """Convert turns with role and content, or from and value, to messages.
 
@@ -307,12 +291,23 @@ def _turn(turn: Any, name: str, where: str, style: str) -> Message:
         raise UserError(f"{name} has no '{missing[0]}'; it has {present}", where, FIX)
     role = turn[style]
     if not isinstance(role, str) or role not in roles:
-        raise UserError(
-            f"{name} has the unknown {style} {role!r}", where, _role_hint(str(role), roles)
-        )
+        near = get_close_matches(str(role).lower(), roles, 1)
+        if role in TOOL_ROLES:
+            remedy = f"Known are {', '.join(roles)}: put what tools say into the user's turns"
+        else:
+            remedy = f"Try '{near[0]}'" if near else f"Write one of {', '.join(roles)}"
+        problem = f"{name} has the unknown {style} {role!r}"
+        raise UserError(problem, where, f"{remedy}, {SKIP}")
+    content = turn[text_key]
+    if isinstance(content, list) and content:  # of text parts {"type": "text", "text": ..}
+        texts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+            for part in content
+        ]
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else content
     message: Message = {
         "role": roles[role],
-        "content": full_text(_joined(turn[text_key]), f"{name}.{text_key}", where),
+        "content": full_text(content, f"{name}.{text_key}", where),
     }
     mark: Scored | None = _mark(turn, name, where)
     detail = _detail(turn, message["content"], name, where)
@@ -390,42 +385,12 @@ def _detail(turn: dict, content: str, name: str, where: str) -> list[bool] | Non
     return scored
 
 
-def _left_out(record: dict, where: str, cfg: InstructConfig) -> bool:
-    """Tell whether a mark of the whole row leaves it out."""
-    if not counts(record, cfg.weight_field, (cfg.prompt_field, cfg.completion_field), where):
-        return True
-    return any(
-        _yes_or_no(record.get(key)) is False for key in ("train", "training", "trainable", "loss")
-    )
-
-
 def _yes_or_no(value: Any) -> bool | None:
     """Parse true or false, 1 or 0, in any spelling; None for anything else."""
     text = str(value).strip().lower()
     return {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(
         text
     )
-
-
-def _role_hint(role: str, roles: dict[str, str]) -> str:
-    if role in TOOL_ROLES:
-        return f"Known are {', '.join(roles)}: put what tools say into the user's turns, {SKIP}"
-    near = get_close_matches(role.lower(), roles, 1)
-    return f"Try '{near[0]}', {SKIP}" if near else f"Write one of {', '.join(roles)}, {SKIP}"
-
-
-def _joined(content: Any) -> Any:
-    """Join content that is a list of text parts; return other content unchanged.
-
-    A text part is {"type": "text", "text": ..}.
-    """
-    if not isinstance(content, list) or not content:
-        return content
-    texts = [
-        part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-        for part in content
-    ]
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
 
 
 def _check_order(messages: list[Message], where: str) -> None:
@@ -450,9 +415,3 @@ def _check_order(messages: list[Message], where: str) -> None:
 
 STYLES = {"role": ("content", ROLES), "from": ("value", SHAREGPT_ROLES)}
 """Key of the role -> key of the text, and the known roles."""
-READERS: dict[str, Callable[[dict, str, InstructConfig], list[Message]]] = {
-    "prompt": _prompt,
-    "messages": _messages,
-    "alpaca": _alpaca,
-    "sharegpt": _sharegpt,
-}

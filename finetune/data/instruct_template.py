@@ -206,31 +206,34 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _no_clock
-    environment.filters["tojson"] = _tojson
+
+    def raise_exception(message: str) -> Any:
+        raise jinja2.TemplateError(message)
+
+    def strftime_now(pattern: str) -> Any:
+        raise jinja2.TemplateError(
+            "strftime_now: a model that is trained on today's date learns it"
+        )
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: Any = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        # Without the HTML escapes of Jinja's own filter.
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    environment.filters["tojson"] = tojson
     return environment
-
-
-def _raise_exception(message: str) -> Any:
-    raise jinja2.TemplateError(message)
-
-
-def _no_clock(pattern: str) -> Any:
-    raise jinja2.TemplateError("strftime_now: a model that is trained on today's date learns it")
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: Any = None,
-    separators: Any = None,
-    sort_keys: bool = False,
-) -> str:
-    """Serialise to JSON as transformers does, without the HTML escapes of Jinja's own filter."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
 
 
 class _Generation(jinja2.ext.Extension):
