@@ -41,14 +41,25 @@ TEXT_REMEDY = "If quotes are part of the text: data.quotes=text"
 def csv_rows(
     path: Path, count: Count | None = None, options: FileOptions = DEFAULTS
 ) -> Iterator[Row]:
-    """Rows of the file; `where` is the line on which a row starts.
+    """Yield the rows of the file; `where` is the line on which a row starts.
 
     Raises:
         UserError: no usable header, or a quoted cell that never ends among lines that are no rows.
     """
     # Process-wide, and raised only: another reader may have set it higher.
     csv.field_size_limit(max(FIELD_BYTES, csv.field_size_limit()))
-    sample = _sample(path, options)
+    # The first lines, without those that are cut off or cannot be read: reading them tells why.
+    sample: list[Line] = []
+    size = 0
+    try:
+        for line in _decoded(path, lines(path, None, options.encoding)):
+            sample.append(line)
+            size += len(line.text)
+            if size >= SAMPLE_BYTES:
+                break
+    except UserError:
+        if not sample:
+            raise
     layout = _layout(path, sample, options)
     source = Lines(_decoded(path, lines(path, count, options.encoding)))
     if layout is None:
@@ -77,7 +88,12 @@ class _Header:
 def _records(
     source: Lines, layout: Layout, columns: Columns
 ) -> Iterator[tuple[list[Line], list[str] | UserError]]:
-    """Lines and cells of each record, or what is wrong with it; blank lines are none."""
+    """Yield the lines and cells of each row, or what is wrong with it; blank lines are none.
+
+    Raises:
+        UserError: a quote opens a cell that encloses more lines than the row's own, and perhaps
+            rightly: no policy may skip them as one row.
+    """
     reader = layout.parse(source)
     while True:
         source.held.clear()
@@ -89,39 +105,46 @@ def _records(
         held = list(source.held)
         if values is None and error is None:
             return
+        where, below = layout.where(held[0]), len(held) - 1
         swallows = columns.swallows(held, layout, values)
         if swallows != "no":
-            fault = _swallowed(layout.where(held[0]), len(held) - 1, swallows == "yes")
+            rows = "the row" if below == 1 else f"the {below} rows"
+            keys = f"{TEXT_REMEDY}; if the cell is right as it is: data.quotes=enclose"
+            remedy = 'Double quotes that belong to the text, and quote the cell: "say ""a"""'
+            if swallows == "perhaps":
+                problem = f"a quote opens here and seems to swallow {rows} behind it"
+                raise UserError(problem, where, f"{remedy}.\n  {keys}")
+            problem = f"a quote opens here and swallows {rows} behind it"
             source.give_back(held[1:])
-            yield held, fault
-        elif error is not None and (again := _without_blanks(held, layout)) is not None:
+            yield held, UserError(problem, where, f"{remedy}, {SKIP}\n  {keys}")
+        elif error is None:
+            if values:
+                if len(held) == 1 and len(values) == columns.width:
+                    columns.add(values)
+                yield held, values
+        elif (again := _without_blanks(held, layout)) is not None:
             yield held, again
-        elif error is not None:
-            yield held, _fault(layout.where(held[0]), len(held) - 1, error)
-        elif values:
-            if len(held) == 1 and len(values) == columns.width:
-                columns.add(values)
-            yield held, values
-
-
-def _swallowed(where: str, below: int, certain: bool) -> UserError:
-    """The fault of the line with the stray quote; raised where the lines behind it may be one cell all the same."""
-    rows = "the row" if below == 1 else f"the {below} rows"
-    verb = "swallows" if certain else "seems to swallow"
-    remedy = 'Double quotes that belong to the text, and quote the cell: "say ""a"""'
-    keys = f"{TEXT_REMEDY}; if the cell is right as it is: data.quotes=enclose"
-    fault = UserError(
-        f"a quote opens here and {verb} {rows} behind it",
-        where,
-        f"{remedy}, {SKIP}\n  {keys}" if certain else f"{remedy}.\n  {keys}",
-    )
-    if not certain:
-        raise fault
-    return fault
+        elif "unexpected end" in str(error) or "field limit" in str(error):
+            problem = "a quoted field is opened here and never closed"
+            raise UserError(problem, where, f'Close it, or double it: "". {TEXT_REMEDY}')
+        elif below:
+            raise UserError(
+                f"a quoted field is opened here and ends wrongly {below} lines below ({error})",
+                where,
+                f'Double quotes that belong to the text: "say ""a""". {TEXT_REMEDY}',
+            )
+        else:
+            remedy = (
+                f'Double the quotes inside a quoted field: "say ""a""", {SKIP}\n  {TEXT_REMEDY}'
+            )
+            yield held, UserError(f"broken CSV: {error}", where, remedy)
 
 
 def _without_blanks(held: list[Line], layout: Layout) -> list[str] | None:
-    """The cells of a line with blanks between a closing quote and the separator, which csv's reader refuses."""
+    """Return the cells of a line with blanks between a closing quote and the separator.
+
+    The csv module refuses such a line; None if it is wrong in another way.
+    """
     text = re.sub(rf'" +(?={re.escape(layout.separator)}|\r?\n)', '"', held[0].text)
     if len(held) > 1 or text == held[0].text:
         return None
@@ -129,27 +152,6 @@ def _without_blanks(held: list[Line], layout: Layout) -> list[str] | None:
         return next(layout.parse(iter([text])))
     except csv.Error:
         return None
-
-
-def _fault(where: str, below: int, error: csv.Error) -> UserError:
-    """The fault of a row; raised where more than the row itself was swallowed, which no policy may skip as one row."""
-    if "unexpected end" in str(error) or "field limit" in str(error):
-        raise UserError(
-            "a quoted field is opened here and never closed",
-            where,
-            f'Close it, or double it: "". {TEXT_REMEDY}',
-        )
-    if below:
-        raise UserError(
-            f"a quoted field is opened here and ends wrongly {below} lines below ({error})",
-            where,
-            f'Double quotes that belong to the text: "say ""a""". {TEXT_REMEDY}',
-        )
-    return UserError(
-        f"broken CSV: {error}",
-        where,
-        f'Double the quotes inside a quoted field: "say ""a""", {SKIP}\n  {TEXT_REMEDY}',
-    )
 
 
 def _row(header: _Header, layout: Layout, held: list[Line], values: list[str]) -> Row:
@@ -162,10 +164,12 @@ def _row(header: _Header, layout: Layout, held: list[Line], values: list[str]) -
     unnamed = next((i for i in range(named, len(values)) if values[i].strip()), None)
     if len(values) < named or (unnamed is not None and unnamed >= header.width):
         lines = f" (of {len(held)} lines)" if len(held) > 1 else ""
+        names = {",": "comma", ";": "semicolon", "\t": "tab"}
+        separator = names.get(layout.separator, repr(layout.separator))
         return UserError(
             f"the row{lines} has {len(values)} fields, the header {named}",
             where,
-            f'Quote fields that hold a {_name(layout.separator)} or a newline: "a, b", {SKIP}',
+            f'Quote fields that hold a {separator} or a newline: "a, b", {SKIP}',
         )
     if unnamed is not None:
         names = [*header.names, *(f"column{i + 1}" for i in range(named, header.width))]
@@ -209,7 +213,7 @@ def _header(source: Lines, layout: Layout) -> _Header:
 
 
 def _layout(path: Path, sample: list[Line], options: FileOptions) -> Layout | None:
-    """How the file is written; None for one without any line."""
+    """Tell how the file is written; None for one without any line."""
     first_line = next((i for i, line in enumerate(sample) if line.text.strip()), None)
     if first_line is None:
         return None
@@ -218,57 +222,33 @@ def _layout(path: Path, sample: list[Line], options: FileOptions) -> Layout | No
     if first_line == len(sample):
         return None
     sample = sample[first_line:]
-    separator = (
-        declared[1] if declared else _separator(path, [line.text.rstrip("\r\n") for line in sample])
-    )
+
+    # The mark that most lines hold as often as the header; in a .tsv a tab comes first, else a comma.
+    marks = ("\t", ",", ";") if ".tsv" in path.name.lower() else (",", ";", "\t")
+    header, *texts = (line.text.rstrip("\r\n") for line in sample)
+    present = [mark for mark in marks if mark in header]
+    separator = present[0] if present else marks[0]
+    if declared:
+        separator = declared[1]
+    elif separator != "\t" and len(present) > 1:
+        alike = {mark: sum(t.count(mark) == header.count(mark) for t in texts) for mark in present}
+        separator = max(alike, key=alike.__getitem__)
+
     layout = Layout(path, separator, options.quotes, False, first_line)
     names = layout.split(sample[0])
     layout.padded = any(name != name.strip() for name in names)
     # A .tsv either quotes as the others do, or, as the format's own definition says, not at all.
-    if (
-        separator == "\t"
-        and options.quotes == "auto"
-        and _has_text_quotes(sample, layout, len(names))
-    ):
-        layout.quotes = "text"
+    if separator == "\t" and options.quotes == "auto":
+        columns, source = Columns(len(names)), Lines(iter(sample))
+        columns.learn(sample[1:], layout)
+        try:
+            rows = [values for _, values in _records(source, layout, columns)]
+            is_text = any(isinstance(values, UserError) for values in rows)
+        except UserError:
+            is_text = source.held[-1] is not sample[-1]  # the sample may end inside a cell
+        if is_text:
+            layout.quotes = "text"
     return layout
-
-
-def _separator(path: Path, texts: list[str]) -> str:
-    """The one of which most lines hold as many as the header does; in a .tsv a tab is asked first, else a comma."""
-    marks = ("\t", ",", ";") if ".tsv" in path.name.lower() else (",", ";", "\t")
-    present = [mark for mark in marks if mark in texts[0]]
-    if not present or present[0] == "\t":
-        return present[0] if present else marks[0]
-    return max(
-        present,
-        key=lambda mark: sum(line.count(mark) == texts[0].count(mark) for line in texts[1:]),
-    )
-
-
-def _has_text_quotes(sample: list[Line], layout: Layout, width: int) -> bool:
-    columns, source = Columns(width), Lines(iter(sample))
-    columns.learn(sample[1:], layout)
-    try:
-        return any(isinstance(values, UserError) for _, values in _records(source, layout, columns))
-    except UserError:
-        # The sample may end inside a cell.
-        return source.held[-1] is not sample[-1]
-
-
-def _sample(path: Path, options: FileOptions) -> list[Line]:
-    """The first lines, without those that are cut off or cannot be read; their faults are told when they are read."""
-    found, size = [], 0
-    try:
-        for line in _decoded(path, lines(path, None, options.encoding)):
-            found.append(line)
-            size += len(line.text)
-            if size >= SAMPLE_BYTES:
-                break
-    except UserError:
-        if not found:
-            raise
-    return found
 
 
 def _decoded(path: Path, source: Iterator[utf8.Line]) -> Iterator[Line]:
@@ -279,7 +259,3 @@ def _decoded(path: Path, source: Iterator[utf8.Line]) -> Iterator[Line]:
             # The reader must go on to find the row's end; the row is refused by its caller.
             fault = invalid_utf8(path, f"{path}:{line.number}", error)
             yield Line(line.number, line.data.decode("utf-8", errors="replace") + "\n", fault)
-
-
-def _name(separator: str) -> str:
-    return {",": "comma", ";": "semicolon", "\t": "tab"}.get(separator, repr(separator))

@@ -62,7 +62,7 @@ class Line(NamedTuple):
 
 
 def text_chunks(path: Path, count: Count | None = None, encoding: str = "utf-8") -> Iterator[bytes]:
-    """The text of a file as pieces of UTF-8 without a byte order mark. UTF-8 itself is not checked here.
+    """Yield the text of a file as UTF-8 without a byte order mark; UTF-8 itself is not checked here.
 
     Raises:
         BrokenStream: as `chunks`; every byte before the fault was yielded.
@@ -94,7 +94,7 @@ def text_chunks(path: Path, count: Count | None = None, encoding: str = "utf-8")
 
 
 def _recoded(path: Path, pieces: Iterator[bytes], encoding: str) -> Iterator[bytes]:
-    """UTF-8 of pieces in another encoding."""
+    """Yield pieces in another encoding as UTF-8."""
     decoder = codecs.getincrementaldecoder(encoding)()
     number, started = 1, False
     for piece in chain(filter(None, pieces), [b""]):
@@ -115,7 +115,7 @@ def _recoded(path: Path, pieces: Iterator[bytes], encoding: str) -> Iterator[byt
 
 
 def lines(path: Path, count: Count | None = None, encoding: str = "utf-8") -> Iterator[Line]:
-    """Lines in UTF-8, split at b"\\n" only, a byte order mark removed.
+    """Yield lines in UTF-8, split at b"\\n" only, a byte order mark removed.
 
     Raises:
         UserError: file:line of a broken stream, a UTF-16 file, or a line beyond 256 MiB.
@@ -133,7 +133,11 @@ def lines(path: Path, count: Count | None = None, encoding: str = "utf-8") -> It
             tail.append(rest)
             tail_bytes += len(rest)
             if tail_bytes > LINE_LIMIT_BYTES:
-                raise _line_too_long(path, number + 1)
+                raise UserError(
+                    f"a line is longer than {gib(LINE_LIMIT_BYTES)}",
+                    f"{path}:{number + 1}",
+                    "One record per line is expected; if the file is one JSON array, name it .json.",
+                )
     except BrokenStream as fault:
         raise broken_file(path, fault, number) from None
     last = b"".join(tail)
@@ -151,16 +155,8 @@ def broken_file(path: Path, fault: BrokenStream, good_lines: int) -> UserError:
     )
 
 
-def _line_too_long(path: Path, number: int) -> UserError:
-    return UserError(
-        f"a line is longer than {gib(LINE_LIMIT_BYTES)}",
-        f"{path}:{number}",
-        "One record per line is expected; if the file is one JSON array, name it .json.",
-    )
-
-
 def invalid_utf8(path: Path, where: str, error: UnicodeDecodeError) -> UserError:
-    """The error for text that is not UTF-8, with the encoding that the file has, where it can be told.
+    """Return the error for text that is not UTF-8, with the file's encoding if it can be told.
 
     A remedy that reads the whole file in another encoding would garble a file that is UTF-8 but for one line.
     """
@@ -204,7 +200,7 @@ def invalid_utf8(path: Path, where: str, error: UnicodeDecodeError) -> UserError
 
 
 def encoding_remedy(path: Path, encoding: str) -> str:
-    """The key, and the command for programs without it."""
+    """Return the key that reads such a file, and the command that converts it."""
     command = f"{decompress_command(path)} | iconv" if compression(path) else "iconv"
     source = "" if compression(path) else f" {shlex.quote(str(path))}"
     return (
@@ -229,7 +225,10 @@ SCRIPTS = [
 
 @lru_cache(maxsize=16)
 def _guessed(path: Path, size: int, changed: int) -> str | None:
-    """The encoding of a file that is not UTF-8 as a whole: "utf-8" where most of it is, None where it cannot be told.
+    """Guess the encoding of a file that is not UTF-8 as a whole.
+
+    Returns:
+        "utf-8" if most of it is; None if the encoding cannot be told.
 
     Args:
         size, changed: only distinguish versions of the file.
@@ -280,7 +279,7 @@ def _decodes(data: bytes, encoding: str) -> bool:
 
 
 def _refuse_utf16(path: Path, head: bytes) -> None:
-    """Byte order marks of UTF-16 and UTF-32, and the zeros that ASCII characters have in both."""
+    """Refuse UTF-16 and UTF-32, known by a byte order mark or the zeros of ASCII characters."""
     if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
         name = "utf-32"
     elif head.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -295,7 +294,7 @@ def _refuse_utf16(path: Path, head: bytes) -> None:
 
 
 def _refuse_utf8(path: Path, first: bytes, encoding: str) -> None:
-    """Another encoding read from UTF-8 gives wrong characters without any error."""
+    """Refuse UTF-8: reading it in another encoding gives wrong characters without any error."""
     try:
         text = codecs.getincrementaldecoder("utf-8")().decode(first)
     except UnicodeDecodeError:
