@@ -101,7 +101,9 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
             nvme.prepare(sharding.nvme_folder, world, guard.phase)
         ds_config = deepspeed_config.build(cfg, sharding, world.size, world.device.type == "cuda")
         with guard.phase(f"loading {cfg.model.path}"):
-            module = build_module(cfg, task.head, task.num_labels, base_name(cfg), ds_config, world)
+            module = build_module(
+                cfg, task.head, task.num_labels, base_name(cfg.model, run_dir), ds_config, world
+            )
             parameters = adapters.count(module)
             engine = Engine(module, ds_config, cfg.optim, world)
         if world.device.type == "cpu":

@@ -18,13 +18,13 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from finetune.assets.paths import resolve
 from finetune.checkpointing.format import StateReader, read_state
 from finetune.cli.schemas import ExportAppConfig
 from finetune.compose import Composed
 from finetune.config import Config, FullConfig, Init, plain_config
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import EXIT_DONE, RunFailed, UserError
+from finetune.export.end_of_run import base_name
 from finetune.export.hub import check_hub, push
 from finetune.export.merge import check_mergeable, merged_tensor
 from finetune.export.reopen import (
@@ -47,7 +47,15 @@ from finetune.export.write import (
     write_random_base,
 )
 from finetune.gptj import adapters
-from finetune.gptj.load import DTYPES, Weights, draw, local_folder, meta_model, read_config
+from finetune.gptj.load import (
+    DTYPES,
+    Weights,
+    draw,
+    local_folder,
+    meta_model,
+    read_config,
+    tokenizer_of,
+)
 from finetune.reporting import metrics_log
 from finetune.reporting.terminal import silence_libraries, summary_table
 
@@ -155,7 +163,7 @@ def _export(
             figures = verify_model(stage, source.cfg, source.config, info, source.checkpoint)
     assert app.kind
     reference = _reference(source, app.kind, stage) if verify == "outputs" else None
-    tokenizer = load_tokenizer(_tokenizer(source.cfg))
+    tokenizer = load_tokenizer(tokenizer_of(source.cfg.model))
     return finish_export(
         stage, target, tokenizer, source.config, info, app.kind, reference, figures
     )
@@ -206,18 +214,6 @@ def _check_kind(kind: str, cfg: Config) -> None:
         check_mergeable(cfg.adapter)
 
 
-def _tokenizer(cfg: Config) -> str | None:
-    path = Path(resolve(cfg.model.tokenizer or cfg.model.path)).expanduser()
-    return str(path) if path.is_dir() else cfg.model.tokenizer
-
-
-def _base_name(cfg: Config, folder: Path) -> str:
-    if cfg.model.init is Init.random:
-        return str(folder / "base")
-    path = Path(resolve(cfg.model.path)).expanduser()
-    return str(path.absolute()) if path.is_dir() else cfg.model.path
-
-
 def _source(cfg: Config, app: ExportAppConfig, folder: Path, checkpoint: Path) -> Source:
     check_base(cfg, checkpoint)
     about, saved = about_of_run(folder), read_state(checkpoint)
@@ -242,7 +238,7 @@ def _source(cfg: Config, app: ExportAppConfig, folder: Path, checkpoint: Path) -
     info = ExportInfo(
         cfg.name,
         cfg.task.head,
-        _base_name(cfg, folder),
+        base_name(cfg.model, folder),
         dtype,
         about,
         plain_config(cfg)["task"],

@@ -8,7 +8,7 @@ from pathlib import Path
 from finetune.assets.paths import resolve
 from finetune.checkpointing.checkpoints import Checkpoints
 from finetune.checkpointing.format import step_folder, verify
-from finetune.config import Config, FullConfig, Init, plain_config
+from finetune.config import Config, FullConfig, Init, ModelConfig, plain_config
 from finetune.dist import World
 from finetune.export.hub import push_or_explain
 from finetune.export.write import (
@@ -25,12 +25,15 @@ from finetune.training.inputs import Inputs
 from finetune.training.trainer import Result
 
 
-def base_name(cfg: Config) -> str:
-    """How others find the base model: an absolute path, or the hub id; a random base is written beside the export."""
-    if cfg.model.init is Init.random:
-        return str(Path(cfg.run_dir or ".") / "base")
-    path = Path(resolve(cfg.model.path)).expanduser()
-    return str(path.absolute()) if path.is_dir() else cfg.model.path
+def base_name(cfg: ModelConfig, run_dir: Path) -> str:
+    """Return how others find the base model: an absolute path, or the hub id.
+
+    A random base is written beside the export.
+    """
+    if cfg.init is Init.random:
+        return str(run_dir / "base")
+    path = Path(resolve(cfg.path)).expanduser()
+    return str(path.absolute()) if path.is_dir() else cfg.path
 
 
 def take_best(
@@ -106,7 +109,7 @@ def export_trained(
     info = ExportInfo(
         cfg.name,
         inputs.task.head,
-        base_name(cfg),
+        base_name(cfg.model, run_dir),
         cfg.model.dtype.value,
         inputs.about(),
         plain_config(cfg)["task"],

@@ -343,7 +343,9 @@ def finish_export(
     """
     try:
         prompted = (
-            kind == "adapter" and info.head == "classify" and _peft_type(stage) == "PROMPT_TUNING"
+            kind == "adapter"
+            and info.head == "classify"
+            and read_json(stage / "adapter_config.json")["peft_type"] == "PROMPT_TUNING"
         )
         # With virtual tokens, peft passes embeddings on, in which transformers cannot detect
         # padding: it pools the last position.
@@ -409,10 +411,6 @@ def finish_export(
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _peft_type(folder: Path) -> str:
-    return read_json(folder / "adapter_config.json")["peft_type"]
-
-
 def _replace(stage: Path, target: Path) -> None:
     """Replace the old export; it is removed only once the new one is complete."""
     old = target.with_name(f".old-{target.name}")
@@ -474,11 +472,16 @@ def fresh_process(module: str, words: list[str], where: str) -> str:
     Raises:
         RunFailed: the process failed; the message is its last line.
     """
+    # Without the launcher's variables, and without the GPUs, which the trained model still occupies.
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
+    root = str(Path(__file__).resolve().parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
         [sys.executable, "-m", module, *words],
         capture_output=True,
         text=True,
-        env=_fresh_environment(),
+        env=environment,
         check=False,
     )
     lines = done.stdout.strip().splitlines()
@@ -487,17 +490,6 @@ def fresh_process(module: str, words: list[str], where: str) -> str:
         killed = " (killed: not enough memory?)" if done.returncode < 0 else ""
         raise RunFailed(f"{module} could not open it{killed}: {reason}", where)
     return lines[-1]
-
-
-def _fresh_environment() -> dict[str, str]:
-    """Return the environment without the launcher's variables and without GPUs.
-
-    The trained model still occupies the GPUs.
-    """
-    kept = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [root, kept.get("PYTHONPATH")]))
-    return kept | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
 
 
 def refuse_overwrite(target: Path) -> None:
