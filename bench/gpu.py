@@ -1,429 +1,288 @@
-"""GPT-J-6B on one GPU, offline, with random weights: speed, memory, and the planner against what was measured.
+"""GPT-J-6B on one GPU, offline, with random weights: speed and memory in one command of 8 minutes.
 
-    python bench/gpu.py [--part lora full kernels generate profile] [--steps 8] [--out bench/results/gpu.json]
-    python bench/gpu.py --dry-run          the same on a CPU with a tiny model: does every part still run?
+    python bench/gpu.py --out bench/results/gpu.json [--part NAME ...] [--budget 480]
+    python bench/gpu.py --dry-run                    every part on a CPU with a tiny model
+    python bench/gpu.py --compare OLD.json NEW.json  what got slower or larger by more than 5%
 
-lora      LoRA at sequence 2048 over micro-batches, with and without activation checkpointing; and transformers' Trainer
-          with DeepSpeed on its eager GPT-J at the micro-batches that fit: tokens/s, MFU, peak bytes, plan beside them
-full      all weights with the optimizer on the host, 131,072 tokens a step, stages 1 and 3
-kernels   attention, loss and GELU alone beside their eager counterparts over length
-generate  tokens/s of greedy generation beside transformers' GPT-J, batches of 1 and 32
-profile   torch's profiler over LoRA steps: where the time goes
+Parts (`gpu_parts.py` measures; each part is a process with a time limit, and a part that fails or
+takes too long is recorded with its message while the others go on; results are written after each):
 
-All programs load one checkpoint of random weights, drawn once. A run that does not fit is recorded with its message and
-the others go on; `--out` is written after each part. Every result names date, GPU, driver, versions and command. Wheels that
-a machine without network lacks: deepspeed, hydra-core, omegaconf, antlr4, datasets, zstandard, hjson, pydantic (pip
-download --no-deps, DS_BUILD_OPS=0). The planner against measured peaks: python bench/plan_accuracy.py --cases gpu
+    nccl        start of the communication library with one rank, and an all-reduce
+    products    nothing but the matrix products of the blocks, forward and input gradients: the limit
+    attention   attention kernels alone, forward and backward
+    loss        head and cross-entropy alone, forward and backward
+    model       draw the checkpoint of random weights that the parts below load
+    main        the real command: deepspeed launch/train.py, LoRA, with a verified export
+    lora        LoRA over micro-batch and activation checkpointing, one process, one load
+    ablate      the same with one thing switched off at a time
+    trainer     transformers' Trainer with DeepSpeed and peft, its default attention, same adapter
+    full        all weights, optimizer on the host, 131,072 tokens a step
+    generate    greedy generation here and by plain transformers, batches of 1 and 32
+
+Peaks stand beside the planner's predictions, and measured figures beside the targets.
+
+A rented machine, 15 minutes, two calls. It needs 40 GB of disk, and 110 GB of host memory for `full`.
+Without network, bring wheels of what the machine lacks next to torch; on a machine with network:
+
+    DS_BUILD_OPS=0 pip wheel --no-deps -w wheels deepspeed
+    pip download --no-deps -d wheels transformers peft datasets hydra-core omegaconf hjson dill \\
+        multiprocess zstandard pydantic pydantic-core annotated-types typing-inspection
+    pip wheel --no-deps -w wheels antlr4-python3-runtime==4.9.3
+
+Then there, once to see that everything is installed, and once to measure:
+
+    python bench/gpu.py --wheels wheels --work /tmp/gpu --part nccl attention model
+    python bench/gpu.py --wheels wheels --work /tmp/gpu --out bench/results/gpu.json
+
+`--work` keeps the installed wheels and the checkpoint between the calls. Last,
+`python bench/performance_tables.py` writes the table of docs/performance.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
-import statistics
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from workload import ROOT, dense_documents, launch, machine
+from workload import ROOT, machine
 
-LORA = {"q,v": "[q_proj,v_proj]", "all-linear": "all-linear"}
-TOKENS_PER_STEP = 131_072
-PARTS = ("lora", "full", "kernels", "generate", "profile")
-SHARD_BYTES = 4 * 2**30
-
-
-def checkpoint(folder: Path, name: str) -> Path:
-    """Random bf16 weights of the model `name` in Hugging Face's layout, drawn on the GPU where there is one."""
-    import torch
-
-    from finetune.assets.paths import asset
-    from finetune.data.tokenizer import load_tokenizer
-    from finetune.export.safetensors_writer import ShardWriter
-    from finetune.planning.shape import load_shape
-
-    folder.mkdir()
-    shutil.copy(asset(name) / "config.json", folder)
-    load_tokenizer(None).save_pretrained(folder)
-    shapes = dict(load_shape(str(asset(name)), "lm", 2).tensors())
-    device, writer = (
-        "cuda" if torch.cuda.is_available() else "cpu",
-        ShardWriter(folder, shapes, torch.bfloat16, SHARD_BYTES),
-    )
-    torch.manual_seed(0)
-    for tensor_name, shape in shapes.items():
-        if len(shape) == 1:
-            value = torch.full(
-                shape, float("ln_" in tensor_name and tensor_name.endswith("weight"))
-            )
-        else:
-            value = torch.randn(shape, device=device).mul_(0.02)
-        writer.add(tensor_name, value.bfloat16().cpu())
-    writer.close()
-    return folder
+LIMITS = {
+    "nccl": 25,
+    "products": 25,
+    "attention": 30,
+    "loss": 25,
+    "model": 60,
+    "main": 90,
+    "lora": 75,
+    "ablate": 60,
+    "trainer": 90,
+    "full": 120,
+    "generate": 75,
+}
+"""Most seconds of each part; all together also end within `--budget`."""
+NEEDS_MODEL = ("main", "lora", "ablate", "trainer", "full", "generate")
+TARGETS = (
+    ("LoRA, best, tokens/s", 22_000, "lora", "tokens_per_second", ""),
+    ("LoRA, micro 8, whole blocks, tokens/s", 14_000, "lora", "tokens_per_second", "micro 8, whole blocks"),
+    ("full, optimizer on the host, tokens/s", 10_500, "full", "tokens_per_second", ""),
+    ("generation, batch 1, tokens/s", 200, "generate", "tokens_per_second", "ours, batch 1"),
+    ("generation, batch 32, tokens/s", 4_000, "generate", "tokens_per_second", "ours, batch 32"),
+)  # fmt: skip
+"""Name, figure to reach, part, key, and its case; without a case, the best one counts."""
+WORSE = 1.05
+HIGHER_IS_BETTER = ("tokens_per_second", "tflops", "gigabytes_per_second")
+LOWER_IS_BETTER = ("_ms", "seconds", "peak_gpu_bytes", "peak_host_bytes")
 
 
-def our_run(folder: Path, model: Path, data: Path, steps: int, words: list[str]) -> dict:
-    """One run of this project; its figures, or its message when it fails."""
-    run_dir = folder / "run"
-    shutil.rmtree(run_dir, ignore_errors=True)
-    command = [
-        "recipe=clm_pile",
-        f"model.path={model}",
-        f"data.train={data}",
-        "data.eval=null",
-        f"train.steps={steps}",
-        "train.eval_every=0",
-        "optim.schedule=constant",
-        "optim.warmup=0",
-        "export.enabled=false",
-        "checkpoint.every=0",
-        f"data.cache_dir={folder / 'cache'}",
-        f"run_dir={run_dir}",
-        *words,
-    ]
-    record: dict = {"words": words}
-    try:
-        launch(1, "launch/train.py", command, folder / "run.log")
-    except RuntimeError as error:
-        return record | {"error": str(error).strip().splitlines()[-1]}
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    steady = [line for line in lines if line["kind"] == "train"][2:]
-    result, plan = (
-        json.loads((run_dir / name).read_text()) for name in ("result.json", "plan.json")
-    )
-    chosen = next(
-        option
-        for option in plan["options"]
-        if all(option[key] == plan["chosen"][key] for key in plan["chosen"] if key in option)
-    )
-    return record | {
-        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in steady),
-        "mfu": statistics.median(line["mfu"] for line in steady) if "mfu" in steady[0] else None,
-        "peak_gpu_bytes": result["peak_gpu_bytes"],
-        "peak_host_bytes": result["peak_host_bytes"],
-        "predicted_gpu_bytes": chosen["gpu_bytes"],
-        "predicted_host_bytes": chosen["host_bytes"],
-        "predicted_tensor_bytes": chosen.get("tensor_bytes"),
-    }
-
-
-def trainer_run(
-    folder: Path, model: Path, length: int, micro: int, steps: int, checkpointing: bool
-) -> dict:
-    """transformers' Trainer with DeepSpeed stage 0 on its own GPT-J, LoRA on q and v."""
-    place = folder / "peer"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
-    rows = place / "rows.jsonl"
-    rows.write_text(
-        "\n".join(
-            json.dumps(
-                {
-                    "input_ids": [(7 * i + j) % 50000 for j in range(length)],
-                    "labels": [(7 * i + j) % 50000 for j in range(length)],
-                }
-            )
-            for i in range(micro * (steps + 1))
+def run_part(name: str, setting: Path, work: Path, limit: float) -> dict:
+    """Measure one part in a process of its own; its cases, and its message if it failed."""
+    out, log = work / f"{name}.json", work / f"{name}.log"
+    out.unlink(missing_ok=True)
+    command = [sys.executable, "bench/gpu_parts.py", name, str(setting), str(out)]
+    started, error = time.perf_counter(), None
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
         )
-    )
-    spec = {
-        "peer": "trainer",
-        "model": str(model),
-        "rows": str(rows),
-        "out": str(place / "out"),
-        "steps": steps,
-        "micro": micro,
-        "stage": 0,
-        "length": length,
-        "checkpointing": checkpointing,
-        "lora": {
-            "r": 8,
-            "lora_alpha": 16,
-            "lora_dropout": 0.0,
-            "target_modules": ["q_proj", "v_proj"],
-        },
-    }
-    (place / "spec.json").write_text(json.dumps(spec))
-    record: dict = {"micro": micro, "checkpointing": checkpointing}
-    try:
-        launch(1, "bench/peer_trainer.py", [str(place / "spec.json")], folder / "peer.log")
-    except RuntimeError as error:
-        return record | {"error": str(error).strip().splitlines()[-1]}
-    out = json.loads((place / "out.0.json").read_text())
-    return record | {
-        "tokens_per_second": micro * length / statistics.median(out["seconds"][2:]),
-        "peak_gpu_bytes": out.get("peak_gpu_bytes"),
-        "peak_host_bytes": out["peak_host_bytes"],
-    }
-
-
-def lora(folder: Path, model: Path, data: Path, steps: int, length: int, micros: list[int]) -> dict:
-    ours, peers = [], []
-    for targets in LORA.values():
-        for checkpointing in (False, True):
-            for micro in micros:
-                ours.append(
-                    _told(
-                        our_run(
-                            folder,
-                            model,
-                            data,
-                            steps,
-                            [
-                                "adapter=lora",
-                                f"adapter.targets={targets}",
-                                "zero=stage0",
-                                f"task.max_length={length}",
-                                f"train.micro_batch={micro}",
-                                f"train.global_batch={micro}",
-                                f"train.activation_checkpointing={str(checkpointing).lower()}",
-                            ],
-                        )
-                    )
-                )
-    for checkpointing in (False, True):
-        for micro in micros:
-            peers.append(_told(trainer_run(folder, model, length, micro, steps, checkpointing)))
-    best = [
-        max((r["tokens_per_second"] for r in runs if "tokens_per_second" in r), default=None)
-        for runs in (ours, peers)
-    ]
-    return {
-        "ours": ours,
-        "trainer": peers,
-        "best": dict(zip(("ours", "trainer"), best, strict=True)),
-        "ratio": best[0] / best[1] if all(best) else None,
-    }
-
-
-def full(folder: Path, model: Path, data: Path, steps: int, length: int, micros: list[int]) -> dict:
-    batch = max(1, TOKENS_PER_STEP // length) if length == 2048 else 2 * max(micros)
-    runs = []
-    for stage in (1, 3):
-        for micro in [m for m in micros if batch % m == 0]:
-            runs.append(
-                _told(
-                    our_run(
-                        folder,
-                        model,
-                        data,
-                        max(3, steps // 2),
-                        [
-                            "adapter=full",
-                            f"zero=stage{stage}",
-                            "zero.offload_optimizer=cpu",
-                            f"task.max_length={length}",
-                            f"train.micro_batch={micro}",
-                            f"train.global_batch={batch}",
-                            "train.activation_checkpointing=true",
-                        ],
-                    )
-                )
+        try:
+            if process.wait(timeout=limit):
+                error = log.read_text(errors="replace")[-2000:]
+        except subprocess.TimeoutExpired:
+            error = (
+                f"stopped after its limit of {limit:.0f} s; {log} ends:\n"
+                + log.read_text(errors="replace")[-1000:]
             )
-    return {"ours": runs}
+        finally:
+            # The part may have started a launcher with ranks of its own.
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    part = {"wall_seconds": round(time.perf_counter() - started, 1)}
+    if error:
+        part["error"] = error
+    return part | {"cases": json.loads(out.read_text()) if out.is_file() else {}}
 
 
-def kernels(lengths: list[int], heads: int, width: int) -> list[dict]:
-    """Milliseconds, forward and backward, of attention, of the head with its loss, of the GELU, for one sequence."""
-    import torch
-    import torch.nn.functional as F
-    from transformers.activations import NewGELUActivation
-
-    from finetune.gptj.attention import pack, packed_attention, pick_attention
-    from finetune.gptj.loss import chunked_cross_entropy
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind = pick_attention("auto", device.type, torch.bfloat16)
-    weight = (
-        torch.randn(50400, width, device=device, dtype=torch.bfloat16).mul_(0.02).requires_grad_()
-    )
+def targets(parts: dict) -> list[dict]:
+    """Every target beside the figure that was measured, None where there is none."""
     rows = []
-    for length in lengths:
-        q, k, v = (
-            torch.randn(
-                length, heads, width // heads, device=device, dtype=torch.bfloat16
-            ).requires_grad_()
-            for _ in range(3)
-        )
-        boundaries = torch.tensor([0, length], dtype=torch.int32)
-        hidden = torch.randn(length, width, device=device, dtype=torch.bfloat16).requires_grad_()
-        labels = torch.randint(0, 50400, (length,), device=device)
-        wide = torch.randn(length, 4 * width, device=device, dtype=torch.bfloat16).requires_grad_()
-        row = {"length": length, "attention": kind}
-        for name, work in {
-            "attention_ms": lambda q=q, k=k, v=v, b=boundaries, n=kind: packed_attention(
-                q, k, v, pack(b, n, device)
-            ).sum(),
-            "eager_attention_ms": lambda q=q, k=k, v=v, b=boundaries: packed_attention(
-                q, k, v, pack(b, "eager", device)
-            ).sum(),
-            "loss_ms": lambda h=hidden, t=labels: chunked_cross_entropy(h, weight, None, t),
-            "gelu_ms": lambda x=wide: F.gelu(x, approximate="tanh").sum(),
-            "eager_gelu_ms": lambda x=wide: NewGELUActivation()(x).sum(),
-            "eager_loss_ms": lambda h=hidden, t=labels: F.cross_entropy(
-                (h @ weight.T).float(), t, reduction="sum"
-            ),
-        }.items():
-            row[name] = _milliseconds(work, device)
-        rows.append(_told(row))
+    for name, target, part, key, case in TARGETS:
+        cases = parts.get(part, {}).get("cases", {})
+        measured = [c[key] for n, c in cases.items() if key in c and case in ("", n)]
+        rows.append({"name": name, "target": target, "measured": max(measured, default=None)})
     return rows
 
 
-def _milliseconds(work, device, repeat: int = 5) -> float:
-    import torch
-
-    times = []
-    for _ in range(repeat + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        work().backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times[1:])
-
-
-def generate(model: Path, batches: list[int], new: int, prompt: int) -> list[dict]:
-    """Greedy tokens per second, the same weights and prompts; the share of equal tokens, since bf16 rounds differently."""
-    import torch
-    from transformers import GPTJForCausalLM
-
-    from finetune.config import Dtype
-    from finetune.data.tokenizer import load_tokenizer
-    from finetune.export.reopen import load_export
-    from finetune.gptj.library import to_library_model
-    from finetune.inference.sample import Sampling, continue_ids
-
-    device, tokenizer = (
-        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        load_tokenizer(None),
-    )
-    models = {
-        "ours": to_library_model(load_export(model, Dtype.bf16, device).module),
-        "transformers": GPTJForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-        .to(device)
-        .eval(),
+def predictions(parts: dict) -> dict[str, dict]:
+    """The planner's peak beside every measured one, and their ratio."""
+    return {
+        f"{part}: {name}": {
+            "predicted_bytes": case["predicted_bytes"],
+            "measured_bytes": case["planned_peak_bytes"],
+            "ratio": case["predicted_bytes"] / case["planned_peak_bytes"],
+        }
+        for part, result in parts.items()
+        for name, case in result["cases"].items()
+        if case.get("predicted_bytes") and case.get("planned_peak_bytes")
     }
-    how, rows = Sampling(new, temperature=0), []
-    for batch in batches:
-        prompts = [[(97 * i + 7 * j) % 50000 for j in range(prompt)] for i in range(batch)]
-        row, found = {"batch": batch, "prompt_tokens": prompt, "new_tokens": new}, {}
-        for name, module in models.items():
-            times = []
-            for _ in range(3):
-                began = time.perf_counter()
-                found[name] = continue_ids(
-                    module, tokenizer, prompts, how, device
-                )  # ends with a copy to the host
-                times.append(time.perf_counter() - began)
-            row[name] = {
-                "tokens_per_second": sum(map(len, found[name])) / statistics.median(times[1:])
-            }
-        same = [
-            a == b
-            for mine, theirs in zip(found["ours"], found["transformers"], strict=True)
-            for a, b in zip(mine, theirs, strict=False)
-        ]
-        rows.append(_told(row | {"equal_tokens": statistics.mean(same) if same else None}))
-    return rows
 
 
-def profile(model: Path, length: int, micro: int) -> str:
-    """The table of `bench/profile_step.py` for LoRA at stage 0."""
-    command = [
-        sys.executable,
-        "bench/profile_step.py",
-        "--model",
-        str(model),
-        "--lora",
-        "--stage",
-        "0",
-        "--rows",
-        "30",
-        "--length",
-        str(length),
-        "--micro",
-        str(micro),
-    ]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    table = ran.stdout if ran.returncode == 0 else ran.stderr[-2000:]
-    print(table, flush=True)
-    return table
+def figures(report: dict) -> Iterator[tuple[tuple[str, str, str], float]]:
+    """Every figure of a result that has a better direction, by part, case and key."""
+    for part, result in report["parts"].items():
+        for name, case in result["cases"].items():
+            for key, value in case.items():
+                directed = key in HIGHER_IS_BETTER or key.endswith(LOWER_IS_BETTER)
+                if directed and isinstance(value, (int, float)) and value > 0:
+                    yield (part, name, key), value
 
 
-def _told(record: dict) -> dict:
-    print(" ", json.dumps(record), flush=True)
-    return record
+def compare(old: dict, new: dict) -> list[str]:
+    """Name every figure of `new` that is worse than in `old` by more than 5%, or is gone.
+
+    Parts that did not run the second time are left out.
+    """
+    after, problems = dict(figures(new)), []
+    for where, before in figures(old):
+        part, name, key = where
+        if part not in new["parts"]:
+            continue
+        label = f"{part}: {name}: {key}"
+        if where not in after:
+            case = new["parts"][part]["cases"].get(name, new["parts"][part])
+            reason = str(case.get("error", "not measured")).strip().splitlines()[-1]
+            problems.append(f"{label} was {before:,.6g} and is missing: {reason}")
+            continue
+        now = after[where]
+        if (before / now if key in HIGHER_IS_BETTER else now / before) > WORSE:
+            problems.append(
+                f"{label} was {before:,.6g} and is {now:,.6g} ({now / before - 1:+.1%})"
+            )
+    return problems
 
 
 def gpu() -> dict | None:
-    """Name, memory and driver of the first GPU."""
+    """Name, memory and driver of the first GPU; None without one."""
+    query = "--query-gpu=name,memory.total,driver_version"
     try:
-        out = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"],
+        ran = subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader"],
             capture_output=True,
             text=True,
             check=True,
-        ).stdout.splitlines()[0]
+        )
+        values = ran.stdout.splitlines()[0].split(",")
     except (OSError, subprocess.CalledProcessError, IndexError):
         return None
-    return dict(
-        zip(("name", "memory", "driver"), (part.strip() for part in out.split(",")), strict=True)
-    )
+    return dict(zip(("name", "memory", "driver"), map(str.strip, values), strict=True))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def commit() -> str | None:
+    """The commit that is measured, marked where files were changed since."""
+    ran = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
-    parser.add_argument("--part", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--micro", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument(
-        "--dry-run", action="store_true", help="a tiny model, here, to see that every part runs"
+    return ran.stdout.strip() or None
+
+
+def install(wheels: Path, site: Path) -> None:
+    """Install the wheels of a folder where this program and all that it starts will find them."""
+    if not site.is_dir():
+        files = sorted(map(str, wheels.glob("*.whl")))
+        if not files:
+            sys.exit(f"no *.whl in {wheels}: fill it as `python bench/gpu.py --help` says")
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+        subprocess.run([*pip, "--target", str(site), *files], check=True)
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(site), os.environ.get("PYTHONPATH")])
     )
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    sys.path.insert(0, str(site))  # the versions of the result are read here
+
+
+def measure(args: argparse.Namespace, work: Path) -> int:
+    """Run the parts and write the result after each; the number of parts that failed."""
     device = gpu()
     if device is None and not args.dry_run:
         sys.exit("no GPU here; --dry-run tries every part with a tiny model on the CPU")
-    dry = args.dry_run
-    name, length, micros, steps = (
-        ("gptj_tiny", 128, [1], 4) if dry else ("gptj_6b", 2048, args.micro, args.steps)
-    )
+    if args.wheels:
+        install(args.wheels.resolve(), work / "site")
+    setting = work / "setting.json"
+    setting.write_text(json.dumps({"dry": args.dry_run, "work": str(work)}))
     report: dict = {
         "command": " ".join(["python", *sys.argv]),
+        "commit": args.commit or commit(),
+        "dry_run": args.dry_run,
         "gpu": device,
         "machine": machine(),
-        "model": name,
+        "model": "gptj_tiny" if args.dry_run else "gptj_6b",
+        "parts": {},
     }
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        model = checkpoint(folder / "model", name)
-        data = dense_documents(folder / "data.jsonl", length * max(max(micros) * (steps + 2), 200))
-        work = {
-            "lora": lambda: lora(folder, model, data, steps, length, micros),
-            "full": lambda: full(folder, model, data, steps, length, micros),
-            "kernels": lambda: (
-                kernels([128, 256], 16, 256) if dry else kernels([512, 1024, 2048], 16, 4096)
-            ),
-            "generate": lambda: (
-                generate(model, [1, 2], 8, 32) if dry else generate(model, [1, 32], 128, 512)
-            ),
-            "profile": lambda: profile(model, length, 1 if dry else 4),
-        }
-        for part in args.part:
-            print(part, flush=True)
-            report[part] = work[part]()
-            if args.out:
-                args.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report.get("lora", {}).get("best")))
+    parts = report["parts"]
+    wanted = [name for name in LIMITS if name in args.part]
+    if set(wanted) & set(NEEDS_MODEL) and not (work / "model/config.json").is_file():
+        wanted = [name for name in LIMITS if name in wanted or name == "model"]
+    ends = time.perf_counter() + args.budget
+    for name in wanted:
+        left = ends - time.perf_counter()
+        if left < 5:
+            parts[name] = {"wall_seconds": 0.0, "error": "no time was left", "cases": {}}
+        else:
+            parts[name] = run_part(name, setting, work, min(LIMITS[name], left))
+        print(f"{name}, {parts[name]['wall_seconds']} s", flush=True)
+        for case, values in parts[name]["cases"].items():
+            print(f"  {case}: {json.dumps(values)}", flush=True)
+        if "error" in parts[name]:
+            print(f"  failed: {parts[name]['error']}", flush=True)
+        report |= {"targets": targets(parts), "planner": predictions(parts)}
+        if args.out:
+            args.out.write_text(json.dumps(report, indent=1) + "\n")
+    for row in report["targets"]:
+        print(f"{row['name']}: {row['measured']} (target {row['target']})")
+    failed = [part for part in parts.values() if "error" in part]
+    if args.dry_run:  # everything fits there: a case that fails is a mistake
+        failed += [
+            case for part in parts.values() for case in part["cases"].values() if "error" in case
+        ]
+    return len(failed)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", nargs="+", default=list(LIMITS), choices=LIMITS)
+    parser.add_argument("--budget", type=float, default=480, help="seconds for all parts")
+    parser.add_argument("--dry-run", action="store_true", help="a tiny model on the CPU")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels to install first")
+    parser.add_argument("--work", type=Path, help="keep the wheels, model and logs in this folder")
+    parser.add_argument("--commit", help="what is measured, where git cannot tell")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"))
+    args = parser.parse_args()
+    if args.compare:
+        problems = compare(*(json.loads(file.read_text()) for file in args.compare))
+        print("\n".join(problems) or "nothing got worse by more than 5%")
+        return int(bool(problems))
+    if args.work:
+        args.work.mkdir(parents=True, exist_ok=True)
+        return int(measure(args, args.work.resolve()) > 0)
+    work = Path(tempfile.mkdtemp(prefix="gpu-bench-"))
+    try:
+        return int(measure(args, work) > 0)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

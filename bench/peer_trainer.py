@@ -148,6 +148,7 @@ def main() -> None:
         "tokens": tokens,
         "start_host_bytes": watch.start_host,
         "peak_host_bytes": status("VmHWM"),
+        "attention": model.config._attn_implementation,
     }
     if torch.cuda.is_available():
         result["peak_gpu_bytes"] = torch.cuda.max_memory_reserved()
