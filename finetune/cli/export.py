@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from finetune.checkpointing.format import StateReader, read_state
 from finetune.cli.schemas import ExportAppConfig
 from finetune.compose import Composed
-from finetune.config import Config, FullConfig, Init, plain_config
+from finetune.config import Config, FullConfig, Init, LoraConfig, plain_config
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import EXIT_DONE, RunFailed, UserError
+from finetune.export import engines, phi
 from finetune.export.end_of_run import base_name
 from finetune.export.hub import check_hub, push
 from finetune.export.merge import check_mergeable, merged_tensor
@@ -37,11 +38,13 @@ from finetune.export.reopen import (
 from finetune.export.verify_tensors import verify_adapter, verify_model
 from finetune.export.write import (
     ExportInfo,
+    check_adapter,
     finish_export,
     fresh_process,
     fresh_stage,
     real_conversations,
     refuse_overwrite,
+    replace_export,
     write_adapter,
     write_model,
     write_random_base,
@@ -59,7 +62,9 @@ from finetune.gptj.load import (
 from finetune.reporting import metrics_log
 from finetune.reporting.terminal import silence_libraries, summary_table
 
-KINDS = ("adapter", "merged", "full")
+KINDS = ("adapter", "merged", "full", *engines.KINDS)
+PRECISIONS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "fp32": "fp32", "fp16": "fp16"}
+"""As typed -> as configured; GGUF has its own names for the same."""
 VERIFY = {
     "true": "outputs",
     "outputs": "outputs",
@@ -124,6 +129,7 @@ def run(composed: Composed) -> int:
     folder, checkpoint = checkpoint_of(Path(app.run).expanduser().absolute())
     cfg = load_config(folder)
     _check_kind(app.kind, cfg)
+    _check_dtype(app)
     target = Path(app.out).expanduser().absolute() if app.out else folder / f"export-{app.kind}"
     refuse_overwrite(target)
     if cfg.model.init is Init.random and not (folder / "base").exists() and app.kind == "adapter":
@@ -146,6 +152,8 @@ def _export(
     source: Source, app: ExportAppConfig, verify: str, stage: Path, target: Path
 ) -> dict[str, Any]:
     info, figures = source.info, None
+    if app.kind in engines.KINDS:
+        return _export_for_engine(source, app, verify, stage, target)
     if app.kind == "adapter":
         _write_adapter(source, stage)
         if verify == "tensors":
@@ -169,11 +177,42 @@ def _export(
     )
 
 
+def _export_for_engine(
+    source: Source, app: ExportAppConfig, verify: str, stage: Path, target: Path
+) -> dict[str, Any]:
+    """Write and prove an export in Phi's form or as a GGUF file."""
+    kind, info, config = str(app.kind), source.info, source.config
+    tokenizer = load_tokenizer(tokenizer_of(source.cfg.model))
+    figures: dict[str, Any] = {}
+    dtype, reference_dtype = info.dtype, info.dtype
+    if kind == "phi_adapter":
+        assert info.base_folder
+        base = engines.check_phi_base(app.base, info.base_folder)
+        _write_adapter(source, stage)
+        figures = check_adapter(stage) | {"phi_base": str(base)}
+        engines.write_phi_adapter(stage, config, info, tokenizer, base)
+    elif kind == "phi":
+        engines.write_phi(
+            stage, source.tensors(), source.shapes(), config, info, tokenizer, app.max_shard_gib
+        )
+    else:
+        dtype = "q8_0" if app.dtype == "q8_0" else info.dtype.replace("fp", "f")
+        engines.write_gguf(stage, source.tensors(), source.shapes(), config, info, tokenizer, dtype)
+        reference_dtype = "fp32"  # llama.cpp multiplies what it reads in fp32
+    engines.write_about(kind, stage, info, dtype)
+    if verify == "outputs":
+        reference = _reference(source, kind, stage, reference_dtype)
+        figures |= engines.verify_engine(kind, stage, reference, dtype)
+    figures = engines.finish_engine_export(kind, stage, info, figures, dtype)
+    replace_export(stage, target)
+    return figures
+
+
 def _check(app: ExportAppConfig) -> str:
     """Raise for problems that can be seen without the run, and return the kind of verification."""
     if not app.run or not app.kind:
         raise UserError(
-            "run=RUN_DIR and kind=adapter|merged|full are both needed",
+            f"run=RUN_DIR and kind={'|'.join(KINDS)} are both needed",
             remedy="python launch/export.py run=runs/quickstart/... kind=merged",
         )
     if app.max_shard_gib <= 0:
@@ -184,6 +223,12 @@ def _check(app: ExportAppConfig) -> str:
     if verify is None:
         raise UserError(
             f"verify = {app.verify} is unknown", "verify", "Choose from outputs, tensors, none."
+        )
+    if app.kind in engines.KINDS and verify == "tensors":
+        raise UserError(
+            f"kind={app.kind} is proven by outputs",
+            "verify",
+            "Use verify=outputs, or verify=none.",
         )
     if app.push_to_hub:
         if verify == "none":
@@ -198,7 +243,7 @@ def _check_kind(kind: str, cfg: Config) -> None:
     full = isinstance(cfg.adapter, FullConfig)
     if kind not in KINDS:
         raise UserError(f"kind = {kind} is unknown", "kind", f"Choose from {', '.join(KINDS)}.")
-    if full and kind != "full":
+    if full and kind in ("adapter", "merged", "phi_adapter"):
         raise UserError(
             f"this run trained every weight: there is no adapter to export as {kind}",
             "kind",
@@ -210,8 +255,21 @@ def _check_kind(kind: str, cfg: Config) -> None:
             "kind",
             "Use kind=merged for a whole model, or kind=adapter.",
         )
-    if kind == "merged":
+    if kind == "phi_adapter" and (not isinstance(cfg.adapter, LoraConfig) or cfg.adapter.dora):
+        name = "dora" if isinstance(cfg.adapter, LoraConfig) else cfg.adapter.kind
+        raise phi.no_counterpart(name)
+    if not full and kind in ("merged", "phi", "gguf"):
         check_mergeable(cfg.adapter)
+
+
+def _check_dtype(app: ExportAppConfig) -> None:
+    names = [*PRECISIONS, "q8_0"] if app.kind == "gguf" else ["bf16", "fp16", "fp32"]
+    if app.dtype is not None and app.dtype not in names:
+        raise UserError(
+            f"dtype = {app.dtype} is unknown for kind={app.kind}",
+            "dtype",
+            f"Choose from {', '.join(names)}.",
+        )
 
 
 def _source(cfg: Config, app: ExportAppConfig, folder: Path, checkpoint: Path) -> Source:
@@ -229,7 +287,7 @@ def _source(cfg: Config, app: ExportAppConfig, folder: Path, checkpoint: Path) -
         "seed": cfg.seed,
         "checkpoint": checkpoint.name,
     }
-    dtype = (app.dtype or cfg.model.dtype).value
+    dtype = PRECISIONS.get(app.dtype or "", cfg.model.dtype.value)
     base = (
         folder / "base"
         if cfg.model.init is Init.random
@@ -249,6 +307,8 @@ def _source(cfg: Config, app: ExportAppConfig, folder: Path, checkpoint: Path) -
         base,
     )
     config = read_config(local_folder(cfg.model), cfg.model, about.get("num_labels"))
+    if app.kind in engines.KINDS:
+        engines.check_engine(app.kind, config, info.head)
     return Source(cfg, folder, checkpoint, info, config)
 
 
@@ -263,8 +323,10 @@ def _write_adapter(source: Source, stage: Path) -> None:
     write_adapter(shell, trained, stage)
 
 
-def _reference(source: Source, kind: str, stage: Path) -> dict[str, Tensor]:
-    """Return outputs of the model as it was trained, in the export's precision.
+def _reference(
+    source: Source, kind: str, stage: Path, dtype: str | None = None
+) -> dict[str, Tensor]:
+    """Return outputs of the model as it was trained, in the export's precision or in `dtype`.
 
     They are computed in a separate process that ends afterwards.
     """
@@ -275,7 +337,7 @@ def _reference(source: Source, kind: str, stage: Path) -> dict[str, Tensor]:
         texts.write_text(json.dumps(reference_texts_of(source.folder)), encoding="utf-8")
         fresh_process(
             "finetune.export.reference_process",
-            [str(source.checkpoint), kind, source.info.dtype, str(texts), str(out)],
+            [str(source.checkpoint), kind, dtype or source.info.dtype, str(texts), str(out)],
             str(source.checkpoint),
         )
         return load_file(out)

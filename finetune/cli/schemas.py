@@ -51,11 +51,13 @@ class ExportAppConfig:
     run: Optional[str] = None
     """Run directory, or one checkpoint in it."""
     kind: Optional[str] = None
-    """adapter, merged or full."""
+    """adapter, merged or full; for other engines phi (whole model), phi_adapter or gguf (docs/export.md)."""
     out: Optional[str] = None
     """Target directory; null: RUN/export-KIND."""
-    dtype: Optional[Dtype] = None
-    """Precision of the written weights; null: the run's own."""
+    dtype: Optional[str] = None
+    """Precision of the written weights: bf16, fp16 or fp32, of a GGUF file also q8_0; null: the run's own."""
+    base: Optional[str] = None
+    """For kind=phi_adapter: the base model in Phi's form, as launch/convert.py to=phi writes it."""
     max_shard_gib: float = 5.0
     """Largest safetensors file, in GiB."""
     verify: Any = "outputs"

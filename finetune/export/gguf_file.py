@@ -66,13 +66,7 @@ def write_gguf(
         UserError: the `gguf` package is missing, or q8_0 does not divide the model's rows.
         OSError: the disk is full.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise UserError(
-            "GGUF files need the gguf package", remedy="pip install gguf xllamacpp"
-        ) from None
-
+    gguf = library()
     kinds = gguf.GGMLQuantizationType
     matrix_kind = {"f32": kinds.F32, "f16": kinds.F16, "bf16": kinds.BF16, "q8_0": kinds.Q8_0}[
         dtype
@@ -89,7 +83,8 @@ def write_gguf(
     add_keys(writer, config, name, matrix_kind)
     add_tokenizer(writer, tokenizer, config.vocab_size)
     for source, shape in shapes.items():
-        for target, value in phi.convert(source, torch.empty(shape, device="meta"), config):
+        empty = torch.empty(shape, device="meta")
+        for target, value in phi.convert(source, empty, config):
             kind = matrix_kind if value.dim() > 1 else kinds.F32
             # The library takes shapes in bytes, and gives them back in values.
             size = gguf.quants.quant_shape_to_byte_shape(tuple(value.shape), kind)
@@ -103,6 +98,21 @@ def write_gguf(
             kind = matrix_kind if value.dim() > 1 else kinds.F32
             writer.write_tensor_data(gguf.quants.quantize(value.float().numpy(), kind))
     writer.close()
+
+
+def library() -> Any:
+    """Import the `gguf` package.
+
+    Raises:
+        UserError: it is missing.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise UserError(
+            "GGUF files need the gguf package", "kind", "pip install gguf xllamacpp"
+        ) from None
+    return gguf
 
 
 def add_keys(writer: Any, config: GPTJConfig, name: str, kind: Any) -> None:

@@ -16,6 +16,7 @@ Source: transformers/models/phi/modeling_phi.py.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -119,6 +120,20 @@ def convert(name: str, tensor: Tensor, config: GPTJConfig) -> list[tuple[str, Te
     return converted
 
 
+def convert_all(
+    tensors: Iterable[tuple[str, Tensor]], config: GPTJConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield GPT-J's tensors in Phi's form, one at a time."""
+    for name, tensor in tensors:
+        yield from convert(name, tensor, config)
+
+
+def shapes(gptj: dict[str, tuple[int, ...]], config: GPTJConfig) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes that `convert_all` gives, in its order."""
+    empty = ((name, torch.empty(shape, device="meta")) for name, shape in gptj.items())
+    return {name: tuple(tensor.shape) for name, tensor in convert_all(empty, config)}
+
+
 def phi_name(name: str) -> str:
     """Return Phi's name for a tensor or module of GPT-J."""
 
@@ -147,18 +162,22 @@ def adapter_config(values: dict[str, Any], base: str) -> dict[str, Any]:
     """
     kind = values["peft_type"]
     if kind != "LORA" or values.get("use_dora") or values.get("lora_bias"):
-        name = "DoRA" if values.get("use_dora") else kind
-        raise UserError(
-            f"an adapter of kind {name} has no counterpart for a base in Phi's form",
-            "kind",
-            "Use kind=phi, which merges it into a whole model.",
-        )
+        raise no_counterpart("DoRA" if values.get("use_dora") else kind)
     targets = sorted(MODULES[target] for target in values["target_modules"])
     return values | {
         "target_modules": targets,
         "base_model_name_or_path": base,
         "revision": None,
     }
+
+
+def no_counterpart(kind: str) -> UserError:
+    """Return the error for an adapter that cannot be used with a base in Phi's form."""
+    return UserError(
+        f"an adapter of kind {kind} has no counterpart for a base in Phi's form",
+        "kind",
+        "Use kind=phi, which merges it into a whole model.",
+    )
 
 
 def row_order(config: GPTJConfig) -> Tensor:

@@ -25,8 +25,9 @@ def main(checkpoint: Path, kind: str, dtype: str, texts: Path, out: Path) -> Non
 
     run_dir = checkpoint.parent.parent
     cfg = load_config(run_dir)
-    if (
-        kind == "adapter"
+    if kind in (
+        "adapter",
+        "phi_adapter",
     ):  # whoever loads the adapter loads the base in this precision; a merge has the run's
         cfg.model.dtype = Dtype(dtype)
     device = torch.device("cpu")

@@ -403,7 +403,7 @@ def finish_export(
             info.revision,
         )
         (stage / "README.md").write_text(card, encoding="utf-8")
-        _replace(stage, target)
+        replace_export(stage, target)
         return found
     except OSError as error:
         raise RunFailed(f"the export could not be written: {error}", str(target)) from None
@@ -411,7 +411,7 @@ def finish_export(
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _replace(stage: Path, target: Path) -> None:
+def replace_export(stage: Path, target: Path) -> None:
     """Replace the old export; it is removed only once the new one is complete."""
     old = target.with_name(f".old-{target.name}")
     shutil.rmtree(old, ignore_errors=True)
