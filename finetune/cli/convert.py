@@ -14,10 +14,21 @@ from finetune.assets.paths import resolve
 from finetune.cli.schemas import ConvertConfig
 from finetune.compose import Composed
 from finetune.errors import EXIT_DONE, RunFailed, UserError, command, gib, setting
-from finetune.export.convert import compare, open_hf, open_mesh, write_hf, write_mesh
+from finetune.export.convert import (
+    as_phi,
+    compare,
+    open_hf,
+    open_mesh,
+    write_gguf_file,
+    write_hf,
+    write_mesh,
+)
+from finetune.export.gguf_file import GGUF_NAMES, PRECISIONS
 from finetune.export.mesh_transformer import MeshReader, is_mesh
 from finetune.gptj.load import DTYPES, Weights
 from finetune.reporting.terminal import silence_libraries, summary_table
+
+FORMS = ("hf", "jax", "phi", "gguf")
 
 
 def run(composed: Composed) -> int:
@@ -35,7 +46,7 @@ def run(composed: Composed) -> int:
         if is_mesh(folder)
         else open_hf(folder)
     )
-    dtype = DTYPES[cfg.dtype.value] if cfg.dtype else source.dtype
+    dtype = DTYPES[PRECISIONS.get(cfg.dtype, "fp32")] if cfg.dtype else source.dtype
     if dtype not in DTYPES.values():
         raise UserError(
             f"the source's precision is {dtype}", "dtype", "Choose one: dtype=bf16, fp16 or fp32."
@@ -46,9 +57,17 @@ def run(composed: Composed) -> int:
         stage.mkdir(parents=True)
         if cfg.to == "jax":
             write_mesh(source, stage, dtype, cfg.shards, cfg.step)
+        elif cfg.to == "gguf":
+            kind = cfg.dtype or str(dtype).removeprefix("torch.")
+            kind = GGUF_NAMES.get(kind, kind)
+            compare_gguf = write_gguf_file(source, folder, stage, kind, target.name)
         else:
-            write_hf(source, folder, stage, dtype, int(cfg.max_shard_gib * 2**30))
-        if cfg.verify:
+            source = as_phi(source) if cfg.to == "phi" else source
+            shard_bytes = int(cfg.max_shard_gib * 2**30)
+            write_hf(source, folder, stage, dtype, shard_bytes, cfg.to == "phi")
+        if cfg.verify and cfg.to == "gguf":
+            compare_gguf()
+        elif cfg.verify:
             compare(
                 source,
                 MeshReader(stage).read if cfg.to == "jax" else Weights(stage).__getitem__,
@@ -71,7 +90,7 @@ def run(composed: Composed) -> int:
             ("from", str(folder)),
             ("to", str(target)),
             ("tensors", str(len(source.shapes))),
-            ("precision", str(dtype).removeprefix("torch.")),
+            ("precision", cfg.dtype or str(dtype).removeprefix("torch.")),
             ("size", gib(size)),
             ("read back", "equal bit by bit" if cfg.verify else "no"),
         ],
@@ -85,8 +104,15 @@ def _check(cfg: ConvertConfig) -> None:
             "source=DIR and target=DIR are both needed",
             remedy="python launch/convert.py source=gpt-j-6b target=gpt-j-6b-bf16 dtype=bf16",
         )
-    if cfg.to not in ("hf", "jax"):
-        raise UserError(f"to = {cfg.to} is unknown", "to", "Choose from hf, jax.")
+    if cfg.to not in FORMS:
+        raise UserError(f"to = {cfg.to} is unknown", "to", f"Choose from {', '.join(FORMS)}.")
+    names = [*PRECISIONS, "q8_0"] if cfg.to == "gguf" else ["bf16", "fp16", "fp32"]
+    if cfg.dtype is not None and cfg.dtype not in names:
+        raise UserError(
+            f"dtype = {cfg.dtype} is unknown for to={cfg.to}",
+            "dtype",
+            f"Choose from {', '.join(names)}.",
+        )
     if cfg.max_shard_gib <= 0 or cfg.shards < 1:
         raise UserError(
             "max_shard_gib and shards must be above 0", remedy="Try max_shard_gib=5 shards=8."

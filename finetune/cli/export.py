@@ -26,6 +26,7 @@ from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import EXIT_DONE, RunFailed, UserError
 from finetune.export import engines, phi
 from finetune.export.end_of_run import base_name
+from finetune.export.gguf_file import PRECISIONS
 from finetune.export.hub import check_hub, push
 from finetune.export.merge import check_mergeable, merged_tensor
 from finetune.export.reopen import (
@@ -63,8 +64,6 @@ from finetune.reporting import metrics_log
 from finetune.reporting.terminal import silence_libraries, summary_table
 
 KINDS = ("adapter", "merged", "full", *engines.KINDS)
-PRECISIONS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "fp32": "fp32", "fp16": "fp16"}
-"""As typed -> as configured; GGUF has its own names for the same."""
 VERIFY = {
     "true": "outputs",
     "outputs": "outputs",

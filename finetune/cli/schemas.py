@@ -160,9 +160,10 @@ class ConvertConfig:
     target: Optional[str] = None
     """Directory that is made."""
     to: str = "hf"
-    """hf: sharded safetensors; jax: a slim checkpoint of mesh-transformer-jax."""
-    dtype: Optional[Dtype] = None
-    """Precision of the target; null: the source's own."""
+    """hf: sharded safetensors; jax: a slim checkpoint of mesh-transformer-jax; phi: the same function as a Phi model;
+    gguf: one file for llama.cpp."""
+    dtype: Optional[str] = None
+    """Precision of the target: bf16, fp16 or fp32, of a GGUF file also q8_0; null: the source's own."""
     max_shard_gib: float = 5.0
     """Largest safetensors file, in GiB."""
     shards: int = 8

@@ -15,6 +15,7 @@ from transformers import GPTJConfig
 from finetune.config import HEADS, ModelConfig
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import RunFailed, UserError
+from finetune.export import gguf_file, phi
 from finetune.export.hf_files import config_values
 from finetune.export.mesh_transformer import MeshReader, MeshWriter
 from finetune.export.safetensors_writer import ShardWriter
@@ -131,8 +132,34 @@ def _heads(
     return found
 
 
+def as_phi(source: Checkpoint) -> Checkpoint:
+    """The same model in Phi's form: its tensors are made one at a time, as they are read.
+
+    Raises:
+        UserError: its head or activation has no counterpart.
+    """
+    phi.check_form(source.config, source.head)
+    made_of = {
+        new: name
+        for name in source.shapes
+        for new in phi.shapes({name: source.shapes[name]}, source.config)
+    }
+
+    def read(new: str) -> Tensor:
+        name = made_of[new]
+        return dict(phi.convert(name, source.read(name), source.config))[new]
+
+    shapes = phi.shapes(source.shapes, source.config)
+    return Checkpoint(source.config, source.head, shapes, read, source.dtype, source.step)
+
+
 def write_hf(
-    source: Checkpoint, folder: Path, stage: Path, dtype: torch.dtype, shard_bytes: int
+    source: Checkpoint,
+    folder: Path,
+    stage: Path,
+    dtype: torch.dtype,
+    shard_bytes: int,
+    in_phi_form: bool = False,
 ) -> None:
     """Write a Hugging Face directory of safetensors files of at most `shard_bytes` each into `stage`."""
     writer = ShardWriter(stage, source.shapes, dtype, shard_bytes)
@@ -161,7 +188,34 @@ def write_hf(
         "dtype": str(dtype).removeprefix("torch."),
         "architectures": [HEADS[source.head].architecture],
     }
+    if in_phi_form:
+        values = phi.config_values(source.config, source.head, values)
+        (stage / "finetune.json").unlink(missing_ok=True)  # it describes an export for GPT-J
     write_json(stage / "config.json", values)
+
+
+def write_gguf_file(
+    source: Checkpoint, folder: Path, stage: Path, dtype: str, name: str
+) -> Callable[[], None]:
+    """Write model.gguf; return the function that reads it back and compares every byte.
+
+    Raises:
+        UserError: the source is no language model, or the gguf package is missing.
+    """
+    if source.head != "lm" or "lm_head.bias" not in source.shapes:
+        raise UserError("GGUF files hold language models", "source", "Use to=phi.")
+    phi.check_form(source.config, "lm")
+    file = stage / "model.gguf"
+    tensors = ((key, source.read(key)) for key in source.shapes)
+    gguf_file.write_gguf(
+        tensors, source.shapes, source.config, load_tokenizer(str(folder)), file, dtype, name
+    )
+
+    def compare() -> None:
+        tensors = ((key, source.read(key)) for key in source.shapes)
+        gguf_file.compare(tensors, source.config, file, dtype)
+
+    return compare
 
 
 def write_mesh(

@@ -22,10 +22,13 @@ import torch
 from torch import Tensor
 from transformers import GPTJConfig
 
-from finetune.errors import UserError
+from finetune.errors import RunFailed, UserError
 from finetune.export import phi
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
+PRECISIONS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "fp32": "fp32", "fp16": "fp16"}
+"""As typed -> as configured: GGUF has names of its own for the same."""
+GGUF_NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "fp32": "f32", "fp16": "f16"}
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.final_layernorm": "output_norm",
@@ -67,10 +70,7 @@ def write_gguf(
         OSError: the disk is full.
     """
     gguf = library()
-    kinds = gguf.GGMLQuantizationType
-    matrix_kind = {"f32": kinds.F32, "f16": kinds.F16, "bf16": kinds.BF16, "q8_0": kinds.Q8_0}[
-        dtype
-    ]
+    kinds, matrices = gguf.GGMLQuantizationType, matrix_kind(dtype)
     if dtype == "q8_0" and (config.n_embd % BLOCK or (config.n_inner or 0) % BLOCK):
         raise UserError(
             f"q8_0 stores {BLOCK} values at a time; this model's rows have {config.n_embd}",
@@ -80,12 +80,12 @@ def write_gguf(
 
     # Sizes first: every tensor's place in the file is known before any tensor is read.
     writer = gguf.GGUFWriter(file, "phi2")
-    add_keys(writer, config, name, matrix_kind)
+    add_keys(writer, config, name, matrices)
     add_tokenizer(writer, tokenizer, config.vocab_size)
     for source, shape in shapes.items():
         empty = torch.empty(shape, device="meta")
         for target, value in phi.convert(source, empty, config):
-            kind = matrix_kind if value.dim() > 1 else kinds.F32
+            kind = matrices if value.dim() > 1 else kinds.F32
             # The library takes shapes in bytes, and gives them back in values.
             size = gguf.quants.quant_shape_to_byte_shape(tuple(value.shape), kind)
             info = (gguf_name(target), size, np.dtype(np.uint8), math.prod(size))
@@ -95,9 +95,37 @@ def write_gguf(
     writer.write_ti_data_to_file()
     for source, tensor in tensors:
         for _, value in phi.convert(source, tensor, config):
-            kind = matrix_kind if value.dim() > 1 else kinds.F32
+            kind = matrices if value.dim() > 1 else kinds.F32
             writer.write_tensor_data(gguf.quants.quantize(value.float().numpy(), kind))
     writer.close()
+
+
+def compare(
+    tensors: Iterable[tuple[str, Tensor]], config: GPTJConfig, file: Path, dtype: str
+) -> None:
+    """Read a file back, and compare every tensor with its source, byte by byte.
+
+    Raises:
+        RunFailed: a tensor is missing or differs.
+    """
+    gguf = library()
+    written = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    for source, tensor in tensors:
+        for target, value in phi.convert(source, tensor, config):
+            found = written.pop(gguf_name(target), None)
+            kind = matrix_kind(dtype) if value.dim() > 1 else gguf.GGMLQuantizationType.F32
+            wanted = gguf.quants.quantize(value.float().numpy(), kind)
+            if found is None or found.data.tobytes() != wanted.tobytes():
+                raise RunFailed(
+                    f"{gguf_name(target)} read back from the target is not what was written",
+                    str(file),
+                    "The disk may be failing; try another target.",
+                )
+
+
+def matrix_kind(dtype: str) -> Any:
+    """Return the library's name for the precision of matrices."""
+    return library().GGMLQuantizationType[dtype.upper()]
 
 
 def library() -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 
 from finetune.config import HEADS, Dtype
 from finetune.data.instruct_template import Template
-from finetune.files import write_json
+from finetune.files import read_json, write_json
 
 PAD, NEW_PAD = "<|extratoken_1|>", "<|pad|>"
 """The first of the 143 tokens that GPT-J's embedding has and no text uses; where there is none, the name of another."""
@@ -210,6 +210,9 @@ def write_small_files(
     """
     ready = tokenizer_for(tokenizer, head, task, config.vocab_size, pads)
     ready.save_pretrained(str(folder))
+    # transformers 5.24 leaves the side out, and whoever generates from a batch needs it.
+    file = folder / "tokenizer_config.json"
+    write_json(file, read_json(file) | {"padding_side": ready.padding_side})
     if with_config:
         write_json(folder / "config.json", config_values(config, head, base, dtype, task, ready))
         if head == "lm":
