@@ -65,27 +65,27 @@ class Job:
         (self.run_dir / "STOP").unlink(missing_ok=True)
         self.status, self.error, self.started = RUNNING, None, time.time()
         self.save()
-        environment = {
-            key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES
-        }
-        if place.explicit:
-            environment.pop("CUDA_VISIBLE_DEVICES", None)
-        command = [
-            *place.command(),
-            str(script),
-            *self.words,
-            *extra,
-            setting("run_dir", self.run_dir),
-        ]
+        dropped = {*LAUNCHER_VARIABLES, *(["CUDA_VISIBLE_DEVICES"] if place.explicit else [])}
+        parent = os.getpid()
+
+        def prepare() -> None:
+            # In the child: end with the parent, and stay on this job's cores.
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:
+                os._exit(1)
+            if place.cores:
+                os.sched_setaffinity(0, place.cores)
+
+        run_dir = setting("run_dir", self.run_dir)
         with open(self.run_dir / OUTPUT, "ab") as output:
             self.process = subprocess.Popen(
-                command,
-                env=environment,
+                [*place.command(), str(script), *self.words, *extra, run_dir],
+                env={key: value for key, value in os.environ.items() if key not in dropped},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                preexec_fn=_prepare(place.cores, os.getpid()),
+                preexec_fn=prepare,
             )
 
     def poll(self) -> bool:
@@ -94,8 +94,20 @@ class Job:
         code = self.process.poll()
         if code is None:
             return False
-        self.status = self._ended(code)
-        self.error = None if self.status in (DONE, PRUNED, STOPPED) else self._why(code)
+        result = self.result()
+        if code == EXIT_DONE and result.get("status") == DONE:
+            self.status = DONE
+        elif self.pruning:
+            self.status = PRUNED
+        elif code in (EXIT_PREEMPTED, -signal.SIGTERM):
+            self.status = STOPPED
+        else:
+            self.status = FAILED
+            # The run's own words, unless they are an earlier attempt's; else the last line it printed.
+            path = self.run_dir / metrics_log.RESULT
+            fresh = path.exists() and path.stat().st_mtime >= self.started - 1
+            error = result.get("error") if fresh else None
+            self.error = str(error or _last_error(self.run_dir / OUTPUT) or f"exit code {code}")
         self.seconds += time.time() - self.started
         self.process = None
         self.read_metrics()
@@ -103,14 +115,14 @@ class Job:
         return True
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Records of metrics.jsonl that are new since the last call."""
+        """Return the records of metrics.jsonl that are new since the last call."""
         path, before = self.run_dir / metrics_log.METRICS, len(self.records)
         try:
-            found = path.stat()
+            stat = path.stat()
         except OSError:
             return []
-        if (found.st_mtime_ns, found.st_size) != self._seen:
-            self._seen = (found.st_mtime_ns, found.st_size)
+        if (stat.st_mtime_ns, stat.st_size) != self._seen:
+            self._seen = (stat.st_mtime_ns, stat.st_size)
             records = metrics_log.read(path)
             # A resumed attempt drops the steps that it will repeat.
             before = min(before, len(records))
@@ -121,10 +133,14 @@ class Job:
         """Ask the ranks to save and end, or the launcher to go where there are no ranks yet."""
         if self.process is None or self.process.poll() is not None:
             return
+        try:
+            processes = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            processes = []
         ranks = [
-            p
-            for p in _descendants(self.process.pid)
-            if any(w.startswith("--local_rank") for w in _cmdline(p))
+            process
+            for process in processes
+            if any(word.startswith("--local_rank") for word in _cmdline(process))
         ]
         for rank in ranks:
             rank.send_signal(signal.SIGTERM)
@@ -138,6 +154,10 @@ class Job:
 
     def result(self) -> dict[str, Any]:
         return read_object(self.run_dir / metrics_log.RESULT)
+
+    def last(self) -> dict[str, Any]:
+        """Return the newest training record that was read; {} if there is none."""
+        return next((r for r in reversed(self.records) if r.get("kind") == "train"), {})
 
     def save(self) -> None:
         write_json(
@@ -153,67 +173,30 @@ class Job:
         )
 
     def load(self) -> bool:
-        """Take over what an earlier attempt noted; False when there is nothing."""
-        noted = read_object(self.run_dir / RECORD)
-        if not noted:
+        """Take over the record of an earlier attempt; False if there is none."""
+        record = read_object(self.run_dir / RECORD)
+        if not record:
             return False
-        self.status, self.error = noted.get("status", WAITING), noted.get("error")
-        self.seconds = noted.get("seconds") or 0.0
+        self.status, self.error = record.get("status", WAITING), record.get("error")
+        self.seconds = record.get("seconds") or 0.0
         if self.status == RUNNING:
             # The parent was killed: the job may have ended by itself since.
             self.status = DONE if self.result().get("status") == DONE else STOPPED
         self.read_metrics()
         return True
 
-    def _ended(self, code: int) -> str:
-        finished = self.result().get("status") == DONE
-        if code == EXIT_DONE and finished:
-            return DONE
-        if self.pruning:
-            return PRUNED
-        return STOPPED if code in (EXIT_PREEMPTED, -signal.SIGTERM) else FAILED
-
-    def _why(self, code: int) -> str:
-        """The run's own words, else the last line it printed."""
-        try:
-            fresh = (self.run_dir / metrics_log.RESULT).stat().st_mtime >= self.started - 1
-        except OSError:
-            fresh = False
-        error = self.result().get("error") if fresh else None
-        return str(error or _last_words(self.run_dir / OUTPUT) or f"exit code {code}")
-
 
 def wait_for_earlier(job: Job, say: Callable[[str], None], seconds: float = 120.0) -> None:
     """Wait while processes of an earlier attempt still save into this run directory."""
-    deadline, told = time.monotonic() + seconds, False
-    while time.monotonic() < deadline and _still_running(job.run_dir):
-        if not told:
+    deadline, said = time.monotonic() + seconds, False
+    run_dir = setting("run_dir", job.run_dir)
+    while time.monotonic() < deadline and any(
+        run_dir in _cmdline(process) for process in psutil.process_iter()
+    ):
+        if not said:
             say(f"[{job.number}] an earlier attempt still saves; waiting")
-            told = True
+            said = True
         time.sleep(1)
-
-
-def _still_running(run_dir: Path) -> bool:
-    wanted = setting("run_dir", run_dir)
-    return any(wanted in _cmdline(process) for process in psutil.process_iter())
-
-
-def _prepare(cores: frozenset[int], parent: int) -> Callable[[], None]:
-    def prepare() -> None:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
-        if cores:
-            os.sched_setaffinity(0, cores)
-
-    return prepare
-
-
-def _descendants(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
 
 
 def _cmdline(process: psutil.Process) -> list[str]:
@@ -223,7 +206,7 @@ def _cmdline(process: psutil.Process) -> list[str]:
         return []
 
 
-def _last_words(log: Path) -> str:
+def _last_error(log: Path) -> str:
     """The program's last error message in what a job printed; without one its last line."""
     try:
         with open(log, "rb") as file:

@@ -17,10 +17,8 @@ from finetune.errors import clock, command, figure, number
 from finetune.files import write_json
 from finetune.reporting.terminal_text import evaluate_command
 from finetune.sweep.job import DONE, Job
-from finetune.sweep.page import compare_command
+from finetune.sweep.page import SUMMARY, alone_command, brief, compare_command
 from finetune.sweep.search import Goal
-
-SUMMARY = "sweep.json"
 
 
 def write_summary(
@@ -28,52 +26,73 @@ def write_summary(
 ) -> dict[str, Any]:
     """Write SWEEP/sweep.json, with every job once, best first."""
     ranked = sorted(jobs, key=goal.rank)
+    metric = goal.metric.replace("_", " ")
+    if metric == "loss" and any("loss" in (job.result().get("eval") or {}) for job in jobs):
+        metric = "eval loss"
+    rows = []
+    for job in ranked:
+        result, reports = job.result(), goal.reports(job.records)
+        value = reports[-1][1] if reports else None
+        rows.append(
+            {
+                "job": job.number,
+                "status": job.status,
+                "value": goal.value(job) if job.status == DONE else value,
+                "chosen": job.chosen,
+                "overrides": job.words,
+                "run_dir": str(job.run_dir),
+                # A job that was stopped early has no result of its own, but it has records.
+                "step": result.get("step") or job.last().get("step") or 0,
+                "loss": result.get("loss"),
+                "eval": result.get("eval") or {},
+                "tokens_per_second": result.get("tokens_per_second"),
+                "seconds": job.seconds,
+                "error": job.error,
+            }
+        )
     summary = {
         **about,
-        "metric": metric_name(ranked, goal),
+        "metric": metric,
         "direction": "maximize" if goal.maximize else "minimize",
         "best": ranked[0].number if ranked and goal.compares(ranked[0]) else None,
-        "jobs": [_row(job, goal) for job in ranked],
+        "jobs": rows,
     }
     write_json(folder / SUMMARY, summary)
     return summary
 
 
-def metric_name(jobs: list[Job], goal: Goal) -> str:
-    """Return the name of the metric as it heads the table."""
-    if goal.metric != "loss":
-        return goal.metric.replace("_", " ")
-    evaluated = any("loss" in (job.result().get("eval") or {}) for job in jobs)
-    return "eval loss" if evaluated else "loss"
-
-
 def render(summary: dict[str, Any]) -> str:
-    """Return the table and, below it, commands for the best job."""
-    jobs = summary["jobs"]
+    """Return the table and, below it, errors and commands for the best job."""
+    jobs, metric = summary["jobs"], summary["metric"]
     keys = list(dict.fromkeys(key for job in jobs for key in job["chosen"]))
     short = shortest(keys)
-    head = ["job", "status", summary["metric"], *(short[key] for key in keys), "steps", "time"]
-    rows = [head, *(_cells(job, keys) for job in jobs)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [
-        "  ".join(_aligned(cell, widths[i], i) for i, cell in enumerate(row)).rstrip()
-        for row in rows
-    ]
-    failures = [
-        f"[{job['job']}] {job['error']}".replace("\n", "\n    ") for job in jobs if job["error"]
-    ]
-    return "\n".join(["  " + line for line in lines] + failures + _advice(summary))
-
-
-def _cells(job: dict[str, Any], keys: list[str]) -> list[str]:
-    return [
-        str(job["job"]),
-        job["status"],
-        figure(job["value"]),
-        *(brief(job["chosen"].get(key, "")) for key in keys),
-        str(job["step"] or "-"),
-        clock(job["seconds"]),
-    ]
+    rows = [["job", "status", metric, *(short[key] for key in keys), "steps", "time"]]
+    for job in jobs:
+        varied = [brief(job["chosen"].get(key, "")) for key in keys]
+        cells = [str(job["job"]), job["status"], figure(job["value"]), *varied]
+        rows.append([*cells, str(job["step"] or "-"), clock(job["seconds"])])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        # Numbers to the right, the status to the left.
+        cells = [
+            f"{cell:{'<' if i == 1 else '>'}{width}}"
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  " + "  ".join(cells).rstrip())
+    for job in jobs:
+        if job["error"]:
+            lines.append(f"[{job['job']}] {job['error']}".replace("\n", "\n    "))
+    if summary["best"] is None:
+        done = any(job["status"] == DONE for job in jobs)
+        return "\n".join(
+            [*lines, f"no finished job has a finite {metric}" if done else "no job is done"]
+        )
+    best = jobs[0]
+    varied = " ".join(f"{key}={brief(value)}" for key, value in best["chosen"].items())
+    lines.append(f"best: job {best['job']}  {metric} {figure(best['value'])}  {varied}")
+    lines += [f"  {name + ':':<16}{words}" for name, words in commands(best, summary)]
+    return "\n".join(lines)
 
 
 def shortest(keys: list[str]) -> dict[str, str]:
@@ -85,65 +104,15 @@ def shortest(keys: list[str]) -> dict[str, str]:
     }
 
 
-def brief(value: str) -> str:
-    """Shorten a number of many digits."""
-    try:
-        return value if len(value) <= 8 else f"{float(value):.4g}"
-    except ValueError:
-        return value
-
-
-def commands(job: dict[str, Any], launcher: list[str]) -> list[tuple[str, str]]:
+def commands(job: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Return (description, command) pairs to continue with a job."""
     folder = Path(job["run_dir"])
     return [
-        ("train it alone", command(["deepspeed", *launcher, "launch/train.py", *job["overrides"]])),
+        ("train it alone", alone_command(job, summary)),
         ("look at it", command([folder / "report.html"])),
         ("compare", compare_command(folder.parent)),
         ("evaluate", evaluate_command(folder)),
     ]
-
-
-def _advice(summary: dict[str, Any]) -> list[str]:
-    if summary["best"] is None:
-        done = any(job["status"] == DONE for job in summary["jobs"])
-        return [f"no finished job has a finite {summary['metric']}" if done else "no job is done"]
-    best = summary["jobs"][0]
-    what = " ".join(f"{key}={brief(value)}" for key, value in best["chosen"].items())
-    lines = [f"best: job {best['job']}  {summary['metric']} {figure(best['value'])}  {what}"]
-    return lines + [
-        f"  {name + ':':<16}{command}"
-        for name, command in commands(best, summary.get("launcher") or [])
-    ]
-
-
-def _row(job: Job, goal: Goal) -> dict[str, Any]:
-    result = job.result()
-    # `or`: a job that was stopped early has no result of its own, but it has records.
-    last = next((r for r in reversed(job.records) if r.get("kind") == "train"), {})
-    return {
-        "job": job.number,
-        "status": job.status,
-        "value": goal.value(job) if job.status == DONE else _last(job, goal),
-        "chosen": job.chosen,
-        "overrides": job.words,
-        "run_dir": str(job.run_dir),
-        "step": result.get("step") or last.get("step") or 0,
-        "loss": result.get("loss"),
-        "eval": result.get("eval") or {},
-        "tokens_per_second": result.get("tokens_per_second"),
-        "seconds": job.seconds,
-        "error": job.error,
-    }
-
-
-def _last(job: Job, goal: Goal) -> float | None:
-    reports = goal.reports(job.records)
-    return reports[-1][1] if reports else None
-
-
-def _aligned(cell: str, width: int, column: int) -> str:
-    return f"{cell:<{width}}" if column == 1 else f"{cell:>{width}}"
 
 
 # A sweep in progress: one line per event, and on a terminal a table of the running jobs beneath.
@@ -181,11 +150,10 @@ class View:
 
     def ended(self, job: Job) -> None:
         value = self.goal.value(job) if job.status == DONE else None
-        told = f"  {figure(value)}" if value is not None else ""
+        score = f"  {figure(value)}" if value is not None else ""
         error = f": {job.error}" if job.error else ""
-        self.say(
-            f"[{job.number}] {job.status}{told}{error}", "green" if job.status == DONE else "yellow"
-        )
+        style = "green" if job.status == DONE else "yellow"
+        self.say(f"[{job.number}] {job.status}{score}{error}", style)
 
     def show(self, jobs: list[Job], running: list[Job], total: int) -> None:
         """Redraw the table of running jobs."""
@@ -195,21 +163,21 @@ class View:
         for name in ("job", "step", "loss", "tok/s", "varied"):
             table.add_column(name, justify="left" if name == "varied" else "right")
         for job in running:
-            last = next((r for r in reversed(job.records) if r.get("kind") == "train"), {})
+            last = job.last()
             table.add_row(
                 str(job.number),
                 str(last.get("step", "-")),
                 figure(last.get("loss")),
-                number(last.get("tokens_per_second"), ",.0f"),
+                number(last.get("tokens_per_second")),
                 describe(job),
                 style="cyan",
             )
         done = [job for job in jobs if job.status == DONE]
         best = min(filter(self.goal.compares, done), key=self.goal.rank, default=None)
-        told = f"{len(done)} of {total} jobs done"
+        progress = f"{len(done)} of {total} jobs done"
         if best is not None:
-            told += f", best so far [{best.number}] {figure(self.goal.value(best))}"
-        self.live.update(Group(table, Text(told, style="bold")))
+            progress += f", best so far [{best.number}] {figure(self.goal.value(best))}"
+        self.live.update(Group(table, Text(progress, style="bold")))
 
 
 def describe(job: Job) -> str:

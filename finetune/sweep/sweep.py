@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from finetune.compose import compose_train, compose_words
-from finetune.config import Config
 from finetune.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -22,11 +21,11 @@ from finetune.errors import (
 from finetune.files import read_object
 from finetune.reporting.redact import secret_problems
 from finetune.sweep.job import DONE, FAILED, PRUNED, Job, wait_for_earlier
-from finetune.sweep.page import build_sweep_page
+from finetune.sweep.page import SUMMARY, build_sweep_page
 from finetune.sweep.pool import Pool, build_pool
 from finetune.sweep.search import Goal, Search, build_goal, build_search
-from finetune.sweep.show import SUMMARY, View, render, write_summary
-from finetune.sweep.space import Space, key_of, read_space, settings_words
+from finetune.sweep.show import View, render, write_summary
+from finetune.sweep.space import draw, key_of, read_space, settings_words
 
 POLL_SECONDS = 0.5
 
@@ -44,45 +43,54 @@ def sweep(words: list[str], script: Path) -> int:
 
 
 class _Sweep:
-    """Raises UserError for a wrong command line, before any job starts."""
+    """The state of a sweep: its jobs, the search that chooses them, the places where they run.
+
+    Raises:
+        UserError: a wrong command line, before any job starts.
+    """
 
     def __init__(self, words: list[str], script: Path):
         own, job_words = settings_words(words)
-        folder = _folder(own)
-        saved = read_object(folder / SUMMARY) if folder else {}
+        folder = compose_words(own).config.sweep.dir if own else None
+        saved = read_object(Path(folder).expanduser().absolute() / SUMMARY) if folder else {}
         if not job_words and saved.get("words"):
             own, job_words = settings_words([*saved["words"], *own])
         self.words, self.script = [*own, *job_words], script
-        config = compose_train(
-            [*own, *(word for word in job_words if word.startswith("recipe=") and "," not in word)]
-        )
-        self.cfg = config.sweep
+        recipe = [word for word in job_words if word.startswith("recipe=") and "," not in word]
+        self.cfg = compose_train([*own, *recipe]).sweep
         # sweep.json and job.json keep the words as they are, to go on with them.
-        secrets = {key_of(word): word.partition("=")[2] for word in self.words} | {
-            "sweep.space": self.cfg.space
-        }
-        if problems := list(secret_problems(secrets)):
+        values = {key_of(word): word.partition("=")[2] for word in self.words}
+        if problems := list(secret_problems(values | {"sweep.space": self.cfg.space})):
             raise problems_error("the command line", problems)
         if self.cfg.on_failure not in ("continue", "stop"):
             raise UserError(
                 f"'{self.cfg.on_failure}' is neither continue nor stop", "sweep.on_failure"
             )
-        self.folder = (
-            Path(self.cfg.dir or f"multirun/{datetime.now():%Y%m%d-%H%M%S}").expanduser().absolute()
-        )
-        space: Space = read_space(
+        place = self.cfg.dir or f"multirun/{datetime.now():%Y%m%d-%H%M%S}"
+        self.folder = Path(place).expanduser().absolute()
+        space = read_space(
             [word for word in job_words if key_of(word) != "run_dir"], self.cfg.space
         )
-        typed = compose_train(self._sample(space).words)
+        # A job that is never run: its words must compose before a study is asked.
+        typed = compose_train(space.words(draw(space, 0, 0)))
         self.goal: Goal = build_goal(self.cfg, typed)
         self.pool: Pool = build_pool(self.cfg)
-        self._refuse_another(saved)
+        other = saved.get("strategy")
+        if other and other != self.cfg.strategy and "optuna" in (other, self.cfg.strategy):
+            raise UserError(
+                f"there is a {other} sweep in {self.folder}",
+                "sweep.dir",
+                "Choose another folder, or leave sweep.dir out.",
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         self.search: Search = build_search(self.cfg, space, self.goal, self.folder)
         self.jobs = self.search.earlier()
         for job in self.jobs:
             typed = compose_train(job.words)
-        self.extra = self._group(typed)
+        # One wandb group for all jobs, unless the user named one.
+        wandb = typed.tracker.wandb
+        grouped = wandb.enabled and not wandb.group
+        self.extra = [setting("tracker.wandb.group", self.folder.name)] if grouped else []
         self.running: list[Job] = []
         self.stopping = 0
         self.view = View(self.goal)
@@ -92,34 +100,44 @@ class _Sweep:
             number: signal.signal(number, self._handle)
             for number in (signal.SIGINT, signal.SIGTERM)
         }
-        self._announce()
+        n_done = sum(job.status in (DONE, PRUNED) for job in self.jobs)
+        again = f", {n_done} of them done before" if n_done else ""
+        at_once = f", {len(self.pool.places)} at once" if len(self.pool.places) > 1 else ""
+        print(f"sweep of {self.search.total} jobs{at_once} in {self.folder}{again}", flush=True)
         self.view.open()
         try:
-            self._loop()
+            more = True
+            while self.running or more:
+                more = not self.stopping and self._start_some()
+                for job in list(self.running):
+                    self._watch(job)
+                self.view.show(self.jobs, self.running, self.search.total)
+                if self.running:
+                    time.sleep(POLL_SECONDS)
         finally:
             self.view.close()
             for job in self.running:
                 job.kill()
             for number, handler in before.items():
                 signal.signal(number, handler)
-        print(render(self._write()), flush=True)
+        print(render(self._write(ended=True)), flush=True)
         print(f"page: {self.folder / 'sweep.html'}", flush=True)
-        return self._exit_code()
-
-    def _loop(self) -> None:
-        more = True
-        while self.running or more:
-            more = not self.stopping and self._start_some()
-            for job in list(self.running):
-                self._watch(job)
-            self.view.show(self.jobs, self.running, self.search.total)
-            if self.running:
-                time.sleep(POLL_SECONDS)
+        if self.stopping:
+            words = [word for word in self.words if key_of(word) != "sweep.dir"]
+            words.append(setting("sweep.dir", self.folder))
+            again = command(["python", "launch/train.py", "-m", *words])
+            print(f"stopped; to go on: {again}", flush=True)
+            return EXIT_PREEMPTED
+        ended = all(job.status in (DONE, PRUNED) for job in self.jobs)
+        return EXIT_DONE if ended else EXIT_FAILED
 
     def _start_some(self) -> bool:
         """Fill the free places; False when nothing is left to start."""
         while (place := self.pool.take()) is not None:
-            job = None if self._gave_up() else self.search.next()
+            # Failures of an earlier attempt are started again.
+            failed = any(job.status == FAILED and job.started for job in self.jobs)
+            gave_up = failed and self.cfg.on_failure == "stop"
+            job = None if gave_up else self.search.next()
             if job is None:
                 self.pool.give_back(place)
                 return False
@@ -145,11 +163,6 @@ class _Sweep:
             job.pruning = True
             job.stop()
 
-    def _gave_up(self) -> bool:
-        return self.cfg.on_failure == "stop" and any(
-            job.status == FAILED and job.started for job in self.jobs
-        )
-
     def _handle(self, number: int, frame: Any) -> None:
         """First signal: the jobs save and end, for the next start to go on. Second: they end at once."""
         self.stopping += 1
@@ -160,61 +173,17 @@ class _Sweep:
                 f"stopping: {len(self.running)} jobs save first; once more to end them at once"
             )
 
-    def _write(self) -> dict[str, Any]:
+    def _write(self, ended: bool = False) -> dict[str, Any]:
+        left = any(job.status not in (DONE, FAILED, PRUNED) for job in self.jobs)
         about = {
             "name": self.folder.name,
             "strategy": self.cfg.strategy,
             "total": self.search.total,
             "words": self.words,
             "launcher": list(self.pool.places[0].options),
+            # The sweep has ended before all of its jobs have.
+            "stopped": ended and (bool(self.stopping) or left),
         }
         summary = write_summary(self.jobs, self.goal, self.folder, about)
         build_sweep_page(self.folder)
         return summary
-
-    def _exit_code(self) -> int:
-        if self.stopping:
-            words = [word for word in self.words if key_of(word) != "sweep.dir"]
-            again = command(
-                ["python", "launch/train.py", "-m", *words, setting("sweep.dir", self.folder)]
-            )
-            print(f"stopped; to go on: {again}", flush=True)
-            return EXIT_PREEMPTED
-        ended = all(job.status in (DONE, PRUNED) for job in self.jobs)
-        return EXIT_DONE if ended else EXIT_FAILED
-
-    def _announce(self) -> None:
-        done = [job for job in self.jobs if job.status in (DONE, PRUNED)]
-        again = f", {len(done)} of them done before" if done else ""
-        at_once = f", {len(self.pool.places)} at once" if len(self.pool.places) > 1 else ""
-        print(f"sweep of {self.search.total} jobs{at_once} in {self.folder}{again}", flush=True)
-
-    def _sample(self, space: Space) -> Job:
-        """A job that is never run, to see that the words compose before a study is asked."""
-        from finetune.sweep.space import draw
-
-        chosen = draw(space, 0, 0)
-        return Job(-1, self.folder, space.words(chosen), chosen)
-
-    def _group(self, config: Config) -> list[str]:
-        """One wandb group for all jobs of a sweep, unless the user named one."""
-        wandb = config.tracker.wandb
-        return (
-            [setting("tracker.wandb.group", self.folder.name)]
-            if wandb.enabled and not wandb.group
-            else []
-        )
-
-    def _refuse_another(self, saved: dict[str, Any]) -> None:
-        other = saved.get("strategy")
-        if other and other != self.cfg.strategy and "optuna" in (other, self.cfg.strategy):
-            raise UserError(
-                f"there is a {other} sweep in {self.folder}",
-                "sweep.dir",
-                "Choose another folder, or leave sweep.dir out.",
-            )
-
-
-def _folder(own: list[str]) -> Path | None:
-    cfg = compose_words(own).config.sweep if own else None
-    return Path(cfg.dir).expanduser().absolute() if cfg and cfg.dir else None

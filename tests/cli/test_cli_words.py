@@ -263,7 +263,7 @@ def test_every_printed_command_means_its_folder(folder, tmp_path):
         "launcher": [],
         "jobs": [{"overrides": ["recipe=quickstart"], "run_dir": str(place)}],
     }
-    lines = dict(sweep_commands(summary, place)) | dict(job_commands(summary["jobs"][0], []))
+    lines = dict(sweep_commands(summary, place)) | dict(job_commands(summary["jobs"][0], summary))
     assert parse(lines["evaluate it"]).run == parse(lines["evaluate"]).run == str(place)
     assert parse(lines["go on with this sweep"]).dir == str(place)
     (place / "0").mkdir(parents=True)

@@ -11,9 +11,17 @@ import pytest
 from rich.console import Console
 
 from finetune.sweep.job import DONE, FAILED, Job
-from finetune.sweep.page import build_sweep_page, lines, metric_scale, scale_of, scatter, tone_of
+from finetune.sweep.page import (
+    brief,
+    build_sweep_page,
+    lines,
+    marks,
+    metric_scale,
+    scale_of,
+    tone_of,
+)
 from finetune.sweep.search import Goal
-from finetune.sweep.show import View, brief, render, shortest
+from finetune.sweep.show import View, render, shortest
 
 
 def job(n: int, status: str, value: float | None, lr: str, rank: str = "<4>") -> dict:
@@ -68,14 +76,14 @@ def test_many_values_get_round_ticks():
 def test_lines_meet_the_axes_where_the_values_are():
     scales = [scale_of("optim.lr", [1e-4, 1e-2, 1e-3])]
     metric = metric_scale("loss", [1.0, 2.0])
-    drawn = {line.job: line for line in lines(JOBS, scales, metric, tone_of(JOBS))}
+    drawn = {line["job"]: line for line in lines(JOBS, scales, metric, tone_of(JOBS))}
     assert set(drawn) == {0, 2}, "a job without a figure has one point only"
-    assert [drawn[n].tone for n in (2, 0)] == [0, 100]
-    x, y = re.findall(r"[\d.]+", drawn[2].d)[:2], re.findall(r"[\d.]+", drawn[2].d)[2:]
+    assert [drawn[n]["tone"] for n in (2, 0)] == [0, 100]
+    x, y = re.findall(r"[\d.]+", drawn[2]["d"])[:2], re.findall(r"[\d.]+", drawn[2]["d"])[2:]
     assert [float(v) for v in x] == pytest.approx([0, 400 * (1 - scales[0].at(1e-4))], abs=0.1)
     assert [float(v) for v in y] == pytest.approx([1000, 400 * (1 - metric.at(1.0))], abs=0.1)
-    marks = scatter(JOBS, scales[0], metric, tone_of(JOBS)).marks
-    assert {m["job"]: (m["x"], m["y"]) for m in marks} == {
+    drawn = marks(JOBS, scales[0], metric, tone_of(JOBS))
+    assert {m["job"]: (m["x"], m["y"]) for m in drawn} == {
         n: (
             pytest.approx(100 * scales[0].at(lr), abs=0.01),
             pytest.approx(100 * metric.at(value), abs=0.01),
@@ -100,6 +108,13 @@ def test_the_page_of_a_sweep_that_only_begins(tmp_path: Path):
         json.dumps(SUMMARY | {"best": None, "jobs": [job(0, "running", None, "1")]})
     )
     assert "No job has a figure yet" in build_sweep_page(tmp_path).read_text()
+
+
+def test_a_sweep_that_was_stopped_is_not_running(tmp_path: Path):
+    jobs = [job(0, DONE, 1.0, "1"), job(1, "stopped", None, "2"), job(2, "waiting", None, "3")]
+    (tmp_path / "sweep.json").write_text(json.dumps(SUMMARY | {"jobs": jobs, "stopped": True}))
+    page = build_sweep_page(tmp_path).read_text()
+    assert "1 of 3 jobs done, stopped" in page and 'http-equiv="refresh"' not in page
 
 
 def test_the_table_has_the_best_first_with_its_command():

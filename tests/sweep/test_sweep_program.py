@@ -134,6 +134,7 @@ def test_ctrl_c_lets_the_jobs_save(tmp_path):
     assert {jobs(tmp_path)[n]["status"] for n in (0, 2)} == {"stopped"}
     assert json.loads((tmp_path / "0/result.json").read_text())["status"] == "preempted"
     assert f"sweep.dir={tmp_path}" in output.splitlines()[-1]
+    assert "jobs done, stopped" in (tmp_path / "sweep.html").read_text()
 
 
 def test_optuna_prunes_survives_a_kill_and_counts_each_trial_once(tmp_path):
