@@ -22,7 +22,7 @@ from omegaconf import OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune import config as schema
-from finetune.config import KINDS, Literals, all_keys, field_classes
+from finetune.config import KINDS, Literals, all_keys, schema_keys
 from finetune.errors import BESIDE, UserError, command, hydra_quoted, setting
 
 ROOT = BESIDE
@@ -106,20 +106,23 @@ def _fitting(recipe: Any, typed: dict[str, str]) -> Any:
         key.removeprefix("override /"): value for entry in entries for key, value in entry.items()
     }
     for group in KINDS:
-        kind, recipe_kind = _kind(group, typed.get(group)), _kind(group, own.get(group))
+        kind = option_kind(group, typed.get(group))
+        recipe_kind = option_kind(group, own.get(group))
         if kind and recipe_kind and kind != recipe_kind and group in recipe:
             shared = {f.name for f in fields(KINDS[group][kind].__base__)}  # type: ignore[arg-type]
             recipe[group] = {key: value for key, value in recipe[group].items() if key in shared}
     return recipe
 
 
-def _kind(group: str, option: str | None) -> str | None:
+def option_kind(group: str, option: str | None) -> str | None:
     """Return the kind of a group's option: adapter=dora is of kind lora."""
     file = CONF / group / f"{option}.yaml"
     if not option or not file.is_file():
         return None
     key = f"/schema/{group}@_here_"
-    entries = [entry for entry in OmegaConf.load(file).defaults if not isinstance(entry, str)]
+    entries = [
+        entry for entry in OmegaConf.load(file).get("defaults", []) if not isinstance(entry, str)
+    ]
     return next((entry[key] for entry in entries if key in entry), None)
 
 
@@ -274,15 +277,11 @@ class Reading:
 @cache
 def text_settings(node: type) -> dict[str, Reading]:
     """Map the dotted key of every text setting in a program's schema to its reading rules."""
-    return dict(_readings(node, ""))
-
-
-def _readings(node: type, prefix: str) -> Iterator[tuple[str, Reading]]:
-    for field in fields(node):
-        for kind in field_classes(node, field):
-            yield from _readings(kind, f"{prefix}{field.name}.")
-        if found := TEXT_TYPE.fullmatch(str(field.type)):
-            yield prefix + field.name, Reading(found[3] == "Text", bool(found[2]), bool(found[1]))
+    return {
+        key: Reading(matched[3] == "Text", bool(matched[2]), bool(matched[1]))
+        for key, _, item in schema_keys(node)
+        if (matched := TEXT_TYPE.fullmatch(str(item.type)))
+    }
 
 
 def hydra_words(words: list[str], node: type, literals: Literals) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -688,23 +688,24 @@ KINDS = {
 """Groups whose options have keys of their own: group -> kind -> schema."""
 
 
-def all_keys(node: type, prefix: str = "") -> Iterable[str]:
-    """Yield the dotted names of every key under a schema, for every kind of a group."""
-    for f in fields(node):
-        kinds = field_classes(node, f)
-        for kind in kinds:
-            yield from all_keys(kind, f"{prefix}{f.name}.")
-        if not kinds:
-            yield prefix + f.name
+def schema_keys(node: type, prefix: str = "") -> Iterator[tuple[str, type, Field]]:
+    """Yield (dotted key, class that holds it, field) for every setting under a schema.
+
+    The keys of all kinds of a group are included: those of lora, ia3, ... below `adapter.`.
+    """
+    for item in fields(node):
+        # Annotations are text: look them up in the module that defines the schema.
+        section = getattr(sys.modules[node.__module__], str(item.type), None)
+        if isinstance(section, type) and is_dataclass(section):
+            for kind in KINDS.get(item.name, {"": section}).values():
+                yield from schema_keys(kind, f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, node, item
 
 
-def field_classes(node: type, key: Field) -> list[type]:
-    """Return the schemas of the section that a field holds; none for a plain key."""
-    if key.name in KINDS and "Config" in str(key.type):
-        return list(KINDS[key.name].values())
-    # Annotations are text: look them up in the module that defines the schema.
-    kind = getattr(sys.modules[node.__module__], str(key.type), None)
-    return [kind] if isinstance(kind, type) and is_dataclass(kind) else []
+def all_keys(node: type) -> set[str]:
+    """Return the dotted keys of every setting under a schema."""
+    return {key for key, _, _ in schema_keys(node)}
 
 
 SCHEDULES = ("linear", "cosine", "constant")

@@ -1,4 +1,4 @@
-"""A checkpoint in another form: `python launch/convert.py source=DIR target=DIR [dtype=bf16] [to=hf|jax]`."""
+"""Convert a checkpoint: `python launch/convert.py source=DIR target=DIR [dtype=bf16] [to=hf|jax]`."""
 
 import sys
 from pathlib import Path
@@ -8,4 +8,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if __name__ == "__main__":
     from finetune.cli.app import main
 
-    sys.exit(main("finetune.cli.convert", "convert"))
+    sys.exit(main("convert"))

@@ -1,4 +1,4 @@
-"""What of this machine is ready: `python launch/doctor.py [--json]`. Runs where nothing is installed yet, too."""
+"""Check whether this machine is ready: `python launch/doctor.py [--json]`. Works before anything is installed."""
 
 import sys
 from pathlib import Path
@@ -9,8 +9,8 @@ if __name__ == "__main__":
     words = ["json=true" if word == "--json" else word for word in sys.argv[1:]]
     try:
         from finetune.cli.app import main
-    except ImportError:  # then this is what it must say
+    except ImportError:  # a missing package is among the findings
         from finetune.cli.doctor import main as examine
 
         sys.exit(examine(json_only="json=true" in words))
-    sys.exit(main("finetune.cli.doctor", "doctor", words))
+    sys.exit(main("doctor", words))

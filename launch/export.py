@@ -1,4 +1,4 @@
-"""A verified export: `python launch/export.py run=RUN kind=adapter|merged|full [out=DIR]`."""
+"""Write a verified export: `python launch/export.py run=RUN kind=adapter|merged|full [out=DIR]`."""
 
 import sys
 from pathlib import Path
@@ -8,4 +8,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if __name__ == "__main__":
     from finetune.cli.app import main
 
-    sys.exit(main("finetune.cli.export", "export"))
+    sys.exit(main("export"))

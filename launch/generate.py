@@ -1,4 +1,4 @@
-"""Text from an export: `python launch/generate.py model=EXPORT prompt="..."`."""
+"""Generate text with an export: `python launch/generate.py model=EXPORT prompt="..."`."""
 
 import sys
 from pathlib import Path
@@ -8,4 +8,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if __name__ == "__main__":
     from finetune.cli.app import main
 
-    sys.exit(main("finetune.cli.generate", "generate"))
+    sys.exit(main("generate"))

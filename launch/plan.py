@@ -1,4 +1,4 @@
-"""Will it fit? `python launch/plan.py recipe=R [k=v ...]`. No GPU, no weights, no torch."""
+"""Tell whether a run fits: `python launch/plan.py recipe=R [k=v ...]`. No GPU, no weights, no torch."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,5 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if __name__ == "__main__":
     from finetune.cli.app import main
-    from finetune.cli.plan import run
 
-    sys.exit(main(run, "plan"))
+    sys.exit(main("plan"))

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint for an export: `python launch/serve.py model=EXPORT [port=8000]`."""
+"""Serve an export to OpenAI-compatible clients: `python launch/serve.py model=EXPORT [port=8000]`."""
 
 import sys
 from pathlib import Path
@@ -8,4 +8,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if __name__ == "__main__":
     from finetune.cli.app import main
 
-    sys.exit(main("finetune.cli.serve", "serve"))
+    sys.exit(main("serve"))

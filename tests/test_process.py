@@ -29,7 +29,8 @@ def test_what_is_set_stays(given, wanted):
 def test_before_torch_is_imported():
     code = (
         "import sys, os; from finetune.cli.app import main;"
-        "main(lambda composed: print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT']), 'train', ['recipe=quickstart'])"
+        "main('plan', ['recipe=quickstart', 'machine=h100_80']);"
+        "print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
     )
     clean = {
         key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))
@@ -42,4 +43,4 @@ def test_before_torch_is_imported():
         text=True,
         check=True,
     )
-    assert found.stdout.split() == ["False", ROUNDS]
+    assert found.stdout.split()[-2:] == ["False", ROUNDS]

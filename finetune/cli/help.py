@@ -1,4 +1,4 @@
-"""`--help`: recipes with a line each, groups, keys with defaults and units, examples. Reads conf/ as text."""
+"""`--help`: recipes with a line each, groups, keys with defaults and units, examples."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import difflib
 import inspect
 import re
 import textwrap
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, is_dataclass
 from enum import Enum
+from functools import cache
 from pathlib import Path
-from typing import Any
 
-from finetune import config
-from finetune.cli import schemas
+from finetune.cli.schemas import SCHEMAS
+from finetune.compose import CONF, RECIPES
+from finetune.config import Config, DataConfig, schema_keys
 from finetune.errors import UserError
 
 
@@ -40,7 +41,7 @@ USAGE = {
         ],
     ),
     "plan": Usage(
-        "Will it fit? Bytes by part for every way to shard; no GPU and no weights needed.",
+        "Tell whether a run fits: bytes by part for every way to shard; needs no GPU and no weights.",
         "python launch/plan.py recipe=R [key=value ...]",
         [
             "python launch/plan.py recipe=clm_pile machine=h100_80 machine.gpus=4",
@@ -49,7 +50,7 @@ USAGE = {
         ],
     ),
     "evaluate": Usage(
-        "Metrics of a run or an export: a table, and eval.json.",
+        "Evaluate a run or an export: a table, and eval.json.",
         "deepspeed launch/evaluate.py run=RUN | model=EXPORT task=T data.eval=FILE [key=value ...]",
         [
             "deepspeed launch/evaluate.py run=runs/quickstart/20260101-120000",
@@ -59,7 +60,7 @@ USAGE = {
         ],
     ),
     "export": Usage(
-        "A run's adapter or model in Hugging Face layout, reopened and proven equal.",
+        "Write a run's adapter or model in Hugging Face layout, reopen it and prove it equal.",
         "python launch/export.py run=RUN kind=adapter|merged|full [out=DIR] [key=value ...]",
         [
             "python launch/export.py run=runs/quickstart/20260101-120000 kind=merged",
@@ -68,7 +69,7 @@ USAGE = {
         ],
     ),
     "generate": Usage(
-        "What an export, or any GPT-J checkpoint directory, says.",
+        "Generate text, labels or answers with an export or any GPT-J checkpoint directory.",
         "python launch/generate.py model=EXPORT prompt=TEXT [key=value ...]",
         [
             "python launch/generate.py model=runs/q/1/export prompt='The patients were' temperature=0",
@@ -79,7 +80,7 @@ USAGE = {
         ],
     ),
     "serve": Usage(
-        "OpenAI's completions interface around an export, and a page to type in.",
+        "Serve an export behind OpenAI's completions interface, with a page to type in.",
         "python launch/serve.py model=EXPORT [key=value ...]",
         [
             "python launch/serve.py model=runs/q/1/export",
@@ -89,7 +90,7 @@ USAGE = {
         ["Any host but this machine's own needs a token in the environment variable SERVE_TOKEN."],
     ),
     "convert": Usage(
-        "A checkpoint in another form: sharded safetensors, or mesh-transformer-jax's.",
+        "Convert a checkpoint to sharded safetensors or to mesh-transformer-jax's form.",
         "python launch/convert.py source=DIR target=DIR [key=value ...]",
         [
             "python launch/convert.py source=gpt-j-6b target=gpt-j-6b-bf16 dtype=bf16",
@@ -98,7 +99,7 @@ USAGE = {
         ],
     ),
     "doctor": Usage(
-        "What of this machine is ready to train: green, yellow, red, each with a remedy.",
+        "Check whether this machine is ready to train: green, yellow, red, each with a remedy.",
         "python launch/doctor.py [--json]",
         [
             "python launch/doctor.py",
@@ -108,7 +109,7 @@ USAGE = {
         ["Exit code 1 when something must be fixed before training."],
     ),
     "report": Usage(
-        "The page of a run, or one page that compares runs.",
+        "Write the page of a run, or one page that compares runs.",
         "python launch/report.py run=RUN | 'runs=[RUN,RUN,...]' [out=FILE]",
         [
             "python launch/report.py run=runs/quickstart/20260101-120000",
@@ -147,163 +148,123 @@ GROUPS = {
 WIDTH = 118
 
 
-def help_text(name: str, conf: Path, recipes: Path, topics: list[str] | None = None) -> str:
-    """The help of one program, or of one group or key of it.
+def help_text(program: str, topics: list[str] | None = None) -> str:
+    """Return the help of one program, or of some groups, keys and recipes of it.
 
     Raises:
-        UserError: a topic is neither.
+        UserError: a topic is none of these.
     """
     if topics:
-        return "\n\n".join(_topic(name, topic, conf, recipes) for topic in topics)
-    usage = USAGE[name]
+        return "\n\n".join(topic_text(program, topic) for topic in topics)
+    usage, node = USAGE[program], SCHEMAS[program]
     parts = [f"{usage.purpose}\n\nUsage: {usage.command}"]
-    if name in ("train", "plan"):
+    if node is Config:
+        recipes = {path.stem: first_comment(path) for path in sorted(RECIPES.glob("*.yaml"))}
+        groups = {
+            f"{group + '=':<10} {purpose:<24}": ", ".join(options)
+            for group, purpose in GROUPS.items()
+            if (options := sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+        }
         parts += [
-            _recipes(recipes),
-            _groups(conf),
-            _keys("Keys used most:", [(key, *_find(key)) for key in TOP]),
+            table("Recipes (recipe=...):", recipes),
+            table("Groups (group=option):", groups),
+            table("Keys used most:", {key: str(key_help(key, node)) for key in TOP}),
+        ]
+        more = [
+            "Texts are taken as typed, lists in brackets: 'run_dir=runs/a, b', task.labels='[C++,\"a, b\"]'.",
+            "More: --help GROUP or --help KEY (--help adapter, --help optim.lr); --cfg job shows every value.",
+            "Tab completion: source launch/completion.bash",
         ]
     else:
-        parts.append(_keys("Keys:", _program_keys(name)))
+        rows = {
+            "model" if key == "export_dir" else key: documented(owner, item)
+            for key, owner, item in schema_keys(node)
+            if "." not in key
+        }
+        if program == "evaluate":
+            rows["task"] = "clm, instruct, classify or qa; a run knows its own."
+            rows["data.eval"] = field_docs(DataConfig)["train"]
+        parts.append(table("Keys:", rows))
+        more = ["All settings with their values: add --cfg job."]
     parts.append("Examples:\n" + "\n".join(f"  {line}" for line in usage.examples))
-    return "\n\n".join([*parts, "\n".join([*usage.notes, *_more(name)])])
+    return "\n\n".join([*parts, "\n".join([*usage.notes, *more])])
+
+
+def topic_text(program: str, topic: str) -> str:
+    """Return the help on one group, recipe or key.
+
+    Raises:
+        UserError: there is none.
+    """
+    node = SCHEMAS[program]
+    if node is Config and topic in GROUPS:
+        folder = RECIPES if topic == "recipe" else CONF / topic
+        options = {path.stem: first_comment(path) for path in sorted(folder.glob("*.yaml"))}
+        keys: dict[str, dict[str, str]] = {}
+        for key, owner, item in schema_keys(node):
+            if key.startswith(f"{topic}."):
+                kind = owner.__name__.removesuffix("Config").lower()
+                keys.setdefault(kind, {})[key] = documented(owner, item)
+        sections = [table(f"Keys of {kind}:", rows) for kind, rows in keys.items()]
+        return "\n\n".join([table(f"{topic}=: {GROUPS[topic]}", options), *sections])
+    recipe = RECIPES / f"{topic}.yaml"
+    if recipe.is_file():
+        return recipe.read_text(encoding="utf-8").rstrip()
+    if doc := key_help("export_dir" if topic == "model" else topic, node):
+        return table(f"{topic}:", {topic: doc})
+    names = [*GROUPS, *(path.stem for path in RECIPES.glob("*.yaml")), *TOP]
+    near = difflib.get_close_matches(topic, names, 1, 0.5)
+    raise UserError(
+        f"there is no help on '{topic}'",
+        remedy=f"Did you mean --help {near[0]}?" if near else f"Groups: {', '.join(GROUPS)}.",
+    )
 
 
 def first_comment(path: Path) -> str:
-    """First comment line of a yaml that says something to people (the `@package` line does not)."""
+    """Return the first comment line of a yaml that is not the `@package` line; "" without one."""
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("#") and "@package" not in line:
             return line.lstrip("# ").strip()
     return ""
 
 
+@cache
 def field_docs(node: type) -> dict[str, str]:
-    """Field -> the string literal beneath it in the source, of the class and what it inherits from."""
+    """Map a class's fields, inherited ones too, to the string literal beneath each in the source."""
     sources = "".join(
         inspect.getsource(base) for base in reversed(node.__mro__) if is_dataclass(base)
     )
-    found = re.findall(r'^    (\w+):[^\n]*\n    """(.*?)"""', sources, re.M | re.S)
-    known = {f.name for f in fields(node)}
-    return {name: " ".join(doc.split()) for name, doc in found if name in known}
+    pairs = re.findall(
+        r'^    (\w+):[^\n]*(?:\n    [ )][^\n]*)*\n    """(.*?)"""', sources, re.M | re.S
+    )
+    return {name: " ".join(doc.split()) for name, doc in pairs}
 
 
-def default_text(node: type, name: str) -> str:
-    """A field's default as one would type it; "" where there is none."""
-    found = next(f for f in fields(node) if f.name == name)
-    value: Any = found.default if found.default is not MISSING else None
-    if found.default_factory is not MISSING:
-        value = found.default_factory()
-    if value is None or value == "???" or is_dataclass(value) or value in ([], {}, ""):
-        return ""
+def documented(owner: type, item: Field) -> str:
+    """Return a field's documentation, with its default as one would type it in brackets."""
+    value = item.default if item.default_factory is MISSING else item.default_factory()
     if isinstance(value, Enum):
-        return str(value.value)
-    if isinstance(value, list):
-        return "[" + ",".join(map(str, value)) + "]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        value = value.value
+    elif isinstance(value, list):
+        value = f"[{','.join(map(str, value))}]" if value else ""
+    elif isinstance(value, bool):
+        value = str(value).lower()
+    doc = field_docs(owner)[item.name]
+    return doc if value in (None, MISSING, "???", "", {}) else f"{doc} [{value}]"
 
 
-def _recipes(folder: Path) -> str:
-    lines = [f"  {path.stem:<16} {first_comment(path)}" for path in sorted(folder.glob("*.yaml"))]
-    return "Recipes (recipe=...):\n" + "\n".join(lines)
+def key_help(key: str, node: type) -> str | None:
+    """Return the documentation of a dotted key of a schema; None if there is no such key."""
+    matches = (documented(owner, item) for name, owner, item in schema_keys(node) if name == key)
+    return next(matches, None)
 
 
-def _groups(conf: Path) -> str:
-    lines = []
-    for name, purpose in GROUPS.items():
-        options = sorted(p.stem for p in (conf / name).glob("*.yaml"))
-        if options:
-            lines.append(_wrapped(f"  {name + '=':<10} {purpose:<24}", ", ".join(options)))
-    return "Groups (group=option):\n" + "\n".join(lines)
-
-
-def _keys(title: str, rows: list[tuple[str, str, str]]) -> str:
-    """Aligned (key, default, doc)."""
-    wide = max(len(key) for key, _, _ in rows) + 1
-    lines = [
-        _wrapped(f"  {key:<{wide}} ", doc + (f" [{default}]" if default else ""))
-        for key, default, doc in rows
-    ]
-    return "\n".join([title, *lines])
-
-
-def _topic(name: str, topic: str, conf: Path, recipes: Path) -> str:
-    """`--help adapter`, `--help optim.lr`, `--help clm_pile`."""
-    folder = recipes if topic == "recipe" else conf / topic
-    if name in ("train", "plan") and topic in GROUPS and folder.is_dir():
-        return _group(topic, folder)
-    if (recipes / f"{topic}.yaml").is_file():
-        return (recipes / f"{topic}.yaml").read_text(encoding="utf-8").rstrip()
-    try:
-        return _keys(f"{topic}:", [(topic, *_find(topic))])
-    except UserError:
-        near = difflib.get_close_matches(
-            topic, [*GROUPS, *(p.stem for p in recipes.glob("*.yaml")), *TOP], 1, 0.5
-        )
-        raise UserError(
-            f"there is no help on '{topic}'",
-            remedy=f"Did you mean --help {near[0]}?" if near else f"Groups: {', '.join(GROUPS)}.",
-        ) from None
-
-
-def _group(topic: str, folder: Path) -> str:
-    options = sorted(folder.glob("*.yaml"))
-    wide = max(len(path.stem) for path in options) + 1
-    lines = [_wrapped(f"  {path.stem:<{wide}} ", first_comment(path)) for path in options]
-    parts = [f"{topic}=: {GROUPS[topic]}\n" + "\n".join(lines)]
-    for node in _nodes(topic):
-        docs = field_docs(node)
-        if docs:
-            rows = [(f"{topic}.{key}", default_text(node, key), doc) for key, doc in docs.items()]
-            parts.append(_keys(f"Keys of {node.__name__.removesuffix('Config').lower()}:", rows))
-    return "\n\n".join(parts)
-
-
-def _nodes(section: str) -> list[type]:
-    """The schemas that may stand under a dotted section of the training config, by name."""
-    nodes: list[type] = [config.Config]
-    for part in section.split(".") if section else []:
-        names = [str(f.type) for node in nodes for f in fields(node) if f.name == part]
-        bases = [
-            getattr(config, name) for name in names if is_dataclass(getattr(config, name, None))
-        ]
-        nodes = [kind for base in bases for kind in (base.__subclasses__() or [base])]
-    return nodes
-
-
-def _find(key: str) -> tuple[str, str]:
-    """(default, doc) of a dotted key. Raises UserError."""
-    section, _, leaf = key.rpartition(".")
-    for node in _nodes(section):
-        docs = field_docs(node)
-        if leaf in docs:
-            return default_text(node, leaf), docs[leaf]
-    raise UserError("there is no such key", key)
-
-
-def _program_keys(name: str) -> list[tuple[str, str, str]]:
-    """Keys of a smaller program, sections by their keys, under the names that users type."""
-    node, rows = schemas.SCHEMAS[name], []
-    for key, doc in field_docs(node).items():
-        typed = re.match(r"Typed as (\w+)=\w+: ", doc)
-        name_of, told = (typed[1], doc.removeprefix(typed[0])) if typed else (key, doc)
-        rows.append((name_of, default_text(node, key), told))
-    if any(f.name == "data" for f in fields(node)):
-        rows.append(("task", "", "clm, instruct, classify or qa; a run knows its own."))
-        rows.append(("data.eval", "", field_docs(config.DataConfig)["train"]))
-    return rows
-
-
-def _more(name: str) -> list[str]:
-    if name not in ("train", "plan"):
-        return ["All settings with their values: add --cfg job."]
-    return [
-        "Texts are taken as typed, lists in brackets: 'run_dir=runs/a, b', task.labels='[C++,\"a, b\"]'.",
-        "More: --help GROUP or --help KEY (--help adapter, --help optim.lr); --cfg job shows every value.",
-        "Tab completion: source launch/completion.bash",
-    ]
-
-
-def _wrapped(head: str, text: str) -> str:
-    """`text` beside `head`, its further lines below itself."""
-    lines = textwrap.wrap(text, max(30, WIDTH - len(head))) or [""]
-    return head + f"\n{' ' * len(head)}".join(lines)
+def table(title: str, rows: dict[str, str]) -> str:
+    """Return a title and aligned rows, with the lines of a long text below its first one."""
+    wide = max(map(len, rows), default=0) + 1
+    lines = [title]
+    for head, text in rows.items():
+        start = f"  {head:<{wide}} "
+        wrapped = textwrap.wrap(text, max(30, WIDTH - len(start))) or [""]
+        lines.append(start + f"\n{' ' * len(start)}".join(wrapped))
+    return "\n".join(lines)

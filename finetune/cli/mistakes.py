@@ -11,200 +11,139 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune import config as schema
-from finetune.cli import schemas
-from finetune.cli.help import field_docs
-from finetune.compose import CompositionError
-from finetune.config import KINDS, all_keys, field_classes
+from finetune.cli.help import key_help
+from finetune.cli.schemas import SCHEMAS
+from finetune.compose import CONF, RECIPES, CompositionError, option_kind
+from finetune.config import KINDS, all_keys
 from finetune.errors import UserError, command, hydra_quoted, setting
 
 
-def composition_mistake(error: CompositionError, conf: Path) -> UserError:
-    """Return the likely mistake behind words that do not compose.
+def composition_mistake(error: CompositionError) -> UserError:
+    """Return the likely mistake behind words that do not compose."""
+    cause, program = error.__cause__, error.program
+    if not isinstance(cause, Exception):
+        return unknown_key(error.key, program)
+    if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
+        group, _, option = str(cause.missing_cfg_file).rpartition("/")
+        options = [name for name in (cause.options or []) if not name.endswith("schema")]
+        options = options or [path.stem for path in (CONF / group).glob("*.yaml")]
+        near = difflib.get_close_matches(option, options, 1, 0.5)
+        meant = f"Did you mean {group}={near[0]}?  " if near else ""
+        return UserError(
+            f"there is no {group or 'config'} named '{option}'",
+            f"{group}={option}",
+            f"{meant}Known: {', '.join(sorted(options))}.",
+        )
 
-    Args:
-        conf: the folder of config groups.
-    """
-    if isinstance(error.__cause__, Exception):
-        return user_error(error.__cause__, error.overrides, error.program, conf)
-    return unknown_key(error.key, error.program, conf)
-
-
-def user_error(error: Exception, overrides: list[str], name: str, conf: Path) -> UserError:
-    """Return the user's error for a failure to compose `overrides` for program `name`.
-
-    Args:
-        conf: the folder of config groups.
-    """
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        return _unknown_option(error, conf)
-    chain: BaseException | None = error
+    # OmegaConf's errors name the key, some of them only in the exception that they wrap.
+    chain: BaseException | None = cause
     while chain is not None:
         key = getattr(chain, "full_key", None)
         if isinstance(chain, OmegaConfBaseException) and key:
-            return _key_error(str(key), chain, name, conf)
+            text = str(chain).split("\n")[0]
+            if "not in" in text and ("Key '" in text or "key '" in text):
+                return unknown_key(str(key), program, text)
+            doc = key_help(str(key), SCHEMAS[program])
+            return UserError(
+                text,
+                str(key),
+                f"{key}: {doc}" if doc else "See --help for the keys and their types.",
+            )
         chain = chain.__cause__ or chain.__context__
-    text = (
-        str(error).split("\nTo append")[0].split("\nSet the environment")[0].split("\nSee https")[0]
-    )
-    for word in overrides:
+
+    text = re.split(r"\n(?:To append|Set the environment|See https)", str(cause))[0]
+    for word in error.overrides:
         key = word.lstrip("+~").split("=")[0]
         if "Could not override" in text and f"'{key}'" in text:
-            return unknown_key(key, name, conf)
+            return unknown_key(key, program)
         if "=" not in word:
-            return _no_value(word, name, conf)
-    if found := re.match(r"Ambiguous value for argument '([^=]*)=", text):
-        key, again = (
-            found[1],
-            command([f"python launch/{name}.py", "-m", *overrides]).replace("'", "", 2),
+            for group in group_names(program):
+                if ((RECIPES if group == "recipe" else CONF / group) / f"{word}.yaml").is_file():
+                    return UserError("a setting needs a key", word, f"Write {group}={word}.")
+            key = [*nearest_keys(word, program), "key"][0]
+            return UserError("a setting needs a value", word, f"Write {key}=VALUE; see --help.")
+    if matched := re.match(r"Ambiguous value for argument '([^=]*)=", text):
+        sweep = ""
+        if program == "train":
+            again = command(["python", "launch/train.py", "-m", *error.overrides])
+            sweep = f"\n  Each value in a run of its own: {again}"
+        return UserError(
+            "several values, where one is needed", matched[1], f"Give one value.{sweep}"
         )
-        sweep = f"\n  Each value in a run of its own: {again}" if name == "train" else ""
-        return UserError("several values, where one is needed", key, f"Give one value.{sweep}")
-    for word in overrides:
-        if not _parses(word):
+    for word in error.overrides:
+        try:
+            OverridesParser.create().parse_override(word)
+        except HydraException:
             key, _, value = word.partition("=")
+            quoted = command([f"{key}={hydra_quoted(value)}"])
             return UserError(
                 "this value cannot be read",
                 word,
-                f"Quote it twice, for the shell and for Hydra: {command([f'{key}={hydra_quoted(value)}'])}",
+                f"Quote it twice, for the shell and for Hydra: {quoted}",
             )
     return UserError(text, remedy="See --help for the keys and groups.")
 
 
-def unknown_option(word: str, name: str, conf: Path) -> UserError:
+def unknown_option(word: str, program: str) -> UserError:
     """Return the error for a word that only looks like an option, such as `--learning_rate`."""
-    key = word.lstrip("-").split("=")[0]
-    near = nearest_keys(key, name, conf)
-    remedy = f"Did you mean {near[0]}=...?  " if near else ""
+    near = nearest_keys(word.lstrip("-").split("=")[0], program)
+    meant = f"Did you mean {near[0]}=...?  " if near else ""
     return UserError(
-        f"unknown option {word}", remedy=f"{remedy}Settings are written key=value; see --help."
+        f"unknown option {word}", remedy=f"{meant}Settings are written key=value; see --help."
     )
 
 
-def unknown_key(key: str, name: str, conf: Path, text: str = "") -> UserError:
+def unknown_key(key: str, program: str, text: str = "there is no such key") -> UserError:
+    """Return the error for a key that the schema does not have, with the key that was meant."""
+    group, _, rest = key.partition(".")
     leaf = key.rpartition(".")[2]
-    if name in ("train", "plan") and leaf in ABSENT:
-        return UserError(text or "there is no such key", key, ABSENT[leaf])
-    near = nearest_keys(key, name, conf)
-    hint = f"  ({HINTS[leaf]})" if leaf in HINTS and near and near[0] == OTHERS.get(leaf) else ""
-    remedy = f"Did you mean {' or '.join(near)}?{hint}" if near else "See --help for the keys."
-    return UserError(text or "there is no such key", key, _of_another_kind(key, conf) or remedy)
+    if program in ("train", "plan") and leaf in ABSENT:
+        return UserError(text, key, ABSENT[leaf])
 
-
-def nearest_keys(key: str, name: str, conf: Path) -> list[str]:
-    """Return at most three keys or groups that `key` may stand for, the likeliest first."""
-    keys = sorted(set(all_keys(schemas.SCHEMAS.get(name, schema.Config)))) + _groups(name, conf)
-    leaf = key.rpartition(".")[2]
-    if name in ("train", "plan") and leaf in OTHERS and OTHERS[leaf] != key:
-        return [OTHERS[leaf]]
-    scored = [
-        (max(_alike(key, known), 0.95 * _alike(leaf, known.rpartition(".")[2])), known)
-        for known in keys
-    ]
-    best = max(scored)[0]
-    return [
-        known
-        for score, known in sorted(scored, key=lambda s: -s[0])[:3]
-        if score > 0.7 and score > best - 0.1
-    ]
-
-
-def _unknown_option(error: MissingConfigException, conf: Path) -> UserError:
-    group, _, option = str(error.missing_cfg_file).rpartition("/")
-    options = [o for o in (error.options or []) if not o.endswith("schema")]
-    options = options or [path.stem for path in (conf / group).glob("*.yaml")]
-    remedy = f"Known: {', '.join(sorted(options))}."
-    near = difflib.get_close_matches(option, options, 1, 0.5)
-    return UserError(
-        f"there is no {group or 'config'} named '{option}'",
-        f"{group}={option}",
-        f"Did you mean {group}={near[0]}?  {remedy}" if near else remedy,
-    )
-
-
-def _key_error(key: str, error: BaseException, name: str, conf: Path) -> UserError:
-    text = str(error).split("\n")[0]
-    if "not in" in text and ("Key '" in text or "key '" in text):
-        return unknown_key(key, name, conf, text)
-    doc = _doc_of(key)
-    return UserError(
-        text, key, f"{key}: {doc}" if doc else "See --help for the keys and their types."
-    )
-
-
-def _no_value(word: str, name: str, conf: Path) -> UserError:
-    for group in _groups(name, conf):
-        folder = conf / group if group != "recipe" else conf.parent / "recipes"
-        if (folder / f"{word}.yaml").is_file():
-            return UserError("a setting needs a key", word, f"Write {group}={word}.")
-    near = nearest_keys(word, name, conf)
-    return UserError(
-        "a setting needs a value", word, f"Write {near[0] if near else 'key'}=VALUE; see --help."
-    )
-
-
-def _of_another_kind(key: str, conf: Path) -> str:
-    """Return a sentence on the options of the group that have this key; "" if none has.
-
-    For example, adapter=lora has adapter.rank.
-    """
-    group, _, leaf = key.partition(".")
+    # Options of the group that have this key: adapter=lora has adapter.rank. The plain kind comes
+    # before its variants, lora before dora.
     kinds = [
         kind
         for kind, node in KINDS.get(group, {}).items()
-        if leaf in {f.name for f in fields(node)}
+        if rest in {item.name for item in fields(node)}
     ]
-    options = [
-        path.stem for path in sorted((conf / group).glob("*.yaml")) if kind_of(path) in kinds
-    ]
-    # The plain kind before its variants: lora before dora.
-    named = [
-        f"{group}={option}" for option in sorted(options, key=lambda option: option not in kinds)
-    ]
-    return (
-        f"{' and '.join(named)} {'has' if len(named) == 1 else 'have'} this key." if named else ""
-    )
+    options = [path.stem for path in sorted((CONF / group).glob("*.yaml"))]
+    having = [option for option in options if option_kind(group, option) in kinds]
+    if having:
+        named = [f"{group}={option}" for option in sorted(having, key=lambda o: o not in kinds)]
+        have = "has" if len(named) == 1 else "have"
+        return UserError(text, key, f"{' and '.join(named)} {have} this key.")
+
+    near = nearest_keys(key, program)
+    if not near:
+        return UserError(text, key, "See --help for the keys.")
+    hint = f"  ({HINTS[leaf]})" if leaf in HINTS and near[0] == OTHERS.get(leaf) else ""
+    return UserError(text, key, f"Did you mean {' or '.join(near)}?{hint}")
 
 
-def kind_of(path: Path) -> str:
-    """Return the kind in the schema that an option builds on."""
-    found = re.search(r"/schema/\w+@_here_: (\w+)", path.read_text(encoding="utf-8"))
-    return found[1] if found else path.stem
+def nearest_keys(key: str, program: str) -> list[str]:
+    """Return at most three keys or groups that `key` may stand for, the likeliest first."""
+    leaf = key.rpartition(".")[2]
+    if program in ("train", "plan") and leaf in OTHERS and OTHERS[leaf] != key:
+        return [OTHERS[leaf]]
+
+    def alike(a: str, b: str) -> float:
+        return difflib.SequenceMatcher(None, a, b).ratio()
+
+    scores = {
+        name: max(alike(key, name), 0.95 * alike(leaf, name.rpartition(".")[2]))
+        for name in [*sorted(all_keys(SCHEMAS[program])), *group_names(program)]
+    }
+    best = max(scores.values())
+    near = sorted(scores, key=lambda name: -scores[name])[:3]
+    return [name for name in near if scores[name] > 0.7 and scores[name] > best - 0.1]
 
 
-def _doc_of(key: str) -> str:
-    section, _, leaf = key.rpartition(".")
-    nodes: list[type] = [schema.Config]
-    for part in section.split(".") if section else []:
-        nodes = [
-            kind
-            for node in nodes
-            for f in fields(node)
-            if f.name == part
-            for kind in field_classes(node, f)
-        ]
-    return next((docs[leaf] for node in nodes if leaf in (docs := field_docs(node))), "")
-
-
-def _groups(name: str, conf: Path) -> list[str]:
-    """Return the names of the config groups: recipe, adapter, ..."""
-    return (
-        ["recipe", *sorted(p.name for p in conf.iterdir() if p.is_dir())]
-        if name in ("train", "plan")
-        else []
-    )
-
-
-def _parses(word: str) -> bool:
-    try:
-        OverridesParser.create().parse_override(word)
-    except HydraException:
-        return False
-    return True
-
-
-def _alike(a: str, b: str) -> float:
-    return difflib.SequenceMatcher(None, a, b).ratio()
+def group_names(program: str) -> list[str]:
+    """Return the names of a program's config groups: recipe, adapter, ..."""
+    if program not in ("train", "plan"):
+        return []
+    return ["recipe", *sorted(path.name for path in CONF.iterdir() if path.is_dir())]
 
 
 # Names of other programs for our keys, so that a user who types one gets a hint instead of "no such
@@ -320,7 +259,7 @@ HINTS = {
     "saves_per_epoch": "checkpoint.every counts steps",
     "finetuning_type": "write adapter=lora or adapter=full",
 }
-"""What the key alone does not say."""
+"""Their name -> a remark on how our key differs."""
 
 ABSENT = {
     name: answer
@@ -480,50 +419,40 @@ def split_flags(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     return words, flags
 
 
-def without_hydra(words: list[str], name: str, multirun: bool = False) -> list[str]:
+def without_hydra(words: list[str], program: str, multirun: bool = False) -> list[str]:
     """Replace Hydra's own settings by the equivalent settings of this program.
 
     Args:
-        name: the program.
         multirun: whether the words start a sweep.
 
     Raises:
         UserError: a setting has no effect here; the message says what to type instead.
     """
-    return [own for word in words for own in _own(word, name, multirun)]
-
-
-def _own(word: str, name: str, multirun: bool) -> list[str]:
-    key, _, value = word.lstrip("+~").partition("=")
-    trains = name in ("train", "plan")
-    if not key.startswith(("hydra.", "hydra/")) or key == "hydra.searchpath":
-        return [word]
-    if key == "hydra.run.dir" and trains and not multirun:
-        return [f"run_dir={value}"]
-    if key == "hydra.sweep.dir" and trains and multirun:
-        return [f"sweep.dir={value}"]
-    if key == "hydra.verbose" and value.lower() in ("true", "false"):
-        return [f"verbose={value.lower()}"]
-    if key == "hydra.output_subdir" and value.lower() == "null":
-        return []
-    if key == "hydra.run.dir":
-        answer = (
-            f"The jobs of a sweep live below {command([f'sweep.dir={value}'])}."
-            if multirun
-            else (
-                "Results go where out=PATH says."
-                if name in ("evaluate", "export", "generate", "report")
-                else "This program writes nothing there."
-            )
-        )
-    elif key == "hydra.sweep.dir":
-        answer = (
-            f"It is the folder of a sweep, which -m starts; one run lives in {command([f'run_dir={value}'])}."
-            if trains
-            else "Only launch/train.py -m starts a sweep."
-        )
-    else:
-        answer = HYDRA_SETTINGS[
-            max((known for known in HYDRA_SETTINGS if key.startswith(known)), key=len)
-        ]
-    raise UserError("this setting of Hydra's has no effect here", word, answer)
+    translated, trains = [], program in ("train", "plan")
+    for word in words:
+        key, _, value = word.lstrip("+~").partition("=")
+        if not key.startswith(("hydra.", "hydra/")) or key == "hydra.searchpath":
+            translated.append(word)
+        elif key == "hydra.run.dir" and trains and not multirun:
+            translated.append(f"run_dir={value}")
+        elif key == "hydra.sweep.dir" and trains and multirun:
+            translated.append(f"sweep.dir={value}")
+        elif key == "hydra.verbose" and value.lower() in ("true", "false"):
+            translated.append(f"verbose={value.lower()}")
+        elif key != "hydra.output_subdir" or value.lower() != "null":
+            remedy = HYDRA_SETTINGS[max(filter(key.startswith, HYDRA_SETTINGS), key=len)]
+            if key == "hydra.run.dir":
+                remedy = "This program writes nothing there."
+                if multirun:
+                    remedy = f"The jobs of a sweep live below {command([f'sweep.dir={value}'])}."
+                elif program in ("evaluate", "export", "generate", "report"):
+                    remedy = "Results go where out=PATH says."
+            elif key == "hydra.sweep.dir":
+                remedy = "Only launch/train.py -m starts a sweep."
+                if trains:
+                    run = command([f"run_dir={value}"])
+                    remedy = (
+                        f"It is the folder of a sweep, which -m starts; one run lives in {run}."
+                    )
+            raise UserError("this setting of Hydra's has no effect here", word, remedy)
+    return translated

@@ -1,4 +1,4 @@
-"""The schemas of all programs, and a walk over their keys. Imports no torch."""
+"""The schemas of all programs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class EvaluateConfig:
     run: Optional[str] = None
     """Run directory whose newest checkpoint (or export) is evaluated."""
     export_dir: Optional[str] = None
-    """Typed as model=DIR: An export, or any GPT-J checkpoint directory."""
+    """An export, or any GPT-J checkpoint directory."""
     base: Optional[str] = None
     """An adapter's base model, directory or hub id, where the adapter does not name it or it lies elsewhere here."""
     task: TaskConfig = MISSING
@@ -76,7 +76,7 @@ class ExportAppConfig:
 @dataclass
 class GenerateConfig:
     export_dir: Optional[str] = None
-    """Typed as model=DIR: An export (adapter, merged or full), or any GPT-J checkpoint directory."""
+    """An export (adapter, merged or full), or any GPT-J checkpoint directory."""
     base: Optional[str] = None
     """An adapter's base model, directory or hub id, where the adapter does not name it or it lies elsewhere here."""
     prompt: Optional[Text] = None
@@ -128,7 +128,7 @@ class ReportConfig:
 @dataclass
 class ServeConfig:
     export_dir: Optional[str] = None
-    """Typed as model=DIR: an export (adapter, merged or full), or any GPT-J checkpoint directory."""
+    """An export (adapter, merged or full), or any GPT-J checkpoint directory."""
     base: Optional[str] = None
     """An adapter's base model, directory or hub id, where the adapter does not name it or it lies elsewhere here."""
     host: str = "127.0.0.1"
@@ -199,3 +199,15 @@ SCHEMAS = {
     "train": Config,
     "plan": Config,
 }
+
+ALIASES = {
+    "evaluate": {"model": "export_dir"},
+    "generate": {"model": "export_dir"},
+    "serve": {"model": "export_dir"},
+    "export": {
+        "export.push_to_hub": "push_to_hub",
+        "export.hub_private": "hub_private",
+        "export.hub_base": "hub_base",
+    },
+}
+"""program -> key as users type it -> key in the schema: `model` alone would name the group of base models."""

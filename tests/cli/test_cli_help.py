@@ -25,7 +25,7 @@ LAUNCH = sorted(p.stem for p in (ROOT / "launch").glob("*.py"))
 
 @pytest.mark.parametrize("name", ["train", "plan"])
 def test_help_lists_every_recipe_group_and_option(name):
-    shown = help_text(name, CONF, RECIPES)
+    shown = help_text(name)
     for path in RECIPES.glob("*.yaml"):
         assert f"{path.stem} " in shown and first_comment(path) in shown
     for folder in (p for p in CONF.iterdir() if p.is_dir()):
@@ -66,17 +66,17 @@ def test_every_option_says_what_it_is(path):
 @pytest.mark.parametrize("group", sorted(GROUPS))
 def test_help_on_a_group(group):
     folder = RECIPES if group == "recipe" else CONF / group
-    shown = help_text("train", CONF, RECIPES, [group])
+    shown = help_text("train", [group])
     assert all(path.stem in shown for path in folder.glob("*.yaml"))
 
 
 def test_help_on_keys_and_recipes():
-    assert "Peak learning rate. [0.0001]" in help_text("train", CONF, RECIPES, ["optim.lr"])
-    assert "adapter.virtual_tokens" in help_text("train", CONF, RECIPES, ["adapter"])
-    assert "tracker.wandb.group" in help_text("train", CONF, RECIPES, ["tracker.wandb.group"])
-    assert "max_length: 256" in help_text("train", CONF, RECIPES, ["quickstart"])
+    assert "Peak learning rate. [0.0001]" in help_text("train", ["optim.lr"])
+    assert "adapter.virtual_tokens" in help_text("train", ["adapter"])
+    assert "tracker.wandb.group" in help_text("train", ["tracker.wandb.group"])
+    assert "max_length: 256" in help_text("train", ["quickstart"])
     with pytest.raises(UserError, match="--help optim"):
-        help_text("train", CONF, RECIPES, ["optimm"])
+        help_text("train", ["optimm"])
 
 
 MISTYPED = {
@@ -119,9 +119,9 @@ def test_a_mistake_is_answered_with_what_was_meant(words):
 
 
 def test_an_option_of_another_program():
-    assert "Did you mean optim.lr=...?" in str(unknown_option("--learning_rate", "train", CONF))
+    assert "Did you mean optim.lr=...?" in str(unknown_option("--learning_rate", "train"))
     assert "Did you mean max_new_tokens=...?" in str(
-        unknown_option("--max_new_token=3", "generate", CONF)
+        unknown_option("--max_new_token=3", "generate")
     )
 
 

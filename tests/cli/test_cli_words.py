@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from finetune.cli import schemas
-from finetune.cli.app import compose_config, main, report_words
+from finetune.cli.app import compose_config, main, schema_words
 from finetune.cli.mistakes import split_flags, without_hydra
 from finetune.cli.train import sweep_words
 from finetune.compose import ROOT, compose_train, settle
@@ -309,7 +309,7 @@ def test_the_commands_of_a_run_in_an_odd_folder_run(quick, tmp_path):  # noqa: F
 
 
 def test_the_words_of_report():
-    assert report_words(["run=a, b", "run='c'"]) == ["runs=['a, b','c']"]
+    assert schema_words(["run=a, b", "run='c'"], "report") == ["runs=['a, b','c']"]
     composed = compose_config(["run=3.10", "run=a, (b)", "out=1_000"], "report").config
     assert (composed.run, composed.runs, composed.out) == (None, ["3.10", "a, (b)"], "1_000")
 
@@ -412,7 +412,7 @@ def test_hydra_s_words_do_what_they_do_there():
     ],
 )
 def test_hydra_s_words_that_have_no_effect_are_answered(words, answer, capsys):
-    assert main("nowhere", "train", ["recipe=quickstart", *words.split()]) == 2
+    assert main("train", ["recipe=quickstart", *words.split()]) == 2
     assert answer in capsys.readouterr().err
 
 
@@ -421,7 +421,6 @@ def test_a_folder_of_one_s_own_recipes(tmp_path, capsys):
     (tmp_path / "recipe/mine.yaml").write_text("# @package _global_\ntask:\n  max_length: 77\n")
     assert (
         main(
-            "nowhere",
             "train",
             ["--config-dir", str(tmp_path), "recipe=mine", "--cfg", "job", "-p", "task"],
         )
@@ -439,11 +438,11 @@ def test_cfg_job_shows_what_a_run_would_use(capsys):
         "--cfg",
         "job",
     ]
-    assert main("nowhere", "train", words) == 0
+    assert main("train", words) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["name"] == "clm_pile" and shown["train"]["sample_prompts"] == ["${HOME}"]
     assert shown["train"]["epochs"] is None and shown["data"]["train"].startswith("asset:")
-    assert main("nowhere", "train", ["recipe=quickstart", "optim.lrr=1", "--cfg", "job"]) == 2
+    assert main("train", ["recipe=quickstart", "optim.lrr=1", "--cfg", "job"]) == 2
     told = capsys.readouterr()
     assert "Did you mean optim.lr?" in told.err and "HYDRA_FULL_ERROR" not in told.err + told.out
     assert (

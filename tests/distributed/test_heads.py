@@ -178,8 +178,8 @@ def test_evaluation_in_training_is_the_same_on_one_rank_and_two(root, name):
 def evaluate(ranks: int, argvs: list[list[str]]) -> None:
     """`launch/evaluate.py` with each list of words, one after another in one group of processes."""
     code = (
-        "import json, sys; from finetune.cli.app import main; from finetune.cli.evaluate import run\n"
-        "sys.exit(max(main(run, 'evaluate', words) for words in json.loads(sys.argv[1])))"
+        "import json, sys; from finetune.cli.app import main\n"
+        "sys.exit(max(main('evaluate', words) for words in json.loads(sys.argv[1])))"
     )
     start(ranks, ["-c", code, json.dumps(argvs)])
 
