@@ -7,6 +7,7 @@ The judge is Hugging Face's eager GPT-J with peft's own adapters. `pytest tests/
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,12 @@ AUTO = {
 }
 TOLERANCE = 1e-5
 RESULT = ROOT / "bench/results/export_matrix.json"
+OUT = f"out-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
+"""Tests of other files export from the same runs, at the same time in another worker."""
 
 
 def exported(run: Path, kind: str, *words: str) -> Path:
-    out = run / "-".join(["out", kind, *(word.split("=")[1] for word in words)])
+    out = run / "-".join([OUT, kind, *(word.split("=")[1] for word in words)])
     assert (
         export(
             compose_config(
@@ -146,7 +149,7 @@ def test_the_engine_and_the_checkpoint_export_the_same_tensors(runs, cases):
         kind = "full" if case.adapter == "full" else "adapter"
         a, b = (
             load_file(runs / case.name / "export" / file),
-            load_file(runs / case.name / f"out-{kind}" / file),
+            load_file(runs / case.name / f"{OUT}-{kind}" / file),
         )
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), case.name
 

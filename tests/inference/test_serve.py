@@ -236,12 +236,16 @@ def test_each_request_is_a_line_without_its_text(loaded, capsys):
         and call(server, "/", method="BREW")[0] == 501
     )
     said, deadline = "", time.monotonic() + 30
-    while said.count("\n") < 6 and time.monotonic() < deadline:  # a line follows its answer
+    while (
+        said.count("\n") - said.count(" 413 ") < 6 and time.monotonic() < deadline
+    ):  # a line follows its answer
         said += capsys.readouterr().err
         time.sleep(0.01)
     server.shutdown()
     assert sorted(
-        re.sub(r"^[\d:]{8}  |[\d.]+ s$", "", line) for line in said.splitlines()
+        re.sub(r"^[\d:]{8}  |[\d.]+ s$", "", line)
+        for line in said.splitlines()
+        if " 413 " not in line  # of the test before, whose line may come late
     ) == sorted(
         [
             f"POST /v1/completions  200  {size} + 4 tokens  ",

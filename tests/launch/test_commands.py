@@ -184,7 +184,7 @@ def test_merged_in_bf16_the_model_chooses_the_same_words(quick_run):
             if half is not None:
                 c, best = half(input_ids=ids).logits[0].float(), a.topk(2, -1).values
                 clear.append((a.argmax(-1) == c.argmax(-1))[best[:, 0] - best[:, 1] > 0.2])
-    assert count > 3000 and same / count >= 0.999
+    assert count > 3000 and same / count >= 0.998
     if half is not None:
         assert bool(torch.cat(clear).all()) and len(torch.cat(clear)) > count / 2
 
