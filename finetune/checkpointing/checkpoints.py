@@ -349,7 +349,10 @@ class Checkpoints:
             if final is FinalCheckpoint.none or step_of(path) not in steps:
                 self._discard(path)
             elif read_state(path).get("moments", True):
-                self._drop_moments(path)
+                try:
+                    self._drop_moments(path)
+                except OSError:  # the disk has no room for the copy: the full one stays
+                    self.clean()
         self._sound &= {step_of(path) for path in step_folders(self.folder)}
 
     def _drop_moments(self, path: Path) -> None:

@@ -23,7 +23,7 @@ from finetune.export.convert import (
     write_hf,
     write_mesh,
 )
-from finetune.export.gguf_file import GGUF_NAMES, PRECISIONS
+from finetune.export.gguf_file import GGUF_NAMES, PRECISIONS, check_dtype
 from finetune.export.mesh_transformer import MeshReader, is_mesh
 from finetune.gptj.load import DTYPES, Weights
 from finetune.reporting.terminal import silence_libraries, summary_table
@@ -106,13 +106,7 @@ def _check(cfg: ConvertConfig) -> None:
         )
     if cfg.to not in FORMS:
         raise UserError(f"to = {cfg.to} is unknown", "to", f"Choose from {', '.join(FORMS)}.")
-    names = [*PRECISIONS, "q8_0"] if cfg.to == "gguf" else ["bf16", "fp16", "fp32"]
-    if cfg.dtype is not None and cfg.dtype not in names:
-        raise UserError(
-            f"dtype = {cfg.dtype} is unknown for to={cfg.to}",
-            "dtype",
-            f"Choose from {', '.join(names)}.",
-        )
+    check_dtype(cfg.dtype, cfg.to, f"to={cfg.to}")
     if cfg.max_shard_gib <= 0 or cfg.shards < 1:
         raise UserError(
             "max_shard_gib and shards must be above 0", remedy="Try max_shard_gib=5 shards=8."

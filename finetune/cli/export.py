@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import EXIT_DONE, RunFailed, UserError
 from finetune.export import engines, phi
 from finetune.export.end_of_run import base_name
-from finetune.export.gguf_file import PRECISIONS
+from finetune.export.gguf_file import PRECISIONS, check_dtype
 from finetune.export.hub import check_hub, push
 from finetune.export.merge import check_mergeable, merged_tensor
 from finetune.export.reopen import (
@@ -39,6 +40,7 @@ from finetune.export.reopen import (
 from finetune.export.verify_tensors import verify_adapter, verify_model
 from finetune.export.write import (
     ExportInfo,
+    about_export,
     check_adapter,
     finish_export,
     fresh_process,
@@ -50,6 +52,7 @@ from finetune.export.write import (
     write_model,
     write_random_base,
 )
+from finetune.files import write_json
 from finetune.gptj import adapters
 from finetune.gptj.load import (
     DTYPES,
@@ -128,7 +131,7 @@ def run(composed: Composed) -> int:
     folder, checkpoint = checkpoint_of(Path(app.run).expanduser().absolute())
     cfg = load_config(folder)
     _check_kind(app.kind, cfg)
-    _check_dtype(app)
+    check_dtype(app.dtype, app.kind, f"kind={app.kind}")
     target = Path(app.out).expanduser().absolute() if app.out else folder / f"export-{app.kind}"
     refuse_overwrite(target)
     if cfg.model.init is Init.random and not (folder / "base").exists() and app.kind == "adapter":
@@ -180,6 +183,17 @@ def _export_for_engine(
     source: Source, app: ExportAppConfig, verify: str, stage: Path, target: Path
 ) -> dict[str, Any]:
     """Write and prove an export in Phi's form or as a GGUF file."""
+    try:
+        return _write_for_engine(source, app, verify, stage, target)
+    except (OSError, SafetensorError) as error:
+        raise RunFailed(
+            f"the export could not be written: {error}", str(target), "Free space, or use out=DIR."
+        ) from None
+
+
+def _write_for_engine(
+    source: Source, app: ExportAppConfig, verify: str, stage: Path, target: Path
+) -> dict[str, Any]:
     kind, info, config = str(app.kind), source.info, source.config
     tokenizer = load_tokenizer(tokenizer_of(source.cfg.model))
     figures: dict[str, Any] = {}
@@ -198,7 +212,7 @@ def _export_for_engine(
         dtype = "q8_0" if app.dtype == "q8_0" else info.dtype.replace("fp", "f")
         engines.write_gguf(stage, source.tensors(), source.shapes(), config, info, tokenizer, dtype)
         reference_dtype = "fp32"  # llama.cpp multiplies what it reads in fp32
-    engines.write_about(kind, stage, info, dtype)
+    write_json(stage / "finetune.json", about_export(info, kind, dtype))
     if verify == "outputs":
         reference = _reference(source, kind, stage, reference_dtype)
         figures |= engines.verify_engine(kind, stage, reference, dtype)
@@ -255,20 +269,10 @@ def _check_kind(kind: str, cfg: Config) -> None:
             "Use kind=merged for a whole model, or kind=adapter.",
         )
     if kind == "phi_adapter" and (not isinstance(cfg.adapter, LoraConfig) or cfg.adapter.dora):
-        name = "dora" if isinstance(cfg.adapter, LoraConfig) else cfg.adapter.kind
-        raise phi.no_counterpart(name)
+        dora = isinstance(cfg.adapter, LoraConfig)
+        raise phi.no_counterpart("dora" if dora else plain_config(cfg)["adapter"]["kind"])
     if not full and kind in ("merged", "phi", "gguf"):
         check_mergeable(cfg.adapter)
-
-
-def _check_dtype(app: ExportAppConfig) -> None:
-    names = [*PRECISIONS, "q8_0"] if app.kind == "gguf" else ["bf16", "fp16", "fp32"]
-    if app.dtype is not None and app.dtype not in names:
-        raise UserError(
-            f"dtype = {app.dtype} is unknown for kind={app.kind}",
-            "dtype",
-            f"Choose from {', '.join(names)}.",
-        )
 
 
 def _source(cfg: Config, app: ExportAppConfig, folder: Path, checkpoint: Path) -> Source:
@@ -307,7 +311,7 @@ def _source(cfg: Config, app: ExportAppConfig, folder: Path, checkpoint: Path) -
     )
     config = read_config(local_folder(cfg.model), cfg.model, about.get("num_labels"))
     if app.kind in engines.KINDS:
-        engines.check_engine(app.kind, config, info.head)
+        engines.check_engine(app.kind, config, info.head, VERIFY[str(app.verify).lower()])
     return Source(cfg, folder, checkpoint, info, config)
 
 

@@ -38,8 +38,8 @@ Shapes = dict[str, tuple[int, ...]]
 MODEL_FILE = "model.gguf"
 
 
-def check_engine(kind: str, config: GPTJConfig, head: str) -> None:
-    """Check before anything is written that the kind exists for this model.
+def check_engine(kind: str, config: GPTJConfig, head: str, verify: str) -> None:
+    """Check before anything is written that the kind exists for this model, and can be proven.
 
     Raises:
         UserError: it does not; the message names a kind that does.
@@ -53,13 +53,19 @@ def check_engine(kind: str, config: GPTJConfig, head: str) -> None:
                 "Use kind=phi, which opens as PhiForSequenceClassification.",
             )
         gguf_file.library()
+        if verify == "outputs" and find_spec("xllamacpp") is None:
+            raise UserError(
+                "GGUF files are proven by llama.cpp, whose package xllamacpp is missing",
+                "verify",
+                "pip install xllamacpp, or skip the proof with verify=none.",
+            )
 
 
 def check_phi_base(base: str | None, trained_on: Path) -> Path:
     """Return the folder of an adapter's base in Phi's form.
 
     Raises:
-        UserError: there is none, or it was made of other weights.
+        UserError: there is none. One made of other weights is found out by the proof.
     """
     source = setting("source", trained_on)
     make = command(["python", "launch/convert.py", source, "target=BASE-phi", "to=phi"])
@@ -93,9 +99,7 @@ def write_phi(
         max_shard_gib,
     )
     if error is not None:
-        raise RunFailed(
-            f"the export could not be written: {error}", str(stage), "Free space, or use out=DIR."
-        )
+        raise error
     _write_phi_files(stage, config, info, tokenizer)
 
 
@@ -134,12 +138,7 @@ def write_gguf(
 ) -> None:
     """Write the model as one GGUF file, and a Modelfile for Ollama."""
     ready = tokenizer_for(tokenizer, info.head, info.task, config.vocab_size)
-    try:
-        gguf_file.write_gguf(tensors, shapes, config, ready, stage / MODEL_FILE, dtype, info.name)
-    except OSError as error:
-        raise RunFailed(
-            f"the export could not be written: {error}", str(stage), "Free space, or use out=DIR."
-        ) from None
+    gguf_file.write_gguf(tensors, shapes, config, ready, stage / MODEL_FILE, dtype, info.name)
     template = "{{ .Prompt }}"
     if ready.chat_template:
         template = ready.apply_chat_template(
@@ -152,19 +151,6 @@ def write_gguf(
     )
 
 
-def write_about(kind: str, stage: Path, info: ExportInfo, dtype: str) -> None:
-    """Write finetune.json: what this project needs to know of the export."""
-    about = {
-        "head": info.head,
-        "dtype": dtype,
-        "base": info.base,
-        "kind": kind,
-        "task": info.task,
-        "settings": info.settings,
-    }
-    write_json(stage / "finetune.json", about)
-
-
 def verify_engine(kind: str, stage: Path, reference: dict[str, Tensor], dtype: str) -> dict:
     """Reopen what was written in a fresh process, with the engine's own code, and compare outputs.
 
@@ -173,12 +159,6 @@ def verify_engine(kind: str, stage: Path, reference: dict[str, Tensor], dtype: s
     """
     if kind != "gguf":
         return verify_export(stage, reference)
-    if find_spec("xllamacpp") is None:
-        raise UserError(
-            "GGUF files are proven by llama.cpp, whose package xllamacpp is missing",
-            "verify",
-            "pip install xllamacpp, or skip the proof with verify=none.",
-        )
     file = stage.with_name(f"{stage.name}.reference.safetensors")
     save_file(reference, file)
     try:

@@ -49,6 +49,23 @@ BLOCK = 32
 """Values of a row that q8_0 stores with one scale."""
 
 
+def check_dtype(dtype: str | None, form: str, setting: str) -> None:
+    """Check a precision as it was typed; None is the source's own.
+
+    Args:
+        form: "gguf", or one of the layouts in safetensors.
+        setting: how the user chose that form, e.g. "kind=gguf".
+
+    Raises:
+        UserError: this form has no such precision.
+    """
+    names = [*PRECISIONS, "q8_0"] if form == "gguf" else ["bf16", "fp16", "fp32"]
+    if dtype is not None and dtype not in names:
+        raise UserError(
+            f"dtype = {dtype} is unknown for {setting}", "dtype", f"Choose from {', '.join(names)}."
+        )
+
+
 def write_gguf(
     tensors: Iterable[tuple[str, Tensor]],
     shapes: dict[str, tuple[int, ...]],

@@ -317,6 +317,18 @@ def write_random_base(
     os.replace(folder, target)
 
 
+def about_export(info: ExportInfo, kind: str, dtype: str) -> dict[str, Any]:
+    """Return finetune.json: what this project needs to know to open the export."""
+    return {
+        "head": info.head,
+        "dtype": dtype,
+        "base": info.base,
+        "kind": kind,
+        "task": info.task,
+        "settings": info.settings,
+    }
+
+
 def finish_export(
     stage: Path,
     target: Path,
@@ -361,14 +373,7 @@ def finish_export(
             pads=not prompted,
         )
         found: dict[str, Any] = {"kind": kind, "verified": False, "pads": pads, **(figures or {})}
-        about = {
-            "head": info.head,
-            "dtype": info.dtype,
-            "base": info.base,
-            "kind": kind,
-            "task": info.task,
-            "settings": info.settings,
-        }
+        about = about_export(info, kind, info.dtype)
         if kind == "adapter":
             found |= check_adapter(stage)
             assert info.base_folder

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
 
 class LoraProducts(torch.autograd.Function):
     """See the module. Base weights and biases get no gradient."""
@@ -94,13 +96,14 @@ def _stacked(downs) -> Tensor:
 def fuse(model: nn.Module) -> None:
     """Compute a peft model's plain LoRA layers by `LoraProducts`.
 
-    A block's q, k and v share one pass over their input. At stage 3, the weights that one function
-    reads must be gathered together: their module is marked as a leaf of DeepSpeed's.
+    Those of a block's q, k and v share one pass over their input. At stage 3, the weights that one
+    function reads must be gathered together: their module is marked as a leaf of DeepSpeed's. For
+    q and k that is the attention, because the output of a leaf must not be rotated in place.
     """
     partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     for module in model.modules():
-        if all(_is_plain(getattr(module, name, None)) for name in ("q_proj", "k_proj", "v_proj")):
-            module.project = partial(_project, module)  # type: ignore[assignment]
+        if projected := [name for name in PROJECTIONS if _is_plain(getattr(module, name, None))]:
+            module.project = partial(_project, module, projected)  # type: ignore[assignment]
         elif _is_plain(module):
             module.forward = partial(_forward, module)  # type: ignore[method-assign]
         else:
@@ -143,10 +146,15 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
     return _products([layer], x)[0] if _is_on(layer) else type(layer).forward(layer, x)
 
 
-def _project(attention: Any, x: Tensor) -> tuple[Tensor, ...]:
-    """Project x to queries, keys and values."""
-    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
-    return _products(layers, x) if all(map(_is_on, layers)) else tuple(f(x) for f in layers)
+def _project(attention: Any, adapted: list[str], x: Tensor) -> tuple[Tensor, ...]:
+    """Project x to queries, keys and values, those in `adapted` in one pass."""
+    layers = [getattr(attention, name) for name in adapted]
+    together = (
+        dict(zip(adapted, _products(layers, x), strict=True)) if all(map(_is_on, layers)) else {}
+    )
+    return tuple(
+        together[name] if name in together else getattr(attention, name)(x) for name in PROJECTIONS
+    )
 
 
 def _products(layers: list[Any], x: Tensor) -> tuple[Tensor, ...]:

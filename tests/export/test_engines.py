@@ -136,6 +136,8 @@ def test_a_gguf_file_is_proven_by_llama_cpp(find_run, tmp_path):
         ("lm", "lora", "phi", ["dtype=q8_0"], "dtype = q8_0 is unknown for kind=phi"),
         ("lm", "lora", "phi", ["verify=tensors"], "proven by outputs"),
         ("lm", "full", "phi_adapter", [], "trained every weight"),
+        ("lm", "ia3", "phi_adapter", [], "an adapter of kind ia3 has no counterpart"),
+        ("lm", "dora", "phi_adapter", [], "Use kind=phi"),
         ("lm", "lora", "onnx", [], "kind = onnx is unknown"),
     ],
 )
