@@ -1,93 +1,89 @@
 """The task interface: records to examples, examples to batches, batches to a loss and metrics.
 
 The trainer and the evaluation loop use only this interface. A loss is a sum and a count, never a
-mean: the trainer takes the mean over the step's scored tokens (or examples) on all ranks once.
+mean: the trainer takes the mean over the step's scored tokens (or examples) on all ranks once. An
+evaluation is columns: `measure` turns a batch into one entry per segment or example, and `metrics`
+reads the columns of all ranks, in the order of the examples, so that one rank and many give the
+same numbers. Never are logits kept.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from finetune.data.collate import lm_batch
 from finetune.data.columns import IGNORE, Encoder, Store
 from finetune.data.packing import Sequences
-from finetune.dist import World
 
 Batch = dict[str, Any]
+Columns = dict[str, np.ndarray]
+"""Results of an evaluation, one array per name; `example` (S,) is -1 for those of an empty batch."""
 Model = Callable[..., Any]
 HOST_KEYS = {"cu_seqlens"}
 """Arrays the model reads on the host."""
 
 
-class Meter(Protocol):
-    """Collector of the results of one evaluation."""
-
-    def add(self, model: Model, batch: Batch) -> None:
-        """Run one batch (tensors on the model's device) and keep what the metrics need."""
-        ...
-
-    def result(self, world: World) -> dict[str, Any]:
-        """Return the metrics over all ranks: `loss` and the task's own. Collective."""
-        ...
-
-
-class Task(Protocol):
-    head: str
+class Task(ABC):
+    head: str = "lm"
     """lm, classify or qa."""
-    num_labels: int | None
+    num_labels: int | None = None
     """Outputs of a classification head; None elsewhere."""
 
+    @abstractmethod
     def encoder(self) -> Encoder: ...
 
-    def prepare(self, train: Store | None, previous: dict | None) -> None:
+    def prepare(self, train: Store | None, previous: dict | None) -> None:  # noqa: B027
         """Collect from the training data what the head needs (label names), or use `previous`."""
-        ...
 
+    @abstractmethod
     def rows(self, store: Store) -> Sequences: ...
 
-    def collate(self, store: Store, rows: Sequences, indices: list[int]) -> Batch: ...
+    def collate(self, store: Store, rows: Sequences, indices: list[int]) -> Batch:
+        return lm_batch(store, rows, indices)
 
+    @abstractmethod
     def count(self, batch: Batch) -> float:
         """Return the loss's denominator for a numpy batch.
 
         This is the number of scored tokens, or of examples, or the sum of the examples' weights.
         """
-        ...
 
+    @abstractmethod
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """Return the fp32 sum of the loss over the batch's scored tokens (or examples)."""
-        ...
 
-    def meter(self, store: Store, rows: Sequences) -> Meter: ...
+    @abstractmethod
+    def measure(self, model: Model, batch: Batch) -> Columns:
+        """Return what the metrics need of one batch (tensors on the model's device)."""
+
+    @abstractmethod
+    def metrics(self, store: Store, columns: Columns) -> tuple[dict[str, Any], list | None]:
+        """Return `loss` with the task's own metrics, and the predictions if the task makes any.
+
+        `columns` are those of `measure` on all ranks, sorted by example.
+        """
 
     def describe(self) -> dict[str, Any]:
         """Return the data that an export needs beside the weights: label names, template."""
-        ...
+        return {}
 
     def notes(self, store: Store) -> list[str]:
         """Return notes for the user on what encoding changed (texts cut, contexts split)."""
-        ...
+        return []
 
-
-@dataclass
-class Inputs:
-    """The model's arguments for a flat batch."""
-
-    input_ids: Tensor
-    position_ids: Tensor
-    cu_seqlens: Tensor
-
-    def kwargs(self) -> dict[str, Tensor]:
-        return {
-            "input_ids": self.input_ids,
-            "position_ids": self.position_ids,
-            "cu_seqlens": self.cu_seqlens,
-        }
+    def marks(self, batch: Batch) -> tuple[np.ndarray, list[str]]:
+        """Return which tokens of a numpy batch carry the loss, (N,) bool, and a caption of each
+        segment, for a preview."""
+        # labels[t] is the token behind t: a target in the next sequence is not shown here.
+        scored = batch["labels"] != IGNORE
+        counts = np.add.reduceat(scored.astype(np.int64), batch["cu_seqlens"][:-1])
+        return np.append(False, scored[:-1]), [f"{n} scored" for n in counts]
 
 
 def flat_inputs(batch: Batch) -> dict[str, Tensor]:
@@ -95,7 +91,11 @@ def flat_inputs(batch: Batch) -> dict[str, Tensor]:
 
     The document boundaries stay on the host.
     """
-    return Inputs(batch["ids"][None], batch["positions"][None], batch["cu_seqlens"]).kwargs()
+    return {
+        "input_ids": batch["ids"][None],
+        "position_ids": batch["positions"][None],
+        "cu_seqlens": batch["cu_seqlens"],
+    }
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -115,38 +115,14 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return moved
 
 
-def scored(labels) -> int:
-    """Count the labels of a numpy array that are not IGNORE."""
-    return int((labels != IGNORE).sum())
+def cut_note(store: Store, event: str, max_length: int) -> list[str]:
+    """Return a note on texts that were cut, or no note if there were none.
 
-
-# Gather per-example results from all ranks, so that metrics do not depend on the world size.
-#
-# Each rank appends arrays with one entry per example; `together` joins those of all ranks and sorts
-# them by example. Metrics are computed on the result in this order, so that one rank and many give
-# the same bits. Only a few numbers are kept per example, never logits per token.
-class Gathered:
-    """Columns of one evaluation; every part has a column `example`, -1 if there is none."""
-
-    def __init__(self) -> None:
-        self._parts: list[dict[str, np.ndarray]] = []
-
-    def add(self, **columns: np.ndarray) -> None:
-        self._parts.append(columns)
-
-    def together(self, world: World) -> dict[str, np.ndarray]:
-        """Return the columns of all ranks, (examples, ...), sorted by example. Collective."""
-        parts = [part for rank in world.gather(_join(self._parts)) for part in rank]
-        columns = _join(parts)[0]
-        order = np.argsort(columns["example"], kind="stable")
-        order = order[columns["example"][order] >= 0]
-        return {name: values[order] for name, values in columns.items()}
-
-
-def _join(parts: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
-    """Join the parts into one; an empty list stays empty, as a rank may have had no batch."""
-    return (
-        [{name: np.concatenate([part[name] for part in parts]) for name in parts[0]}]
-        if parts
-        else []
-    )
+    For example: `12 of 86 prompts lost tokens from their left: 3,402 in all (task.max_length =
+    512)`.
+    """
+    cut = np.asarray(store.column("cut"))
+    n, total = int((cut > 0).sum()), int(cut.sum(dtype=np.int64))
+    if n == 0:
+        return []
+    return [f"{n:,} of {len(store):,} {event}: {total:,} in all (task.max_length = {max_length})"]

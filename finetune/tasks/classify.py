@@ -40,25 +40,23 @@ from finetune.data.encode_classify import (
     unseen,
 )
 from finetune.data.packing import Sequences, one_per_sequence
-from finetune.dist import World
 from finetune.errors import UserError
-from finetune.tasks.base import Batch, Gathered, Model, flat_inputs
+from finetune.tasks.base import Batch, Columns, Model, Task, cut_note, flat_inputs
 from finetune.tasks.classify_metrics import (
     multi_label_metrics,
     regression_metrics,
     single_label_metrics,
 )
-from finetune.tasks.instruct import cut_note
 
 
-class ClassifyTask:
-    head: str = "classify"
+class ClassifyTask(Task):
+    head = "classify"
 
     def __init__(self, cfg: ClassifyConfig, tokenizer):
         refuse_task(cfg)
         self.cfg, self.tokenizer = cfg, tokenizer
         self.regression, self.multi = cfg.problem == "regression", cfg.problem == "multi_label"
-        self.num_labels: int | None = 1 if self.regression else None
+        self.num_labels = 1 if self.regression else None
         self.names: list[str] | None = None
         self.by_index = False
         self.plain: PlainText | None = None
@@ -100,7 +98,20 @@ class ClassifyTask:
         if self.regression:
             return
         if previous:
-            self._agree(previous)
+            # The default names of transformers give way to those that the user gives.
+            defaults = [f"LABEL_{i}" for i in range(len(self.names or []))]
+            names = previous["labels"]
+            if self.names and names == defaults:
+                names = self.names
+            elif self.cfg.labels and [*map(label_key, self.names or [])] != [
+                *map(label_key, names)
+            ]:
+                raise UserError(
+                    f"task.labels = {self.names}, but the model was trained with {names}",
+                    "task.labels",
+                    "Leave task.labels away: the model carries its names.",
+                )
+            self._learn(names, previous["labels_by_index"])
         elif self.names is None:
             assert train is not None
             rows = [json.loads(row) if self.multi else [row] for row in train.names("label")]
@@ -136,12 +147,11 @@ class ClassifyTask:
         del batch["labels"]
         examples = batch["examples"]
         targets = self._targets(store)[np.maximum(examples, 0)]
-        batch |= {
-            "pool": batch["cu_seqlens"][1:].astype(np.int64) - 1,
-            "targets": targets,
-            "weights": self._weights(targets) * np.float32(examples >= 0),
-        }
-        return batch
+        weights = np.float32(examples >= 0)
+        if self.cfg.class_weights and not self.multi:
+            weights *= np.array(self.cfg.class_weights, np.float32)[targets]
+        pool = batch["cu_seqlens"][1:].astype(np.int64) - 1
+        return batch | {"pool": pool, "targets": targets, "weights": weights}
 
     def count(self, batch: Batch) -> float:
         """Return the number of examples, or the sum of their class weights."""
@@ -171,8 +181,50 @@ class ClassifyTask:
             case _:
                 return (outputs[:, 0] - targets).square()
 
-    def meter(self, store: Store, rows: Sequences) -> ClassifyMeter:
-        return ClassifyMeter(self, store)
+    def measure(self, model: Model, batch: Batch) -> Columns:
+        """Return each example's loss, weight, target, decision and score."""
+        outputs = model(**flat_inputs(batch), positions=batch["pool"])
+        decided, score = decide(outputs, self.cfg.problem)
+        columns = {
+            "example": batch["examples"],
+            "loss": self.losses(outputs, batch["targets"]).double(),
+            "weight": batch["weights"].double(),
+            "target": batch["targets"],
+            "decided": decided,
+            "score": score,
+        }
+        return {name: values.cpu().numpy() for name, values in columns.items()}
+
+    def metrics(self, store: Store, columns: Columns) -> tuple[dict[str, Any], list | None]:
+        examples, decided, targets, weights = (
+            columns[name] for name in ("example", "decided", "target", "weight")
+        )
+        loss = float((columns["loss"] * weights).sum() / max(weights.sum(), 1e-12))
+        if self.regression:
+            # The store's own numbers: fp32 targets would be rounded.
+            figures = regression_metrics(np.asarray(store.column("label"))[examples], decided)
+        else:
+            by_problem = multi_label_metrics if self.multi else single_label_metrics
+            figures = by_problem(targets, decided, self.names or [])
+        predictions = [
+            {
+                "where": store.blob("where", int(example)).decode(),
+                "prediction": self.read_target(decision),
+                "label": self.read_target(target),
+                "score": np.round(score.astype(float), 6).tolist(),
+            }
+            for example, decision, target, score in zip(
+                examples, decided, targets, columns["score"], strict=True
+            )
+        ]
+        return {"loss": loss, **figures}, predictions
+
+    def marks(self, batch: Batch) -> tuple[np.ndarray, list[str]]:
+        captions = []
+        for target, weight in zip(batch["targets"], batch["weights"].tolist(), strict=True):
+            label = json.dumps(self.read_target(target), ensure_ascii=False)
+            captions.append(f"target {label}" + (f", weight {weight:g}" if weight != 1 else ""))
+        return np.isin(np.arange(len(batch["ids"])), batch["pool"]), captions
 
     def describe(self) -> dict[str, Any]:
         cfg = self.cfg
@@ -191,14 +243,9 @@ class ClassifyTask:
         }
 
     def notes(self, store: Store) -> list[str]:
-        """Describe what encoding did to the data, for messages to the user."""
         return cut_note(
             store, f"texts lost tokens (truncation {self.cfg.truncation})", self.cfg.max_length
         )
-
-    def target_text(self, target: np.ndarray) -> str:
-        """Return a target of `collate` as text, with the labels of the data."""
-        return json.dumps(self.read_target(target), ensure_ascii=False)
 
     def read_target(self, value: np.ndarray) -> Any:
         """Convert a target or decision to a number, a label, or a list of labels."""
@@ -209,27 +256,31 @@ class ClassifyTask:
             [self.names[i] for i in np.flatnonzero(value)] if self.multi else self.names[int(value)]
         )
 
-    def _agree(self, previous: dict) -> None:
-        unnamed = previous["labels"] == [
-            f"LABEL_{i}" for i in range(len(self.names or []))
-        ]  # the default names of transformers
-        if (
-            self.cfg.labels
-            and not unnamed
-            and [*map(label_key, self.names or [])] != [*map(label_key, previous["labels"])]
-        ):
-            raise UserError(
-                f"task.labels = {self.names}, but the model was trained with {previous['labels']}",
-                "task.labels",
-                "Leave task.labels away: the model carries its names.",
-            )
-        self._learn(
-            self.names if self.names and unnamed else previous["labels"],
-            previous["labels_by_index"],
-        )
-
     def _learn(self, names: list[str], by_index: bool) -> None:
-        _check_names(names, self.cfg)
+        """Take the names of the labels, in the order of the head's outputs.
+
+        Raises:
+            UserError: they are too few, or repeated, or do not agree with task.class_weights.
+        """
+        if len(names) < (1 if self.multi else 2):
+            field = self.cfg.label_field
+            raise UserError(
+                f"{len(names)} label{'s' * (len(names) != 1)} ({', '.join(names) or 'none'}): there is "
+                "nothing to tell apart",
+                "task.label_field",
+                f"Check that task.label_field={field} is the label, or name all: task.labels=[...]",
+            )
+        if len(set(names)) != len(names):
+            raise UserError(
+                f"task.labels = {names} names a label twice", remedy="Name each label once."
+            )
+        weights = self.cfg.class_weights
+        if weights and len(weights) != len(names):
+            raise UserError(
+                f"task.class_weights has {len(weights)} numbers for {len(names)} labels "
+                f"({', '.join(names)})",
+                remedy=f"Try task.class_weights={[1.0] * len(names)}.",
+            )
         self.names, self.by_index, self.num_labels = names, by_index, len(names)
 
     def _target_table(self, store: Store) -> np.ndarray:
@@ -245,80 +296,17 @@ class ClassifyTask:
         ]
         for category, row in enumerate(by_category):
             if -1 in row:
-                raise self._unseen(store, category)
+                names = store.names("label")[category]
+                name = (json.loads(names) if self.multi else [names])[row.index(-1)]
+                example = int(np.argmax(column == category))
+                where = store.blob("where", example).decode()
+                raise unseen(name, self.names, self.by_index, where)
         if not self.multi:
             return np.array(by_category, np.int64)[:, 0][column]
         table = np.zeros((len(by_category), len(self.names)), np.float32)
         for category, row in enumerate(by_category):
             table[category, row] = 1
         return table[column]
-
-    def _unseen(self, store: Store, category: int) -> UserError:
-        assert self.names is not None
-        example = int(np.argmax(store.column("label") == category))
-        row = store.names("label")[category]
-        name = next(n for n in (json.loads(row) if self.multi else [row]) if n not in self.names)
-        return unseen(name, self.names, self.by_index, store.blob("where", example).decode())
-
-    def _weights(self, targets: np.ndarray) -> np.ndarray:
-        if self.cfg.class_weights and not self.multi:
-            return np.array(self.cfg.class_weights, np.float32)[targets]
-        return np.ones(len(targets), np.float32)
-
-
-class ClassifyMeter:
-    """Meter that keeps one decision per example.
-
-    After `result`, `predictions` holds one dict per example.
-    """
-
-    def __init__(self, task: ClassifyTask, store: Store):
-        self.task, self.store = task, store
-        self.found = Gathered()
-        self.predictions: list[dict[str, Any]] = []
-
-    def add(self, model: Model, batch: Batch) -> None:
-        outputs = model(**flat_inputs(batch), positions=batch["pool"])
-        decided, score = decide(outputs, self.task.cfg.problem)
-        columns = {
-            "example": batch["examples"],
-            "loss": self.task.losses(outputs, batch["targets"]).double(),
-            "weight": batch["weights"].double(),
-            "target": batch["targets"],
-            "decided": decided,
-            "score": score,
-        }
-        self.found.add(**{name: values.cpu().numpy() for name, values in columns.items()})
-
-    def result(self, world: World) -> dict[str, Any]:
-        found = self.found.together(world)
-        loss = float((found["loss"] * found["weight"]).sum() / max(found["weight"].sum(), 1e-12))
-        self.predictions = self._predictions(found) if world.main else []
-        return {"loss": loss, **world.on_main(lambda: self._metrics(found))}
-
-    def _metrics(self, found: dict[str, np.ndarray]) -> dict[str, Any]:
-        names = self.task.names or []
-        if self.task.regression:
-            # Use the store's own numbers: fp32 targets would be rounded.
-            return regression_metrics(
-                np.asarray(self.store.column("label"))[found["example"]], found["decided"]
-            )
-        return (multi_label_metrics if self.task.multi else single_label_metrics)(
-            found["target"], found["decided"], names
-        )
-
-    def _predictions(self, found: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-        return [
-            {
-                "where": self.store.blob("where", int(example)).decode(),
-                "prediction": self.task.read_target(decided),
-                "label": self.task.read_target(target),
-                "score": np.round(score.astype(float), 6).tolist(),
-            }
-            for example, decided, target, score in zip(
-                found["example"], found["decided"], found["target"], found["score"], strict=True
-            )
-        ]
 
 
 def decide(outputs: Tensor, problem: str) -> tuple[Tensor, Tensor]:
@@ -335,24 +323,3 @@ def decide(outputs: Tensor, problem: str) -> tuple[Tensor, Tensor]:
             return outputs > 0, outputs.sigmoid()
         case _:
             return outputs[:, 0].double(), outputs[:, 0]
-
-
-def _check_names(names: list[str], cfg: ClassifyConfig) -> None:
-    least = 1 if cfg.problem == "multi_label" else 2
-    if len(names) < least:
-        raise UserError(
-            f"{len(names)} label{'s' * (len(names) != 1)} ({', '.join(names) or 'none'}): there is nothing "
-            "to tell apart",
-            "task.label_field",
-            f"Check that task.label_field={cfg.label_field} is the label, or name all: task.labels=[...]",
-        )
-    if len(set(names)) != len(names):
-        raise UserError(
-            f"task.labels = {names} names a label twice", remedy="Name each label once."
-        )
-    weights = cfg.class_weights
-    if weights and len(weights) != len(names):
-        raise UserError(
-            f"task.class_weights has {len(weights)} numbers for {len(names)} labels ({', '.join(names)})",
-            remedy=f"Try task.class_weights={[1.0] * len(names)}.",
-        )

@@ -29,8 +29,7 @@ from finetune.data.collate import lm_batch
 from finetune.data.columns import Encoder, Store
 from finetune.data.encode_qa import SEPARATOR, QaEncoder
 from finetune.data.packing import Sequences, one_per_sequence
-from finetune.dist import World
-from finetune.tasks.base import Batch, Gathered, Model, flat_inputs
+from finetune.tasks.base import Batch, Columns, Model, Task, flat_inputs
 from finetune.tasks.squad_metrics import best_threshold, score, score_v1, summarise
 
 NOTHING = -1e30
@@ -39,9 +38,8 @@ SHOWN_ANSWERS = 5
 """Different answers kept of each question, the best first."""
 
 
-class QaTask:
-    head: str = "qa"
-    num_labels: int | None = None
+class QaTask(Task):
+    head = "qa"
 
     def __init__(self, cfg: QaConfig, tokenizer):
         refuse_task(cfg)
@@ -92,8 +90,74 @@ class QaTask:
     def loss(self, model: Model, batch: Batch) -> Tensor:
         return (window_losses(self._slots(model, batch), batch) * batch["weights"]).sum()
 
-    def meter(self, store: Store, rows: Sequences) -> QaMeter:
-        return QaMeter(self, store)
+    def measure(self, model: Model, batch: Batch) -> Columns:
+        """Return the loss and the best spans of each window."""
+        slots, cfg = self._slots(model, batch), self.cfg
+        spans = [
+            best_spans(window[:size], cfg.n_best, cfg.max_answer_tokens)
+            for window, size in zip(slots.cpu().numpy(), batch["sizes"], strict=True)
+        ]
+        first, last, scores = (np.stack(column) for column in zip(*spans, strict=True))
+        return {
+            "example": batch["examples"].cpu().numpy(),
+            "loss": window_losses(slots, batch).double().cpu().numpy(),
+            "first": first,
+            "last": last,
+            "score": scores,
+        }
+
+    def metrics(self, store: Store, columns: Columns) -> tuple[dict[str, Any], list | None]:
+        # Each question's best span over its windows, scored against the null slot.
+        first_windows = np.flatnonzero(store.column("window") == 0)
+        bounds = np.searchsorted(columns["example"], np.append(first_windows, len(store)))
+        questions = [
+            answered(store, int(example), {name: values[a:b] for name, values in columns.items()})
+            for example, (a, b) in zip(first_windows, pairwise(bounds), strict=True)
+        ]
+        answerable = [bool(question["answers"]) for question in questions]
+        may_be_silent = self.unanswerable or not all(answerable)
+        for question in questions:
+            silent = question["no_answer_score"] > self.cfg.null_threshold
+            question["prediction"] = "" if may_be_silent and silent else question["span"]
+
+        rules = score if not all(answerable) else score_v1
+        scores = [rules(q["prediction"], q["answers"]) for q in questions]
+        metrics = {
+            "loss": float(columns["loss"].mean()),
+            **summarise(scores, answerable),
+            "windows": len(columns["loss"]),
+        }
+        if not all(answerable):
+            spans = [score(q["span"], q["answers"])[1] for q in questions]
+            margins = [q["no_answer_score"] for q in questions]
+            metrics["best_null_threshold"], metrics["best_f1"] = best_threshold(
+                spans, margins, answerable
+            )
+        predictions = [
+            {name: question[name] for name in ("id", "where", "prediction", "answers")}
+            | {
+                "score": round(-question["no_answer_score"], 4),
+                "exact_match": exact,
+                "f1": f1,
+                "n_best": [
+                    {"text": text, "score": round(value, 4)}
+                    for text, value in question["n_best"].items()
+                ],
+            }
+            for question, (exact, f1) in zip(questions, scores, strict=True)
+        ]
+        return metrics, predictions
+
+    def marks(self, batch: Batch) -> tuple[np.ndarray, list[str]]:
+        marked, captions, first = np.zeros(len(batch["ids"]), bool), [], 0
+        for start, end, size in zip(batch["starts"], batch["ends"], batch["sizes"], strict=True):
+            marked[batch["pool"][first + start : first + end + 1]] = True
+            null = start == size - 1
+            captions.append(
+                "no answer: the null slot" if null else f"answer of {end - start + 1} tokens"
+            )
+            first += size
+        return marked, captions
 
     def describe(self) -> dict[str, Any]:
         cfg = self.cfg
@@ -109,7 +173,6 @@ class QaTask:
         }
 
     def notes(self, store: Store) -> list[str]:
-        """Describe what encoding did to the data, for messages to the user."""
         window = np.asarray(store.column("window"))
         several = int((window == 1).sum())
         questions = int((window == 0).sum())
@@ -147,102 +210,38 @@ class QaTask:
         )
 
 
-class QaMeter:
-    """Meter that keeps the best spans of every window.
+def answered(store: Store, example: int, windows: Columns) -> dict[str, Any]:
+    """Return a question with its best spans, each text once, the best first.
 
-    After `result`, `predictions` holds one dict per question.
+    Args:
+        example: the question's first window.
+        windows: of `QaTask.measure`, those of this question.
     """
-
-    def __init__(self, task: QaTask, store: Store):
-        self.task, self.store = task, store
-        self.found = Gathered()
-        self.predictions: list[dict[str, Any]] = []
-
-    def add(self, model: Model, batch: Batch) -> None:
-        slots = self.task._slots(model, batch)
-        losses = window_losses(slots, batch)
-        cfg = self.task.cfg
-        spans = [
-            best_spans(window[:size], cfg.n_best, cfg.max_answer_tokens)
-            for window, size in zip(slots.cpu().numpy(), batch["sizes"], strict=True)
-        ]
-        first, last, scores = (np.stack(column) for column in zip(*spans, strict=True))
-        self.found.add(
-            example=batch["examples"].cpu().numpy(),
-            loss=losses.double().cpu().numpy(),
-            first=first,
-            last=last,
-            score=scores,
-        )
-
-    def result(self, world: World) -> dict[str, Any]:
-        found = self.found.together(world)
-        questions = self._questions(found)
-        answerable = [bool(q["answers"]) for q in questions]
-        for question in questions:
-            silent = (self.task.unanswerable or not all(answerable)) and question[
-                "no_answer_score"
-            ] > self.task.cfg.null_threshold
-            question["prediction"] = "" if silent else question["span"]
-        rules = score if not all(answerable) else score_v1
-        scores = [rules(q["prediction"], q["answers"]) for q in questions]
-        metrics = {
-            "loss": float(found["loss"].mean()),
-            **summarise(scores, answerable),
-            "windows": len(found["loss"]),
-        }
-        if not all(answerable):
-            spans = [score(q["span"], q["answers"])[1] for q in questions]
-            margins = [q["no_answer_score"] for q in questions]
-            metrics["best_null_threshold"], metrics["best_f1"] = best_threshold(
-                spans, margins, answerable
-            )
-        self.predictions = (
-            [_prediction(q, s) for q, s in zip(questions, scores, strict=True)]
-            if world.main
-            else []
-        )
-        return metrics
-
-    def _questions(self, found: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-        """Return each question's best span over its windows, scored against the null slot."""
-        first_windows = np.flatnonzero(self.store.column("window") == 0)
-        bounds = np.searchsorted(found["example"], np.append(first_windows, len(self.store)))
-        return [
-            self._question(int(example), {name: values[a:b] for name, values in found.items()})
-            for example, (a, b) in zip(first_windows, pairwise(bounds), strict=True)
-        ]
-
-    def _question(self, example: int, windows: dict[str, np.ndarray]) -> dict[str, Any]:
-        question = json.loads(self.store.blob("question", example))
-        window, rank = np.unravel_index(
-            np.argsort(-windows["score"], axis=None, kind="stable"), windows["score"].shape
-        )
-        best: dict[str, float] = {}
-        for at in zip(window, rank, strict=True):
-            value = float(windows["score"][at])
-            if value < NOTHING / 2 or len(best) == SHOWN_ANSWERS:
-                break
-            span = int(windows["first"][at]), int(windows["last"][at])
-            text = self._text(question["context"], int(windows["example"][at[0]]), *span)
-            if text:  # a span of blanks only is not an answer
-                best.setdefault(text, value)
-        span = next(iter(best), "")
-        return {
-            "id": question["id"],
-            "where": question["where"],
-            "answers": question["answers"],
-            "span": span,
-            "no_answer_score": -best.get(span, NOTHING),
-            "n_best": best,
-        }
-
-    def _text(self, context: str, example: int, first: int, last: int) -> str:
-        """Return the text of a span of slots, without the leading spaces of tokens."""
-        at = int(self.store.offsets[example]) + int(self.store.column("context_at")[example])
-        return context[
-            self.store.column("char_start")[at + first] : self.store.column("char_end")[at + last]
-        ].strip()
+    question = json.loads(store.blob("question", example))
+    window, rank = np.unravel_index(
+        np.argsort(-windows["score"], axis=None, kind="stable"), windows["score"].shape
+    )
+    best: dict[str, float] = {}
+    for at in zip(window, rank, strict=True):
+        value = float(windows["score"][at])
+        if value < NOTHING / 2 or len(best) == SHOWN_ANSWERS:
+            break
+        # Slots are tokens from the context's first one on; theirs may begin with a blank.
+        part = int(windows["example"][at[0]])
+        slot = int(store.offsets[part]) + int(store.column("context_at")[part])
+        begin = store.column("char_start")[slot + int(windows["first"][at])]
+        end = store.column("char_end")[slot + int(windows["last"][at])]
+        if text := question["context"][begin:end].strip():  # blanks alone are no answer
+            best.setdefault(text, value)
+    span = next(iter(best), "")
+    return {
+        "id": question["id"],
+        "where": question["where"],
+        "answers": question["answers"],
+        "span": span,
+        "no_answer_score": -best.get(span, NOTHING),
+        "n_best": best,
+    }
 
 
 def window_losses(slots: Tensor, batch: Batch) -> Tensor:
@@ -275,17 +274,3 @@ def best_spans(
         np.pad(last[order], missing).astype(np.int32),
         np.pad(scores[order], missing, constant_values=NOTHING).astype(np.float32),
     )
-
-
-def _prediction(question: dict[str, Any], scores: tuple[float, float]) -> dict[str, Any]:
-    kept = {name: question[name] for name in ("id", "where", "prediction", "answers")}
-    n_best = [
-        {"text": text, "score": round(value, 4)} for text, value in question["n_best"].items()
-    ]
-    return {
-        **kept,
-        "score": round(-question["no_answer_score"], 4),
-        "exact_match": scores[0],
-        "f1": scores[1],
-        "n_best": n_best,
-    }

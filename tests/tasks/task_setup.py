@@ -15,7 +15,7 @@ from finetune.data.columns import Store
 from finetune.data.packing import Sequences
 from finetune.gptj.model import MODELS, copy_config
 from finetune.tasks.base import to_device
-from finetune.training.evaluate import evaluate
+from finetune.training.evaluate import evaluate_with
 
 CPU = torch.device("cpu")
 EOS = 50256
@@ -119,29 +119,14 @@ class Rank:
 def evaluate_on(size: int, model, made: Made, batch: int = 2):
     """Metrics on every one of `size` ranks; and the predictions of rank 0."""
     shared, barrier, found = {}, threading.Barrier(size), [None] * size
-    meters = []
-    task = _Spy(made.task, meters)
 
     def run(rank):
-        found[rank] = evaluate(model, task, made.store, Rank(rank, size, shared, barrier), batch)
+        world = Rank(rank, size, shared, barrier)
+        found[rank] = evaluate_with(model, made.task, made.store, world, batch)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    return found, next((m.predictions for m in meters if getattr(m, "predictions", None)), None)
-
-
-class _Spy:
-    """Remembers the meters that a task hands out."""
-
-    def __init__(self, task, meters):
-        self._task, self._meters = task, meters
-
-    def __getattr__(self, name):
-        return getattr(self._task, name)
-
-    def meter(self, store, rows):
-        self._meters.append(self._task.meter(store, rows))
-        return self._meters[-1]
+    return [metrics for metrics, _ in found], found[0][1]

@@ -19,7 +19,7 @@ from finetune.data.encode_qa import token_span, window_starts
 from finetune.errors import UserError
 from finetune.tasks.build import build_task
 from finetune.tasks.preview import preview
-from finetune.tasks.qa import NOTHING, best_spans
+from finetune.tasks.qa import NOTHING, answered, best_spans
 from finetune.tasks.squad_metrics import best_threshold, normalise, score, score_v1, summarise
 
 WHO = [8241, 30]  # "Who?"
@@ -369,21 +369,22 @@ def test_blanks_around_an_answer_do_not_move_its_tokens(make):
 
 def test_a_span_of_blanks_is_no_answer(make):
     made = make(cfg(), [row("Ada\n\nBob", answers=[("Bob", 5)])])
-    meter = made.task.meter(made.store, None)
     slots = len(made.example(0)["ids"]) - made.example(0)["context_at"] - 1
-    spans = [(i, i) for i in range(slots)]
-    texts = [meter._text("Ada\n\nBob", 0, *span) for span in spans]
+
+    def best_of(order):
+        """The question's answer where these slots score best, the first one most."""
+        windows = {
+            "example": np.array([0]),
+            "first": np.array([order]),
+            "last": np.array([order]),
+            "score": np.arange(len(order), 0, -1, np.float32)[None],
+        }
+        return answered(made.store, 0, windows)
+
+    texts = [best_of([i])["span"] for i in range(slots)]
     assert "" in texts and "Bob" in texts
     order = sorted(range(slots), key=lambda i: texts[i] != "")  # the blanks score best
-    scores = np.zeros((1, slots), np.float32)
-    scores[0] = np.arange(slots, 0, -1)
-    windows = {
-        "example": np.array([0]),
-        "first": np.array([[spans[i][0] for i in order]]),
-        "last": np.array([[spans[i][1] for i in order]]),
-        "score": scores,
-    }
-    found = meter._question(0, windows)
+    found = best_of(order)
     assert found["span"] == next(texts[i] for i in order if texts[i]) and "" not in found["n_best"]
 
 
