@@ -381,7 +381,7 @@ def time_steps(engine, micro: int, kind: bool | str = False) -> dict:
             ):
                 parts[name].append(1000 * seconds)
     except torch.OutOfMemoryError:
-        engine.ds.zero_grad()
+        engine.module.zero_grad()
         raise
     whole = [sum(step) for step in zip(*parts.values(), strict=True)]
     figures = {f"{name}_ms": statistics.median(times[2:]) for name, times in parts.items()}

@@ -118,13 +118,13 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
         )
         state = TrainState()
         if resume_from:
-            state = checkpoints.restore(engine.ds, resume_from, length.steps)
+            state = checkpoints.restore(engine, resume_from, length.steps)
         metric, direction = best_metric(cfg.task, cfg.train.metric)
         if state.rank_by(metric):
             say(
                 f"evaluations are ranked by {metric} now; the best one counts from step {state.step}"
             )
-        checkpoints.require_room(engine.ds, cfg.checkpoint.every > 0, cfg.checkpoint.final)
+        checkpoints.require_room(engine, cfg.checkpoint.every > 0, cfg.checkpoint.final)
         optimizer_bytes = world.gather(engine.optimizer_bytes()["total"])
         if world.main:
             last_step = state.step if resume_from else -1

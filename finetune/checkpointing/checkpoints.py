@@ -129,14 +129,11 @@ class Checkpoints:
         pieces = self._pieces(engine, moments)
         needed = int(self.world.sum([pieces.bytes])[0])
         self.world.on_main(lambda: self._require(needed, f"the checkpoint of step {state.step}"))
-        scaler = getattr(engine.optimizer, "cur_scale", None) or getattr(
-            engine.optimizer, "loss_scale", None
-        )
         about = {
             "format": FORMAT,
             "world_size": self.world.size,
             "adam_step": partitions.adam_step(engine),
-            "loss_scale": float(scaler) if engine.fp16_enabled() and scaler else None,
+            "loss_scale": engine.loss_scale,
             "moments": moments,
             "identity": self.identity,
             "origin": self.origin,
@@ -439,10 +436,8 @@ class Checkpoints:
         partitions.refresh_weights(
             engine, lambda name, start, numel: reader.read(name, "master", start, numel)
         )
-        if saved["loss_scale"] is not None:  # fp16; which object holds it depends on the stage
-            for owner in (engine.optimizer, getattr(engine.optimizer, "loss_scaler", None)):
-                if hasattr(owner, "cur_scale"):
-                    owner.cur_scale = saved["loss_scale"]
+        if saved["loss_scale"] is not None:
+            engine.loss_scale = saved["loss_scale"]
         names = {field.name for field in fields(TrainState)}
         return TrainState(**{key: value for key, value in saved["state"].items() if key in names})
 

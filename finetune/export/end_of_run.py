@@ -57,7 +57,7 @@ def take_best(
         say(f"{reason}; the last step, {result.step}, is exported")
         return result
     say(f"exporting step {best_step}, which evaluated best")
-    state = checkpoints.load(engine.ds, folder)
+    state = checkpoints.load(engine, folder)
     trained, metrics = world.on_main(lambda: metrics_log.newest(run_dir, best_step))
     return replace(
         result, step=best_step, loss=trained.get("loss"), eval=metrics, tokens=state.tokens

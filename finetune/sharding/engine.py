@@ -10,11 +10,9 @@ are loaded elsewhere, and the planner chooses stage and offload, which come in t
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 
 import deepspeed
 import torch
@@ -27,12 +25,13 @@ from finetune.gptj import adapters
 from finetune.gptj.adapters import parameter_groups
 from finetune.gptj.load import build_model
 from finetune.sharding import partitions
+from finetune.sharding.deepspeed_patches import (
+    read_once,
+    take_norms_by_rows,
+    unlink_shared_memory,
+)
 from finetune.sharding.ops import built_ops, find_stale_locks, hushed
 
-NORM_PIECE = {"cpu": 2**20, "cuda": 2**26}
-"""Elements whose norms are taken at once, in rows of `NORM_ROW`."""
-NORM_ROW = 1024
-"""So few squares lose nothing in fp32; the rows' norms are added up in fp64."""
 OP = "deepspeed_shm_comm"
 COMPILING = "compiling DeepSpeed's CPU op, once on this machine: one to two minutes on idle cores"
 
@@ -57,8 +56,7 @@ def connect_deepspeed(
         RunFailed: a lock left by a killed compile would make this wait forever.
     """
     if world.device.type == "cpu":
-        lock = world.on_main(_stale_lock)
-        if lock:
+        for lock in world.on_main(lambda: find_stale_locks(op=OP)):
             raise RunFailed(
                 f"a compile of DeepSpeed's ops was killed and left its lock: {lock}",
                 remedy=f"Remove it and start again: rm {lock}",
@@ -68,23 +66,7 @@ def connect_deepspeed(
             dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False
         )
         world.barrier()
-    _unlink_shared_memory(world.rank)
-
-
-def _unlink_shared_memory(rank: int) -> None:
-    """Unlink DeepSpeed's shared buffer: 66 MiB per rank that would stay in memory after the run.
-
-    Every rank has mapped it by now (csrc/cpu/comm/shm.cpp), and DeepSpeed never unlinks it.
-    """
-    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(
-        missing_ok=True
-    )
-
-
-def _stale_lock() -> str | None:
-    locks = [str(lock) for lock in find_stale_locks(op=OP)]
-    return locks[0] if locks else None
+    unlink_shared_memory(world.rank)
 
 
 def partitioned_build(config: dict, world: World) -> AbstractContextManager | None:
@@ -95,11 +77,8 @@ def partitioned_build(config: dict, world: World) -> AbstractContextManager | No
     if config["zero_optimization"]["stage"] != 3:
         return None
     # No dtype: given one, DeepSpeed 0.19 ignores it on a CPU and silently makes everything bf16.
-    return deepspeed.zero.Init(config_dict_or_path=config, remote_device=_remote(config))
-
-
-def _remote(config: dict) -> str | None:
-    return config["zero_optimization"].get("offload_param", {}).get("device")
+    device = config["zero_optimization"].get("offload_param", {}).get("device")
+    return deepspeed.zero.Init(config_dict_or_path=config, remote_device=device)
 
 
 def place_partitioned(world: World, parameter: nn.Parameter, value: Tensor | None) -> None:
@@ -201,21 +180,20 @@ class Engine:
         self._dropped = 0
         if self._bare:
             config = config | {"gradient_clipping": 0.0}
-        with _without_compiler():
-            self.ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-        _read_once(module)
-        partitions.set_adam_step(self.ds, 0)
-        _take_norms_by_rows(self.ds.optimizer)
-
-    @property
-    def module(self) -> nn.Module:
-        return self.ds.module
+        self._ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self.module: nn.Module = self._ds.module
+        self.optimizer: torch.optim.Optimizer = self._ds.basic_optimizer
+        self.wrapper = self._ds.optimizer
+        """DeepSpeed's optimizer around it, with the master weights; at stage 0 in fp32 the same."""
+        read_once(module)
+        take_norms_by_rows(self.wrapper)
+        partitions.set_adam_step(self, 0)
 
     def __call__(self, **inputs) -> Tensor:
-        return self.ds(**inputs)
+        return self._ds(**inputs)
 
     def train(self, mode: bool = True) -> None:
-        self.ds.train(mode)
+        self._ds.train(mode)
 
     def backward(self, loss_sum: Tensor, scale: float) -> None:
         """Accumulate gradients of `loss_sum * scale`; DeepSpeed averages them over ranks.
@@ -223,15 +201,15 @@ class Engine:
         With scale = ranks / (scored tokens of the step on all ranks) the step's gradient is that of
         the mean over all its scored tokens, however they are spread over micro-batches and ranks.
         """
-        self.ds.backward(loss_sum * scale, scale_wrt_gas=False)
+        self._ds.backward(loss_sum * scale, scale_wrt_gas=False)
 
     def step(self, lr: float) -> None:
         """Count one micro-batch; on the last one of the step, clip, update and zero gradients."""
-        for group in self.ds.basic_optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if self._bare and self.ds.is_gradient_accumulation_boundary():
+        if self._bare and self._ds.is_gradient_accumulation_boundary():
             self._clip()
-        self.ds.step()
+        self._ds.step()
 
     def rehearse(self, losses: Iterable[Callable[[], Tensor]]) -> None:
         """Run one whole step that changes nothing, to measure the memory that a step needs.
@@ -243,25 +221,25 @@ class Engine:
         Args:
             losses: one function per micro-batch, which computes its loss.
         """
-        scaler = getattr(self.ds.optimizer, "loss_scaler", None)
+        scaler = getattr(self.wrapper, "loss_scaler", None)
         scaler = scaler if hasattr(scaler, "__dict__") else None
         before = dict(vars(scaler)) if scaler is not None else {}
         losses = list(losses)
         partitions.ensure_states(
-            self.ds
+            self
         )  # before gradients, which would leave holes below them in the heap
         for i, loss in enumerate(losses):
-            self.ds.set_gradient_accumulation_boundary(i + 1 == len(losses))
+            self._ds.set_gradient_accumulation_boundary(i + 1 == len(losses))
             self.backward(loss(), 0.0)
             self.step(0.0)
-        self.ds.set_gradient_accumulation_boundary(None)  # DeepSpeed counts again
-        self.ds.micro_steps = self.ds.global_steps = self.ds.global_samples = (
-            self.ds.skipped_steps
+        self._ds.set_gradient_accumulation_boundary(None)  # DeepSpeed counts again
+        self._ds.micro_steps = self._ds.global_steps = self._ds.global_samples = (
+            self._ds.skipped_steps
         ) = 0
         self._norm, self._dropped = None, 0
         if scaler is not None:
             vars(scaler).update(before)
-        partitions.set_adam_step(self.ds, 0)
+        partitions.set_adam_step(self, 0)
 
     def _clip(self) -> None:
         """Clip unpartitioned fp32 gradients; drop the update if the norm is not finite.
@@ -274,14 +252,14 @@ class Engine:
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         self._norm = float(norm)
         if not math.isfinite(self._norm):
-            self.ds.zero_grad()
+            self._ds.zero_grad()
             self._dropped += 1
         elif self._norm > self.max_norm:
             torch._foreach_mul_(gradients, self.max_norm / (self._norm + 1e-6))
 
     def grad_norm(self) -> float | None:
         """Return the gradient norm of the last step before clipping; nan if it was not finite."""
-        norm = self._norm if self._bare else self.ds.get_global_grad_norm()
+        norm = self._norm if self._bare else self._ds.get_global_grad_norm()
         if norm is None:
             return None
         value = float(norm)
@@ -290,17 +268,32 @@ class Engine:
     @property
     def skipped(self) -> int:
         """Number of steps that were not applied because a gradient was not finite."""
-        return int(self.ds.skipped_steps) + self._dropped
+        return int(self._ds.skipped_steps) + self._dropped
 
     @property
     def scales_loss(self) -> bool:
         """Tell whether skipped steps also adapt the loss scale (fp16)."""
         return self.config["fp16"]["enabled"]
 
+    @property
+    def loss_scale(self) -> float | None:
+        """The current loss scale of fp16; None for other dtypes."""
+        scale = getattr(self.wrapper, "cur_scale", None) or getattr(
+            self.wrapper, "loss_scale", None
+        )
+        return float(scale) if self.scales_loss and scale else None
+
+    @loss_scale.setter
+    def loss_scale(self, value: float) -> None:
+        # Which object holds it depends on the stage.
+        for owner in (self.wrapper, getattr(self.wrapper, "loss_scaler", None)):
+            if hasattr(owner, "cur_scale"):
+                owner.cur_scale = value
+
     def optimizer_bytes(self) -> dict[str, int]:
         """Return the bytes of optimizer states on this rank; see `partitions.optimizer_bytes`."""
-        partitions.ensure_states(self.ds)
-        return partitions.optimizer_bytes(self.ds)
+        partitions.ensure_states(self)
+        return partitions.optimizer_bytes(self)
 
     def full_parameters(self, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, whole tensor) one at a time, gathered at stage 3.
@@ -315,74 +308,3 @@ class Engine:
                     yield name, parameter.detach()
             else:
                 yield name, parameter.detach()
-
-
-def _read_once(module: nn.Module) -> None:
-    """Read a weight on nvme once if DeepSpeed's prefetch lists it twice.
-
-    DeepSpeed 0.19 itself rejects such a list.
-    """
-    swappers = {
-        id(p.nvme_swapper): p.nvme_swapper
-        for p in module.parameters()
-        if getattr(p, "nvme_swapper", None)
-    }
-    for swapper in swappers.values():
-        swapper.swap_in = partial(_swap_in_once, swapper.swap_in)
-
-
-def _swap_in_once(swap_in, params: list[nn.Parameter], *args, **kwargs):
-    return swap_in(list({id(p): p for p in params}.values()), *args, **kwargs)
-
-
-@contextmanager
-def _without_compiler() -> Iterator[None]:
-    """Disable torch.compile while DeepSpeed is imported.
-
-    DeepSpeed decorates functions of an optimizer that is never used here (Muon) with torch.compile,
-    which imports all of torch's compiler: most of a second and 41 MiB in every rank.
-    """
-    compile_, torch.compile = torch.compile, _as_it_is  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = compile_  # type: ignore[assignment]
-
-
-def _as_it_is(function=None, **_):
-    return function if function is not None else _as_it_is
-
-
-def _take_norms_by_rows(optimizer) -> None:
-    """Pass row norms instead of gradients to ZeRO's gradient norm, to save memory.
-
-    ZeRO converts its input to fp64, which takes 1.7 GB for GPT-J's head alone.
-    """
-    whole = getattr(optimizer, "get_grad_norm_direct", None)
-    if whole is None:
-        return
-
-    def by_rows(gradients, params, norm_type=2):
-        if norm_type != 2:
-            return whole(gradients, params, norm_type)
-        return whole(
-            [row_norms(g) for g in gradients if not getattr(g, "_zero_padding", False)],
-            params,
-            norm_type,
-        )
-
-    optimizer.get_grad_norm_direct = by_rows
-
-
-def row_norms(gradient: Tensor) -> Tensor:
-    """Return fp32 norms of consecutive parts of a flattened gradient.
-
-    The norm of these norms is the norm of the gradient.
-    """
-    flat = gradient.reshape(-1)
-    whole = len(flat) // NORM_ROW * NORM_ROW
-    rows = flat[:whole].view(-1, NORM_ROW).split(NORM_PIECE[flat.device.type] // NORM_ROW)
-    parts = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in rows]
-    return torch.cat(
-        [*parts, torch.linalg.vector_norm(flat[whole:], dtype=torch.float32).reshape(1)]
-    )

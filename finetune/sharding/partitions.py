@@ -3,7 +3,7 @@
 Every ZeRO stage cuts parameters into ranges of their flattened elements. This module finds, for
 each trained parameter, the range that this rank owns and the tensors that hold it, in one form for
 all stages. Checkpoints, elastic resume and byte counts need nothing else. The module depends on
-DeepSpeed's optimizer wrappers (0.19) and on no file format.
+DeepSpeed's optimizer wrappers (0.19) and on no file format. `engine` is a `sharding.Engine`.
 
     parameter  [ 0 . . . . . . . . 11 ]      12 elements, flattened
     rank 0     [ 0 . . . . . ]               Fragment(start=0, numel=7)
@@ -19,7 +19,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -45,27 +45,20 @@ class Fragment:
         return {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
 
-def base_optimizer(engine) -> torch.optim.Optimizer:
-    return engine.basic_optimizer
-
-
 def ensure_states(engine) -> None:
     """Create Adam's states (zeros, step 0) if the first step has not done so yet."""
-    optimizer = base_optimizer(engine)
-    for group, flat in enumerate(_flat_masters(engine)):
-        state = optimizer.state[flat]
+    for group, flat in enumerate(masters(engine)):
+        state = engine.optimizer.state[flat]
         if "exp_avg" not in state:
             with in_memory(engine, group, write=True):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
                 for key in MOMENTS:
-                    state[key] = torch.zeros_like(
-                        flat, memory_format=torch.preserve_format, requires_grad=False
-                    )
+                    state[key] = torch.zeros_like(flat, requires_grad=False)
 
 
 def _on_nvme(engine, group: int) -> bool:
     """Tell whether the states of a group (a sub-group at stage 3) are in files between steps."""
-    optimizer = engine.optimizer
+    optimizer = engine.wrapper
     return getattr(optimizer, "swap_optimizer", False) and optimizer._swappable_optimizer_subgroup(
         group
     )
@@ -78,7 +71,7 @@ def in_memory(engine, group: int, write: bool = False) -> Iterator[None]:
     Args:
         write: write changes back to the files at the end; otherwise they are lost.
     """
-    optimizer = engine.optimizer
+    optimizer = engine.wrapper
     if not _on_nvme(engine, group):
         yield
         return
@@ -94,7 +87,7 @@ def in_memory(engine, group: int, write: bool = False) -> Iterator[None]:
 
 def set_adam_step(engine, step: int) -> None:
     """Set the number of updates applied so far, which Adam's bias correction uses."""
-    for state in base_optimizer(engine).state.values():
+    for state in engine.optimizer.state.values():
         if isinstance(state.get("step"), Tensor):
             state["step"].fill_(float(step))
         elif "step" in state:
@@ -102,9 +95,7 @@ def set_adam_step(engine, step: int) -> None:
 
 
 def adam_step(engine) -> int:
-    steps = {
-        int(state["step"]) for state in base_optimizer(engine).state.values() if "step" in state
-    }
+    steps = {int(state["step"]) for state in engine.optimizer.state.values() if "step" in state}
     assert len(steps) <= 1, f"parameters disagree on the number of updates: {steps}"
     return steps.pop() if steps else 0
 
@@ -116,17 +107,17 @@ def optimizer_bytes(engine) -> dict[str, int]:
     themselves are fp32 and whole (stage 0).
     """
     weights = {p.data_ptr() for p in engine.module.parameters() if p.dtype == torch.float32}
-    masters = moments = 0
-    for group, flat in enumerate(_flat_masters(engine)):
+    held = moments = 0
+    for group, flat in enumerate(masters(engine)):
         if _on_nvme(engine, group):
-            stored = 4 * engine.optimizer.fp16_partitioned_groups_flat_numel[group]
-            masters, moments = masters + stored, moments + len(MOMENTS) * stored
+            stored = 4 * engine.wrapper.fp16_partitioned_groups_flat_numel[group]
+            held, moments = held + stored, moments + len(MOMENTS) * stored
             continue
         if flat.data_ptr() not in weights:
-            masters += flat.numel() * flat.element_size()
-        state = base_optimizer(engine).state.get(flat, {})
+            held += flat.numel() * flat.element_size()
+        state = engine.optimizer.state.get(flat, {})
         moments += sum(state[k].numel() * state[k].element_size() for k in MOMENTS if k in state)
-    return {"masters": masters, "moments": moments, "total": masters + moments}
+    return {"masters": held, "moments": moments, "total": held + moments}
 
 
 def replicated(engine) -> bool:
@@ -139,11 +130,12 @@ def replicated(engine) -> bool:
 
 
 def _kind(engine) -> str:
-    return type(engine.optimizer).__name__
+    return type(engine.wrapper).__name__
 
 
-def _flat_masters(engine) -> list[Tensor]:
-    optimizer = engine.optimizer
+def masters(engine) -> list[Tensor]:
+    """Return the tensors that hold this rank's master weights, by group (sub-group at stage 3)."""
+    optimizer = engine.wrapper
     match _kind(engine):
         case "DeepSpeedZeroOptimizer_Stage3":
             return list(optimizer.fp32_partitioned_groups_flat)
@@ -170,47 +162,37 @@ def fragments(engine, write: bool = False) -> Iterator[Fragment]:
     With nvme offload, a fragment is in memory only until the next one is requested, and changes to
     it are kept only with `write`.
     """
+    wrapper, states = engine.wrapper, engine.optimizer.state
+
+    def view(name: str, start: int, flat: Tensor, offset: int, numel: int) -> Fragment:
+        tensors = (flat, *(states[flat][key] for key in MOMENTS))
+        views = [tensor.data.view(-1).narrow(0, offset, numel) for tensor in tensors]
+        return Fragment(name, start, *views)
+
+    if _kind(engine) == "DeepSpeedZeroOptimizer_Stage3":
+        for group, places in groupby(_stage3_places(engine), key=lambda place: place.group):
+            with in_memory(engine, group, write):
+                flat = wrapper.fp32_partitioned_groups_flat[group]
+                for place in places:
+                    yield view(place.name, place.start, flat, place.offset, place.numel)
+        return
     trained = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
-    match _kind(engine):
-        case "DeepSpeedZeroOptimizer_Stage3":
-            yield from _stage3(engine, write)
-        case "DeepSpeedZeroOptimizer" | "BF16_Optimizer":
-            yield from _flat_groups(engine, trained)
-        case "FP16_UnfusedOptimizer":
-            yield from _unfused(engine, trained)
-        case _:
-            for name, parameter in trained:
-                yield _whole(name, parameter.data, base_optimizer(engine).state[parameter])
-
-
-def _whole(name: str, master: Tensor, state: dict) -> Fragment:
-    return Fragment(name, 0, master.view(-1), *(state[k].view(-1) for k in MOMENTS))
-
-
-def _unfused(engine, trained: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
-    optimizer = engine.optimizer
-    pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-    masters = {
-        id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)
-    }
+    if not replicated(engine):
+        flats = masters(engine)
+        for name, parameter in trained:
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None:
+                flat, part = flats[mapping.param_group_index], mapping.get_hp_fragment_address()
+                yield view(name, mapping.lp_fragment_address.start, flat, part.start, part.numel)
+        return
+    whole = {id(parameter): parameter for _, parameter in trained}
+    if _kind(engine) == "FP16_UnfusedOptimizer":
+        pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+        whole = {
+            id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)
+        }
     for name, parameter in trained:
-        master = masters[id(parameter)]
-        yield _whole(name, master.data, base_optimizer(engine).state[master])
-
-
-def _flat_groups(engine, trained: list[tuple[str, nn.Parameter]]) -> Iterator[Fragment]:
-    flats = _flat_masters(engine)
-    for name, parameter in trained:
-        mapping = getattr(parameter, "_hp_mapping", None)
-        if mapping is None:
-            continue
-        flat = flats[mapping.param_group_index]
-        address, state = mapping.get_hp_fragment_address(), base_optimizer(engine).state[flat]
-        views = [
-            t.data.narrow(0, address.start, address.numel)
-            for t in (flat, *(state[k] for k in MOMENTS))
-        ]
-        yield Fragment(name, mapping.lp_fragment_address.start, *views)
+        yield view(name, 0, whole[id(parameter)], 0, parameter.numel())
 
 
 class _Place(NamedTuple):
@@ -225,7 +207,7 @@ class _Place(NamedTuple):
 
 def _stage3_places(engine) -> list[_Place]:
     """Return the places ordered by group, so that each group is read from nvme only once."""
-    optimizer = engine.optimizer
+    optimizer = engine.wrapper
     rank = torch.distributed.get_rank()
     found = []
     for name, parameter in engine.module.named_parameters():
@@ -240,19 +222,6 @@ def _stage3_places(engine) -> list[_Place]:
     return sorted(found, key=lambda place: place.group)
 
 
-def _stage3(engine, write: bool) -> Iterator[Fragment]:
-    for group, places in groupby(_stage3_places(engine), key=lambda place: place.group):
-        with in_memory(engine, group, write):
-            flat = engine.optimizer.fp32_partitioned_groups_flat[group]
-            state = base_optimizer(engine).state[flat]
-            for place in places:
-                views = [
-                    t.data.narrow(0, place.offset, place.numel)
-                    for t in (flat, *(state[k] for k in MOMENTS))
-                ]
-                yield Fragment(place.name, place.start, *views)
-
-
 def refresh_weights(engine, read_master) -> None:
     """Set the weights used in the forward pass from the restored masters: weight = round(master).
 
@@ -260,17 +229,13 @@ def refresh_weights(engine, read_master) -> None:
         read_master: (name, start, numel) -> fp32 values of these elements of the whole parameter,
             from the checkpoint.
     """
-    if _kind(engine) == "DeepSpeedZeroOptimizer_Stage3":
-        _refresh_stage3(engine)
+    if _kind(engine) != "DeepSpeedZeroOptimizer_Stage3":
+        for name, parameter in engine.module.named_parameters():
+            if parameter.requires_grad:
+                values = read_master(name, 0, parameter.numel())
+                parameter.data.view(-1).copy_(values)
         return
-    for name, parameter in engine.module.named_parameters():
-        if parameter.requires_grad:
-            values = read_master(name, 0, parameter.numel())
-            parameter.data.view(-1).copy_(values)
-
-
-def _refresh_stage3(engine) -> None:
-    optimizer = engine.optimizer
+    optimizer = engine.wrapper
     for i, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
         low = optimizer.fp16_partitioned_groups_flat[i]
         with in_memory(engine, i):

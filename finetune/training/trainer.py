@@ -310,7 +310,7 @@ class Trainer:
         if self.saved_step == state.step:
             return
         state.callbacks = self.world.broadcast(self.callbacks.state())
-        self.checkpoints.save(self.engine.ds, state, moments)
+        self.checkpoints.save(self.engine, state, moments)
         self.saved_step = state.step
         self._report_saves()
         self.beat()

@@ -17,6 +17,8 @@ import torch
 from finetune.cli import doctor, doctor_checks
 from finetune.cli import doctor as doctor_run
 from finetune.cli.doctor_checks import Check
+from finetune.dist import World
+from finetune.errors import RunFailed
 from finetune.sharding import engine, ops
 from finetune.sharding.ops import find_stale_locks
 
@@ -51,14 +53,12 @@ def test_a_stale_lock_stops_only_a_run_that_needs_the_op(lock: Path, monkeypatch
     age(other, 60)
     assert find_stale_locks() == [other] and find_stale_locks(op="deepspeed_shm_comm") == []
     assert doctor_checks.build_locks().level == "yellow"
-    assert engine._stale_lock() is None
     other.rename(lock)
-    assert engine._stale_lock() == str(lock)
+    with pytest.raises(RunFailed, match=f"rm {lock}"):
+        engine.connect_deepspeed(World(0, 1, 0, 1, torch.device("cpu")))
 
 
 def test_a_run_on_cpus_knows_that_it_will_compile_first(tmp_path: Path, monkeypatch):
-    from finetune.dist import World
-
     cpu = World(0, 1, 0, 1, torch.device("cpu"))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     assert engine.compiles_first(cpu) and not engine.compiles_first(

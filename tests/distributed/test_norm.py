@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finetune.sharding.engine import NORM_PIECE, NORM_ROW, row_norms
+from finetune.sharding.deepspeed_patches import NORM_PIECE, NORM_ROW, row_norms
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

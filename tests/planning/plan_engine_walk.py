@@ -72,16 +72,16 @@ def walk(case: dict[str, Any], path: str, world: dist.World) -> dict[str, int]:
     accumulation = case["accumulation"]
     step(engine, accumulation, world)
     found = {
-        "weights": weights(engine.ds),
-        "optimizer": optimizer(engine.ds),
-        "host": host(engine.ds),
+        "weights": weights(engine),
+        "optimizer": optimizer(engine),
+        "host": host(engine),
     }
     for micro in range(accumulation):
         backward(engine, world)
         last = micro == accumulation - 1
-        found["gradients" if last else "kept_gradients"] = gradients(engine.ds)
+        found["gradients" if last else "kept_gradients"] = gradients(engine)
         engine.step(1e-4)
-    engine.ds.destroy()
+    getattr(engine.wrapper, "destroy", lambda: None)()
     return found
 
 
@@ -131,8 +131,8 @@ def total(tensors: Iterable[Any]) -> int:
     return sum(storages.values())
 
 
-def weight_tensors(ds: Any) -> Iterator[torch.Tensor]:
-    for parameter in ds.module.parameters():
+def weight_tensors(engine: Engine) -> Iterator[torch.Tensor]:
+    for parameter in engine.module.parameters():
         status = getattr(parameter, "ds_status", None)
         if status is None or status.name == "AVAILABLE":
             yield parameter.data
@@ -140,29 +140,29 @@ def weight_tensors(ds: Any) -> Iterator[torch.Tensor]:
             yield parameter.ds_tensor.data
 
 
-def weights(ds: Any) -> int:
-    return total(weight_tensors(ds))
+def weights(engine: Engine) -> int:
+    return total(weight_tensors(engine))
 
 
-def optimizer(ds: Any) -> int:
+def optimizer(engine: Engine) -> int:
     """Masters (where they are not the weights themselves), moments and step counts."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in weight_tensors(ds)}
+    own = {tensor.untyped_storage().data_ptr() for tensor in weight_tensors(engine)}
     masters = [
-        m.data for m in partitions._flat_masters(ds) if m.untyped_storage().data_ptr() not in own
+        m.data for m in partitions.masters(engine) if m.untyped_storage().data_ptr() not in own
     ]
-    states = [value for state in ds.basic_optimizer.state.values() for value in state.values()]
+    states = [value for state in engine.optimizer.state.values() for value in state.values()]
     return total([*masters, *states])
 
 
-def gradients(ds: Any) -> int:
-    return total(gradient_tensors(ds))
+def gradients(engine: Engine) -> int:
+    return total(gradient_tensors(engine))
 
 
-def gradient_tensors(ds: Any) -> Iterator[Any]:
+def gradient_tensors(engine: Engine) -> Iterator[Any]:
     """Everything that DeepSpeed 0.19's wrappers keep gradients in, except the fp32 copies of offload."""
-    for parameter in ds.module.parameters():
+    for parameter in engine.module.parameters():
         yield from (parameter.grad, getattr(parameter, "grad_accum", None))
-    wrapper = ds.optimizer
+    wrapper = engine.wrapper
     for name in ("averaged_gradients", "all_grad_tensors"):
         for group in getattr(wrapper, name, {}).values():
             yield from group or ()
@@ -170,12 +170,12 @@ def gradient_tensors(ds: Any) -> Iterator[Any]:
     yield getattr(wrapper, "grad_partitions_flat_buffer", None)
 
 
-def host(ds: Any) -> int:
+def host(engine: Engine) -> int:
     """What offload adds on the host beside masters and moments: fp32 gradients, copies, staging buffers."""
-    wrapper = ds.optimizer
+    wrapper = engine.wrapper
     if not (getattr(wrapper, "cpu_offload", False) or getattr(wrapper, "offload_optimizer", False)):
         return 0
-    masters = partitions._flat_masters(ds)
+    masters = partitions.masters(engine)
     extra = [master.grad for master in masters] + list(
         getattr(wrapper, "param_buffer_of_bit16_for_cpu_offload_groups", ())
     )
