@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -19,6 +19,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 
 from finetune.errors import UserError
+from finetune.files import read_json, refuse_pointer
 
 GPTJ_POSITIONS = 2048
 
@@ -532,6 +533,44 @@ HEADS = {
         ),
     )
 }
+
+
+def read_gptj_config(path: Path) -> dict[str, Any]:
+    """Return the values of a GPT-J's config.json; `path` is the file or its folder.
+
+    Raises:
+        UserError: it is missing, broken, or another model's.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    refuse_pointer(file)
+    try:
+        values = read_json(file)
+    except FileNotFoundError:
+        raise UserError(
+            "there is no config.json", str(file.parent), "A checkpoint directory needs one."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read the model's config: {error}", str(file), "Download config.json again."
+        ) from None
+    check_gptj_config(values, str(file))
+    return values
+
+
+def check_gptj_config(values: Mapping[str, Any], where: str = "") -> None:
+    """Raise UserError if the values of a config.json do not describe a GPT-J."""
+    if values.get("model_type") != "gptj":
+        raise UserError(
+            f"model_type is {values.get('model_type')!r}, not 'gptj'",
+            where,
+            "Only GPT-J models can be trained here.",
+        )
+    if missing := {"n_embd", "n_layer", "n_head", "vocab_size"} - values.keys():
+        raise UserError(
+            f"the model's config lacks {', '.join(sorted(missing))}",
+            where,
+            "Download config.json again.",
+        )
 
 
 def config_head(values: dict[str, Any]) -> Head:

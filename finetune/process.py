@@ -1,4 +1,4 @@
-"""Process settings: glibc's heap, OpenMP's waiting threads, and the variables that launchers set.
+"""Process settings: glibc's heap, OpenMP's waiting threads, launchers' variables, standard output.
 
 The heap in CPU runs: a step's freed memory is kept for the next step, and released once it is too
 fragmented. By default every big tensor is mapped, paged in and unmapped anew; on two cores that is
@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import socket
 from collections.abc import MutableMapping
+from typing import Any, TextIO
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = (
     -1,
@@ -114,3 +116,47 @@ def spin_briefly(environ: MutableMapping[str, str] = os.environ) -> None:
     """Set GOMP_SPINCOUNT unless the user configured how threads wait."""
     if "OMP_WAIT_POLICY" not in environ:
         environ.setdefault("GOMP_SPINCOUNT", ROUNDS)
+
+
+# Standard output into a pipe whose reader has left, as `| head -1` leaves after one line. Python
+# raises BrokenPipeError at the next write, and prints a traceback at exit if text is left over.
+STDOUT = 1
+
+
+def reader_has_left() -> bool:
+    """Tell whether standard output is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(STDOUT, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def drop_output() -> None:
+    """Send everything that is still printed, buffered text included, nowhere."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), STDOUT)
+
+
+class LastingOutput:
+    """Standard output of a program that goes on without output when its reader has left.
+
+    Everything but writing is the stream's own.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            drop_output()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            drop_output()

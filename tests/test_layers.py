@@ -18,12 +18,12 @@ PACKAGE = ROOT / "finetune"
 ARROWS = {
     # ground: no torch
     "errors": "",
-    "config": "errors",
     "process": "",
     "files": "errors",
+    "config": "errors files",
     "assets": "errors",
     "data": "assets config errors files",
-    "planning": "assets config errors files",
+    "planning": "assets config errors",
     "compose": "config errors",
     "reporting": "config errors files",
     "reporting.page": "config errors files reporting",
@@ -38,7 +38,7 @@ ARROWS = {
     "training": "assets check checkpointing config data dist errors files gptj planning process reporting sharding tasks",
     # what people do with a run
     "export": "assets checkpointing config data dist errors files gptj process reporting sharding training",
-    "inference": "assets data dist errors export files gptj planning process tasks",
+    "inference": "assets config data dist errors export files gptj process tasks",
     "sweep": "check compose config errors files planning process reporting reporting.page",
     # top
     "run": "check checkpointing compose config data dist errors export gptj inference process reporting reporting.page sharding "

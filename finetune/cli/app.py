@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import time
 import traceback
@@ -47,35 +48,46 @@ from finetune.errors import (
     problems_error,
 )
 from finetune.files import read_json
-from finetune.process import spin_briefly
+from finetune.process import drop_output, reader_has_left, spin_briefly
 from finetune.reporting.redact import redact, redact_text
 
 PRINTS = {
-    "-h",
-    "--help",
-    "-c",
-    "--cfg",
-    "-i",
-    "--info",
-    "--version",
-    "--hydra-help",
-    "-sc",
-    "--shell-completion",
+    *("-h", "--help", "-c", "--cfg", "-i", "--info", "--version", "--hydra-help"),
+    *("-sc", "--shell-completion"),
 }
 """Options that print something in place of running."""
+EXIT_PIPE = 128 + signal.SIGPIPE
+"""Exit code, in a shell, of a program that wrote to a pipe without a reader."""
 MOST_PROBLEMS = 8
 """Largest number of wrong words of one command line that are reported."""
 
 
 def main(program: str, argv: list[str] | None = None) -> int:
-    """Run one program and return its exit code; a UserError is printed without a traceback.
+    """Run one program and return its exit code.
+
+    The reader of its output may leave early, as in `launch/evaluate.py ... | head -1`: the program
+    then ends without a word, with the exit code of other Unix tools.
+    """
+    try:
+        code = run_program(program, sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not reader_has_left():
+            raise  # another pipe, for example to a process that died
+        drop_output()
+        return EXIT_PIPE
+
+
+def run_program(program: str, argv: list[str]) -> int:
+    """Do what a command line asks; a UserError is printed without a traceback.
 
     The module `finetune.cli.PROGRAM` is imported once the command line is known to be valid; its
     `run` takes the composed config and returns an exit code.
     """
-    argv = strip_launcher_arguments(sys.argv[1:] if argv is None else argv)
+    argv = strip_launcher_arguments(argv)
     try:
-        if any(word in ("-h", "--help") for word in argv):
+        if "-h" in argv or "--help" in argv:
             if is_first_rank():
                 topics = [word for word in argv if not word.startswith("-") and "=" not in word]
                 print(help_text(program, topics))
@@ -100,6 +112,8 @@ def main(program: str, argv: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        raise
     except Exception:
         traceback.print_exc()
         return EXIT_FAILED

@@ -28,7 +28,7 @@ from finetune.data.sources import MISSING, get_field, read
 from finetune.data.utf8 import invalid_utf8, lines
 from finetune.errors import EXIT_DONE, UserError
 from finetune.files import refuse_pointer
-from finetune.inference.answer import answer_question, classify_text
+from finetune.inference.answer import answer_questions, classify_text
 from finetune.inference.sample import Sampling, Streamer, finished_text
 from finetune.inference.speaker import Speaker, load_speaker
 from finetune.reporting.terminal import silence_libraries
@@ -333,11 +333,11 @@ def _answers(cfg: GenerateConfig, speaker: Speaker, asked: list[Asked]) -> Itera
             texts = _texts(row, speaker)
             yield {"prompt": texts[0], **classify_text(module, speaker.task, texts, device)}
     elif head == "qa":
-        for row in asked:
-            for item in _questions(row):
-                name = {"id": item.id} if "id" in row.record or "paragraphs" in row.record else {}
-                answer = answer_question(module, speaker.task, item.question, item.context, device)
-                yield {**name, "question": item.question, **answer}
+        items = [(row, item) for row in asked for item in _questions(row)]
+        answers = answer_questions(module, speaker.task, [item for _, item in items], device)
+        for (row, item), answer in zip(items, answers, strict=True):
+            name = {"id": item.id} if "id" in row.record or "paragraphs" in row.record else {}
+            yield {**name, "question": item.question, **answer}
     else:
         for start in range(0, len(asked), cfg.batch):
             rows = asked[start : start + cfg.batch]

@@ -10,6 +10,7 @@ from finetune.cli.app import PRINTS, explained, is_first_rank, main, report_erro
 from finetune.cli.mistakes import split_flags, unknown_option, without_hydra
 from finetune.compose import ROOT, Composed, settle, strip_launcher_arguments
 from finetune.errors import EXIT_DONE, EXIT_PREEMPTED, Preempted, UserError, command
+from finetune.process import LastingOutput
 from finetune.reporting.terminal import silence_libraries
 from finetune.training.stop_signals import end_on_signals
 
@@ -20,8 +21,10 @@ LAUNCHER_OPTIONS = ("num_gpus", "num_nodes", "include", "exclude", "hostfile")
 
 def train(argv: list[str]) -> int:
     """Return the exit code of `launch/train.py argv`; a run that failed ends the process here."""
-    prints = PRINTS & {word.split("=")[0] for word in argv}
-    if not prints and ("-m" in argv or "--multirun" in argv):
+    if PRINTS & {word.split("=")[0] for word in argv}:
+        return main("train", argv)
+    sys.stdout = LastingOutput(sys.stdout)  # type: ignore[assignment]  # a run needs no reader
+    if "-m" in argv or "--multirun" in argv:
         return run_sweep(argv)
     end_on_signals()
     try:

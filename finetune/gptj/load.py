@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import GPTJConfig
 
 from finetune.assets.paths import resolve
-from finetune.config import HEADS, Dtype, Init, ModelConfig
+from finetune.config import HEADS, Dtype, Init, ModelConfig, read_gptj_config
 from finetune.data.tokenizer import TOKENIZER_FILES
 from finetune.errors import UserError
 from finetune.files import read_json, refuse_pointer
@@ -327,23 +327,7 @@ def read_config(folder: Path, cfg: ModelConfig, num_labels: int | None = None) -
     Raises:
         UserError: config.json is missing, broken, or not a GPT-J's.
     """
-    file = folder / "config.json"
-    refuse_pointer(file)
-    try:
-        values = read_json(file)
-    except FileNotFoundError:
-        raise UserError(
-            "config.json is missing", str(folder), "A checkpoint directory needs it."
-        ) from None
-    except ValueError as error:
-        raise UserError(f"not JSON: {error}", str(file), "Download the file again.") from None
-    if values.get("model_type") != "gptj":
-        raise UserError(
-            f"model_type is '{values.get('model_type')}', not 'gptj'",
-            str(file),
-            "This project trains GPT-J only.",
-        )
-    config = GPTJConfig.from_dict(values)
+    config = GPTJConfig.from_dict(read_gptj_config(folder))
     for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
         if getattr(cfg, name) is not None:
             setattr(config, name, getattr(cfg, name))

@@ -6,11 +6,13 @@ question, context -> windows  -> head at every context token -> the best span, o
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from finetune.data.qa_rows import Question
 from finetune.errors import UserError
 from finetune.tasks.classify import ClassifyTask, decide
 from finetune.tasks.qa import NOTHING, QaTask, best_spans
@@ -35,50 +37,54 @@ def classify_text(
     }
 
 
-def answer_question(
-    model: nn.Module, task: QaTask, question: str, context: str, device: torch.device
-) -> dict[str, Any]:
-    """Return the best span of `context`, its place in characters, and its score against no answer.
+def answer_questions(
+    model: nn.Module, task: QaTask, questions: Iterable[Question], device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """Yield the best span of each question's context, its place in characters, and its score.
+
+    The score is that of the span against no answer.
 
     Raises:
-        UserError: the question leaves no room for the context.
+        UserError: a question leaves no room for its context.
     """
-    record = {
-        "id": "0",
-        "question": question,
-        "context": context,
-        "answers": {"text": [], "answer_start": []},
-    }
-    examples = task.encoder().encode([("question", record)])[0]
-    if isinstance(examples, UserError):
-        raise examples
-    best, place = float(NOTHING), (0, 0)
-    for example in examples:
-        outputs = _head_outputs(model, [int(i) for i in example["ids"]], device)
-        at = int(example["context_at"])
-        first, last, scores = best_spans(
-            outputs[at:].cpu().numpy(), task.cfg.n_best, task.cfg.max_answer_tokens
-        )
-        places = [
-            (int(example["char_start"][at + a]), int(example["char_end"][at + b]))
-            for a, b in zip(first, last, strict=True)
-        ]
-        for value, (begin, end) in zip(
-            scores.tolist(), places, strict=True
-        ):  # best first; blank spans are no answer
-            if value > best and context[begin:end].strip():
-                best, place = value, (begin, end)
-                break
-    span = context[place[0] : place[1]]
-    start = place[0] + len(span) - len(span.lstrip())
-    silent = task.unanswerable and -best > task.cfg.null_threshold
-    return {
-        "answer": "" if silent else span.strip(),
-        "start": start,
-        "end": start + len(span.strip()),
-        "score": round(best, 4),
-        "best_span": span.strip(),
-    }
+    encoder = task.encoder()
+    for question in questions:
+        context = question.context
+        record = {
+            "id": question.id,
+            "question": question.question,
+            "context": context,
+            "answers": {"text": [], "answer_start": []},
+        }
+        windows = encoder.encode([(question.where, record)])[0]
+        if isinstance(windows, UserError):
+            raise windows
+
+        # The best span over all windows; spans come best first, and blank ones are no answer.
+        best, begin, end = float(NOTHING), 0, 0
+        for window in windows:
+            outputs = _head_outputs(model, [int(i) for i in window["ids"]], device)
+            at = int(window["context_at"])
+            spans = best_spans(
+                outputs[at:].cpu().numpy(), task.cfg.n_best, task.cfg.max_answer_tokens
+            )
+            for first, last, score in zip(*spans, strict=True):
+                start = int(window["char_start"][at + first])
+                stop = int(window["char_end"][at + last])
+                if score > best and context[start:stop].strip():
+                    best, begin, end = float(score), start, stop
+                    break
+
+        span = context[begin:end]
+        start = begin + len(span) - len(span.lstrip())
+        silent = task.unanswerable and -best > task.cfg.null_threshold
+        yield {
+            "answer": "" if silent else span.strip(),
+            "start": start,
+            "end": start + len(span.strip()),
+            "score": round(best, 4),
+            "best_span": span.strip(),
+        }
 
 
 def _head_outputs(model: nn.Module, ids: list[int], device: torch.device) -> torch.Tensor:

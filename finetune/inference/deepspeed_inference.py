@@ -13,7 +13,11 @@ from finetune.files import read_json
 
 
 def refuse_engine(folder: Path, about: dict[str, Any]) -> None:
-    """Raise UserError for an export that DeepSpeed-Inference cannot take: another head, or an adapter that is input."""
+    """Check that DeepSpeed-Inference can take an export.
+
+    Raises:
+        UserError: it has another head, or an adapter of virtual tokens.
+    """
     if about["head"] != "lm":
         raise UserError(
             f"DeepSpeed-Inference serves language models; this export has the head '{about['head']}'",
@@ -35,10 +39,12 @@ def refuse_engine(folder: Path, about: dict[str, Any]) -> None:
 def accelerated(
     module: nn.Module, folder: Path, about: dict[str, Any], device: torch.device
 ) -> nn.Module:
-    """The export as `deepspeed.init_inference` serves it: adapter folded in, kernels injected where DeepSpeed has them.
+    """Return the export as `deepspeed.init_inference` serves it.
+
+    The adapter is folded in, and kernels are injected where DeepSpeed has them.
 
     Args:
-        module: the export on this project's GPT-J; its memory is given back.
+        module: the export on this project's GPT-J; its memory is freed.
         about: the export's finetune.json.
     """
     import deepspeed

@@ -23,7 +23,7 @@ SKIPPED = ("alias", "name", "sample_len", "samples")
 
 
 def check_suite(tasks: list[str], task_dir: str | None) -> None:
-    """Before a model is loaded: is lm-eval there, and are tasks named?
+    """Check, before a model is loaded, that lm-eval is installed and that tasks are named.
 
     Raises:
         UserError: no tasks, or the extra is missing.
@@ -61,11 +61,13 @@ def run_suite(
     seed: int,
     chat: bool,
 ) -> dict[str, Any]:
-    """lm-eval's figures: {"version": .., "tasks": {task: {metric: value}}, "samples": {task: number}}.
+    """Return lm-eval's figures.
+
+    {"tasks": {task: {metric: value}}, "settings": {task: {"version": .., "samples": ..}}}
 
     Args:
-        task_dir: folder with task yaml files of one's own, which may read local data.
-        limit: examples of each task, or below 1 a share of them; None: all.
+        task_dir: folder with the user's own task files (yaml), which may read local data.
+        limit: number of examples of each task, or below 1 a share of them; None: all.
         batch: sequences per forward.
         chat: put prompts into the tokenizer's template.
 
@@ -94,14 +96,13 @@ def run_suite(
             "chat",
             "Exports of task=instruct have one.",
         )
-    kind = HFLM
     if takes_virtual_tokens(model):
         kind = _flat_lm(HFLM)
     else:
-        model = to_library_model(model)
+        kind, model = HFLM, to_library_model(model)
     judged = kind(pretrained=model, tokenizer=tokenizer, batch_size=batch, backend="causal")  # type: ignore[arg-type]
     try:
-        found = lm_eval.simple_evaluate(
+        results = lm_eval.simple_evaluate(
             model=judged,
             tasks=manager.match_tasks(tasks),
             num_fewshot=fewshot,
@@ -122,10 +123,18 @@ def run_suite(
             "tasks",
             "Without a network only tasks with local data work: task_dir=FOLDER.",
         ) from None
-    assert found is not None
-    samples = {task: counts["effective"] for task, counts in found["n-samples"].items()}
+    assert results is not None
+    samples = {task: counts["effective"] for task, counts in results["n-samples"].items()}
     return {
-        "tasks": {task: _plain(row) for task, row in found["results"].items()},
+        # lm-eval's names are "metric,filter", of which the filter "none" says nothing.
+        "tasks": {
+            task: {
+                key.removesuffix(",none"): value
+                for key, value in row.items()
+                if key not in SKIPPED and isinstance(value, (int, float))
+            }
+            for task, row in results["results"].items()
+        },
         "settings": {
             task: {
                 "version": lm_eval.__version__,
@@ -134,14 +143,16 @@ def run_suite(
                 "chat": chat,
                 "samples": samples.get(task),
             }
-            for task in found["results"]
+            for task in results["results"]
         },
     }
 
 
 def _flat_lm(base: type) -> type:
-    """lm-eval's model around the training forward: rows are padded on the right for likelihoods, which a causal model
-    does not see."""
+    """Return a subclass of lm-eval's model `base` that computes with the training forward.
+
+    For likelihoods rows are padded on the right, where a causal model does not see it.
+    """
 
     class FlatLM(base):
         def _model_call(self, inps, attn_mask=None, labels=None):
@@ -164,12 +175,3 @@ def _flat_lm(base: type) -> type:
             return torch.cat([context, new.to(context.device)], 1)
 
     return FlatLM
-
-
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """Metric -> value; lm-eval's names are "metric,filter", of which the filter "none" says nothing."""
-    return {
-        key.removesuffix(",none"): value
-        for key, value in row.items()
-        if key not in SKIPPED and isinstance(value, (int, float))
-    }

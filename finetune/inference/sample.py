@@ -13,7 +13,7 @@ gets the same text in any batch.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,10 +51,6 @@ class Sampling:
     """Strings that end the text; they are cut off."""
     seed: int = 0
 
-    @property
-    def samples(self) -> bool:
-        return self.temperature > 0 and self.beams == 1
-
 
 class StopTexts(StoppingCriteria):
     """Stopping criterion that ends a row once its generated text contains a stop string.
@@ -66,11 +62,8 @@ class StopTexts(StoppingCriteria):
     """
 
     def __init__(self, tokenizer, stops: Sequence[str], prompt_tokens: int):
-        self.tokenizer, self.stops, self.start = (
-            tokenizer,
-            [stop for stop in stops if stop],
-            prompt_tokens,
-        )
+        self.tokenizer, self.start = tokenizer, prompt_tokens
+        self.stops = [stop for stop in stops if stop]
         # A token is at least one byte, so a stop string that just ended lies within this many
         # tokens.
         self.window = max((len(stop.encode()) for stop in self.stops), default=0) + 1
@@ -108,7 +101,7 @@ class GumbelNoise(LogitsProcessor):
 def _choice(how: Sampling, noise: GumbelNoise) -> LogitsProcessorList:
     """Build the logits processors after which the largest score is the next token."""
     processors = LogitsProcessorList()
-    if how.samples:
+    if how.temperature > 0 and how.beams == 1:
         processors.append(TemperatureLogitsWarper(float(how.temperature)))
         if how.top_k:
             processors.append(TopKLogitsWarper(how.top_k))
@@ -137,11 +130,7 @@ def continue_ids(
     longest = max(map(len, prompts))
     ids = torch.tensor([[eos] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    stops = (
-        {"stopping_criteria": StoppingCriteriaList([StopTexts(tokenizer, how.stop, longest)])}
-        if how.stop
-        else {}
-    )
+    stops = StoppingCriteriaList([StopTexts(tokenizer, how.stop, longest)] if how.stop else [])
     with torch.no_grad():
         out = model.generate(  # type: ignore[operator]
             input_ids=ids,
@@ -154,7 +143,7 @@ def continue_ids(
             eos_token_id=eos,
             streamer=streamer,
             logits_processor=_choice(how, GumbelNoise(prompts, how.seed)),
-            **stops,
+            stopping_criteria=stops,
         )
     return [row[: row.index(eos)] if eos in row else row for row in out[:, longest:].tolist()]
 
@@ -254,8 +243,8 @@ def sample_texts(
     how = Sampling(max_new_tokens, top_p=0.95, seed=seed)
     encode = encode or (lambda prompt: tokenizer(prompt, add_special_tokens=False)["input_ids"])
     ids = [encode(prompt) or [tokenizer.eos_token_id] for prompt in prompts]
-    found = continue_flat(model, tokenizer, ids, how, device, agree=agree)
-    return [finished_text(tokenizer, row, how.stop) for row in found]
+    new = continue_flat(model, tokenizer, ids, how, device, agree=agree)
+    return [finished_text(tokenizer, row, how.stop) for row in new]
 
 
 def finished_text(tokenizer, ids: list[int], stops: Sequence[str]) -> str:
@@ -283,22 +272,18 @@ class Streamer(TextStreamer):
         self.held += text
         ends = [at for at in map(self.held.find, self.stops) if at >= 0]
         if ends:
-            self.stopped = True
-            ready, self.held = self.held[: min(ends)], ""
+            self.stopped, ready = True, min(ends)
+        elif stream_end:
+            ready = len(self.held)
         else:
-            keep = (
-                0
-                if stream_end
-                else max((n for stop in self.stops for n in _overlaps(self.held, stop)), default=0)
-            )
-            ready, self.held = (
-                self.held[: len(self.held) - keep],
-                self.held[len(self.held) - keep :],
-            )
-        if ready:
-            self.emit(ready)
-
-
-def _overlaps(text: str, stop: str) -> Iterator[int]:
-    """Yield the lengths of the prefixes of `stop` that `text` ends with."""
-    return (n for n in range(1, len(stop)) if text.endswith(stop[:n]))
+            # Hold back the longest end of the text that may be the beginning of a stop string.
+            overlaps = [
+                n
+                for stop in self.stops
+                for n in range(1, len(stop))
+                if self.held.endswith(stop[:n])
+            ]
+            ready = len(self.held) - max(overlaps, default=0)
+        said, self.held = self.held[:ready], self.held[ready:]
+        if said:
+            self.emit(said)

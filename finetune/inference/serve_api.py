@@ -20,7 +20,9 @@ from finetune.inference.speaker import Speaker
 
 Json = dict[str, Any]
 COMPLETION_TOKENS = 16
-"""What OpenAI's completions generate where max_tokens is not given."""
+"""Length of a completion where max_tokens is not given, as OpenAI has it."""
+MOST = 10**9
+"""Largest count that is read as a number; the server's own limits are far lower."""
 REFUSED = (
     "logprobs",
     "top_logprobs",
@@ -40,6 +42,8 @@ REFUSED = (
 )
 """Parameters that would change the answer and are not implemented; refused when they ask for something."""
 NEUTRAL = (None, 0, 0.0, False, "", [], {}, {"type": "text"})
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""Role of a message -> role in the template."""
 
 
 class Refused(Exception):
@@ -100,63 +104,64 @@ def read_request(body: Any, chat: bool, speaker: Speaker, limits: Limits) -> Req
         json.dumps(body, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise Refused(400, "the body holds half of a surrogate pair, which is no text") from None
+
+    # Parameters that are not there, unless their value asks for nothing.
     for name in REFUSED:
-        if _asks(name, body.get(name)):
+        value = body.get(name)
+        # logprobs=0 asks for those of the chosen tokens.
+        zero = name == "logprobs" and value is not None and value is not False
+        if value not in NEUTRAL or zero:
             raise Refused(400, f"'{name}' is not supported", name)
+    for name, same in (("best_of", body.get("n")), ("repetition_penalty", 1)):
+        if body.get(name) not in (None, 1, same):
+            raise Refused(400, f"'{name}' is not supported", name)
+
     prompts = [_chat_ids(body, speaker)] if chat else _prompt_ids(body, speaker)
-    for name in ("best_of", "repetition_penalty"):
-        if body.get(name) not in (None, 1, body.get("n") if name == "best_of" else 1):
-            raise Refused(400, f"'{name}' is not supported", name)
-    n = _number(body, "n", 1, int, 1, 10**9)
-    if len(prompts) * n > limits.max_texts:
+    n = _number(body, "n", 1, int, 1, MOST)
+    texts = len(prompts) * n
+    if texts > limits.max_texts:
         raise Refused(
             400,
             f"{len(prompts)} prompts x n = {n} exceed the {limits.max_texts} texts that this server "
-            f"allows; started with max_texts={len(prompts) * n} it allows them",
+            f"allows; started with max_texts={texts} it allows them",
             "n",
         )
-    stream = _flag(body, "stream")
-    if stream and len(prompts) * n > 1:
+    if body.get("stream") not in (None, True, False):
+        raise Refused(400, "'stream' must be true or false", "stream")
+    stream = body.get("stream") is True
+    if stream and texts > 1:
         raise Refused(400, "only one text can be streamed: one prompt, n = 1", "stream")
-    room = speaker.positions - max(map(len, prompts))
-    new = _new_tokens(body, chat, room, limits)
-    how = [_sampling(body, new, i) for i in range(n)]
     options = body.get("stream_options") or {}
     usage = isinstance(options, dict) and options.get("include_usage") is True
-    return Request(chat, [p for p in prompts for _ in range(n)], how * len(prompts), stream, usage)
+    room = speaker.positions - max(map(len, prompts))
+    samplings = _samplings(body, n, chat, room, limits)
+    return Request(
+        chat, [p for p in prompts for _ in range(n)], samplings * len(prompts), stream, usage
+    )
 
 
-def _asks(name: str, value: Any) -> bool:
-    """Tell whether a parameter requests anything.
+def _samplings(body: Json, n: int, chat: bool, room: int, limits: Limits) -> list[Sampling]:
+    """Return the sampling settings of the n texts of one prompt, each with a seed of its own.
 
-    `logprobs=0` does: it requests those of the chosen tokens.
+    Args:
+        room: positions that the longest prompt leaves.
     """
-    return value not in NEUTRAL or (name == "logprobs" and value is not None and value is not False)
-
-
-def _new_tokens(body: Json, chat: bool, room: int, limits: Limits) -> int:
-    name = (
-        "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-    )
-    default = (
-        min(limits.max_tokens, max(room, 1)) if chat else min(COMPLETION_TOKENS, limits.max_tokens)
-    )
-    new = _number(body, name, default, int, 1, 10**9)
-    if new > room:
+    # Length: by default what is left in a chat, a few tokens in a completion.
+    name = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
+    default = min(limits.max_tokens, max(room, 1) if chat else COMPLETION_TOKENS)
+    new_tokens = _number(body, name, default, int, 1, MOST)
+    if new_tokens > room:
         raise Refused(
-            400, f"the prompt leaves room for {max(room, 0)} tokens, {name} = {new}", name
+            400, f"the prompt leaves room for {max(room, 0)} tokens, {name} = {new_tokens}", name
         )
-    if new > limits.max_tokens:
+    if new_tokens > limits.max_tokens:
         raise Refused(
             400,
-            f"{name} = {new} exceeds the {limits.max_tokens} that this server allows; "
-            f"started with max_tokens={new} it allows it",
+            f"{name} = {new_tokens} exceeds the {limits.max_tokens} that this server allows; "
+            f"started with max_tokens={new_tokens} it allows it",
             name,
         )
-    return new
 
-
-def _sampling(body: Json, new: int, choice: int) -> Sampling:
     stop = body.get("stop")
     stops = [stop] if isinstance(stop, str) else stop or []
     fitting = isinstance(stops, list) and all(
@@ -167,48 +172,70 @@ def _sampling(body: Json, new: int, choice: int) -> Sampling:
             400, "'stop' must be a string or at most 4 strings of at most 200 characters", "stop"
         )
     seed = body.get("seed")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+    if seed is None:
+        seed = uuid.uuid4().int % 2**31
+    elif not _is_int(seed):
         raise Refused(400, "'seed' must be an integer", "seed")
-    seed = uuid.uuid4().int % 2**31 if seed is None else seed
     temperature = _number(body, "temperature", 1.0, float, 0.0, 2.0)
     top_p = _number(body, "top_p", 1.0, float, 0.0, 1.0)
-    return Sampling(
-        new, temperature if top_p > 0 else 0.0, top_p or 1.0, stop=stops, seed=seed + choice
-    )
+    if top_p == 0:  # the smallest set of tokens there is: the likeliest alone
+        temperature, top_p = 0.0, 1.0
+    return [
+        Sampling(new_tokens, temperature, top_p, stop=stops, seed=seed + choice)
+        for choice in range(n)
+    ]
 
 
 def _prompt_ids(body: Json, speaker: Speaker) -> list[list[int]]:
+    """Return the ids of a completion's prompts: a text, texts, token ids, or lists of token ids."""
     prompt = body.get("prompt")
-    if isinstance(prompt, str) or (
-        isinstance(prompt, list) and prompt and all(_is_id(p) for p in prompt)
-    ):
+    if isinstance(prompt, str) or (isinstance(prompt, list) and all(map(_is_int, prompt))):
         prompt = [prompt]
-    if not isinstance(prompt, list) or not prompt:
-        raise Refused(400, "'prompt' must be a string, an array of strings, or token ids", "prompt")
-    size = (
-        min(len(speaker.tokenizer), speaker.limit.rows) if speaker.limit else len(speaker.tokenizer)
-    )
-    found = []
+    wrong = Refused(400, "'prompt' must be a string, an array of strings, or token ids", "prompt")
+    if not isinstance(prompt, list):
+        raise wrong
+    size = len(speaker.tokenizer)
+    if speaker.limit:
+        size = min(size, speaker.limit.rows)
+    prompts = []
     for item in prompt:
         if isinstance(item, str):
             try:
-                found.append(speaker.ids(item, chat=False))
+                prompts.append(speaker.ids(item, chat=False))
             except UserError as error:
                 raise Refused(400, error.problem, "prompt") from None
-        elif isinstance(item, list) and item and all(_is_id(i) and 0 <= i < size for i in item):
-            found.append(item)
+        elif isinstance(item, list) and item and all(_is_int(i) and 0 <= i < size for i in item):
+            prompts.append(item)
         else:
-            raise Refused(
-                400, "'prompt' must be a string, an array of strings, or token ids", "prompt"
-            )
-    return found
+            raise wrong
+    return prompts
 
 
 def _chat_ids(body: Json, speaker: Speaker) -> list[int]:
+    """Return the ids of a conversation in the export's template."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise Refused(400, "'messages' must be an array of messages", "messages")
-    conversation = [_message(message) for message in messages]
+    conversation = []
+    for message in messages:
+        role, content = None, None
+        if isinstance(message, dict):
+            role, content = message.get("role"), message.get("content")
+        if isinstance(content, list):  # content parts, as newer clients send them
+            parts = [
+                part.get("text")
+                for part in content
+                if isinstance(part, dict) and part.get("type") == "text"
+            ]
+            texts = len(parts) == len(content) and all(isinstance(part, str) for part in parts)
+            content = "".join(parts) if texts else None
+        if not isinstance(content, str) or role not in list(ROLES):
+            raise Refused(
+                400,
+                "a message needs a role (system, user, assistant) and a text as content",
+                "messages",
+            )
+        conversation.append({"role": ROLES[role], "content": content})
     if conversation[-1]["role"] == "assistant":
         raise Refused(400, "the last message must not be the assistant's", "messages")
     try:
@@ -217,59 +244,19 @@ def _chat_ids(body: Json, speaker: Speaker) -> list[int]:
         raise Refused(400, error.problem, "messages") from None
 
 
-def _message(message: Any) -> dict[str, str]:
-    content = message.get("content") if isinstance(message, dict) else None
-    if isinstance(content, list):  # content parts, as newer clients send them
-        parts = [
-            part.get("text")
-            for part in content
-            if isinstance(part, dict) and part.get("type") == "text"
-        ]
-        content = (
-            "".join(parts)
-            if len(parts) == len(content) and all(isinstance(p, str) for p in parts)
-            else None
-        )
-    if not isinstance(content, str) or message.get("role") not in (
-        "system",
-        "developer",
-        "user",
-        "assistant",
-    ):
-        raise Refused(
-            400,
-            "a message needs a role (system, user, assistant) and a text as content",
-            "messages",
-        )
-    return {
-        "role": "system" if message["role"] == "developer" else message["role"],
-        "content": content,
-    }
-
-
 def _number(body: Json, name: str, default: Any, kind: type, low: float, high: float) -> Any:
     value = body.get(name)
     if value is None:
         return default
-    number = (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and -math.inf < value < math.inf
-    )
-    if not number or (kind is int and value != int(value)):
+    number = isinstance(value, float) or _is_int(value)
+    if not number or not -math.inf < value < math.inf or (kind is int and value != int(value)):
         raise Refused(400, f"'{name}' must be a number", name)
     if not low <= value <= high:
         raise Refused(400, f"'{name}' is outside {low} to {high}", name)
     return kind(value)
 
 
-def _flag(body: Json, name: str) -> bool:
-    if body.get(name) not in (None, True, False):
-        raise Refused(400, f"'{name}' must be true or false", name)
-    return body.get(name) is True
-
-
-def _is_id(value: Any) -> bool:
+def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -285,7 +272,6 @@ class Reply:
         self.prompt_tokens = sum(map(len, request.prompts))
         self.new_tokens = 0
         """Tokens generated so far, of all texts."""
-        self.kind = "chat.completion" if request.chat else "text_completion"
         self.head = {
             "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex[:24]}",
             "created": int(time.time()),
@@ -294,29 +280,38 @@ class Reply:
 
     def whole(self, speaker: Speaker) -> Json:
         """Generate everything and return the response object."""
-        choices = []
-        for i, (ids, how) in enumerate(
-            zip(self.request.prompts, self.request.samplings, strict=True)
-        ):
-            found = speaker.continue_ids([ids], how)[0]
-            self.new_tokens += len(found)
-            text = finished_text(speaker.tokenizer, found, how.stop)
-            choices.append(self._choice(i, text, finish(speaker, found, how)))
-        return {**self.head, "object": self.kind, "choices": choices, "usage": self.usage()}
+        chat, choices = self.request.chat, []
+        requests = zip(self.request.prompts, self.request.samplings, strict=True)
+        for index, (prompt, how) in enumerate(requests):
+            new = speaker.continue_ids([prompt], how)[0]
+            self.new_tokens += len(new)
+            text = finished_text(speaker.tokenizer, new, how.stop)
+            content = (
+                {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+            )
+            reason = finish(speaker, new, how)
+            choices.append({"index": index, **content, "logprobs": None, "finish_reason": reason})
+        kind = "chat.completion" if chat else "text_completion"
+        return {**self.head, "object": kind, "choices": choices, "usage": self.usage()}
 
     def stream(self, speaker: Speaker, send: Callable[[Json], None]) -> None:
         """Generate, and send chunk objects as text becomes available."""
-        ids, how = self.request.prompts[0], self.request.samplings[0]
-        if self.request.chat:
-            send(self._chunk({"role": "assistant", "content": ""}, None))
-        streamer = Streamer(
-            speaker.tokenizer, how.stop, lambda text: send(self._chunk(self._delta(text), None))
-        )
-        found = speaker.continue_ids([ids], how, streamer)[0]
-        self.new_tokens = len(found)
-        send(self._chunk({} if self.request.chat else self._delta(""), finish(speaker, found, how)))
+        chat, how = self.request.chat, self.request.samplings[0]
+        kind = "chat.completion.chunk" if chat else "text_completion"
+
+        def send_chunk(delta: Json, reason: str | None = None) -> None:
+            content = {"delta": delta} if chat else {"text": delta.get("content", "")}
+            choice = {"index": 0, **content, "logprobs": None, "finish_reason": reason}
+            send({**self.head, "object": kind, "choices": [choice]})
+
+        if chat:
+            send_chunk({"role": "assistant", "content": ""})
+        streamer = Streamer(speaker.tokenizer, how.stop, lambda text: send_chunk({"content": text}))
+        new = speaker.continue_ids(self.request.prompts, how, streamer)[0]
+        self.new_tokens = len(new)
+        send_chunk({}, finish(speaker, new, how))
         if self.request.include_usage:
-            send({**self.head, "object": self._chunk_kind(), "choices": [], "usage": self.usage()})
+            send({**self.head, "object": kind, "choices": [], "usage": self.usage()})
 
     def usage(self) -> Json:
         return {
@@ -324,25 +319,6 @@ class Reply:
             "completion_tokens": self.new_tokens,
             "total_tokens": self.prompt_tokens + self.new_tokens,
         }
-
-    def _choice(self, index: int, text: str, reason: str) -> Json:
-        content = (
-            {"message": {"role": "assistant", "content": text}}
-            if self.request.chat
-            else {"text": text}
-        )
-        return {"index": index, **content, "logprobs": None, "finish_reason": reason}
-
-    def _delta(self, text: str) -> Json:
-        return {"content": text}
-
-    def _chunk_kind(self) -> str:
-        return "chat.completion.chunk" if self.request.chat else "text_completion"
-
-    def _chunk(self, delta: Json, reason: str | None) -> Json:
-        content = {"delta": delta} if self.request.chat else {"text": delta.get("content", "")}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": reason}
-        return {**self.head, "object": self._chunk_kind(), "choices": [choice]}
 
 
 def finish(speaker: Speaker, ids: list[int], how: Sampling) -> str:

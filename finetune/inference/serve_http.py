@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -73,10 +73,10 @@ class Handler(BaseHTTPRequestHandler):
     timeout = SLOW_CLIENT_SECONDS
 
     def do_GET(self) -> None:
-        self._guarded(self._get)
+        self._answer(self._get)
 
     def do_POST(self) -> None:
-        self._guarded(self._post)
+        self._answer(self._post)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Drop the standard library's log lines; `_log` writes one at the end of each request."""
@@ -96,15 +96,11 @@ class Handler(BaseHTTPRequestHandler):
 
         No query, body or generated text is logged.
         """
-        path = (
-            urlsplit(getattr(self, "path", None) or "-")
-            .path[:100]
-            .encode("unicode_escape")
-            .decode()
-        )
-        tokens = (
-            f"{self.reply.prompt_tokens} + {self.reply.new_tokens} tokens  " if self.reply else ""
-        )
+        path = urlsplit(getattr(self, "path", None) or "-").path[:100]
+        path = path.encode("unicode_escape").decode()
+        tokens = ""
+        if self.reply:
+            tokens = f"{self.reply.prompt_tokens} + {self.reply.new_tokens} tokens  "
         seconds = time.monotonic() - self.started
         print(
             f"{time.strftime('%H:%M:%S')}  {self.command or '-'} {path}  {self.status}  {tokens}{seconds:.2f} s{note}",
@@ -112,16 +108,18 @@ class Handler(BaseHTTPRequestHandler):
             flush=True,
         )
 
-    def _guarded(self, answer) -> None:
-        self.began, self.status, self.reply, self.started, note = (
-            False,
-            0,
-            None,
-            time.monotonic(),
-            "",
-        )
+    def _answer(self, answer: Callable[[str], None]) -> None:
+        """Answer one request with `answer(path)`, and turn whatever it raises into a response."""
+        self.began, self.status, self.reply = False, 0, None
+        self.started, note = time.monotonic(), ""
         try:
-            self._check_host()
+            # Against DNS rebinding: a local server refuses requests for other host names.
+            try:
+                host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+            except ValueError:
+                raise Refused(400, "the Host header is not a host") from None
+            if self.service.local and host not in LOOPBACK:
+                raise Refused(403, "this server answers on this machine only")
             answer(urlsplit(self.path).path)
         except Refused as error:
             self._refuse(error)
@@ -136,13 +134,13 @@ class Handler(BaseHTTPRequestHandler):
     def _refuse(self, error: Refused) -> None:
         self.close_connection = True  # what is left of the body is not read
         if not self.began:
-            self._json(error.status, error.body())
+            self._send_json(error.status, error.body())
 
     def _get(self, path: str) -> None:
         if path == "/":
             self._send(200, "text/html; charset=utf-8", PAGE.read_bytes())
         elif path == "/health":
-            self._json(200, {"status": "ok"})
+            self._send_json(200, {"status": "ok"})
         elif path in ("/v1/models", f"/v1/models/{self.service.name}"):
             self._check_token()
             model = {
@@ -152,7 +150,8 @@ class Handler(BaseHTTPRequestHandler):
                 "owned_by": "finetune-gptj",
                 "chat": self.service.speaker.chats,
             }
-            self._json(200, {"object": "list", "data": [model]} if path == "/v1/models" else model)
+            listed = {"object": "list", "data": [model]}
+            self._send_json(200, listed if path == "/v1/models" else model)
         else:
             raise Refused(404, f"there is nothing at {path[:100]}")
 
@@ -160,25 +159,33 @@ class Handler(BaseHTTPRequestHandler):
         if path not in ("/v1/completions", "/v1/chat/completions"):
             raise Refused(404, f"there is nothing at {path[:100]}")
         self._check_token()
-        body = self._body()
-        service = self.service
-        asked = body.get("model") if isinstance(body, dict) else None
-        if asked not in (None, "", service.name):
+        body, service = self._read_body(), self.service
+        model = body.get("model") if isinstance(body, dict) else None
+        if model not in (None, "", service.name):
             raise Refused(
-                404, f"there is no model '{str(asked)[:100]}'; this is '{service.name}'", "model"
+                404, f"there is no model '{str(model)[:100]}'; this is '{service.name}'", "model"
             )
         request = read_request(body, path.startswith("/v1/chat"), service.speaker, service.limits)
         reply = self.reply = Reply(request, service.name)
-        # Free the place before the client sees the end of its answer, because it may send the next
-        # request at once.
-        if request.stream:
-            with self._turn():
-                self._stream(reply)
-            self._event("[DONE]")
-        else:
+
+        # The place is free again before the client sees the end of its answer, because it may send
+        # the next request at once.
+        if not request.stream:
             with self._turn():
                 whole = reply.whole(service.speaker)
-            self._json(200, whole)
+            self._send_json(200, whole)
+            return
+        with self._turn():
+            self.began = self.close_connection = True
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+            self.send_header("Cache-Control", "no-cache")
+            self.send_header("Connection", "close")
+            self.end_headers()
+            reply.stream(
+                service.speaker, lambda chunk: self._event(json.dumps(chunk, ensure_ascii=False))
+            )
+        self._event("[DONE]")
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -196,38 +203,15 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             service.places.release()
 
-    def _stream(self, reply: Reply) -> None:
-        self.began = self.close_connection = True
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
-        self.send_header("Cache-Control", "no-cache")
-        self.send_header("Connection", "close")
-        self.end_headers()
-        reply.stream(
-            self.service.speaker, lambda chunk: self._event(json.dumps(chunk, ensure_ascii=False))
-        )
-
-    def _event(self, data: str) -> None:
-        self.wfile.write(f"data: {data}\n\n".encode())
-        self.wfile.flush()
-
-    def _check_host(self) -> None:
-        """Refuse requests for other host names on a local server, against DNS rebinding."""
-        try:
-            name = urlsplit(f"//{self.headers.get('Host', '')}").hostname
-        except ValueError:
-            raise Refused(400, "the Host header is not a host") from None
-        if self.service.local and name not in LOOPBACK:
-            raise Refused(403, "this server answers on this machine only")
-
     def _check_token(self) -> None:
         if self.service.token is None:
             return
-        given = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self.service.token.encode()):
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(token.encode(), self.service.token.encode()):
             raise Refused(401, "the token is missing or wrong: send 'Authorization: Bearer TOKEN'")
 
-    def _body(self) -> Any:
+    def _read_body(self) -> Any:
+        """Return the value of the request's JSON body, of at most `max_body` bytes."""
         # Requiring this type blocks pages of other origins: a browser sends a preflight request
         # first, which is not granted.
         if self.headers.get_content_type() != "application/json":
@@ -249,13 +233,18 @@ class Handler(BaseHTTPRequestHandler):
         except (ValueError, RecursionError):
             raise Refused(400, "the body is not JSON") from None
 
-    def _json(self, status: int, value: Json) -> None:
+    def _event(self, data: str) -> None:
+        """Send one server-sent event."""
+        self.wfile.write(f"data: {data}\n\n".encode())
+        self.wfile.flush()
+
+    def _send_json(self, status: int, value: Json) -> None:
         self._send(status, "application/json", json.dumps(value, ensure_ascii=False).encode())
 
-    def _send(self, status: int, kind: str, data: bytes) -> None:
+    def _send(self, status: int, content_type: str, data: bytes) -> None:
         self.began = True
         self.send_response(status)
-        self.send_header("Content-Type", kind)
+        self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(data)))
         self.send_header("X-Content-Type-Options", "nosniff")
         if self.close_connection:

@@ -12,6 +12,7 @@ import torch
 
 from finetune import dist, process
 from finetune.assets.paths import resolve
+from finetune.config import read_gptj_config
 from finetune.data.tokenizer import TokenLimit, load_tokenizer, token_limit
 from finetune.errors import UserError
 from finetune.export.reopen import (
@@ -25,7 +26,6 @@ from finetune.export.reopen import (
 from finetune.gptj.library import takes_virtual_tokens, to_library_model
 from finetune.inference.deepspeed_inference import accelerated, refuse_engine
 from finetune.inference.sample import Sampling, continue_flat, continue_ids
-from finetune.planning.shape import load_shape
 from finetune.tasks.build import build_task
 
 TOO_LARGE = (
@@ -53,14 +53,14 @@ class Speaker:
     def positions(self) -> int:
         """Positions for text: a prompt or prefix adapter's virtual tokens take theirs."""
         module: Any = self.trained.module
-        learned = getattr(module, "active_peft_config", None)
-        taken = (
-            learned.num_virtual_tokens if learned is not None and learned.is_prompt_learning else 0
-        )
+        taken = module.active_peft_config.num_virtual_tokens if takes_virtual_tokens(module) else 0
         return int(module.config.n_positions) - taken
 
     def ids(self, prompt: Any, chat: bool) -> list[int]:
-        """Ids of a prompt; with `chat` of a prompt or a conversation inside the export's template.
+        """Return the ids of a prompt.
+
+        Args:
+            chat: put the prompt, or the conversation, into the export's template.
 
         Raises:
             UserError: the model has no row for one of them.
@@ -68,9 +68,8 @@ class Speaker:
         if chat:
             ids = self.task.prompt_ids(prompt)
         else:
-            ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"] or [
-                self.tokenizer.eos_token_id
-            ]
+            ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            ids = ids or [self.tokenizer.eos_token_id]
         if self.limit:
             self.limit.check(ids, "the prompt")
         return ids
@@ -78,8 +77,9 @@ class Speaker:
     def continue_ids(
         self, prompts: list[list[int]], how: Sampling, streamer=None
     ) -> list[list[int]]:
-        go_on = continue_flat if takes_virtual_tokens(self.trained.module) else continue_ids
-        return go_on(self.trained.module, self.tokenizer, prompts, how, self.device, streamer)
+        """Generate the ids that follow each prompt; see `sample.continue_ids`."""
+        generate = continue_flat if takes_virtual_tokens(self.trained.module) else continue_ids
+        return generate(self.trained.module, self.tokenizer, prompts, how, self.device, streamer)
 
 
 def load_speaker(
@@ -87,13 +87,14 @@ def load_speaker(
     dtype,
     engine: str = "torch",
     base: str | None = None,
-    first: Callable[[Speaker, str], None] = lambda speaker, head: None,
+    before_weights: Callable[[Speaker, str], None] = lambda speaker, head: None,
 ) -> Speaker:
     """Open an export (adapter, merged or full) or any GPT-J checkpoint for use.
 
     Args:
         base: an adapter's base model, where the adapter does not name it or it lies elsewhere here.
-        first: called with a speaker without its model, and the head, before the weights are loaded; what it raises ends it.
+        before_weights: called with a speaker without its model, and the head, before the weights
+            are loaded; an error that it raises ends the loading.
 
     Raises:
         UserError: there is no such folder, or `engine` cannot run here.
@@ -107,6 +108,8 @@ def load_speaker(
         )
     if device.type == "cpu":
         dist.use_cores(0, 1)
+
+    # The tokenizer and the task come from small files, so that wrong prompts are refused first.
     folder = Path(resolve(export_dir)).expanduser().absolute()
     if not folder.is_dir():
         raise UserError(f"there is no directory {folder}", "model", "Pass model=RUN_DIR/export.")
@@ -118,11 +121,11 @@ def load_speaker(
     tokenizer = load_tokenizer(str(folder))
     task = build_task(typed_task(about["settings"]), tokenizer, packing=True)
     task.prepare(None, about["task"])
-    limit = token_limit(
-        tokenizer, load_shape(str(model_folder(folder, about))).vocab_size, TOO_LARGE
-    )
+    rows = read_gptj_config(model_folder(folder, about))["vocab_size"]
+    limit = token_limit(tokenizer, rows, TOO_LARGE)
     unloaded = Speaker(None, tokenizer, task, device, limit)  # type: ignore[arg-type]
-    first(unloaded, about["head"])
+    before_weights(unloaded, about["head"])
+
     trained = load_export(folder, dtype, device, base)
     if device.type == "cpu":
         process.keep_freed_memory()

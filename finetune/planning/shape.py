@@ -24,9 +24,10 @@ from finetune.config import (
     LoraConfig,
     PrefixConfig,
     PromptConfig,
+    check_gptj_config,
+    read_gptj_config,
 )
 from finetune.errors import UserError
-from finetune.files import read_json, refuse_pointer
 
 GPTJ_6B_ID = "eleutherai/gpt-j-6b"
 LINEARS = ("k_proj", "v_proj", "q_proj", "out_proj", "fc_in", "fc_out")
@@ -73,22 +74,11 @@ class ModelShape:
         Raises:
             UserError: not a readable GPT-J config.
         """
-        raw, where = source, ""
-        if not isinstance(raw, Mapping):
-            raw, where = _read_config(Path(source))
-        if raw.get("model_type") != "gptj":
-            raise UserError(
-                f"model_type is {raw.get('model_type')!r}, not 'gptj'",
-                where,
-                "Only GPT-J models can be trained here.",
-            )
-        missing = [key for key in ("n_embd", "n_layer", "n_head", "vocab_size") if key not in raw]
-        if missing:
-            raise UserError(
-                f"the model's config lacks {', '.join(missing)}",
-                where,
-                "Download config.json again.",
-            )
+        if isinstance(source, Mapping):
+            raw = source
+            check_gptj_config(raw)
+        else:
+            raw = read_gptj_config(Path(source))
         d = raw["n_embd"]
         return cls(
             n_embd=d,
@@ -284,21 +274,3 @@ def load_shape(
         "model.path",
         "Give a checkpoint directory, or download the model once: hf download " + path,
     )
-
-
-def _read_config(path: Path) -> tuple[dict[str, Any], str]:
-    """Return a config.json, given itself or its folder, and its path."""
-    path = path / "config.json" if path.is_dir() else path
-    refuse_pointer(path)
-    try:
-        return read_json(path), str(path)
-    except FileNotFoundError:
-        raise UserError(
-            "there is no config.json",
-            str(path.parent),
-            "model.path must name a Hugging Face checkpoint.",
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read the model's config: {error}", str(path), "Download config.json again."
-        ) from None

@@ -26,10 +26,11 @@ from finetune.cli.app import compose_config
 from finetune.cli.evaluate import run as evaluate
 from finetune.cli.export import run as export
 from finetune.cli.generate import run as generate
+from finetune.data.qa_rows import Question
 from finetune.errors import RunFailed, UserError
 from finetune.export.model_card import model_card
 from finetune.export.write import verify_export
-from finetune.inference.answer import answer_question, classify_text
+from finetune.inference.answer import answer_questions, classify_text
 from finetune.inference.sample import Sampling
 from finetune.inference.speaker import load_speaker
 from tests.export.test_export_matrix import AUTO, exported
@@ -240,7 +241,8 @@ def test_question_answering_reads_the_pair_as_trained(merged):
     ]
     score, i, j = max(spans)
     speaker = load_speaker(str(folder), None)
-    found = answer_question(speaker.trained.module, speaker.task, question, context, speaker.device)
+    asked = [Question("f:1", "0", context, question, [])]
+    (found,) = answer_questions(speaker.trained.module, speaker.task, asked, speaker.device)
     assert found["best_span"] == context[offsets[i][0] : offsets[j][1]].strip()
     assert found["score"] == pytest.approx(score, abs=1e-3)
     assert context[found["start"] : found["end"]] == found["best_span"]

@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from finetune.cli.app import compose_config
 from finetune.cli.generate import Asked, _prompt, _questions, _texts, run
-from finetune.config import ClassifyConfig, InstructConfig
+from finetune.config import ClassifyConfig, InstructConfig, QaConfig
+from finetune.data.qa_rows import Question
 from finetune.errors import UserError
+from finetune.inference.answer import answer_questions
 from finetune.inference.sample import GumbelNoise, Sampling, Streamer, finished_text
 from finetune.inference.speaker import Speaker, load_speaker
 from tests.conftest import ROOT
@@ -317,6 +319,26 @@ def test_questions_are_read_as_in_training_with_or_without_answers(row, ids):
 def test_a_question_without_its_context_is_refused(row):
     with pytest.raises(UserError, match=r"f:1.*: this export answers questions: "):
         _questions(Asked("f:1", row))
+
+
+def test_questions_share_one_encoder():
+    """Each is answered as it would be alone; a model that likes later tokens better picks them."""
+    task = reader(QaConfig(max_answer_tokens=1)).task
+    texts = ["Ada met Bob.", "Eve met Zoe in a garden.", "Nobody."]
+    asked = [Question("f:1", str(i), text, "Who?", []) for i, text in enumerate(texts)]
+
+    def model(input_ids):
+        return torch.arange(input_ids.shape[1])[None, :, None].expand(1, -1, 2) * 0.5
+
+    def answer(questions):
+        return list(answer_questions(model, task, questions, torch.device("cpu")))
+
+    alone = [answer([question])[0] for question in asked]
+    built, build = [], task.encoder
+    task.encoder = lambda: built.append(build()) or built[-1]
+    assert answer(asked) == alone and len(built) == 1
+    assert [found["best_span"] for found in alone] == [".", ".", "."]
+    assert [found["start"] for found in alone] == [len(text) - 1 for text in texts]
 
 
 @pytest.mark.parametrize(
