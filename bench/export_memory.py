@@ -28,7 +28,10 @@ from finetune.gptj.load import meta_model, read_config
 
 RANKS = 2
 KINDS = ("master", "exp_avg", "exp_avg_sq")
-TOTAL = {"full": ["adapter=full"], "lora": ["adapter=lora", "adapter.rank=8"]}
+TOTAL = {
+    "full": ["adapter=full"],
+    "lora": ["adapter=lora", "adapter.rank=8", "adapter.targets=[q_proj,v_proj]"],
+}
 
 
 def model_folder(root: Path, layers: int, width: int) -> Path:

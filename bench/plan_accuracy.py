@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 MODELS = {"71M": (512, 6, 8), "162M": (768, 12, 12), "368M": (1024, 24, 16)}
 """Name -> n_embd, n_layer, n_head; all with GPT-J's vocabulary."""
 Words = list[str]
-FULL, LORA = ["adapter=full"], ["adapter=lora"]
+FULL = ["adapter=full"]
+LORA = ["adapter=lora", "adapter.rank=8", "adapter.alpha=16", "adapter.targets=[q_proj,v_proj]"]
 
 
 def batch(

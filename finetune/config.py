@@ -204,14 +204,22 @@ class FullConfig(AdapterConfig):
 
 
 @dataclass
-class LoraConfig(AdapterConfig):
-    rank: int = 8
+class PeftConfig(AdapterConfig):
+    """Base class of the adapters that have files of their own."""
+
+    start: Optional[str] = None
+    """Adapter to train on from: an export, a run that has one, or a folder that plain peft wrote; null: a new one."""
+
+
+@dataclass
+class LoraConfig(PeftConfig):
+    rank: int = 16
     """Rank of the update matrices."""
-    alpha: float = 16.0
+    alpha: float = 32.0
     """Scale: the update is multiplied by alpha / rank (rsLoRA: alpha / sqrt(rank))."""
     dropout: float = 0.0
     """Dropout on the adapter's input, 0 to 1."""
-    targets: Any = "q_proj,v_proj"
+    targets: Any = "all-linear"
     """Modules that get an adapter: `all-linear`, a comma separated string or a list of GPT-J's module names."""
     rslora: bool = False
     """Rank-stabilised scaling (arXiv:2312.03732)."""
@@ -220,19 +228,19 @@ class LoraConfig(AdapterConfig):
 
 
 @dataclass
-class Ia3Config(AdapterConfig):
+class Ia3Config(PeftConfig):
     targets: Any = "k_proj,v_proj,fc_out"
     """Modules whose activations are rescaled: a comma separated string or a list."""
 
 
 @dataclass
-class PromptConfig(AdapterConfig):
+class PromptConfig(PeftConfig):
     virtual_tokens: int = 20
     """Trained embeddings placed before every sequence, in tokens."""
 
 
 @dataclass
-class PrefixConfig(AdapterConfig):
+class PrefixConfig(PeftConfig):
     virtual_tokens: int = 20
     """Trained key/value pairs placed before every sequence in every layer, in tokens."""
 
@@ -256,9 +264,13 @@ class OptimConfig:
     lr: float = 1e-4
     """Peak learning rate."""
     schedule: str = "cosine"
-    """linear, cosine or constant, after the warmup."""
+    """After the warmup: linear, cosine, cosine_restarts, inverse_sqrt, wsd (constant, then a short decay) or constant."""
     warmup: float = 0.0
     """Warmup: a number of steps, or below 1 a share of all steps."""
+    cycles: int = 3
+    """Cosines of schedule=cosine_restarts."""
+    decay: float = 0.1
+    """Decay at the end of schedule=wsd: a number of steps, or below 1 a share of all steps."""
     min_lr: float = 0.0
     """Floor of the schedule as a share of the peak, 0 to 1."""
     weight_decay: float = 0.0
@@ -277,6 +289,9 @@ class TrainConfig:
     """Optimizer steps. With `epochs` given too, the one from the command line counts; both: whichever ends first."""
     epochs: Optional[float] = None
     """Passes over the training data."""
+    max_time: float = 0.0
+    """Seconds from the start of the program after which the run stops as by a signal: it saves and ends with exit code
+    75, and the same command goes on; 0: no limit."""
     micro_batch: Union[int, str] = 1
     """Sequences per rank and forward; auto: the largest that fits."""
     global_batch: int = 8
@@ -747,4 +762,4 @@ def all_keys(node: type) -> set[str]:
     return {key for key, _, _ in schema_keys(node)}
 
 
-SCHEDULES = ("linear", "cosine", "constant")
+SCHEDULES = ("linear", "cosine", "cosine_restarts", "inverse_sqrt", "wsd", "constant")

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as torch_dist
+from torch.distributed import distributed_c10d as c10d
 
 from finetune import process
 from finetune.errors import UserError
@@ -24,6 +25,8 @@ from finetune.process import free_port
 T = TypeVar("T")
 CONTROL_TIMEOUT = timedelta(days=7)
 """Preparing data may take hours while the other ranks wait."""
+LEAST_TIMEOUT, TIMEOUT_MARGIN = 1800.0, 600.0
+"""Seconds: the process group's timeout is the larger of train.hang_timeout and the first, plus the second."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +108,12 @@ class World:
         return result  # type: ignore[return-value]
 
 
-def connect(threads: int = 0) -> World:
+def connect(threads: int = 0, hang_timeout: float = 0.0) -> World:
     """Join the launcher's process group (see the environment), or create one of a single process.
 
     Args:
         threads: CPU threads of this rank; 0: its share of the cores that this job may use.
+        hang_timeout: seconds after which the run's own watch ends it; 0: there is none.
 
     Raises:
         UserError: the launcher's variables do not make sense, or the master cannot be reached.
@@ -140,9 +144,23 @@ def connect(threads: int = 0) -> World:
     ):
         os.environ.setdefault(name, str(value))
     backend = "nccl" if cuda else "gloo"
-    torch_dist.init_process_group(backend, device_id=device if cuda else None)
+    timeout = collective_timeout(hang_timeout)
+    # DeepSpeed's groups ask for no timeout and would get torch's default: 10 minutes with NCCL.
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
+    torch_dist.init_process_group(backend, timeout=timeout, device_id=device if cuda else None)
     control = torch_dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if size > 1 else None
     return World(rank, size, local_rank, local_size, device, control)
+
+
+def collective_timeout(hang_timeout: float) -> timedelta:
+    """Return the time after which a stuck collective is an error.
+
+    It is longer than `hang_timeout`, so that the hang watch, which writes the stacks of all
+    threads, ends such a run before NCCL does.
+    """
+    if hang_timeout <= 0:
+        return CONTROL_TIMEOUT
+    return timedelta(seconds=max(hang_timeout, LEAST_TIMEOUT) + TIMEOUT_MARGIN)
 
 
 def disconnect() -> None:

@@ -56,7 +56,12 @@ class Preempted(SystemExit):
 
 def who_stopped(reason: str) -> str:
     """Words for a request to stop: `you (Ctrl-C)`, `you (file STOP)`, else the reason itself, such as `SIGTERM`."""
-    return {"SIGINT": "you (Ctrl-C)", "file STOP": "you (file STOP)"}.get(reason, reason)
+    words = {
+        "SIGINT": "you (Ctrl-C)",
+        "file STOP": "you (file STOP)",
+        "max_time": "its time limit (train.max_time)",
+    }
+    return words.get(reason, reason)
 
 
 class RunFailed(UserError):

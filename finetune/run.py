@@ -48,7 +48,7 @@ def run(cfg: Config, words: list[str]) -> int:
     Args:
         words: the k=v words of the command line, for commands to paste.
     """
-    world = dist.connect(cfg.train.threads)
+    world = dist.connect(cfg.train.threads, cfg.train.hang_timeout)
     result = run_in(world, cfg, words)
     dist.disconnect()
     return EXIT_PREEMPTED if result.status == "preempted" else EXIT_DONE

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_cosine_with_hard_restarts_schedule_with_warmup,
+    get_inverse_sqrt_schedule,
+    get_linear_schedule_with_warmup,
+    get_wsd_schedule,
+)
 
 from finetune.check import check, planning_problems
 from finetune.cli.app import compose_config
 from finetune.cli.help import first_comment
 from finetune.compose import RECIPES, _has_own_data, compose_train
+from finetune.config import SCHEDULES, OptimConfig
 from finetune.errors import UserError
 from finetune.training.inputs import absent
 from finetune.training.schedule import learning_rate, warmup_note
@@ -271,6 +282,32 @@ def test_schedules(schedule, last):
     assert (
         last <= rates[-1] <= last + 1 / 90
     )  # the floor would be reached one step later: no step trains nothing
+
+
+@pytest.mark.parametrize("warmup", [10, 0])
+def test_schedules_are_those_of_transformers(warmup):
+    """Ours is a step ahead behind the warmup: it begins at the peak once more, and never trains at zero."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedules = {
+        "linear": get_linear_schedule_with_warmup(optimizer, warmup, 100),
+        "cosine": get_cosine_schedule_with_warmup(optimizer, warmup, 100),
+        "cosine_restarts": get_cosine_with_hard_restarts_schedule_with_warmup(
+            optimizer, warmup, 100, num_cycles=4
+        ),
+        "inverse_sqrt": get_inverse_sqrt_schedule(optimizer, warmup),
+        "wsd": get_wsd_schedule(optimizer, warmup, 20, 100, decay_type="1-sqrt"),
+        "constant": get_constant_schedule_with_warmup(optimizer, warmup),
+    }
+    assert set(schedules) == set(SCHEDULES)
+    for name, theirs in schedules.items():
+        optim = OptimConfig(lr=1.0, schedule=name, warmup=warmup, cycles=4, decay=0.2)
+        wanted = [theirs.lr_lambdas[0](step) for step in range(101)]
+        for step in range(1, 101):
+            rate = learning_rate(optim, step, 100)
+            assert rate == pytest.approx(wanted[step if step <= warmup else step - 1]), (name, step)
+            floor = learning_rate(replace(optim, min_lr=0.1), step, 100)
+            if step > warmup and name != "constant":
+                assert floor == pytest.approx(0.1 + 0.9 * rate), (name, step)
 
 
 def test_a_warmup_longer_than_the_run_is_told():

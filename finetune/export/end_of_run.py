@@ -94,6 +94,7 @@ def export_trained(
         "tokens": result.tokens,
         "seed": cfg.seed,
         "training loss": result.loss,
+        "began from the adapter": getattr(cfg.adapter, "start", None),
     }
     if cfg.model.init is Init.random and not isinstance(cfg.adapter, FullConfig):
         # An adapter is worth nothing without the very weights it was trained on, and nobody else has these.

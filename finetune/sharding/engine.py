@@ -18,10 +18,11 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from finetune.config import Config, OptimConfig
+from finetune.config import Config, OptimConfig, PeftConfig
 from finetune.dist import World
 from finetune.errors import RunFailed
 from finetune.gptj import adapters
+from finetune.gptj.adapter_start import load_start, start_folder
 from finetune.gptj.adapters import parameter_groups
 from finetune.gptj.load import build_model
 from finetune.sharding import partitions
@@ -152,7 +153,10 @@ def build_module(
         place=partial(place_partitioned, world) if sharded else None,
         reads=world.main or not sharded,
     )
-    return adapters.attach(model, cfg.adapter, head, base_name, cfg.seed)
+    module = adapters.attach(model, cfg.adapter, head, base_name, cfg.seed)
+    if isinstance(cfg.adapter, PeftConfig) and cfg.adapter.start:
+        load_start(module, start_folder(cfg.adapter.start), partial(place_partitioned, world))
+    return module
 
 
 class Engine:

@@ -69,7 +69,9 @@ class Guard:
         # Signals wait until a stopped run can be reported.
         stop_signals.hold()
         self.world.on_main(self._take_over)
-        self.stop = StopRequest(self.run_dir, watch_files=self.world.main)
+        self.stop = StopRequest(
+            self.run_dir, watch_files=self.world.main, max_time=self.cfg.train.max_time
+        )
         self._failures = RankFailures(self.run_dir, self.world)
         self._host_watch = HostWatch(self._host_runs_out)
         self._host_watch.__enter__()

@@ -22,6 +22,7 @@ from finetune.data.sources import data_notes, file_options, open_source
 from finetune.data.tokenizer import load_tokenizer, token_limit
 from finetune.dist import World
 from finetune.errors import UserError
+from finetune.gptj.adapter_start import start_problems, start_task
 from finetune.gptj.load import local_folder, refuse_pointers, tokenizer_of
 from finetune.planning.shape import load_shape
 from finetune.reporting.terminal import Phase
@@ -118,7 +119,8 @@ def prepare_inputs(
         return open_store(world.on_main(build))
 
     train = encoded(cfg.data.train, cfg.data.split)
-    task.prepare(train, None)
+    # An adapter that is trained on keeps the order of its labels.
+    task.prepare(train, start_task(cfg.adapter) if task.head == "classify" else None)
     held_out = encoded(cfg.data.eval, cfg.data.eval_split) if cfg.data.eval else None
     rows = task.rows(train)
     if cfg.data.preview:
@@ -192,6 +194,7 @@ def absent(cfg: Config, download: bool) -> Iterator[UserError]:
     yield from problem(lambda: refuse_pointers(local_folder(model, fetch), needs_weights))
     if known is None and not too_long:  # the download may have brought a config.json
         yield from length_problems(cfg, positions() or GPTJ_POSITIONS)
+    yield from start_problems(cfg)
     folder = Path(resolve(model.tokenizer or ".")).expanduser()
     if str(folder).startswith("/") and not folder.is_dir():
         yield UserError(

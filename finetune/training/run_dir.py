@@ -80,8 +80,10 @@ def save_config(cfg: Config, about: dict[str, Any], texts: list[list[int]], run_
         ("model", "tokenizer"),
         ("data", "train"),
         ("data", "eval"),
+        ("adapter", "start"),
     ):
-        values[section][key] = wherever(values[section][key])
+        if key in values[section]:
+            values[section][key] = wherever(values[section][key])
     (run_dir / "config.yaml").write_text(to_yaml(values), encoding="utf-8")
 
 

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 
 from finetune.config import OptimConfig, TrainConfig
 
+INVERSE_SQRT_STEPS = 10_000
+"""Time scale of inverse_sqrt without a warmup, as in transformers."""
 
-def warmup_steps(optim: OptimConfig, total_steps: int) -> int:
-    """Warmup in steps: values below 1 are a share of `total_steps`."""
-    return math.ceil(optim.warmup * total_steps) if optim.warmup < 1 else int(optim.warmup)
+
+def steps_of(length: float, total_steps: int) -> int:
+    """Return optim.warmup or optim.decay in steps: values below 1 are a share of `total_steps`."""
+    return math.ceil(length * total_steps) if length < 1 else int(length)
 
 
 def warmup_note(optim: OptimConfig, total_steps: int) -> str | None:
     """A line for the person who starts a run that ends before its warmup does."""
-    warmup = warmup_steps(optim, total_steps)
+    warmup = steps_of(optim.warmup, total_steps)
     if warmup <= total_steps:
         return None
     return (
@@ -27,17 +30,38 @@ def warmup_note(optim: OptimConfig, total_steps: int) -> str | None:
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step `step`, counted from 1.
 
-    With warmup w: lr * step / w while step <= w, then from lr at step w + 1 along a line or half a cosine, which would
-    be at lr * min_lr one step after `total_steps`: every step trains, the last one and a single one too. `constant`
-    stays at lr.
+    With warmup w: lr * step / w while step <= w, then from lr at step w + 1 along the schedule, which would be at its end
+    one step after `total_steps`: every step trains, the last one and a single one too. With p from 0 to 1 on that way:
+
+        linear, cosine     1 - p, (1 + cos(pi p)) / 2
+        cosine_restarts    the same cosine, optim.cycles times
+        inverse_sqrt       1 / sqrt(1 + steps since the warmup / w), whatever the run's length
+        wsd                1, then 1 - sqrt(q) with q from 0 to 1 over the last optim.decay steps (arXiv:2405.18392)
+        constant           1
+
+    All but `constant` are scaled into the range from lr * min_lr to lr.
     """
-    warmup = warmup_steps(optim, total_steps)
+    warmup = steps_of(optim.warmup, total_steps)
     if step <= warmup:
         return optim.lr * step / warmup
-    if optim.schedule == "constant":
-        return optim.lr
-    progress = min(1.0, (step - warmup - 1) / max(1, total_steps - warmup))
-    share = 1 - progress if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    done = step - warmup - 1
+    progress = min(1.0, done / max(1, total_steps - warmup))
+    match optim.schedule:
+        case "constant":
+            return optim.lr
+        case "linear":
+            share = 1 - progress
+        case "cosine":
+            share = 0.5 * (1 + math.cos(math.pi * progress))
+        case "cosine_restarts":
+            share = 0.5 * (1 + math.cos(math.pi * (optim.cycles * progress % 1)))
+        case "inverse_sqrt":
+            share = (1 + done / (warmup or INVERSE_SQRT_STEPS)) ** -0.5
+        case "wsd":
+            decay = steps_of(optim.decay, total_steps)
+            share = 1 - max(0.0, (step - 1 - total_steps + decay) / max(1, decay)) ** 0.5
+        case _:
+            raise AssertionError(optim.schedule)
     return optim.lr * (optim.min_lr + (1 - optim.min_lr) * share)
 
 

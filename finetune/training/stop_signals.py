@@ -1,4 +1,4 @@
-"""Requests to stop: signals, files in the run directory, and a launcher that died.
+"""Requests to stop: signals, files in the run directory, a time limit, and a launcher that died.
 
 During training they only set a flag, which the trainer reads between steps, where a checkpoint can
 be written. Before and after, when there is nothing to save, they end the process immediately with
@@ -8,9 +8,11 @@ without notifying its ranks, so each rank also watches its ancestors.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,10 +66,12 @@ class StopRequest:
 
     Args:
         run_dir: a file STOP or SAVE in it is a request (checked by rank 0).
+        max_time: seconds from now on after which to stop (checked by rank 0); 0: never.
     """
 
-    def __init__(self, run_dir: Path, watch_files: bool):
+    def __init__(self, run_dir: Path, watch_files: bool, max_time: float = 0.0):
         self.run_dir, self.watch_files = run_dir, watch_files
+        self.deadline = time.monotonic() + max_time if max_time and watch_files else math.inf
         self.reason = ""
         self._training, self._orphaned, self._interrupts = False, False, 0
         self._closed = threading.Event()
@@ -110,6 +114,8 @@ class StopRequest:
         if not self.reason and self.watch_files and (self.run_dir / "STOP").exists():
             (self.run_dir / "STOP").unlink(missing_ok=True)
             self.reason = "file STOP"
+        if not self.reason and time.monotonic() >= self.deadline:
+            self.reason = "max_time"
         return bool(self.reason)
 
     def wants_save(self) -> bool:

@@ -24,6 +24,7 @@ from finetune.data.tokenizer import load_tokenizer
 from finetune.export.reopen import load_export
 from finetune.export.write import write_adapter
 from finetune.gptj import adapters
+from finetune.gptj.adapter_start import load_start
 from finetune.gptj.prompt_tuning import insert, remove
 from finetune.gptj.recompute import KINDS as CHECKPOINTING
 from finetune.inference.sample import Sampling, continue_flat
@@ -207,6 +208,19 @@ def test_the_saved_adapter_opens_in_plain_peft_and_here(tmp_path, head, name):
     )
     again = load_export(tmp_path / "adapter", Dtype.fp32, CPU).module(input_ids=torch.tensor([ids]))
     torch.testing.assert_close(again[0].detach(), wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("head", "name"), CASES)
+def test_training_goes_on_from_what_plain_peft_saved(tmp_path, head, name):
+    _, theirs = pair(head, name)
+    theirs.save_pretrained(tmp_path)
+    fresh = adapters.attach(models(head)[0], ADAPTERS[name], head, "base", seed=5)
+    ids = [17, 10, 17, 30, 50256]
+    before = fresh.eval()(input_ids=torch.tensor([ids]))[0].detach()
+    load_start(fresh, tmp_path, place=lambda parameter, value: None)
+    found = fresh(input_ids=torch.tensor([ids]))[0].detach()
+    torch.testing.assert_close(found, outputs(theirs, head, ids).detach(), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, before, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["prompt", "prefix"])
