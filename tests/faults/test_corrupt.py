@@ -106,7 +106,7 @@ DAMAGES = [truncate, cut_last_byte, empty, remove, folder_instead, longer, pickl
 
 @pytest.mark.fault(
     happens="a file of the newest checkpoint is truncated, emptied, removed, replaced or grown",
-    then="the file is named, the checkpoint before is used",
+    then="the message names the file; the previous checkpoint is used",
 )
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
 @pytest.mark.parametrize("name", FILES)
@@ -119,7 +119,7 @@ def test_damage_is_named_and_the_one_before_is_used(run, name, damage):
 
 @pytest.mark.fault(
     happens="one byte of any file of the newest checkpoint is flipped",
-    then="the file is named, the checkpoint before is used",
+    then="the message names the file; the previous checkpoint is used",
 )
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_byte_is_found(run, name, cases):
@@ -153,7 +153,8 @@ def json_equal(a: bytes, b: bytes) -> bool:
 
 
 @pytest.mark.fault(
-    happens="no checkpoint of the run is valid", then="refused with exit code 2; each file is named"
+    happens="no checkpoint of the run is valid",
+    then="refused with exit code 2; the message names each file",
 )
 @pytest.mark.parametrize("name", FILES)
 def test_nothing_valid_is_an_error_not_a_fresh_start(run, name):
@@ -167,7 +168,7 @@ def test_nothing_valid_is_an_error_not_a_fresh_start(run, name):
 
 @pytest.mark.fault(
     happens="`resume=` names a damaged checkpoint, or a place without one",
-    then="refused with exit code 2; the file is named",
+    then="refused with exit code 2; the message names the file",
 )
 def test_a_named_checkpoint_must_be_valid(run, tmp_path, cases):
     cases(3)
@@ -181,7 +182,7 @@ def test_a_named_checkpoint_must_be_valid(run, tmp_path, cases):
 
 @pytest.mark.fault(
     happens="a manifest names files outside its directory, or a file is a link out of it",
-    then="refused, the manifest or file is named",
+    then="refused; the message names the manifest or the file",
 )
 @pytest.mark.parametrize(
     "name", ["../step-00000002/state.json", "/etc/hostname", "a/../state.json", ".."]

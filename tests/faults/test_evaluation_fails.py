@@ -33,7 +33,7 @@ def jobs(folder: Path) -> list[dict]:
 @pytest.mark.slow
 @pytest.mark.fault(
     happens="an exception in an evaluation, between two saves and after the last step",
-    then="the checkpoint that is due at that step is there; the next start evaluates it and goes on",
+    then="the checkpoint due at that step is saved; the next start evaluates it and continues",
 )
 def test_the_step_is_saved_before_it_is_evaluated(outcome, folder):
     first, last, again = (outcome[name] for name in ("first", "last", "again"))

@@ -95,7 +95,7 @@ CASES = [(chain, *point) for chain, (_, points) in CHAINS.items() for point in p
 @pytest.mark.slow
 @pytest.mark.fault(
     happens="`kill -9` of either rank at any write of a save",
-    then="the checkpoint before (or the new one, once renamed) is whole; the other rank ends with 1 and "
+    then="the previous checkpoint (or the new one, once renamed) is intact; the other rank ends with 1 and "
     "names the dead one",
 )
 @pytest.mark.parametrize(("chain", "point", "rank", "nth"), CASES)
@@ -116,8 +116,8 @@ def test_a_kill_inside_a_save_loses_nothing_complete(outcome, chain, point, rank
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    happens="the run that was killed at every one of these points is started once more",
-    then="losses and final states are, bit for bit, those of the run that nothing happened to",
+    happens="the run that was killed at each of these points is started again",
+    then="losses and final states are bit for bit those of an undisturbed run",
 )
 @pytest.mark.parametrize("chain", CHAINS)
 def test_after_all_kills_the_run_is_the_undisturbed_one(outcome, folder, chain):

@@ -95,8 +95,8 @@ def gone(pids: list[int], seconds: float) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    happens="SIGTERM to `deepspeed` itself, which dies at once and tells nobody",
-    then="its ranks notice, save and end with 75",
+    happens="SIGTERM to `deepspeed` itself, which dies at once without informing its ranks",
+    then="the ranks notice, save and end with 75",
 )
 def test_sigterm_to_the_real_launcher(folder, tmp_path):
     process = start(folder, tmp_path)

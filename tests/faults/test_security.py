@@ -47,7 +47,7 @@ def test_the_planted_pickle_works_where_nothing_guards(tmp_path, target):
 
 @pytest.mark.fault(
     happens="a pickle that runs code: as pytorch_model.bin, as a shard of it, as adapter_model.bin",
-    then="refused, it does not run",
+    then="refused; the code does not run",
 )
 @pytest.mark.parametrize("sharded", [False, True])
 def test_weights_do_not_run(tmp_path, target, small_gptj, sharded):
@@ -76,7 +76,7 @@ def test_weights_do_not_run(tmp_path, target, small_gptj, sharded):
 
 @pytest.mark.fault(
     happens="a pickle that runs code: as pytorch_model.bin, as a shard of it, as adapter_model.bin",
-    then="refused, it does not run",
+    then="refused; the code does not run",
 )
 def test_adapters_do_not_run(tmp_path, target, small_gptj):
     from finetune.export.reopen import load_export
@@ -102,7 +102,7 @@ def test_adapters_do_not_run(tmp_path, target, small_gptj):
 
 @pytest.mark.fault(
     happens="a tokenizer, config or checkpoint that brings its own code (`auto_map`)",
-    then="refused, it does not run",
+    then="refused; the code does not run",
 )
 def test_code_beside_a_tokenizer_does_not_run(tmp_path, target):
     from finetune.data.tokenizer import load_tokenizer
@@ -153,8 +153,8 @@ def test_a_name_cannot_leave_runs(name):
 
 
 @pytest.mark.fault(
-    happens="a setting that is a secret by name or looks",
-    then="refused, with its key and without its value; `***` in messages and trackers",
+    happens="a setting whose name or value looks like a secret",
+    then="refused; the message shows the key but not the value; `***` in messages and trackers",
 )
 @pytest.mark.parametrize(
     "word",
@@ -173,8 +173,8 @@ def test_secret_keys_are_refused_without_an_echo(word, capsys):
 
 
 @pytest.mark.fault(
-    happens="a setting that is a secret by name or looks",
-    then="refused, with its key and without its value; `***` in messages and trackers",
+    happens="a setting whose name or value looks like a secret",
+    then="refused; the message shows the key but not the value; `***` in messages and trackers",
 )
 @pytest.mark.parametrize(
     ("word", "key"),
@@ -199,8 +199,8 @@ def test_secret_values_are_refused_before_a_file_is_written(word, key, tmp_path,
 
 
 @pytest.mark.fault(
-    happens="a setting that is a secret by name or looks",
-    then="refused, with its key and without its value; `***` in messages and trackers",
+    happens="a setting whose name or value looks like a secret",
+    then="refused; the message shows the key but not the value; `***` in messages and trackers",
 )
 def test_a_sweep_refuses_secrets_in_its_words(tmp_path, monkeypatch, capsys):
     from finetune.cli.train import run_sweep
@@ -255,8 +255,8 @@ def _problems_of(cfg) -> list[str]:
 
 
 @pytest.mark.fault(
-    happens="a setting that is a secret by name or looks",
-    then="refused, with its key and without its value; `***` in messages and trackers",
+    happens="a setting whose name or value looks like a secret",
+    then="refused; the message shows the key but not the value; `***` in messages and trackers",
 )
 def test_messages_are_redacted(capsys):
     report_error(UserError(f"cannot read {URL}", SECRET, f"use {SECRET}"))

@@ -121,7 +121,7 @@ def test_the_stopped_run_is_the_one_that_was_not(outcome):
 
 
 @pytest.mark.slow
-@pytest.mark.fault(happens="a file SAVE", then="a checkpoint now, and the run goes on")
+@pytest.mark.fault(happens="a file SAVE", then="a checkpoint is saved, and the run continues")
 def test_a_file_save_saves_and_goes_on(outcome):
     found = outcome["SAVE"]
     saved, last = sorted(found["valid"])[-2:]
@@ -132,7 +132,7 @@ def test_a_file_save_saves_and_goes_on(outcome):
 @pytest.mark.slow
 @pytest.mark.fault(
     happens="a signal while data and model are still loading",
-    then="exit code 75 at once; nothing was to be saved",
+    then="exit code 75 at once; there is nothing to save",
 )
 def test_a_signal_before_the_first_step(outcome):
     found = outcome["early"]
@@ -142,7 +142,7 @@ def test_a_signal_before_the_first_step(outcome):
 
 
 @pytest.mark.slow
-@pytest.mark.fault(happens="a second Ctrl-C", then="stops at once, without saving")
+@pytest.mark.fault(happens="a second Ctrl-C", then="it stops at once, without saving")
 def test_a_second_interrupt_ends_at_once(outcome):
     found = outcome["twice"]
     assert found["codes"]["1"] == 130 and not found["timeout"] and found["valid"] == [], found[
@@ -153,7 +153,7 @@ def test_a_second_interrupt_ends_at_once(outcome):
 @pytest.mark.slow
 @pytest.mark.fault(
     happens="a signal in the middle of an evaluation",
-    then="it is broken off, the step is saved, exit code 75; the next start makes up for it, with the same figures",
+    then="the evaluation stops, the step is saved, exit code 75; the next start evaluates it, with the same figures",
 )
 def test_an_evaluation_is_broken_off_and_made_up_for(outcome, folder):
     first, second, third = (outcome[f"evaluation {n}"] for n in (1, 2, 3))

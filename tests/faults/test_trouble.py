@@ -73,7 +73,7 @@ def failed(found: dict, *texts: str) -> None:
 @pytest.mark.slow
 @pytest.mark.fault(
     happens="a loss that is not finite on one rank",
-    then="the step changes nothing on any rank, is counted, its data positions are named; training goes on",
+    then="no rank applies the step; it is counted, and its data positions are reported; training continues",
 )
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_bad_step_changes_nothing(outcome, stage):
@@ -93,7 +93,7 @@ def test_a_bad_step_changes_nothing(outcome, stage):
 @pytest.mark.slow
 @pytest.mark.fault(
     happens="`train.max_skipped` steps in a row that are not finite",
-    then="exit code 1; the state of the last good step is saved, and continues where the data were good",
+    then="exit code 1; the state of the last good step is saved; with good data, the run continues from it",
 )
 def test_too_many_in_a_row_end_the_run_at_the_last_good_step(outcome):
     found = outcome["row"]
@@ -112,7 +112,7 @@ def test_nothing_is_saved_when_no_step_was_good(outcome):
 @pytest.mark.slow
 @pytest.mark.fault(
     happens="an exception on one rank",
-    then="all end with 1 within a minute; its message is the result's error",
+    then="all ranks end with 1 within a minute; the error in result.json is that rank's message",
 )
 def test_the_failing_rank_is_heard(outcome):
     failed(outcome["raise"], "rank 1 ended first: RuntimeError: injected at step")
@@ -124,7 +124,7 @@ def test_the_failing_rank_is_heard(outcome):
 @pytest.mark.slow
 @pytest.mark.fault(
     happens="`kill -9` of a rank during a step",
-    then="the others end with 1 within a minute and name it",
+    then="the other ranks end with 1 within a minute and name the dead one",
 )
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_dead_rank_takes_the_others_along(outcome, rank):
@@ -152,8 +152,8 @@ def test_a_hang_dumps_every_rank_and_ends(outcome):
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    happens="no space left (injected), also in the background",
-    then="exit code 1; the staging folder is gone, earlier checkpoints are whole",
+    happens="no space left on the disk (injected), also during a background save",
+    then="exit code 1; the temporary folder is removed, earlier checkpoints are intact",
 )
 @pytest.mark.parametrize("name", ["no space 0", "no space behind"])
 def test_no_space_is_cleaned_up(outcome, name):
@@ -169,8 +169,8 @@ def test_no_space_is_cleaned_up(outcome, name):
 @pytest.mark.slow
 @pytest.mark.fault(
     happens="a full disk (a mounted one of 48 MiB), before and while a checkpoint is written",
-    then="exit code 2 before, 1 while; says how much is missing; no staging folder, earlier checkpoints whole; "
-    "goes on with room",
+    then="exit code 2 before, 1 while; the message says how much is missing; no temporary folder is left, "
+    "earlier checkpoints are intact; with enough room, the run continues",
 )
 def test_a_full_disk_keeps_what_is_there(outcome, small_disk, cases):
     if small_disk is None:
