@@ -86,11 +86,11 @@ class InOrder(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def deepspeed_config(stage: int, micro: int) -> dict:
+def deepspeed_config(stage: int, micro: int, dtype: str) -> dict:
     return {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": "auto",
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": dtype == "bf16"},
         "gradient_clipping": 1.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -100,7 +100,10 @@ def deepspeed_config(stage: int, micro: int) -> dict:
 
 def main() -> None:
     spec = json.loads(Path(sys.argv[-1]).read_text())
-    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.bfloat16)
+    dtype = spec.get("dtype", "bf16")
+    model = AutoModelForCausalLM.from_pretrained(
+        spec["model"], dtype=torch.bfloat16 if dtype == "bf16" else torch.float32
+    )
     model.config.use_cache = False
     if spec["lora"]:
         import peft
@@ -116,10 +119,10 @@ def main() -> None:
         "learning_rate": 1e-4,
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,
-        "bf16": True,
+        "bf16": dtype == "bf16",
         "use_cpu": not torch.cuda.is_available(),
         "optim": "adamw_torch_fused",
-        "deepspeed": deepspeed_config(spec["stage"], spec["micro"]),
+        "deepspeed": deepspeed_config(spec["stage"], spec["micro"], dtype),
         "report_to": [],
         "gradient_checkpointing": spec.get("checkpointing", False),
         "disable_tqdm": True,

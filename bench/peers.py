@@ -1,12 +1,13 @@
 """Tokens per second and memory of this project beside its peers: the same weights, data, batch, precision, stage.
 
-    python bench/peers.py [--case NAME ...] [--steps 6] [--rounds 2] [--out bench/results/peers.json]
+    python bench/peers.py [--case NAME ...] [--steps 6] [--rounds 2] [--dtype bf16|fp32] [--out FILE.json]
 
 Needs the bench extra: pip install -e '.[bench]'. Programs run one after the other in one call, in turns, each under
 the deepspeed launcher: this project; transformers' Trainer + DeepSpeed; for ragged rows also TRL's SFTTrainer with
 packing. The first step of each run is not counted. Tokens are real ones, padding is not. Peak memory is that of the
 largest rank, working memory what the steps add to the memory just before the first one. The time of a step's matrix
-products alone is measured in the same call, on the same cores.
+products alone is measured in the same call, on the same cores. The precision is bf16 where the processor multiplies
+bf16, else fp32.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from workload import Size, dense_documents, launch, machine, make_model, ragged_rows
+from workload import Size, dense_documents, fast_dtype, launch, machine, make_model, ragged_rows
 
 IGNORE = -100
 
@@ -39,6 +40,7 @@ class Case:
     lora: bool = False
     padded_micro: int = 4
     """Rows per rank of a peer that pads (ragged only)."""
+    dtype: str = "bf16"
 
 
 CASES = [
@@ -58,7 +60,7 @@ def ours(case: Case, model: Path, data: Path, folder: Path, steps: int) -> dict:
     words = [
         f"recipe={'instruct_lora' if case.ragged else 'clm_pile'}",
         f"model.path={model}",
-        "model.dtype=bf16",
+        f"model.dtype={case.dtype}",
         f"zero=stage{case.stage}",
         f"task.max_length={case.length}",
         f"train.micro_batch={case.micro}",
@@ -116,6 +118,7 @@ def peer_spec(kind: str, case: Case, model: Path, rows: Path, folder: Path, step
         "stage": case.stage,
         "length": case.length,
         "lora": LORA if case.lora else None,
+        "dtype": case.dtype,
     }
     file = folder / f"{kind}.spec.json"
     file.write_text(json.dumps(spec))
@@ -179,7 +182,7 @@ def rows_of(case: Case, data: Path, model: Path, file: Path) -> Path:
 
 
 def matmul_seconds(size: Size, case: Case, tokens: int, repeat: int = 3) -> float:
-    """Seconds of a step's matrix products alone, in bf16 on all cores: what no program can undercut.
+    """Seconds of a step's matrix products alone, on all cores: what no program can undercut.
 
     Per token: forward, gradient of the input, and (full fine-tuning) of the weight; attention's two products forward
     and four backward, half of the square.
@@ -187,18 +190,19 @@ def matmul_seconds(size: Size, case: Case, tokens: int, repeat: int = 3) -> floa
 
     import torch
 
+    dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
     d, layers, passes = size.n_embd, size.n_layer, 2 if case.lora else 3
     shapes = [(4 * layers, d, d), (layers, d, 4 * d), (layers, 4 * d, d), (1, d, 50400)]
     total = 0.0
     for count, rows, columns in shapes:
-        x, w = torch.randn(tokens, rows).bfloat16(), torch.randn(columns, rows).bfloat16()
-        y = torch.randn(tokens, columns).bfloat16()
+        x, w = torch.randn(tokens, rows).to(dtype), torch.randn(columns, rows).to(dtype)
+        y = torch.randn(tokens, columns).to(dtype)
         for product in ((x, w.T), (y, w), (y.T, x))[:passes]:
             total += count * _seconds(lambda p=product: torch.mm(*p), repeat)
     heads, dim = size.n_head, d // size.n_head
     blocks = max(1, tokens // case.length)
-    q = torch.randn(blocks * heads, case.length, dim).bfloat16()
-    p = torch.randn(blocks * heads, case.length, case.length).bfloat16()
+    q = torch.randn(blocks * heads, case.length, dim).to(dtype)
+    p = torch.randn(blocks * heads, case.length, case.length).to(dtype)
     pair = _seconds(lambda: torch.bmm(q, q.transpose(1, 2)), repeat) + _seconds(
         lambda: torch.bmm(p, q), repeat
     )
@@ -308,6 +312,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", help="part of a case's name; all by default")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default=fast_dtype())
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     size, results = Size(), []
@@ -315,7 +320,7 @@ def main() -> None:
         if args.case and not any(part in case.name for part in args.case):
             continue
         print(case.name, flush=True)
-        results.append(measure(case, size, args.steps, args.rounds))
+        results.append(measure(replace(case, dtype=args.dtype), size, args.steps, args.rounds))
         if args.out:
             args.out.write_text(
                 json.dumps(

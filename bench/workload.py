@@ -171,6 +171,25 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def instructions() -> str:
+    """The widest matrix instructions of this processor that the libraries may use: amx, avx512_bf16, avx512 or avx2.
+
+    `ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2` keeps them to AVX2.
+    """
+    if os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2":
+        return "avx2"
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    for name, flag in (("amx", "amx_bf16"), ("avx512_bf16", "avx512_bf16"), ("avx512", "avx512f")):
+        if flag in flags:
+            return name
+    return "avx2"
+
+
+def fast_dtype() -> str:
+    """The precision that training is quick in here: bf16 where the processor multiplies it, else fp32."""
+    return "bf16" if instructions() in ("amx", "avx512_bf16") else "fp32"
+
+
 def machine() -> dict:
     """Where and with what a result was measured."""
     versions = {}
@@ -190,6 +209,7 @@ def machine() -> dict:
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": cpu,
+        "instructions": instructions(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "versions": versions,

@@ -7,8 +7,8 @@ memory is one chunk whatever the batch. Only scored rows are projected. Sums are
 averaged: the caller divides by the global count of scored tokens.
 
 A trained head's gradient over several chunks must be summed in fp32, which takes 4 bytes for each
-weight. As many rows as have no more bytes than that are one chunk: their product is made once, with
-no sum to hold. `planning.activations` predicts this memory and holds the chunk sizes.
+weight. Rows whose logits take no more than that are one chunk: their product is made once, with no
+sum to hold. `planning.activations` predicts this memory and holds the chunk sizes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.data.columns import IGNORE
-from finetune.planning.activations import LOSS_CHUNK, SOFTMAX_ROWS, WEIGHT_ROWS
+from finetune.planning.activations import (
+    LOSS_CHUNK,
+    SOFTMAX_ROWS,
+    TRAINED_CHUNK,
+    WEIGHT_ROWS,
+    one_chunk,
+)
 
 TINY = 1e-30
 """A probability whose logarithm is not taken: fp32 loses digits near its end, and then has 0."""
@@ -88,14 +94,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         want_hidden, want_weight, want_bias, _ = ctx.needs_input_grad
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         scored = (labels != IGNORE).nonzero()[:, 0]
-        whole = want_weight and 0 < len(scored) * weight.element_size() <= 4 * weight.shape[1]
+        whole = (
+            want_weight
+            and len(scored) > 0
+            and one_chunk(len(scored), weight.shape[1], weight.element_size())
+        )
         d_hidden = torch.zeros_like(hidden) if want_hidden else None
         d_weight = None
         if want_weight and not whole:
             d_weight = torch.empty_like(weight, dtype=torch.float32)
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
         part = logits = None
-        chunks = scored.split(len(scored) if whole else LOSS_CHUNK) if len(scored) else ()
+        size = len(scored) if whole else TRAINED_CHUNK if want_weight else LOSS_CHUNK
+        chunks = scored.split(size) if len(scored) else ()
         # Allocated once: between fresh ones a CPU's heap would get holes.
         buffer = hidden.new_empty(max(map(len, chunks), default=0), weight.shape[0])
         for i, rows in enumerate(chunks):

@@ -23,8 +23,10 @@ from finetune.planning.job import Job
 from finetune.planning.shape import adapter_targets
 
 LOSS_CHUNK = 512
-"""Rows (tokens) whose logits exist at once, unless all of them take less than a sum of the head's
-gradient would."""
+"""Rows (tokens) whose logits exist at once where the head is frozen."""
+TRAINED_CHUNK = 1024
+"""The same where the head is trained, if one chunk is not enough; see `one_chunk`. Of 256 to 2048
+rows it is the fastest on a CPU but for all rows at once, 8 to 10% before 512 (bench/loss_chunk.py)."""
 SOFTMAX_ROWS = {"cpu": 16, "cuda": 256}
 """Rows whose fp32 probabilities exist at once; on a CPU they stay in its cache."""
 WEIGHT_ROWS = 6400
@@ -128,9 +130,8 @@ def power_of_two(size: int) -> int:
 def loss_bytes(job: Job) -> int:
     """Return the workspace of the head and its loss, in bytes.
 
-    It holds the logits of some tokens and the head's weight gradient. All tokens form one chunk
-    while their logits take no more memory than an fp32 sum of that gradient would. Beyond that, the
-    gradient is summed in fp32 over chunks, and each chunk's share is computed some rows at a time:
+    It holds the logits of some tokens and the head's weight gradient. If the tokens are more than
+    `one_chunk`, the gradient is summed in fp32 over chunks, and each chunk's share is computed some rows at a time:
     in fp32 on a GPU; on a CPU in low precision and then, because the addition converts it, in fp32
     as well. fp32 models add in place.
     """
@@ -138,15 +139,24 @@ def loss_bytes(job: Job) -> int:
     hidden = element * job.tokens * d
     if job.shape.head != "lm":
         return hidden + 4 * job.tokens * job.shape.num_labels
-    chunk = _logits_bytes(job, min(job.tokens, LOSS_CHUNK))
     if not job.full:
-        return hidden + chunk
+        return hidden + _logits_bytes(job, min(job.tokens, LOSS_CHUNK))
     gradient = element * vocab * d
-    if job.tokens * element <= 4 * d:
+    if one_chunk(job.tokens, d, element):
         return hidden + _logits_bytes(job, job.tokens) + gradient
+    chunk = _logits_bytes(job, TRAINED_CHUNK)
     share = 0 if element == 4 else 4 if job.on_gpu else element + 4
     rounded = 0 if element == 4 else gradient  # the sum in the model's precision, at the end
     return hidden + 4 * vocab * d + max(chunk + share * min(WEIGHT_ROWS, vocab) * d, rounded)
+
+
+def one_chunk(tokens: int, width: int, element_bytes: int) -> bool:
+    """Tell whether a trained head computes the logits of all tokens at once.
+
+    It does while they take no more memory than an fp32 sum of the head's gradient, (V, width),
+    would: one product makes that gradient, and nothing is summed.
+    """
+    return tokens <= max(TRAINED_CHUNK, 4 * width // element_bytes)
 
 
 def _logits_bytes(job: Job, tokens: int) -> int:

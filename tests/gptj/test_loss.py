@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from finetune.data.columns import IGNORE
-from finetune.gptj.loss import LOSS_CHUNK, LMHead, chunked_cross_entropy, token_losses
+from finetune.gptj.loss import TRAINED_CHUNK, LMHead, chunked_cross_entropy, token_losses
 
-ROWS, WIDTH, VOCAB = 2 * LOSS_CHUNK + 37, 16, 300
+ROWS, WIDTH, VOCAB = 2 * TRAINED_CHUNK + 37, 16, 300
 WIDTHS = [WIDTH, ROWS]
 """So narrow that the head's gradient is summed over chunks; so wide that all rows are one."""
 
