@@ -458,8 +458,18 @@ def separate_gelu(engine) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def plain_kernels(engine) -> Iterator[None]:
+    from finetune.gptj import kernels
+
+    with patch.object(kernels, "triton_kernels", lambda x: None):
+        yield
+
+
 ABLATIONS = {
     "LoRA by peft's forward": peft_forward,
+    "rotation, sums and softmax in plain PyTorch": plain_kernels,
+    "attention by the variable-length kernel": partial(attention_kind, "flex"),
     "attention by SDPA": partial(attention_kind, "sdpa"),
     "eager attention": partial(attention_kind, "eager"),
     "whole logits": whole_logits,

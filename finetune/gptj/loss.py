@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.data.columns import IGNORE
+from finetune.gptj.kernels import softmax_gradient_
 from finetune.planning.activations import (
     LOSS_CHUNK,
     SOFTMAX_ROWS,
@@ -25,9 +26,6 @@ from finetune.planning.activations import (
     WEIGHT_ROWS,
     one_chunk,
 )
-
-TINY = 1e-30
-"""A probability whose logarithm is not taken: fp32 loses digits near its end, and then has 0."""
 
 
 class LMHead(nn.Linear):
@@ -112,7 +110,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for i, rows in enumerate(chunks):
             part, logits = hidden[rows], buffer[: len(rows)]
             torch.mm(part, weight.T, out=logits)
-            total += _logits_to_gradient(logits, bias, labels[rows, None], d_bias)
+            total += softmax_gradient_(logits, bias, labels[rows], d_bias)
             if d_hidden is not None:
                 d_hidden[rows] = logits @ weight
             if d_weight is not None:
@@ -139,42 +137,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if d_bias is None else d_bias.mul_(scale).to(bias_dtype),
             None,
         )
-
-
-def _logits_to_gradient(
-    logits: Tensor, bias: Tensor | None, targets: Tensor, d_bias: Tensor | None
-) -> Tensor:
-    """Overwrite logits (C, V) by softmax - onehot(targets (C, 1)); return the sum of the losses.
-
-    A few rows at a time in fp32. The logits come without bias: it is added there, where it costs
-    least.
-    """
-    step = SOFTMAX_ROWS[logits.device.type]
-    scratch = logits.new_empty(min(step, len(logits)), logits.shape[1], dtype=torch.float32)
-    total, ones = scratch.new_zeros(()), scratch.new_ones(len(scratch))
-    fp32_bias = bias.float() if bias is not None else None
-    for part, target in zip(logits.split(step), targets.split(step), strict=True):
-        fp32 = scratch[: len(part)]
-        fp32.copy_(part)
-        if fp32_bias is not None:
-            fp32 += fp32_bias
-        if fp32.is_cuda:
-            torch.log_softmax(fp32, -1, out=fp32)
-            total -= fp32.gather(1, target).sum()
-            fp32.exp_()
-        else:  # half the exponentials: the logarithm is taken of the targets' probabilities alone
-            torch.softmax(fp32, -1, out=fp32)
-            chosen = fp32.gather(1, target)
-            if chosen.min() < TINY:
-                exact = part.float() if fp32_bias is None else part + fp32_bias
-                total += F.cross_entropy(exact, target[:, 0], reduction="sum")
-            else:
-                total -= chosen.log().sum()
-        fp32.scatter_add_(1, target, fp32.new_full(target.shape, -1.0))
-        if d_bias is not None:
-            d_bias.addmv_(fp32.T, ones[: len(part)])
-        part.copy_(fp32)
-    return total
 
 
 def _weight_gradient(grad: Tensor, hidden: Tensor, scale: Tensor) -> Tensor:

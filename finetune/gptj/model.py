@@ -28,6 +28,7 @@ from finetune.gptj.attention import (
     rope_tables,
     rotate,
 )
+from finetune.gptj.kernels import add3
 from finetune.gptj.loss import LMHead
 from finetune.gptj.prompt_tuning import Virtual, prefixed_attention
 from finetune.gptj.recompute import recomputed, run_block
@@ -101,7 +102,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
         normed = self.ln_1(x)
-        return self.attn(normed, context, layer) + self.mlp(normed) + x
+        return add3(self.attn(normed, context, layer), self.mlp(normed), x)
 
 
 class PreTrained(HFPreTrainedModel):

@@ -101,7 +101,7 @@ def test_loss_and_gradients_are_no_worse_than_eager_half_precision(pair, dtype):
 
 
 def test_half_precision_takes_the_variable_length_kernel():
-    assert pick_attention("auto", DEVICE, torch.bfloat16) == "varlen"
+    assert pick_attention("auto", DEVICE, torch.bfloat16) == "cudnn+varlen"
 
 
 def test_changing_a_document_changes_no_other(pair):
