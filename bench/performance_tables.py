@@ -157,7 +157,10 @@ def gpu() -> str:
 def _origin(found: dict) -> str:
     machine = found["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    return f"`{found['command']}`, {machine['date']}, {machine['cpu']}, {machine['cores']} cores, {versions}."
+    processor = f"{machine['cpu']}, {machine['cores']} cores"
+    if "instructions" in machine:  # results before it was recorded lack it
+        processor += f" ({machine['instructions']})"
+    return f"`{found['command']}`, {machine['date']}, {processor}, {versions}."
 
 
 def main() -> None:

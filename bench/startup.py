@@ -20,9 +20,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from peers import Case, peer_spec, rows_of
-from workload import ROOT, Size, dense_documents, launch, machine, make_model
+from workload import ROOT, Size, dense_documents, fast_dtype, launch, machine, make_model
 
-CASES = [Case(f"{ranks} rank{'s' * (ranks > 1)}", 256, ranks) for ranks in (1, 2)]
+CASES = [
+    Case(f"{ranks} rank{'s' * (ranks > 1)}", 256, ranks, dtype=fast_dtype()) for ranks in (1, 2)
+]
 POLL_SECONDS = 0.01
 
 
@@ -60,6 +62,7 @@ def ours(case: Case, model: Path, data: Path, folder: Path) -> float:
     words = [
         "recipe=clm_pile",
         f"model.path={model}",
+        f"model.dtype={case.dtype}",
         f"zero=stage{case.stage}",
         f"task.max_length={case.length}",
         f"train.micro_batch={case.micro}",
