@@ -22,7 +22,12 @@ from hydra.core.global_hydra import GlobalHydra
 
 from finetune.assets.paths import resolve
 from finetune.cli.help import help_text
-from finetune.cli.mistakes import composition_mistake, split_flags, unknown_option, without_hydra
+from finetune.cli.mistakes import (
+    OPTIONS,
+    composition_mistake,
+    split_flags,
+    without_hydra,
+)
 from finetune.cli.schemas import ALIASES, SCHEMAS
 from finetune.compose import (
     CONF,
@@ -52,8 +57,10 @@ from finetune.process import drop_output, reader_has_left, spin_briefly
 from finetune.reporting.redact import redact, redact_text
 
 PRINTS = {
-    *("-h", "--help", "-c", "--cfg", "-i", "--info", "--version", "--hydra-help"),
-    *("-sc", "--shell-completion"),
+    name
+    for long, option in OPTIONS.items()
+    for name in (long, option.short)
+    if option.prints and name
 }
 """Options that print something in place of running."""
 EXIT_PIPE = 128 + signal.SIGPIPE
@@ -93,10 +100,7 @@ def run_program(program: str, argv: list[str]) -> int:
                 print(help_text(program, topics))
             return EXIT_DONE
         spin_briefly()
-        words, flags = split_flags(argv)
-        for word in words:
-            if word.startswith("-"):
-                raise unknown_option(word, program)
+        words, flags = split_flags(argv, program)
         if "--multirun" in flags:
             raise UserError(
                 "a sweep is started by launch/train.py alone, and prints no config",

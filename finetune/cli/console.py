@@ -9,29 +9,28 @@ from pathlib import Path
 
 from finetune.errors import BESIDE, EXIT_DONE, EXIT_USAGE
 
-PROGRAMS = {
-    "train": "train a model; options of the deepspeed launcher may stand first (--num_gpus 2)",
-    "sweep": "train many: every comma, range or search of the settings is a job",
-    "plan": "tell whether a run fits, without GPU or weights",
-    "evaluate": "metrics of a run or an export; the deepspeed launcher's options may stand first",
-    "export": "write an adapter or a whole model of a run, and prove it",
-    "generate": "text, labels or answers from an export",
-    "serve": "an export behind OpenAI's completions interface, on this machine",
-    "convert": "a checkpoint in another form",
-    "report": "a run's page, or a comparison of several",
-    "doctor": "what of this machine is ready",
-}
+PROGRAMS = (
+    *("train", "sweep", "plan", "evaluate", "export", "generate", "serve", "convert", "report"),
+    "doctor",
+)
 OWN_OPTIONS = ("-h", "--help", "-c", "--cfg", "-m", "--multirun", "-i", "--info", "--version", "-p")
 """Options of the programs, which the launcher must not take for its own."""
 
 
 def main() -> int:
-    """Replace this process by the program that was named; an exit code where none was."""
+    """Replace this process by the program that was named; return an exit code if there is none."""
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
+        from finetune.cli.help import USAGE  # half a second that the programs need not spend here
+
+        purposes = {name: usage.purpose for name, usage in USAGE.items()}
+        purposes["sweep"] = (
+            "Train many runs: every comma, range or search of the settings is a job."
+        )
         print("finetune-gptj PROGRAM [key=value ...]\n")
-        print("\n".join(f"  {name:<9} {purpose}" for name, purpose in PROGRAMS.items()))
-        print("\nfinetune-gptj PROGRAM --help lists a program's settings.")
+        print("\n".join(f"  {name:<9} {purposes[name]}" for name in PROGRAMS))
+        print("\nDeepSpeed's own options stand first: finetune-gptj train --num_gpus 2 ...")
+        print("finetune-gptj PROGRAM --help lists a program's settings.")
         return EXIT_DONE if words else EXIT_USAGE
     if words[0] not in PROGRAMS:
         print(
@@ -41,11 +40,11 @@ def main() -> int:
         return EXIT_USAGE
     command = command_of(words[0], words[1:])
     os.execv(command[0], command)
-    return EXIT_USAGE  # never: the process is another by now
+    return EXIT_USAGE  # not reached: execv does not return
 
 
 def command_of(program: str, words: list[str]) -> list[str]:
-    """The command of a checkout that a program and its words stand for."""
+    """Return the command of a checkout that is equivalent to a program and its words."""
     script = str(BESIDE / "launch" / f"{'train' if program == 'sweep' else program}.py")
     options, settings = split_launcher(words)
     if program == "sweep":
@@ -59,14 +58,10 @@ def command_of(program: str, words: list[str]) -> list[str]:
 
 
 def split_launcher(words: list[str]) -> tuple[list[str], list[str]]:
-    """The launcher's options that stand before the first setting, with their values; and the rest."""
-    options: list[str] = []
-    rest = list(words)
+    """Split off the launcher's options, which stand before the first setting, with their values."""
+    options, rest = list[str](), list(words)
     while rest and rest[0].startswith("-") and rest[0] not in OWN_OPTIONS:
         options.append(rest.pop(0))
-        value = (
-            rest and "=" not in options[-1] and not rest[0].startswith("-") and "=" not in rest[0]
-        )
-        if value:
+        if "=" not in options[-1] and rest and not rest[0].startswith("-") and "=" not in rest[0]:
             options.append(rest.pop(0))
     return options, rest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from finetune.assets.paths import resolve
 from finetune.check import room_problems
 from finetune.cli.schemas import EvaluateConfig
 from finetune.compose import Composed, recipe_config
-from finetune.config import DataConfig
+from finetune.config import DataConfig, TaskConfig
 from finetune.data.cache import build_store
 from finetune.data.columns import open_store
 from finetune.data.sources import data_notes, file_options
@@ -34,7 +34,7 @@ from finetune.export.reopen import (
     typed_task,
     virtual_tokens_of,
 )
-from finetune.files import dumps, read_json, write_json
+from finetune.files import dumps, read_object, write_atomic, write_json
 from finetune.gptj.load import local_folder, tokenizer_of
 from finetune.inference.lm_eval import check_suite, run_suite
 from finetune.planning.shape import load_shape
@@ -48,6 +48,23 @@ TOO_LARGE = (
     "Leave such rows out, or give the model the rows: model.resize_token_embeddings(len(tokenizer)) in transformers, "
     "and train them."
 )
+
+
+@dataclass
+class Subject:
+    """The model to evaluate and its task, before its weights are loaded."""
+
+    folder: Path
+    about: dict[str, Any]
+    """As `Task.describe`."""
+    settings: TaskConfig
+    data: DataConfig
+    model: Path
+    """Folder with the config.json of the model, of an adapter that of its base."""
+    tokenizer: str
+    virtual_tokens: int
+    """Positions that a prompt or prefix adapter takes."""
+    load: Callable[[], Trained]
 
 
 def run(composed: Composed) -> int:
@@ -74,27 +91,96 @@ def run(composed: Composed) -> int:
             "what a head was trained for cannot change", "task.problem", "Leave it out."
         )
     if cfg.batch < 1:
-        raise UserError(f"batch = {cfg.batch} evaluates nothing", "batch", "Try batch=8.")
+        raise UserError(f"batch = {cfg.batch} must be at least 1", "batch", "Try batch=8.")
     world = dist.connect()
     try:
-        return _run(cfg, typed_keys, world)
+        silence_libraries(cfg.verbose, world.rank)
+        build = subject_of_run if cfg.run else subject_of_export
+        subject = build(cfg, typed_keys, world)
+        target = Path(cfg.out).expanduser() if cfg.out else subject.folder
+        evaluate = evaluate_suite if cfg.suite == "lm_eval" else evaluate_task
+        evaluate(cfg, subject, target, world)
     finally:
         dist.disconnect()
+    return EXIT_DONE
 
 
-def _run(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> int:
-    silence_libraries(cfg.verbose, world.rank)
-    subject = _subject(cfg, typed_keys, world)
-    folder, settings, data = subject.folder, subject.settings, subject.data
-    if cfg.suite == "lm_eval":
-        _lm_eval(cfg, folder, subject.load(), world)
-        return EXIT_DONE
+def subject_of_run(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> Subject:
+    """Build the subject from a run, with its own task and data where none were typed."""
+    folder, checkpoint = checkpoint_of(Path(str(cfg.run)).expanduser().absolute())
+    config = load_config(folder)
+    check_base(config, checkpoint)  # fail before tokenising data for a wrong base model
+    if cfg.base:
+        raise UserError("a run knows its base model", "base", "Leave base out.")
+    if cfg.dtype:
+        config.model.dtype = cfg.dtype
+    about, head = about_of_run(folder), config.task.head
 
+    def load() -> Trained:
+        module = load_run(config, checkpoint, head, about.get("num_labels"), world.device)
+        if not cfg.dtype:
+            module = readable(module, config.model.dtype, world.device)
+        return Trained(module, head, config.model.dtype.value, config.model.path, about, {})
+
+    # The export's tokenizer has the chat template; before there is one, that of the training.
+    export = folder / "export"
+    exported = (export / "tokenizer.json").is_file()
+    return Subject(
+        folder,
+        about,
+        retyped(config.task, cfg.task, "task", typed_keys),
+        cfg.data if "data" in typed_keys else retyped(config.data, cfg.data, "data", typed_keys),
+        local_folder(config.model),
+        str(export) if exported else tokenizer_of(config.model),
+        getattr(config.adapter, "virtual_tokens", 0),
+        load,
+    )
+
+
+def subject_of_export(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> Subject:
+    """Build the subject from an export or another GPT-J, with its own task unless one was typed."""
+    folder = Path(resolve(str(cfg.export_dir))).expanduser().absolute()
+    if not folder.is_dir():
+        raise UserError(f"there is no directory {folder}", "model", "Pass model=RUN_DIR/export.")
+    about = read_about(folder, cfg.base)
+    settings = typed_task(about["settings"])
+    if type(settings) is not type(cfg.task):
+        # Another task was typed: keep what it shares with the trained one.
+        settings = replace(cfg.task, max_length=settings.max_length)
+    if settings.head != about["head"]:
+        raise UserError(
+            f"this export has the head '{about['head']}', the task needs '{settings.head}'",
+            "task",
+            "Leave task out: an export knows its own.",
+        )
+    if note := foreign_note(about):
+        print(note)
+    return Subject(
+        folder,
+        about["task"],
+        retyped(settings, cfg.task, "task", typed_keys),
+        cfg.data,
+        model_folder(folder, about),
+        str(folder),
+        virtual_tokens_of(folder),
+        lambda: load_export(folder, cfg.dtype, world.device, cfg.base),
+    )
+
+
+def retyped(section: Any, typed: Any, group: str, typed_keys: Iterable[str]) -> Any:
+    """Return a section of a trained model's settings, with the keys that were typed replaced."""
+    names = {key.removeprefix(f"{group}.") for key in typed_keys if key.startswith(f"{group}.")}
+    return replace(section, **{n: getattr(typed, n) for n in names if hasattr(section, n)})
+
+
+def evaluate_task(cfg: EvaluateConfig, subject: Subject, target: Path, world: World) -> None:
+    """Evaluate with the metrics of the model's own task."""
     # Report every problem of the arguments and the data before the weights are loaded.
+    settings, data = subject.settings, subject.data
     shape = load_shape(str(subject.model))
     for problem in room_problems(settings.max_length, subject.virtual_tokens, shape.n_positions):
         raise problem
-    tokenizer = load_tokenizer(_tokenizer(cfg, folder))
+    tokenizer = load_tokenizer(subject.tokenizer)
     task = build_task(settings, tokenizer, cfg.packing)
     task.prepare(None, subject.about)
     if not data.eval:
@@ -122,22 +208,35 @@ def _run(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> int:
     if world.device.type == "cpu":
         process.keep_freed_memory()
     metrics, predictions = evaluate_with(trained.module, task, store, world, cfg.batch)
-    if store.stats["bad_rows"]:
-        metrics |= {
-            "bad_rows": store.stats["bad_rows"],
-            "bad_row_messages": store.stats["bad_row_messages"],
-        }
-    if notes := world.on_main(lambda: data_notes(data)["eval"]):
-        metrics |= {"data_notes": notes}
-    if world.main:
-        for note in notes:
-            print(f"eval data: {note}")
-        _report(metrics, predictions, Path(cfg.out).expanduser() if cfg.out else folder, spec)
-    return EXIT_DONE
+    for name in ("bad_rows", "bad_row_messages") if store.stats["bad_rows"] else ():
+        metrics[name] = store.stats[name]
+    notes = world.on_main(lambda: data_notes(data)["eval"])
+    if notes:
+        metrics["data_notes"] = notes
+    if not world.main:
+        return
+
+    for note in notes:
+        print(f"eval data: {note}")
+    shown = redact_text(spec, "data.eval")
+    suite = {k: v for k, v in read_object(target / "eval.json").items() if k == "lm_eval"}
+    write_json(target / "eval.json", {"data": shown, **metrics, **suite})
+    if predictions is not None:
+        rows = "".join(dumps(row) + "\n" for row in predictions)
+        write_atomic(target / "predictions.jsonl", rows)
+    plain = {k: v for k, v in metrics.items() if not isinstance(v, (dict, list))}
+    groups = [metrics.get(group) or {} for group in ("subsets", "per_class")]
+    print_metrics(
+        f"evaluation of {shown}",
+        [(name, figure(value)) for name, value in plain.items()]
+        + [(f"  {name}", figures(row)) for group in groups for name, row in group.items()],
+        target,
+    )
 
 
-def _lm_eval(cfg: EvaluateConfig, folder: Path, trained: Trained, world: World) -> None:
-    """Write lm-eval's metrics to eval.json, beside those of the model's own task."""
+def evaluate_suite(cfg: EvaluateConfig, subject: Subject, target: Path, world: World) -> None:
+    """Evaluate with lm-eval; its metrics stand in eval.json beside those of the model's own task."""
+    trained = subject.load()
     if trained.head != "lm":
         raise UserError(
             f"lm-eval asks language models; this one has the head '{trained.head}'",
@@ -146,9 +245,9 @@ def _lm_eval(cfg: EvaluateConfig, folder: Path, trained: Trained, world: World) 
         )
     if world.size > 1:
         raise UserError("suite=lm_eval runs in one process", "suite", "Start it with plain python.")
-    found = run_suite(
+    results = run_suite(
         trained.module,
-        load_tokenizer(_tokenizer(cfg, folder)),
+        load_tokenizer(subject.tokenizer),
         list(cfg.tasks),
         cfg.task_dir,
         fewshot=cfg.fewshot,
@@ -157,165 +256,22 @@ def _lm_eval(cfg: EvaluateConfig, folder: Path, trained: Trained, world: World) 
         seed=cfg.seed,
         chat=cfg.chat,
     )
-    target = Path(cfg.out).expanduser() if cfg.out else folder
-    target.mkdir(parents=True, exist_ok=True)
-    before = _before(target)
-    kept = before.get("lm_eval") or {}
-    merged = {part: (kept.get(part) or {}) | found[part] for part in ("tasks", "settings")}
+    # The results of earlier calls, on other tasks, are kept.
+    before = read_object(target / "eval.json")
+    suite = before.get("lm_eval") or {}
+    merged = {part: (suite.get(part) or {}) | results[part] for part in ("tasks", "settings")}
     write_json(target / "eval.json", {**before, "lm_eval": merged})
-    summary_table(
-        "lm-eval",
-        [
-            (task, ", ".join(f"{k} {figure(v)}" for k, v in row.items()))
-            for task, row in found["tasks"].items()
-        ],
-    )
-    _tell(target)
+    rows = [(task, figures(metrics)) for task, metrics in results["tasks"].items()]
+    print_metrics("lm-eval", rows, target)
 
 
-def _before(folder: Path) -> dict[str, Any]:
-    """Return the present contents of eval.json."""
-    try:
-        return read_json(folder / "eval.json")
-    except (OSError, ValueError):
-        return {}
+def figures(metrics: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {figure(value)}" for name, value in metrics.items())
 
 
-@dataclass
-class Subject:
-    """The model to evaluate and its task, before its weights are loaded."""
-
-    folder: Path
-    about: dict[str, Any]
-    """As `Task.describe`."""
-    settings: Any
-    """The task's section."""
-    data: DataConfig
-    model: Path
-    """Folder with the config.json of the model, of an adapter that of its base."""
-    virtual_tokens: int
-    """Positions that a prompt or prefix adapter takes."""
-    load: Callable[[], Trained]
-
-
-def _subject(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> Subject:
-    """Build the subject from the run or export that was named and the other words typed."""
-    if cfg.run:
-        folder, checkpoint = checkpoint_of(Path(cfg.run).expanduser().absolute())
-        config = load_config(folder)
-        check_base(config, checkpoint)  # fail before tokenising data for a wrong base model
-        settings, data = config.task, config.data
-        about, head = about_of_run(folder), settings.head
-        if cfg.base:
-            raise UserError("a run knows its base model", "base", "Leave base out.")
-        if cfg.dtype:
-            config.model.dtype = cfg.dtype
-        if "data" in typed_keys:
-            data = cfg.data
-        else:
-            _override(data, cfg.data, typed_keys)
-
-        def load() -> Trained:
-            module = load_run(config, checkpoint, head, about.get("num_labels"), world.device)
-            if not cfg.dtype:
-                module = readable(module, config.model.dtype, world.device)
-            return Trained(module, head, config.model.dtype.value, config.model.path, about, {})
-
-        return Subject(
-            folder,
-            about,
-            _override_task(settings, cfg.task, typed_keys),
-            data,
-            local_folder(config.model),
-            getattr(config.adapter, "virtual_tokens", 0),
-            load,
-        )
-    assert cfg.export_dir
-    folder = Path(resolve(cfg.export_dir)).expanduser().absolute()
-    if not folder.is_dir():
-        raise UserError(f"there is no directory {folder}", "model", "Pass model=RUN_DIR/export.")
-    about = read_about(folder, cfg.base)
-    settings = typed_task(about["settings"])
-    if type(settings) is not type(
-        cfg.task
-    ):  # another task was typed: keep what it shares with the trained one
-        settings = replace(cfg.task, max_length=settings.max_length)
-    if settings.head != about["head"]:
-        raise UserError(
-            f"this export has the head '{about['head']}', the task needs '{settings.head}'",
-            "task",
-            "Leave task out: an export knows its own.",
-        )
-    if note := foreign_note(about):
-        print(note)
-    model, virtual_tokens = model_folder(folder, about), virtual_tokens_of(folder)
-    return Subject(
-        folder,
-        about["task"],
-        _override_task(settings, cfg.task, typed_keys),
-        cfg.data,
-        model,
-        virtual_tokens,
-        lambda: load_export(folder, cfg.dtype, world.device, cfg.base),
-    )
-
-
-def _override(data: DataConfig, given: DataConfig, typed_keys: set[str]) -> None:
-    for key in typed_keys:
-        if key.startswith("data."):
-            setattr(data, key.removeprefix("data."), getattr(given, key.removeprefix("data.")))
-
-
-def _override_task(settings: Any, given: Any, typed_keys: set[str]) -> Any:
-    for key in typed_keys:
-        name = key.removeprefix("task.")
-        if key.startswith("task.") and hasattr(settings, name):
-            setattr(settings, name, getattr(given, name))
-    return settings
-
-
-def _tokenizer(cfg: EvaluateConfig, folder: Path) -> str | None:
-    """Return the tokenizer to load: that of the export, also for a run that has one.
-
-    An export's tokenizer has the chat template. Before a run has an export, return the tokenizer
-    that it trains with.
-    """
-    if not cfg.run:
-        return str(folder)
-    export = folder / "export"
-    return (
-        str(export)
-        if (export / "tokenizer.json").is_file()
-        else tokenizer_of(load_config(folder).model)
-    )
-
-
-def _report(
-    metrics: dict[str, Any], predictions: list[dict] | None, folder: Path, spec: str
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    spec = redact_text(spec, "data.eval")
-    kept = {"lm_eval": before["lm_eval"]} if "lm_eval" in (before := _before(folder)) else {}
-    write_json(folder / "eval.json", {"data": spec, **metrics, **kept})
-    if predictions is not None:
-        with (folder / "predictions.jsonl").open("w", encoding="utf-8") as f:
-            f.writelines(dumps(row) + "\n" for row in predictions)
-    rows = [
-        (key, figure(value))
-        for key, value in metrics.items()
-        if not isinstance(value, (dict, list))
-    ]
-    for group in ("subsets", "per_class"):
-        rows += [
-            (f"  {name}", ", ".join(f"{k} {figure(v)}" for k, v in values.items()))
-            for name, values in (metrics.get(group) or {}).items()
-        ]
-    summary_table(f"evaluation of {spec}", rows)
-    _tell(folder)
-
-
-def _tell(folder: Path) -> None:
-    """Print where the metrics are, and update a run's report page."""
-    print(f"written to {folder / 'eval.json'}")
-    if (folder / "metrics.jsonl").is_file():
-        build_report(folder, picture=False, recipe_of=recipe_config)
+def print_metrics(title: str, rows: list[tuple[str, str]], target: Path) -> None:
+    """Print a table and where its figures are, and update a run's report page."""
+    summary_table(title, rows)
+    print(f"written to {target / 'eval.json'}")
+    if (target / "metrics.jsonl").is_file():
+        build_report(target, picture=False, recipe_of=recipe_config)

@@ -13,9 +13,11 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from finetune.cli.schemas import GenerateConfig
 from finetune.compose import Composed
@@ -52,7 +54,7 @@ def run(composed: Composed) -> int:
     """Answer every prompt."""
     cfg: GenerateConfig = composed.config
     silence_libraries(cfg.verbose, 0)
-    _check(cfg)
+    check_settings(cfg)
     asked = list(read_prompts(cfg))
     assert cfg.export_dir
     speaker = load_speaker(
@@ -60,36 +62,52 @@ def run(composed: Composed) -> int:
         cfg.dtype,
         cfg.engine,
         cfg.base,
-        lambda unloaded, head: _check_ids(unloaded, head, asked, cfg),
+        lambda unloaded, head: check_tokens(unloaded, head, asked, cfg),
     )
-    _check_questions(cfg, speaker, asked)
-    if (
-        speaker.trained.head == "lm"
-        and len(asked) == 1
-        and cfg.beams == 1
-        and not cfg.out
-        and not cfg.prompts
-    ):
-        _stream(cfg, speaker, asked[0])
+    check_rows(cfg, speaker, asked)
+
+    # A single prompt streams to the terminal.
+    alone = len(asked) == 1 and not cfg.prompts and not cfg.out
+    if alone and speaker.trained.head == "lm" and cfg.beams == 1:
+        streamer = Streamer(speaker.tokenizer, stops(cfg), partial(print, end="", flush=True))
+        speaker.continue_ids([_ids(asked[0], speaker, cfg)], _sampling(cfg), streamer)
+        print(flush=True)
         return EXIT_DONE
-    out = _open(cfg.out)
-    try:
-        for i, row in enumerate(_answers(cfg, speaker, asked)):
-            _write(out, row, i, cfg)
-    finally:
-        if out:
-            out.close()
+
+    out = nullcontext(sys.stdout)
+    if cfg.out:
+        file = Path(cfg.out).expanduser()
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            out = file.open("w", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"cannot be written: {error.strerror}", cfg.out, "Check out=FILE."
+            ) from None
+    as_json = partial(json.dumps, ensure_ascii=False)
+    with out as target:
+        for index, answer in enumerate(answers(cfg, speaker, asked)):
+            if cfg.out:
+                line = as_json(answer)
+            elif cfg.prompts:
+                line = as_json({"index": index, **answer})
+            elif "text" in answer:
+                line = answer["text"]
+            else:  # the words that were typed are not repeated
+                line = as_json({k: v for k, v in answer.items() if k not in ("prompt", "question")})
+            print(line, file=target, flush=True)
     return EXIT_DONE
 
 
-def _check(cfg: GenerateConfig) -> None:
+def check_settings(cfg: GenerateConfig) -> None:
+    """Raise UserError for settings that are wrong whatever the model and the prompts are."""
     if not cfg.export_dir:
         raise UserError(
             "no model is given", "model", "Pass model=RUN_DIR/export, or model=asset:gptj_tiny."
         )
     if cfg.max_new_tokens < 1:
         raise UserError(
-            f"max_new_tokens = {cfg.max_new_tokens} generates nothing",
+            f"max_new_tokens = {cfg.max_new_tokens} must be at least 1",
             remedy="Try max_new_tokens=100.",
         )
     if not 0 <= cfg.temperature < math.inf or not 0 < cfg.top_p <= 1 or cfg.top_k < 0:
@@ -99,6 +117,10 @@ def _check(cfg: GenerateConfig) -> None:
         )
     if cfg.batch < 1 or cfg.beams < 1:
         raise UserError("batch and beams must be at least 1", remedy="Try batch=8 beams=1.")
+    if (cfg.question is None) != (cfg.context is None):
+        raise UserError(
+            "question and context go together", remedy="Pass question='...' context='...'."
+        )
     for stop in stops(cfg):
         if escape := re.search(r"\\[nt]", stop):
             print(
@@ -106,10 +128,6 @@ def _check(cfg: GenerateConfig) -> None:
                 """stop='["\\n"]'""",
                 file=sys.stderr,
             )
-    if (cfg.question is None) != (cfg.context is None):
-        raise UserError(
-            "question and context go together", remedy="Pass question='...' context='...'."
-        )
 
 
 def read_prompts(cfg: GenerateConfig) -> Iterator[Asked]:
@@ -120,9 +138,11 @@ def read_prompts(cfg: GenerateConfig) -> Iterator[Asked]:
     """
     if cfg.prompt is not None:
         yield Asked("prompt", {"prompt": cfg.prompt})
-    elif cfg.question is not None:
+        return
+    if cfg.question is not None:
         yield Asked("question", {"question": cfg.question, "context": cfg.context})
-    elif cfg.prompts is None:
+        return
+    if cfg.prompts is None:
         text = sys.stdin.read().rstrip("\n")
         if not text:
             raise UserError(
@@ -131,23 +151,22 @@ def read_prompts(cfg: GenerateConfig) -> Iterator[Asked]:
                 "Pass prompt='...' or prompts=FILE, or pipe text in.",
             )
         yield Asked("standard input", {"prompt": text})
-    elif not Path(cfg.prompts).expanduser().is_file():
-        raise UserError("there is no such file", str(cfg.prompts), "Check prompts=FILE.")
-    elif any(ending in Path(cfg.prompts).name for ending in TABLES):
-        for row in read(str(Path(cfg.prompts).expanduser()), "train"):
+        return
+
+    file = Path(cfg.prompts).expanduser()
+    if not file.is_file():
+        raise UserError("there is no such file", cfg.prompts, "Check prompts=FILE.")
+    if any(ending in file.name for ending in TABLES):
+        for row in read(str(file), "train"):
             if isinstance(row, UserError):
                 raise row
             yield Asked(*row)
-    else:
-        yield from _lines(Path(cfg.prompts).expanduser())
-
-
-def _lines(file: Path) -> Iterator[Asked]:
+        return
     refuse_pointer(file)
-    found = [line for line in lines(file) if line.data.strip()]
-    if not found:
+    prompts = [line for line in lines(file) if line.data.strip()]
+    if not prompts:
         raise UserError("the file holds no prompt", str(file), "Write a prompt on each line.")
-    for line in found:
+    for line in prompts:
         where = f"{file}:{line.number}"
         try:
             yield Asked(where, {"prompt": line.data.decode("utf-8").rstrip("\r")})
@@ -155,7 +174,7 @@ def _lines(file: Path) -> Iterator[Asked]:
             raise invalid_utf8(file, where, error) from None
 
 
-def _check_ids(speaker: Speaker, head: str, asked: list[Asked], cfg: GenerateConfig) -> None:
+def check_tokens(speaker: Speaker, head: str, asked: list[Asked], cfg: GenerateConfig) -> None:
     """Check that the model has an embedding row for every token; `speaker` need not be loaded.
 
     Raises:
@@ -181,7 +200,7 @@ def _check_ids(speaker: Speaker, head: str, asked: list[Asked], cfg: GenerateCon
             )
 
 
-def _check_questions(cfg: GenerateConfig, speaker: Speaker, asked: list[Asked]) -> None:
+def check_rows(cfg: GenerateConfig, speaker: Speaker, asked: list[Asked]) -> None:
     """Check that every row has the fields that this head needs, and fits.
 
     Raises:
@@ -251,7 +270,7 @@ def _questions(row: Asked) -> list[Question]:
     Raises:
         UserError: question or context is absent, blank, or not a string.
     """
-    found: list[Question] = []
+    asked: list[Question] = []
     for item in questions(without_answers(row.record), row.where):
         if isinstance(item, UserError):
             raise UserError(
@@ -259,22 +278,26 @@ def _questions(row: Asked) -> list[Question]:
                 item.where,
                 "Pass question='...' context='...', or rows with these fields, prompts=FILE.jsonl.",
             )
-        found.append(item)
-    return found
+        asked.append(item)
+    return asked
 
 
 def _ids(row: Asked, speaker: Speaker, cfg: GenerateConfig) -> list[int]:
-    """Return the ids of the row's text, or of its conversation in the export's template.
+    """Return the ids of the row's prompt, in the export's template if that was asked for.
 
     Raises:
-        UserError: the row has neither.
+        UserError: the row has neither a text nor a conversation.
     """
     prompt = _prompt(row, speaker)
     return speaker.ids(prompt, cfg.chat or isinstance(prompt, list))
 
 
 def _prompt(row: Asked, speaker: Speaker) -> Any:
-    """Return the row's prompt, or its conversation."""
+    """Return the text or the conversation of a row, as rows were read in training.
+
+    Raises:
+        UserError: the row has neither.
+    """
     where = row.where
     if speaker.chats:
         try:
@@ -316,17 +339,8 @@ def stops(cfg: GenerateConfig) -> list[str]:
     return [stop for stop in cfg.stop or [] if stop]
 
 
-def _stream(cfg: GenerateConfig, speaker: Speaker, row: Asked) -> None:
-    def emit(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    ids = _ids(row, speaker, cfg)
-    speaker.continue_ids([ids], _sampling(cfg), Streamer(speaker.tokenizer, stops(cfg), emit))
-    emit("\n")
-
-
-def _answers(cfg: GenerateConfig, speaker: Speaker, asked: list[Asked]) -> Iterator[Row]:
+def answers(cfg: GenerateConfig, speaker: Speaker, asked: list[Asked]) -> Iterator[Row]:
+    """Yield one answer for each prompt, text or question, with the words that it answers."""
     head, module, device = speaker.trained.head, speaker.trained.module, speaker.device
     if head == "classify":
         for row in asked:
@@ -334,42 +348,14 @@ def _answers(cfg: GenerateConfig, speaker: Speaker, asked: list[Asked]) -> Itera
             yield {"prompt": texts[0], **classify_text(module, speaker.task, texts, device)}
     elif head == "qa":
         items = [(row, item) for row in asked for item in _questions(row)]
-        answers = answer_questions(module, speaker.task, [item for _, item in items], device)
-        for (row, item), answer in zip(items, answers, strict=True):
+        spans = answer_questions(module, speaker.task, [item for _, item in items], device)
+        for (row, item), span in zip(items, spans, strict=True):
             name = {"id": item.id} if "id" in row.record or "paragraphs" in row.record else {}
-            yield {**name, "question": item.question, **answer}
+            yield {**name, "question": item.question, **span}
     else:
         for start in range(0, len(asked), cfg.batch):
             rows = asked[start : start + cfg.batch]
-            ids = speaker.continue_ids([_ids(row, speaker, cfg) for row in rows], _sampling(cfg))
-            for row, found in zip(rows, ids, strict=True):
-                yield {
-                    "prompt": _prompt(row, speaker),
-                    "text": finished_text(speaker.tokenizer, found, stops(cfg)),
-                }
-
-
-def _open(out: str | None) -> TextIO | None:
-    if not out:
-        return None
-    try:
-        Path(out).expanduser().parent.mkdir(parents=True, exist_ok=True)
-        return Path(out).expanduser().open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror}", out, "Check out=FILE.") from None
-
-
-def _write(out: TextIO | None, row: Row, index: int, cfg: GenerateConfig) -> None:
-    if out is not None:
-        out.write(json.dumps(row, ensure_ascii=False) + "\n")
-    elif cfg.prompts is None and "text" in row:
-        print(row["text"])
-    elif cfg.prompts is None:
-        print(
-            json.dumps(
-                {k: v for k, v in row.items() if k not in ("prompt", "question")},
-                ensure_ascii=False,
-            )
-        )
-    else:
-        print(json.dumps({"index": index, **row}, ensure_ascii=False), flush=True)
+            prompts = [_ids(row, speaker, cfg) for row in rows]
+            for row, ids in zip(rows, speaker.continue_ids(prompts, _sampling(cfg)), strict=True):
+                text = finished_text(speaker.tokenizer, ids, stops(cfg))
+                yield {"prompt": _prompt(row, speaker), "text": text}

@@ -159,14 +159,13 @@ def help_text(program: str, topics: list[str] | None = None) -> str:
     usage, node = USAGE[program], SCHEMAS[program]
     parts = [f"{usage.purpose}\n\nUsage: {usage.command}"]
     if node is Config:
-        recipes = {path.stem: first_comment(path) for path in sorted(RECIPES.glob("*.yaml"))}
         groups = {
-            f"{group + '=':<10} {purpose:<24}": ", ".join(options)
+            f"{group + '=':<10} {purpose:<24}": ", ".join(option_files(group))
             for group, purpose in GROUPS.items()
-            if (options := sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+            if group != "recipe"
         }
         parts += [
-            table("Recipes (recipe=...):", recipes),
+            table("Recipes (recipe=...):", option_lines("recipe")),
             table("Groups (group=option):", groups),
             table("Keys used most:", {key: str(key_help(key, node)) for key in TOP}),
         ]
@@ -198,26 +197,34 @@ def topic_text(program: str, topic: str) -> str:
     """
     node = SCHEMAS[program]
     if node is Config and topic in GROUPS:
-        folder = RECIPES if topic == "recipe" else CONF / topic
-        options = {path.stem: first_comment(path) for path in sorted(folder.glob("*.yaml"))}
         keys: dict[str, dict[str, str]] = {}
         for key, owner, item in schema_keys(node):
             if key.startswith(f"{topic}."):
                 kind = owner.__name__.removesuffix("Config").lower()
                 keys.setdefault(kind, {})[key] = documented(owner, item)
         sections = [table(f"Keys of {kind}:", rows) for kind, rows in keys.items()]
-        return "\n\n".join([table(f"{topic}=: {GROUPS[topic]}", options), *sections])
-    recipe = RECIPES / f"{topic}.yaml"
-    if recipe.is_file():
+        title = f"{topic}=: {GROUPS[topic]}"
+        return "\n\n".join([table(title, option_lines(topic)), *sections])
+    if recipe := option_files("recipe").get(topic):
         return recipe.read_text(encoding="utf-8").rstrip()
     if doc := key_help("export_dir" if topic == "model" else topic, node):
         return table(f"{topic}:", {topic: doc})
-    names = [*GROUPS, *(path.stem for path in RECIPES.glob("*.yaml")), *TOP]
+    names = [*GROUPS, *option_files("recipe"), *TOP]
     near = difflib.get_close_matches(topic, names, 1, 0.5)
     raise UserError(
         f"there is no help on '{topic}'",
         remedy=f"Did you mean --help {near[0]}?" if near else f"Groups: {', '.join(GROUPS)}.",
     )
+
+
+def option_files(group: str) -> dict[str, Path]:
+    """Map the options of a group, or the recipes, to their files; {} if there is no such group."""
+    folder = RECIPES if group == "recipe" else CONF / group
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def option_lines(group: str) -> dict[str, str]:
+    return {name: first_comment(path) for name, path in option_files(group).items()}
 
 
 def first_comment(path: Path) -> str:

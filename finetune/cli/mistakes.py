@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune.cli.help import key_help
+from finetune.cli.help import GROUPS, key_help, option_files
 from finetune.cli.schemas import SCHEMAS
-from finetune.compose import CONF, RECIPES, CompositionError, option_kind
+from finetune.compose import CompositionError, option_kind
 from finetune.config import KINDS, all_keys
 from finetune.errors import UserError, command, hydra_quoted, setting
 
@@ -26,7 +26,7 @@ def composition_mistake(error: CompositionError) -> UserError:
     if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
         group, _, option = str(cause.missing_cfg_file).rpartition("/")
         options = [name for name in (cause.options or []) if not name.endswith("schema")]
-        options = options or [path.stem for path in (CONF / group).glob("*.yaml")]
+        options = options or list(option_files(group))
         near = difflib.get_close_matches(option, options, 1, 0.5)
         meant = f"Did you mean {group}={near[0]}?  " if near else ""
         return UserError(
@@ -58,7 +58,7 @@ def composition_mistake(error: CompositionError) -> UserError:
             return unknown_key(key, program)
         if "=" not in word:
             for group in group_names(program):
-                if ((RECIPES if group == "recipe" else CONF / group) / f"{word}.yaml").is_file():
+                if word in option_files(group):
                     return UserError("a setting needs a key", word, f"Write {group}={word}.")
             key = [*nearest_keys(word, program), "key"][0]
             return UserError("a setting needs a value", word, f"Write {key}=VALUE; see --help.")
@@ -107,8 +107,7 @@ def unknown_key(key: str, program: str, text: str = "there is no such key") -> U
         for kind, node in KINDS.get(group, {}).items()
         if rest in {item.name for item in fields(node)}
     ]
-    options = [path.stem for path in sorted((CONF / group).glob("*.yaml"))]
-    having = [option for option in options if option_kind(group, option) in kinds]
+    having = [option for option in option_files(group) if option_kind(group, option) in kinds]
     if having:
         named = [f"{group}={option}" for option in sorted(having, key=lambda o: o not in kinds)]
         have = "has" if len(named) == 1 else "have"
@@ -141,9 +140,7 @@ def nearest_keys(key: str, program: str) -> list[str]:
 
 def group_names(program: str) -> list[str]:
     """Return the names of a program's config groups: recipe, adapter, ..."""
-    if program not in ("train", "plan"):
-        return []
-    return ["recipe", *sorted(path.name for path in CONF.iterdir() if path.is_dir())]
+    return list(GROUPS) if program in ("train", "plan") else []
 
 
 # Names of other programs for our keys, so that a user who types one gets a hint instead of "no such
@@ -317,86 +314,121 @@ ABSENT = {
 }
 """Their settings that have no counterpart here -> what to do instead."""
 
-HYDRA_FLAGS = {
-    "--config-name": "Recipes take the place of primary configs: recipe=NAME; see --help for their names.",
-    "--config-path": "Add a folder of your own configs with --config-dir DIR.",
-    "--experimental-rerun": "Run the same command again: it continues from the newest checkpoint of its run_dir.",
+
+@dataclass(frozen=True)
+class Option:
+    """An option of Hydra's, or `--help`."""
+
+    short: str = ""
+    valued: bool = False
+    prints: bool = False
+    """Prints something in place of running."""
+    instead: str = ""
+    """Remedy for an option that has no effect here; empty for one that works."""
+
+
+OPTIONS = {
+    "--help": Option("-h", prints=True),
+    "--cfg": Option("-c", valued=True, prints=True),
+    "--package": Option("-p", valued=True),
+    "--info": Option("-i", valued=True, prints=True),
+    "--version": Option(prints=True),
+    "--hydra-help": Option(prints=True),
+    "--shell-completion": Option("-sc", prints=True),
+    "--resolve": Option(),
+    "--run": Option("-r"),
+    "--multirun": Option("-m"),
+    "--config-dir": Option("-cd", valued=True),
+    "--config-name": Option(
+        "-cn",
+        valued=True,
+        instead="Recipes take the place of primary configs: recipe=NAME; see --help for their names.",
+    ),
+    "--config-path": Option(
+        "-cp",
+        valued=True,
+        instead="Add a folder of your own configs with --config-dir DIR.",
+    ),
+    "--experimental-rerun": Option(
+        valued=True,
+        instead="Run the same command again: it continues from the newest checkpoint of its run_dir.",
+    ),
 }
-"""Hydra's options that have no effect here -> what to do instead."""
-HYDRA_SHORT = {
-    "-c": "--cfg",
-    "-p": "--package",
-    "-cd": "--config-dir",
-    "-cn": "--config-name",
-    "-cp": "--config-path",
-    "-i": "--info",
-    "-m": "--multirun",
-    "-r": "--run",
-    "-sc": "--shell-completion",
-}
-HYDRA_VALUED = (
-    "--cfg",
-    "--package",
-    "--config-dir",
-    "--config-name",
-    "--config-path",
-    "--info",
-    "--experimental-rerun",
-)
-HYDRA_SIMPLE = (
-    "--multirun",
-    "--run",
-    "--resolve",
-    "--version",
-    "--hydra-help",
-    "--shell-completion",
-)
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+"""Values of --info, which may also stand alone."""
 
 HYDRA_SETTINGS = {
-    "hydra/launcher": "Jobs of a sweep are started by DeepSpeed's launcher: sweep.parallel=K runs K at once, and "
-    "sweep.launcher='...' gives its options.",
-    "hydra.launcher": "Jobs of a sweep are started by DeepSpeed's launcher: sweep.parallel=K runs K at once, and "
-    "sweep.launcher='...' gives its options.",
-    "hydra/sweeper": "Write sweep=grid, sweep=random or sweep=optuna.",
-    "hydra.sweeper": "Write sweep=grid, sweep=random or sweep=optuna; their settings are sweep.trials, sweep.metric, "
-    "sweep.direction and sweep.space (--help sweep).",
-    "hydra.sweep.subdir": "A job's folder is its number below sweep.dir.",
-    "hydra.job.name": "A run is named by name=NAME, and lives where run_dir=DIR says.",
-    "hydra.job.chdir": "A run never changes its working directory; what it writes goes to run_dir=DIR.",
-    "hydra.job.env_set": "Set variables in the shell: NAME=VALUE deepspeed launch/train.py ...",
-    "hydra.job": "A run is named by name=NAME, and lives where run_dir=DIR says.",
-    "hydra.mode": "A sweep is started by -m.",
-    "hydra/job_logging": "A run prints what it does; verbose=true lets the libraries' own log lines through.",
-    "hydra.job_logging": "A run prints what it does; verbose=true lets the libraries' own log lines through.",
-    "hydra/hydra_logging": "verbose=true lets the libraries' own log lines through.",
-    "hydra.hydra_logging": "verbose=true lets the libraries' own log lines through.",
-    "hydra.output_subdir": "There is no .hydra folder: run_dir/config.yaml holds the config.",
-    "hydra/output": "There is no .hydra folder: run_dir/config.yaml holds the config.",
-    "hydra": "run_dir=DIR, sweep.dir=DIR and verbose=true are the settings that take their place; see --help.",
+    name: answer
+    for names, answer in [
+        (
+            ("hydra/launcher", "hydra.launcher"),
+            "Jobs of a sweep are started by DeepSpeed's launcher: sweep.parallel=K runs K at once, and "
+            "sweep.launcher='...' gives its options.",
+        ),
+        (("hydra/sweeper",), "Write sweep=grid, sweep=random or sweep=optuna."),
+        (
+            ("hydra.sweeper",),
+            "Write sweep=grid, sweep=random or sweep=optuna; their settings are sweep.trials, "
+            "sweep.metric, sweep.direction and sweep.space (--help sweep).",
+        ),
+        (("hydra.sweep.subdir",), "A job's folder is its number below sweep.dir."),
+        (
+            ("hydra.job", "hydra.job.name"),
+            "A run is named by name=NAME, and lives where run_dir=DIR says.",
+        ),
+        (
+            ("hydra.job.chdir",),
+            "A run never changes its working directory; what it writes goes to run_dir=DIR.",
+        ),
+        (
+            ("hydra.job.env_set",),
+            "Set variables in the shell: NAME=VALUE deepspeed launch/train.py ...",
+        ),
+        (("hydra.mode",), "A sweep is started by -m."),
+        (
+            ("hydra/job_logging", "hydra.job_logging"),
+            "A run prints what it does; verbose=true lets the libraries' own log lines through.",
+        ),
+        (
+            ("hydra/hydra_logging", "hydra.hydra_logging"),
+            "verbose=true lets the libraries' own log lines through.",
+        ),
+        (
+            ("hydra.output_subdir", "hydra/output"),
+            "There is no .hydra folder: run_dir/config.yaml holds the config.",
+        ),
+        (
+            ("hydra",),
+            "run_dir=DIR, sweep.dir=DIR and verbose=true are the settings that take their place; "
+            "see --help.",
+        ),
+    ]
+    for name in names
 }
 """Hydra's own settings, by their first letters -> what to do instead; the longest that fits counts."""
 
 
-def split_flags(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+def split_flags(argv: list[str], program: str = "train") -> tuple[list[str], dict[str, str]]:
     """Split argv into settings and Hydra's options.
 
     Returns:
-        (settings and unknown options, Hydra's options by their long names).
+        (settings, Hydra's options by their long names).
 
     Raises:
-        UserError: an option of Hydra's has no effect here, or lacks its value.
+        UserError: an option is unknown, has no effect here, or lacks its value.
     """
     words, flags, rest = list[str](), dict[str, str](), list(argv)
+    long_names = {option.short: name for name, option in OPTIONS.items() if option.short}
     while rest:
         word = rest.pop(0)
         name, separator, value = word.partition("=")
-        name = HYDRA_SHORT.get(name, name)
-        if name in HYDRA_SIMPLE:
-            flags[name] = value
-        elif name not in HYDRA_VALUED:
+        name = long_names.get(name, name)
+        option = OPTIONS.get(name)
+        if option is None and word.startswith("-"):
+            raise unknown_option(word, program)
+        if option is None:
             words.append(word)
-        elif separator:
+        elif separator or not option.valued:
             flags[name] = value
         elif name == "--info":
             flags[name] = rest.pop(0) if rest and rest[0] in INFO else "all"
@@ -404,9 +436,8 @@ def split_flags(argv: list[str]) -> tuple[list[str], dict[str, str]]:
             flags[name] = rest.pop(0)
         else:
             raise UserError(f"{word} needs a value", remedy=f"Write {word} VALUE.")
-    for name, answer in HYDRA_FLAGS.items():
-        if name in flags:
-            raise UserError(f"{name} has no effect here", remedy=answer)
+        if option and option.instead:
+            raise UserError(f"{name} has no effect here", remedy=option.instead)
     if "--config-dir" in flags:
         folder = Path(flags["--config-dir"]).expanduser().absolute()
         if not folder.is_dir():

@@ -11,7 +11,7 @@ from finetune.errors import EXIT_DONE, EXIT_FAILED, UserError
 from finetune.planning.choose import plan
 from finetune.planning.machine import measure_machine
 from finetune.planning.shape import load_shape
-from finetune.planning.show import render_table
+from finetune.planning.show import draw, render_table
 
 
 def run(composed: Composed) -> int:
@@ -27,20 +27,16 @@ def run(composed: Composed) -> int:
     labels = len(getattr(cfg.task, "labels", None) or []) or 2
     shape = load_shape(cfg.model.path, cfg.task.head, labels)
     planning_problems(cfg, ranks, machine.gpus > 0, shape.n_positions)
-    found = plan(cfg, machine, shape, ranks)
+    planned = plan(cfg, machine, shape, ranks)
     if cfg.plan.picture:
-        from finetune.planning.show import draw
-
-        file = Path(cfg.plan.picture).expanduser()
         try:
-            draw(found, file)
+            draw(planned, Path(cfg.plan.picture).expanduser())
         except (OSError, ValueError) as error:
             raise UserError(
                 f"the picture cannot be written: {error}",
                 "plan.picture",
                 "Try plan.picture=plan.png.",
             ) from None
-    print(
-        json.dumps(found.to_json(), indent=1) if cfg.plan.format == "json" else render_table(found)
-    )
-    return EXIT_DONE if found.fits else EXIT_FAILED
+    as_json = cfg.plan.format == "json"
+    print(json.dumps(planned.to_json(), indent=1) if as_json else render_table(planned))
+    return EXIT_DONE if planned.fits else EXIT_FAILED

@@ -15,41 +15,38 @@ from finetune.reporting.page.files import CONFIG
 
 
 def run(composed: Composed) -> int:
-    """Raises UserError: no run, or a directory that is none."""
+    """Write the page, and print where it is.
+
+    Raises:
+        UserError: no run is named, or a directory is none.
+    """
     cfg: ReportConfig = composed.config
-    found = [
-        folder
-        for pattern in [*([cfg.run] if cfg.run else []), *cfg.runs]
-        for folder in run_folders(pattern)
-    ]
-    folders = list(dict.fromkeys(found))
+    patterns = [cfg.run, *cfg.runs] if cfg.run else cfg.runs
+    named = [folder for pattern in patterns for folder in run_folders(pattern)]
+    folders = list(dict.fromkeys(named))
     if not folders:
         raise UserError(
             "name a run", remedy="python launch/report.py run=runs/quickstart/...  or  'runs=[A,B]'"
         )
     if len(folders) == 1:
-        print(
-            build_report(
-                folders[0], out=Path(cfg.out) if cfg.out else None, recipe_of=recipe_config
-            )
-        )
+        out = Path(cfg.out) if cfg.out else None
+        print(build_report(folders[0], out=out, recipe_of=recipe_config))
     else:
         print(build_comparison(folders, Path(cfg.out or PAGE).expanduser().absolute()))
     return EXIT_DONE
 
 
 def run_folders(pattern: str) -> list[Path]:
-    """The run directories that a path or pattern names.
+    """Return the run directories that a path or pattern names, job 10 of a sweep after job 9.
 
     Raises:
         UserError: there is none.
     """
-    whole = Path(pattern).expanduser()  # a folder may be called run[1]
-    paths = (
-        [whole]
-        if whole.exists()
-        else [Path(path) for path in sorted(glob.glob(str(whole)), key=_natural)]
-    )
+    whole = Path(pattern).expanduser()
+    paths = [whole]
+    if not whole.exists():  # a folder may be called run[1]
+        paths = [Path(path) for path in glob.glob(str(whole))]
+        paths.sort(key=lambda p: (str(p.parent), int(p.name) if p.name.isdigit() else 0, p.name))
     folders = [
         path.absolute() for path in paths if (path / METRICS).is_file() or (path / CONFIG).is_file()
     ]
@@ -60,9 +57,3 @@ def run_folders(pattern: str) -> list[Path]:
             "Pass run=DIR as training printed it.",
         )
     return folders
-
-
-def _natural(path: str) -> tuple[str, int, str]:
-    """Job 10 after job 9."""
-    name = Path(path).name
-    return str(Path(path).parent), int(name) if name.isdigit() else 0, name

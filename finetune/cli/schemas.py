@@ -11,19 +11,27 @@ from finetune.config import Config, DataConfig, Dtype, TaskConfig, Text
 
 
 @dataclass
-class EvaluateConfig:
-    run: Optional[str] = None
-    """Run directory whose newest checkpoint (or export) is evaluated."""
+class ModelUserConfig:
+    """Settings of the programs that use a trained model."""
+
     export_dir: Optional[str] = None
-    """An export, or any GPT-J checkpoint directory."""
+    """An export (adapter, merged or full), or any GPT-J checkpoint directory."""
     base: Optional[str] = None
     """An adapter's base model, directory or hub id, where the adapter does not name it or it lies elsewhere here."""
+    dtype: Optional[Dtype] = None
+    """Precision; null: the run's or the export's own."""
+    verbose: bool = False
+    """Let the libraries' own log lines through."""
+
+
+@dataclass
+class EvaluateConfig(ModelUserConfig):
+    run: Optional[str] = None
+    """Run directory whose newest checkpoint (or export) is evaluated."""
     task: TaskConfig = MISSING
     data: DataConfig = field(default_factory=DataConfig)
     batch: int = 8
     """Sequences per rank and forward."""
-    dtype: Optional[Dtype] = None
-    """Precision; null: the run's or the export's own."""
     packing: bool = True
     """Fill rows to task.max_length (task clm and instruct)."""
     suite: str = "task"
@@ -41,9 +49,7 @@ class EvaluateConfig:
     seed: int = 0
     """Seed of lm-eval's few-shot examples."""
     out: Optional[str] = None
-    """Where eval.json goes; null: into the run or export directory."""
-    verbose: bool = False
-    """Let the libraries' own log lines through."""
+    """Directory of eval.json; null: the run or export directory."""
 
 
 @dataclass
@@ -66,7 +72,7 @@ class ExportAppConfig:
     push_to_hub: Optional[str] = None
     """ORG/NAME: upload the verified export to the Hugging Face hub, with the token of `hf auth login` or HF_TOKEN."""
     hub_private: bool = True
-    """Whether a hub repository that is made now is private."""
+    """Make a new hub repository private."""
     hub_base: Optional[str] = None
     """Hub id of the model that an uploaded adapter belongs to, where it lies in a folder here."""
     verbose: bool = False
@@ -74,11 +80,7 @@ class ExportAppConfig:
 
 
 @dataclass
-class GenerateConfig:
-    export_dir: Optional[str] = None
-    """An export (adapter, merged or full), or any GPT-J checkpoint directory."""
-    base: Optional[str] = None
-    """An adapter's base model, directory or hub id, where the adapter does not name it or it lies elsewhere here."""
+class GenerateConfig(ModelUserConfig):
     prompt: Optional[Text] = None
     """One prompt; with neither prompt nor prompts it is read from standard input."""
     prompts: Optional[str] = None
@@ -103,16 +105,12 @@ class GenerateConfig:
     """Text, or list of texts, that end the continuation and are cut off: stop=END, stop='["###", "\\n"]'."""
     batch: int = 8
     """Prompts per forward."""
-    dtype: Optional[Dtype] = None
-    """Precision; null: the export's own."""
     chat: bool = False
     """Wrap the prompt in the export's instruction template."""
     engine: str = "torch"
     """torch, or deepspeed: DeepSpeed-Inference, on GPUs only."""
     seed: int = 0
     """Sampling seed; with it and its own words a prompt gets the same text in any batch."""
-    verbose: bool = False
-    """Let the libraries' own log lines through."""
 
 
 @dataclass
@@ -126,11 +124,7 @@ class ReportConfig:
 
 
 @dataclass
-class ServeConfig:
-    export_dir: Optional[str] = None
-    """An export (adapter, merged or full), or any GPT-J checkpoint directory."""
-    base: Optional[str] = None
-    """An adapter's base model, directory or hub id, where the adapter does not name it or it lies elsewhere here."""
+class ServeConfig(ModelUserConfig):
     host: str = "127.0.0.1"
     """Address to listen on; any but this machine's own needs a token in the environment variable SERVE_TOKEN."""
     port: int = 8000
@@ -145,12 +139,8 @@ class ServeConfig:
     """Largest request body, in bytes."""
     concurrency: int = 8
     """Requests that may wait or run at once; further ones get status 429."""
-    dtype: Optional[Dtype] = None
-    """Precision; null: the export's own."""
     engine: str = "torch"
     """torch, or deepspeed: DeepSpeed-Inference, on GPUs only."""
-    verbose: bool = False
-    """Let the libraries' own log lines through."""
 
 
 @dataclass
@@ -210,4 +200,4 @@ ALIASES = {
         "export.hub_base": "hub_base",
     },
 }
-"""program -> key as users type it -> key in the schema: `model` alone would name the group of base models."""
+"""Program -> key as users type it -> key in the schema: `model` alone would name the group of base models."""

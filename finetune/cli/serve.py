@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from finetune.assets.paths import resolve
@@ -22,7 +23,7 @@ def run(composed: Composed) -> int:
     cfg: ServeConfig = composed.config
     silence_libraries(cfg.verbose, 0)
     token = os.environ.get(TOKEN_VARIABLE) or None
-    _check(cfg, token)
+    check_settings(cfg, token)
     assert cfg.export_dir
     speaker = load_speaker(cfg.export_dir, cfg.dtype, cfg.engine, cfg.base)
     if speaker.trained.head != "lm":
@@ -33,15 +34,9 @@ def run(composed: Composed) -> int:
         )
     folder = Path(resolve(cfg.export_dir)).expanduser().absolute()
     name = cfg.name or (folder.parent.name if folder.name.startswith("export") else folder.name)
-    service = Service(
-        speaker,
-        name,
-        token,
-        Limits(cfg.max_tokens, cfg.max_texts),
-        cfg.max_body_bytes,
-        cfg.concurrency,
-        cfg.host in LOOPBACK,
-    )
+    limits = Limits(cfg.max_tokens, cfg.max_texts)
+    local = cfg.host in LOOPBACK
+    service = Service(speaker, name, token, limits, cfg.max_body_bytes, cfg.concurrency, local)
     try:
         server = build_server(service, cfg.host, cfg.port)
     except OSError as error:
@@ -50,21 +45,18 @@ def run(composed: Composed) -> int:
             "port",
             f"Try port={cfg.port + 1}.",
         ) from None
-    shown = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
+    host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
     print(
-        f"serving {name} at http://{shown}:{server.server_address[1]}/ (API under /v1); stop with Ctrl-C",
+        f"serving {name} at http://{host}:{server.server_address[1]}/ (API under /v1); stop with Ctrl-C",
         flush=True,
     )
-    try:
+    with server, suppress(KeyboardInterrupt):
         server.serve_forever()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        server.server_close()
     return EXIT_DONE
 
 
-def _check(cfg: ServeConfig, token: str | None) -> None:
+def check_settings(cfg: ServeConfig, token: str | None) -> None:
+    """Raise UserError for settings that are wrong whatever the model is."""
     if not cfg.export_dir:
         raise UserError(
             "no model is given", "model", "Pass model=RUN_DIR/export, or model=asset:gptj_tiny."

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from finetune.cli.app import PRINTS, explained, is_first_rank, main, report_error
-from finetune.cli.mistakes import split_flags, unknown_option, without_hydra
+from finetune.cli.mistakes import split_flags, without_hydra
 from finetune.compose import ROOT, Composed, settle, strip_launcher_arguments
 from finetune.errors import EXIT_DONE, EXIT_PREEMPTED, Preempted, UserError, command
 from finetune.process import LastingOutput
@@ -89,7 +89,4 @@ def sweep_words(argv: list[str]) -> list[str]:
         else:
             words.append(word)
     words, _ = split_flags(words)
-    for word in words:
-        if word.startswith("-"):
-            raise unknown_option(word, "train")
     return without_hydra([*launcher_settings, *words], "train", multirun=True)

@@ -45,7 +45,7 @@ class Service:
     concurrency: int
     """Requests that may wait or run at once."""
     local: bool
-    """Whether only this machine can reach it."""
+    """Answer only requests that name this machine as their host."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
