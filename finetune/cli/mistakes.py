@@ -23,6 +23,8 @@ def composition_mistake(error: CompositionError) -> UserError:
     cause, program = error.__cause__, error.program
     if not isinstance(cause, Exception):
         return unknown_key(error.key, program)
+
+    # An option that a group does not have.
     if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
         group, _, option = str(cause.missing_cfg_file).rpartition("/")
         options = [name for name in (cause.options or []) if not name.endswith("schema")]
@@ -51,6 +53,7 @@ def composition_mistake(error: CompositionError) -> UserError:
             )
         chain = chain.__cause__ or chain.__context__
 
+    # A key that Hydra could not place, or a word without "=".
     text = re.split(r"\n(?:To append|Set the environment|See https)", str(cause))[0]
     for word in error.overrides:
         key = word.lstrip("+~").split("=")[0]
@@ -62,6 +65,8 @@ def composition_mistake(error: CompositionError) -> UserError:
                     return UserError("a setting needs a key", word, f"Write {group}={word}.")
             key = [*nearest_keys(word, program), "key"][0]
             return UserError("a setting needs a value", word, f"Write {key}=VALUE; see --help.")
+
+    # A comma outside of a sweep, or a value that breaks Hydra's grammar.
     if matched := re.match(r"Ambiguous value for argument '([^=]*)=", text):
         sweep = ""
         if program == "train":
