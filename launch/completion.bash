@@ -7,7 +7,7 @@ _finetune_words() {
 import ast, pathlib, sys
 
 root, program = pathlib.Path(sys.argv[1]), sys.argv[2]
-classes, bases, programs, kinds = {}, {}, {}, {"task": [], "adapter": []}
+classes, bases, programs = {}, {}, {}
 for name in ("config", "cli/schemas"):
     for node in ast.parse((root / "finetune" / f"{name}.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef):
@@ -21,6 +21,12 @@ choices = {name: [item.targets[0].id for item in node.body if isinstance(item, a
            if isinstance(node, ast.ClassDef) and bases[node.name] == ["Enum"] for name in [node.name]}
 
 
+def kinds(name):
+    """The classes at the ends of a class's tree; itself if nothing inherits from it."""
+    children = [child for child, parents in bases.items() if name in parents]
+    return [kind for child in children for kind in kinds(child)] or [name]
+
+
 def keys(name, prefix=""):
     for field, kind in classes[name]:
         kind = kind.removeprefix("Optional[").rstrip("]")
@@ -29,7 +35,7 @@ def keys(name, prefix=""):
         elif kind == "bool":
             yield from (f"{prefix}{field}={choice}" for choice in ("true", "false"))
         elif kind in classes:
-            for section in [other for other, parents in bases.items() if kind in parents] or [kind]:
+            for section in kinds(kind):
                 yield from keys(section, f"{prefix}{field}.")
         else:
             yield f"{prefix}{field}="
