@@ -9,6 +9,8 @@ adapter trained here opens in plain transformers and peft.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -114,8 +116,29 @@ def peft_config(cfg: AdapterConfig, head: str | None, targets: list[str] | None 
 class FlatAdapter:
     """Mixed into the peft model's class in front of peft's own `forward`."""
 
-    def forward(self, *args: Any, **inputs: Any) -> Any:
-        return self.base_model(*args, **inputs)  # type: ignore[attr-defined]
+    def forward(self, *args: Any, adapter: bool = True, **inputs: Any) -> Any:
+        """Call the model; with `adapter` false, the base model alone and without dropout."""
+        with nullcontext() if adapter else _switched_off(self):  # type: ignore[arg-type]
+            return self.base_model(*args, **inputs)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _switched_off(model: nn.Module) -> Iterator[None]:
+    """Let peft's layers compute what the base model's do.
+
+    peft's own `disable_adapter` also clears requires_grad, which DeepSpeed has read already.
+    """
+    layers = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
+    was_training = model.training
+    model.eval()
+    for layer in layers:
+        layer._disable_adapters = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False  # type: ignore[assignment]
+        model.train(was_training)
 
 
 class FlatPrompts(FlatAdapter):
@@ -123,8 +146,10 @@ class FlatPrompts(FlatAdapter):
 
     _saving: dict[str, Tensor] | None = None
 
-    def forward(self, *args: Any, **inputs: Any) -> Any:
+    def forward(self, *args: Any, adapter: bool = True, **inputs: Any) -> Any:
         """Call the model with the trained rows as virtual tokens."""
+        if not adapter:
+            return super().forward(*args, adapter=False, **inputs)
         name, config = self.active_adapter, self.active_peft_config  # type: ignore[attr-defined]
         # Read through the encoder's forward, where ZeRO-3 gathers them.
         encoder = self.prompt_encoder[name]  # type: ignore[attr-defined]

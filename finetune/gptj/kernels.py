@@ -72,21 +72,28 @@ class _Add3(torch.autograd.Function):
 
 
 def softmax_gradient_(
-    logits: Tensor, bias: Tensor | None, targets: Tensor, d_bias: Tensor | None
+    logits: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    d_bias: Tensor | None,
+    factors: Tensor | None = None,
 ) -> Tensor:
-    """Overwrite logits by softmax(logits + bias) - onehot(targets).
+    """Overwrite logits by (softmax(logits + bias) - onehot(targets)) * factors.
 
     Args:
         logits: (C, V), still without the bias: it is added here, where it costs least.
         bias: (V,) or None.
         targets: (C,), int64.
         d_bias: fp32 (V,), the bias's gradient so far; the sum of the rows is added to it.
+        factors: fp32 (C, 1); None: all 1.
 
     Returns:
-        fp32 scalar, the sum of -log softmax at the targets.
+        fp32 scalar, the sum of -log softmax at the targets, without factors.
     """
     if triton := triton_kernels(logits):
         losses = triton.softmax_gradient_(logits, bias, targets)
+        if factors is not None:
+            logits.mul_(factors)
         if d_bias is not None:
             d_bias += logits.sum(0, dtype=torch.float32)
         return losses.sum()
@@ -96,7 +103,7 @@ def softmax_gradient_(
     scratch = logits.new_empty(min(step, len(logits)), logits.shape[1], dtype=torch.float32)
     total, ones = scratch.new_zeros(()), scratch.new_ones(len(scratch))
     fp32_bias = bias.float() if bias is not None else None
-    for part, target in zip(logits.split(step), targets.split(step), strict=True):
+    for i, (part, target) in enumerate(zip(logits.split(step), targets.split(step), strict=True)):
         fp32 = scratch[: len(part)]
         fp32.copy_(part)
         if fp32_bias is not None:
@@ -114,6 +121,8 @@ def softmax_gradient_(
             else:
                 total -= chosen.log().sum()
         fp32.scatter_add_(1, target, fp32.new_full(target.shape, -1.0))
+        if factors is not None:
+            fp32.mul_(factors[i * step : i * step + len(part)])
         if d_bias is not None:
             d_bias.addmv_(fp32.T, ones[: len(part)])
         part.copy_(fp32)

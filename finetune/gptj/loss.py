@@ -13,6 +13,8 @@ sum to hold. `planning.activations` predicts this memory and holds the chunk siz
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,24 +63,45 @@ def chunked_cross_entropy(
     return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels)
 
 
-@torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    """Return the loss of every token, fp32 (N,), 0 where the label is IGNORE."""
-    losses = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
-    step = SOFTMAX_ROWS[hidden.device.type]
-    scored = (labels != IGNORE).nonzero()[:, 0]
-    chunks = scored.split(LOSS_CHUNK) if len(scored) else ()
-    # Allocated once: fresh logits would be made while the chunk before still holds its own.
-    buffer = hidden.new_empty(max(map(len, chunks), default=0), weight.shape[0])
-    for rows in chunks:
-        logits = buffer[: len(rows)]
-        if bias is None:
-            torch.mm(hidden[rows], weight.T, out=logits)
-        else:
-            torch.addmm(bias, hidden[rows], weight.T, out=logits)
-        for part, index in zip(logits.split(step), rows.split(step), strict=True):
-            losses[index] = F.cross_entropy(part.float(), labels[index], reduction="none")
-    return losses
+    """Return the loss of every token, fp32 (N,), 0 where the label is IGNORE.
+
+    The arguments are those of `chunked_cross_entropy`. How much each loss counts is only known in
+    the backward, which computes the logits once more.
+    """
+    return _TokenLosses.apply(hidden, weight, bias, labels)
+
+
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(hidden, weight, bias, labels)
+        losses = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
+        step = SOFTMAX_ROWS[hidden.device.type]
+        scored = (labels != IGNORE).nonzero()[:, 0]
+        chunks = scored.split(LOSS_CHUNK) if len(scored) else ()
+        # Allocated once: fresh logits would be made while the chunk before still holds its own.
+        buffer = hidden.new_empty(max(map(len, chunks), default=0), weight.shape[0])
+        for rows in chunks:
+            logits = buffer[: len(rows)]
+            if bias is None:
+                torch.mm(hidden[rows], weight.T, out=logits)
+            else:
+                torch.addmm(bias, hidden[rows], weight.T, out=logits)
+            for part, index in zip(logits.split(step), rows.split(step), strict=True):
+                losses[index] = F.cross_entropy(part.float(), labels[index], reduction="none")
+        return losses
+
+    @staticmethod
+    def backward(ctx, d_losses: Tensor):  # type: ignore[override]
+        hidden, weight, bias, labels = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        found = _gradients(hidden, weight, bias, labels, wanted, d_losses)
+        d_weight = None if found.weight is None else found.weight.to(weight.dtype)
+        if found.last is not None:
+            d_weight = _weight_gradient(*found.last, hidden.new_ones((), dtype=torch.float32))
+        d_bias = None if found.bias is None else found.bias.to(bias.dtype)
+        return found.hidden, d_weight, d_bias, None
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -89,39 +112,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:  # type: ignore[override]
-        want_hidden, want_weight, want_bias, _ = ctx.needs_input_grad
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        scored = (labels != IGNORE).nonzero()[:, 0]
-        whole = (
-            want_weight
-            and len(scored) > 0
-            and one_chunk(len(scored), weight.shape[1], weight.element_size())
-        )
-        d_hidden = torch.zeros_like(hidden) if want_hidden else None
-        d_weight = None
-        if want_weight and not whole:
-            d_weight = torch.empty_like(weight, dtype=torch.float32)
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
-        part = logits = None
-        size = len(scored) if whole else TRAINED_CHUNK if want_weight else LOSS_CHUNK
-        chunks = scored.split(size) if len(scored) else ()
-        # Allocated once: between fresh ones a CPU's heap would get holes.
-        buffer = hidden.new_empty(max(map(len, chunks), default=0), weight.shape[0])
-        for i, rows in enumerate(chunks):
-            part, logits = hidden[rows], buffer[: len(rows)]
-            torch.mm(part, weight.T, out=logits)
-            total += softmax_gradient_(logits, bias, labels[rows], d_bias)
-            if d_hidden is not None:
-                d_hidden[rows] = logits @ weight
-            if d_weight is not None:
-                _add_weight_gradient(d_weight, logits, part, first=i == 0)
-        if d_weight is not None and not chunks:
-            d_weight.zero_()
-        ctx.save_for_backward(
-            d_hidden, d_weight, d_bias, *((logits, part) if whole else (None, None))
-        )
+        found = _gradients(hidden, weight, bias, labels, ctx.needs_input_grad[:3])
+        ctx.save_for_backward(*found[1:4], *(found.last or (None, None)))
         ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
-        return total
+        return found.loss
 
     @staticmethod
     def backward(ctx, scale: Tensor):  # type: ignore[override]
@@ -137,6 +131,65 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if d_bias is None else d_bias.mul_(scale).to(bias_dtype),
             None,
         )
+
+
+class _Gradients(NamedTuple):
+    loss: Tensor
+    """Sum over the scored tokens, fp32."""
+    hidden: Tensor | None
+    weight: Tensor | None
+    """fp32; None where `last` stands for it."""
+    bias: Tensor | None
+    """fp32."""
+    last: tuple[Tensor, Tensor] | None
+    """Gradient of the logits, and hidden states, of all scored rows, if they form one chunk."""
+
+
+def _gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    wanted: tuple[bool, bool, bool],
+    scales: Tensor | None = None,
+) -> _Gradients:
+    """Compute the gradients of the sum of the losses, chunk by chunk.
+
+    Args:
+        wanted: whether those of hidden, weight and bias are needed.
+        scales: (N,) fp32, the factor of each token's loss in the sum; None: all 1.
+    """
+    want_hidden, want_weight, want_bias = wanted
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    scored = (labels != IGNORE).nonzero()[:, 0]
+    whole = (
+        want_weight
+        and len(scored) > 0
+        and one_chunk(len(scored), weight.shape[1], weight.element_size())
+    )
+    d_hidden = torch.zeros_like(hidden) if want_hidden else None
+    d_weight = None
+    if want_weight and not whole:
+        d_weight = torch.empty_like(weight, dtype=torch.float32)
+    d_bias = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
+    last = None
+    size = len(scored) if whole else TRAINED_CHUNK if want_weight else LOSS_CHUNK
+    chunks = scored.split(size) if len(scored) else ()
+    # Allocated once: between fresh ones a CPU's heap would get holes.
+    buffer = hidden.new_empty(max(map(len, chunks), default=0), weight.shape[0])
+    for i, rows in enumerate(chunks):
+        part, logits = hidden[rows], buffer[: len(rows)]
+        torch.mm(part, weight.T, out=logits)
+        factors = None if scales is None else scales[rows, None]
+        total += softmax_gradient_(logits, bias, labels[rows], d_bias, factors)
+        if d_hidden is not None:
+            d_hidden[rows] = logits @ weight
+        if d_weight is not None:
+            _add_weight_gradient(d_weight, logits, part, first=i == 0)
+        last = (logits, part) if whole else None
+    if d_weight is not None and not chunks:
+        d_weight.zero_()
+    return _Gradients(total, d_hidden, d_weight, d_bias, last)
 
 
 def _weight_gradient(grad: Tensor, hidden: Tensor, scale: Tensor) -> Tensor:

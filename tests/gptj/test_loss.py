@@ -98,6 +98,27 @@ def test_token_losses_add_up():
     torch.testing.assert_close(losses, wanted.detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_gradients_of_token_losses_that_count_differently(width):
+    """As preference losses weigh the tokens of each document."""
+    hidden, weight, bias, labels = tensors(width=width)
+    factors = torch.randn(ROWS)
+    factors[:7] = 0
+    wanted = F.cross_entropy(
+        F.linear(hidden, weight, bias), labels, ignore_index=IGNORE, reduction="none"
+    )
+    theirs = torch.autograd.grad((wanted * factors).sum(), (hidden, weight, bias))
+    losses = token_losses(hidden, weight, bias, labels)
+    torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=1e-6)
+    ours = torch.autograd.grad((losses * factors).sum(), (hidden, weight, bias))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine - other).abs().max() <= 1e-5 * other.abs().max()
+
+    frozen = token_losses(hidden, weight.detach(), bias.detach(), labels)
+    (alone,) = torch.autograd.grad((frozen * factors).sum(), hidden)
+    torch.testing.assert_close(alone, ours[0])
+
+
 def test_head_returns_logits_without_labels():
     head = LMHead(WIDTH, VOCAB)
     hidden = torch.randn(2, 3, WIDTH)
