@@ -14,12 +14,14 @@ from pathlib import Path
 from finetune.config import (
     GPTJ_POSITIONS,
     METRICS,
+    PREFERENCE_LOSSES,
     SCHEDULES,
     ClassifyConfig,
     Config,
     FinalCheckpoint,
     InstructConfig,
     LoraConfig,
+    PreferenceConfig,
     PrefixConfig,
     PromptConfig,
     QaConfig,
@@ -386,6 +388,8 @@ def task_problems(cfg: TaskConfig) -> Iterator[UserError]:
         yield from _qa(cfg)
     elif isinstance(cfg, InstructConfig):
         yield from _instruct(cfg)
+    elif isinstance(cfg, PreferenceConfig):
+        yield from _preference(cfg)
 
 
 def refuse_task(cfg: TaskConfig) -> None:
@@ -432,6 +436,26 @@ def _qa(cfg: QaConfig) -> Iterator[UserError]:
             )
     if cfg.stride < 0:
         yield UserError(f"task.stride = {cfg.stride} is negative", remedy="Try task.stride=128.")
+
+
+def _preference(cfg: PreferenceConfig) -> Iterator[UserError]:
+    if cfg.loss not in PREFERENCE_LOSSES:
+        choices = ", ".join(PREFERENCE_LOSSES)
+        yield UserError(f"task.loss = {cfg.loss} is unknown", remedy=f"Choose from {choices}.")
+    if not 0 < cfg.beta < math.inf:
+        yield UserError(
+            f"task.beta = {cfg.beta} is not a positive number", remedy="Try task.beta=0.1."
+        )
+    if not 0 <= cfg.label_smoothing < 0.5:
+        yield UserError(
+            f"task.label_smoothing = {cfg.label_smoothing} must be at least 0 and below 0.5",
+            remedy="Try task.label_smoothing=0.1.",
+        )
+    if cfg.label_smoothing and cfg.loss not in ("dpo", "simpo"):
+        yield UserError(
+            f"task.label_smoothing has no meaning for task.loss={cfg.loss}",
+            remedy="Try task.label_smoothing=0.",
+        )
 
 
 def _instruct(cfg: InstructConfig) -> Iterator[UserError]:

@@ -29,6 +29,7 @@ ROOT = BESIDE
 CONF, RECIPES = ROOT / "conf", ROOT / "recipes"
 
 DATA_SUFFIXES = (".jsonl", ".json", ".zst", ".gz", ".csv", ".tsv", ".parquet", ".txt")
+PREFERENCES = ("asset:data/preference/train.jsonl", "asset:data/preference/eval.jsonl")
 SHIPPED_DATA = {
     schema.ClmConfig: (
         "asset:data/pile_sample/train.jsonl.zst",
@@ -36,6 +37,8 @@ SHIPPED_DATA = {
     ),
     schema.InstructConfig: ("asset:data/instruct/train.jsonl", "asset:data/instruct/eval.jsonl"),
     schema.ClassifyConfig: ("asset:data/classify/train.jsonl", "asset:data/classify/eval.jsonl"),
+    schema.PreferenceConfig: PREFERENCES,
+    schema.RewardConfig: PREFERENCES,
     schema.QaConfig: ("asset:data/qa/train.json", "asset:data/qa/eval.json"),
 }
 """task -> training and evaluation data that ship with the project, for debug runs."""

@@ -105,6 +105,8 @@ class ModelConfig:
 class TaskConfig:
     head = "lm"
     """Head of GPT-J that the task trains, a key of `HEADS`."""
+    documents = 1
+    """Documents of at most `max_length` tokens in a sequence: preferences have two answers."""
     max_length: int = GPTJ_POSITIONS
     """Sequence length in tokens."""
     weight_field: Optional[str] = "weight"
@@ -164,6 +166,47 @@ class QaConfig(TaskConfig):
     """Start and end candidates that decoding combines."""
     null_threshold: float = 0.0
     """SQuAD v2: answer nothing when the null score beats the best span by more than this (logits)."""
+
+
+PREFERENCE_LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo")
+
+
+@dataclass
+class PreferenceConfig(TaskConfig):
+    documents = 2
+    loss: str = "dpo"
+    """dpo, ipo, kto (against the reference model), orpo or simpo (without one)."""
+    beta: float = 0.1
+    """How far the reference model holds the trained one; of orpo, the weight of the odds ratio; of simpo, the scale of
+    the rewards (its paper takes 2 to 10)."""
+    label_smoothing: float = 0.0
+    """dpo and simpo: share of the preferences that are taken to be wrong, 0 to 0.5."""
+    gamma: float = 0.5
+    """simpo: by how much the chosen answer's reward is to exceed the rejected one's."""
+    template: str = "alpaca"
+    """Prompt template: a name from finetune/data/templates, or a file with a Jinja chat template."""
+    prompt_field: str = "prompt"
+    """Record field with the prompt, a text or messages; not needed where the answers are whole conversations."""
+    chosen_field: str = "chosen"
+    """Record field with the better answer: a text, messages, or the whole conversation."""
+    rejected_field: str = "rejected"
+    """Record field with the worse answer."""
+
+
+@dataclass
+class RewardConfig(TaskConfig):
+    head = "classify"
+    documents = 2
+    template: str = "alpaca"
+    """Prompt template: a name from finetune/data/templates, or a file with a Jinja chat template."""
+    prompt_field: str = "prompt"
+    """Record field with the prompt, a text or messages; not needed where the answers are whole conversations."""
+    chosen_field: str = "chosen"
+    """Record field with the better answer: a text, messages, or the whole conversation."""
+    rejected_field: str = "rejected"
+    """Record field with the worse answer."""
+    margin_field: Optional[str] = "margin"
+    """Record field with the number by which the chosen answer's reward is to exceed the other's; rows without it: 0."""
 
 
 @dataclass
@@ -492,6 +535,8 @@ METRICS = {
     "multi_label": {"f1": "max", "micro_f1": "max", "accuracy": "max", "loss": "min"},
     "regression": {"mse": "min", "pearson": "max", "loss": "min"},
     "qa": {"f1": "max", "exact_match": "max", "loss": "min"},
+    "preference": {"loss": "min", "accuracy": "max", "margin": "max"},
+    "reward": {"accuracy": "max", "loss": "min", "margin": "max"},
 }
 """Task, or problem of a classification -> metrics that rank its evaluations, and the better end of each. The first
 one counts where train.metric is null."""
@@ -730,6 +775,8 @@ KINDS = {
         "instruct": InstructConfig,
         "classify": ClassifyConfig,
         "qa": QaConfig,
+        "preference": PreferenceConfig,
+        "reward": RewardConfig,
     },
     "adapter": {
         "full": FullConfig,

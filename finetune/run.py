@@ -35,6 +35,7 @@ from finetune.sharding.engine import Engine, build_module, connect_deepspeed
 from finetune.training import run_dir as run_files
 from finetune.training.guard import Guard
 from finetune.training.inputs import absent, prepare_inputs
+from finetune.training.references import add_references, reference_folder
 from finetune.training.rehearsal import probe
 from finetune.training.schedule import run_length
 from finetune.training.sharding_plan import plan_run, sharding_of
@@ -83,6 +84,8 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
         # 2. Inputs: tokenizer, task, encoded data. Only they know how many labels a classifier has.
         inputs = prepare_inputs(cfg, plan.job.shape.vocab_size, world, guard.phase, say)
         task = inputs.task
+        if task.needs_reference and (folder := reference_folder(cfg)):
+            task.reference = str(folder)
         if (labels := task.num_labels) and labels != plan.job.shape.num_labels:
             plan = guard.memory.plan = world.on_main(lambda: plan_run(cfg, world, run_dir, labels))
         cfg = replace(
@@ -108,6 +111,9 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
             engine = Engine(module, ds_config, cfg.optim, world)
         if world.device.type == "cpu":
             process.keep_freed_memory()
+        if task.reference:
+            with guard.watched("computing the reference model's log-probabilities"):
+                add_references(cfg, engine, inputs, world, guard.beat)
         if cfg.train.probe:
             with guard.watched("trying the longest batch"):
                 probe(engine, inputs, plan.micro_batch, plan.accumulation)
@@ -193,7 +199,7 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
                 world_size=world.size,
                 resumed=state.step > 0,
                 plan=plan.to_json(),
-                data=inputs.statistics(cfg.task.max_length),
+                data=inputs.statistics(cfg.task.documents * cfg.task.max_length),
                 extra=about | {"overrides": words, "ranks_per_node": world.local_size},
             )
         )

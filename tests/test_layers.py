@@ -31,7 +31,7 @@ ARROWS = {
     # torch
     "dist": "errors process",
     "gptj": "assets config data errors files planning",
-    "tasks": "check config data errors",
+    "tasks": "check config data dist errors",
     # deepspeed
     "sharding": "config dist errors gptj planning",
     "checkpointing": "config dist errors files planning sharding",

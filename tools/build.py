@@ -35,6 +35,8 @@ PARTICIPANTS = re.compile(
     re.IGNORECASE,
 )
 PASSAGE_CHARACTERS = 200
+CHOSEN_CHARACTERS, CHOSEN_WORDS = 370, 8
+"""Longest and shortest answers that preference pairs are made of."""
 HEADLINES_PER_LABEL = {"eval": 250, "train": 2000}
 
 SOURCES = {"alespalla/chatbot_instruction_prompts": "Apache-2.0", "akoksal/LongForm": "MIT"}
@@ -120,6 +122,42 @@ def instruct(members: Members) -> Files:
     }
 
 
+def preference(members: Members) -> Files:
+    """Pairs from the shorter instruction rows: each answer against three faulty ones.
+
+    `another` answers another prompt, `unfinished` breaks off half-way, `jumbled` has the same words
+    in the order of their hashes.
+    """
+    files: Files = {}
+    for file, content in instruct(members).items():
+        rows = [
+            row
+            for row in jsonl_rows(content)
+            if len(row["completion"]) <= CHOSEN_CHARACTERS
+            and len(row["completion"].split()) >= CHOSEN_WORDS
+        ]
+        pairs = []
+        for number, row in enumerate(rows):
+            chosen, words = row["completion"], row["completion"].split()
+            faulty = {
+                "another": rows[(number + len(rows) // 2) % len(rows)]["completion"],
+                "unfinished": " ".join(words[: len(words) // 2]),
+                "jumbled": " ".join(sorted(words, key=lambda word: text_hash({"text": word}))),
+            }
+            pairs += [
+                {
+                    "prompt": row["prompt"],
+                    "chosen": chosen,
+                    "rejected": text,
+                    "fault": fault,
+                    "source": row["source"],
+                }
+                for fault, text in faulty.items()
+            ]
+        files[file] = jsonl(pairs)
+    return files
+
+
 def classify(members: Members) -> Files:
     """A balanced subset of the headlines, drawn by the hash of the headline."""
     drawn: dict[str, list[Row]] = {"train": [], "eval": []}
@@ -148,6 +186,7 @@ def qa(members: Members) -> Files:
 SETS: dict[str, Callable[[Members], Files]] = {
     "pile_sample": pile_sample,
     "instruct": instruct,
+    "preference": preference,
     "classify": classify,
     "qa": qa,
 }

@@ -90,6 +90,8 @@ PINNED: dict[str, str] = {
     "data/pile_sample/eval.jsonl.zst": "49195136c65124e54efe21ce68c2eb97b99ff6defafdb14c263d9a59a3fd4f96",
     "data/instruct/train.jsonl": "e748bbd2da45f2152585a90fc8a97b2743d2e3fcfa3c0a3ab8d5289f83c547da",
     "data/instruct/eval.jsonl": "77552bd678c270c08bfa4fc0d254647f4af0ca10c931430b17f8d970b8b2300f",
+    "data/preference/train.jsonl": "1207495415e49f520098e183adf06644b018b9d89460a6481c05dbf5e5d0da86",
+    "data/preference/eval.jsonl": "58173064e56398b46bb5b826323b3b82530c6dc7b4e742de965d049d323b632b",
     "data/classify/train.jsonl": "6b48ec76e4282265f7fd3c898a12bda3eeff487051fc49ff03fd1da97ebc18c8",
     "data/classify/eval.jsonl": "a6752a3ffe70861c855b34e246f9cdbc37ca9cc9c5435096c654c426c8c904ff",
     "data/qa/train.json": "0b002e96fc5044cec88e9d9a0dd048d0c44339537c57f90cb610caea6ba9f94e",

@@ -12,9 +12,9 @@ from finetune.assets.paths import resolve
 from finetune.check import room_problems
 from finetune.cli.schemas import EvaluateConfig
 from finetune.compose import Composed, recipe_config
-from finetune.config import DataConfig, TaskConfig
+from finetune.config import DataConfig, Dtype, ModelConfig, TaskConfig
 from finetune.data.cache import build_store
-from finetune.data.columns import open_store
+from finetune.data.columns import Store, open_store
 from finetune.data.sources import data_notes, file_options
 from finetune.data.tokenizer import load_tokenizer, token_limit
 from finetune.dist import World
@@ -42,7 +42,9 @@ from finetune.reporting.page.build import build_report
 from finetune.reporting.redact import redact_text
 from finetune.reporting.terminal import silence_libraries, summary_table
 from finetune.tasks.build import build_task
+from finetune.tasks.preference import PreferenceTask
 from finetune.training.evaluate import evaluate_with
+from finetune.training.references import reference_logps, reference_name
 
 TOO_LARGE = (
     "Leave such rows out, or give the model the rows: model.resize_token_embeddings(len(tokenizer)) in transformers, "
@@ -64,6 +66,9 @@ class Subject:
     tokenizer: str
     virtual_tokens: int
     """Positions that a prompt or prefix adapter takes."""
+    dtype: Dtype
+    base: str | None
+    """Model that it was tuned from, where the subject is a whole model; an adapter can be switched off."""
     load: Callable[[], Trained]
 
 
@@ -133,6 +138,8 @@ def subject_of_run(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> S
         local_folder(config.model),
         str(export) if exported else tokenizer_of(config.model),
         getattr(config.adapter, "virtual_tokens", 0),
+        config.model.dtype,
+        None,
         load,
     )
 
@@ -163,6 +170,8 @@ def subject_of_export(cfg: EvaluateConfig, typed_keys: set[str], world: World) -
         model_folder(folder, about),
         str(folder),
         virtual_tokens_of(folder),
+        cfg.dtype or Dtype(about["dtype"]),
+        None if (folder / "adapter_config.json").is_file() else about.get("base"),
         lambda: load_export(folder, cfg.dtype, world.device, cfg.base),
     )
 
@@ -204,6 +213,10 @@ def evaluate_task(cfg: EvaluateConfig, subject: Subject, target: Path, world: Wo
     )
     store = open_store(path)
 
+    reference = task.reference or subject.base
+    if task.needs_reference and reference:
+        folder = local_folder(ModelConfig(path=reference))
+        add_reference(folder, cfg, subject, task, [store], world)
     trained = subject.load()
     if world.device.type == "cpu":
         process.keep_freed_memory()
@@ -232,6 +245,25 @@ def evaluate_task(cfg: EvaluateConfig, subject: Subject, target: Path, world: Wo
         + [(f"  {name}", figures(row)) for group in groups for name, row in group.items()],
         target,
     )
+
+
+def add_reference(
+    folder: Path,
+    cfg: EvaluateConfig,
+    subject: Subject,
+    task: PreferenceTask,
+    stores: list[Store],
+    world: World,
+) -> None:
+    """Compute the log-probabilities of the reference model in `folder`. Collective."""
+    reference = load_export(folder, subject.dtype, world.device)
+    if not cfg.dtype:
+        reference.module = readable(reference.module, subject.dtype, world.device)
+    name = world.on_main(lambda: reference_name(folder, reference.dtype))
+    for store in stores:
+        task.references[store.fingerprint] = reference_logps(
+            reference.module, task, store, world, cfg.batch, name
+        )
 
 
 def evaluate_suite(cfg: EvaluateConfig, subject: Subject, target: Path, world: World) -> None:

@@ -34,6 +34,7 @@ from finetune.inference.answer import answer_questions, classify_text
 from finetune.inference.sample import Sampling, Streamer, finished_text
 from finetune.inference.speaker import Speaker, load_speaker
 from finetune.reporting.terminal import silence_libraries
+from finetune.tasks.reward import RewardTask
 
 Row = dict[str, Any]
 TABLES = (".json", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -236,12 +237,15 @@ def check_rows(cfg: GenerateConfig, speaker: Speaker, asked: list[Asked]) -> Non
 def _texts(row: Asked, speaker: Speaker) -> list[str]:
     """Return the text, or the two texts, to classify, from the fields used in training.
 
-    A single text may also be the row's `prompt` if the row has no such field.
+    A single text may also be the row's `prompt` if the row has no such field. For a reward model
+    these are the prompts and answers of the row's conversation, in turn.
 
     Raises:
         UserError: a text is absent, blank, or not a string.
     """
     cfg = speaker.task.cfg
+    if isinstance(speaker.task, RewardTask):
+        return speaker.task.pieces(row.record, row.where)
     if (
         not cfg.text_pair_field
         and get_field(row.record, cfg.text_field) is MISSING

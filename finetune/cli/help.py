@@ -181,7 +181,7 @@ def help_text(program: str, topics: list[str] | None = None) -> str:
             if "." not in key
         }
         if program == "evaluate":
-            rows["task"] = "clm, instruct, classify or qa; a run knows its own."
+            rows["task"] = "clm, instruct, classify, qa, preference or reward; a run knows its own."
             rows["data.eval"] = field_docs(DataConfig)["train"]
         parts.append(table("Keys:", rows))
         more = ["All settings with their values: add --cfg job."]

@@ -204,6 +204,12 @@ TRAINER = {
     "use_dora": "adapter.dora",
     "use_rslora": "adapter.rslora",
     "metric_for_best_model": "train.metric",
+    "beta": "task.beta",
+    "pref_beta": "task.beta",
+    "loss_type": "task.loss",
+    "pref_loss": "task.loss",
+    "label_smoothing": "task.label_smoothing",
+    "simpo_gamma": "task.gamma",
 }
 AXOLOTL = {
     "base_model": "model.path",

@@ -97,7 +97,7 @@ def conversation(
         raise UserError(
             "the conversation has no turn of the assistant: nothing can be scored", where, FIX
         )
-    _check_order(messages, where)
+    check_order(messages, where)
     marks = [message.pop(SCORED, True) for message in messages]
     scored: list[Scored] = [
         mark if m["role"] == "assistant" else False for m, mark in zip(messages, marks, strict=True)
@@ -144,7 +144,7 @@ def question(record: dict, where: str, cfg: InstructConfig) -> str | list[Messag
         field = cfg.prompt_field if get_field(record, cfg.prompt_field) is not MISSING else "prompt"
         value = parsed_cell(get_field(record, field))
         if _are_turns(value):
-            messages = _with_system(record, _list(value, field, where, "role"), where)
+            messages = with_system(record, turns_of(value, field, where, "role"), where)
         else:
             text = text_field(record, field, where, "task.prompt_field")
             messages = [*_system(record, where), {"role": "user", "content": text}]
@@ -152,7 +152,7 @@ def question(record: dict, where: str, cfg: InstructConfig) -> str | list[Messag
         messages = _messages(layout, record, where, cfg)
     for message in messages:
         message.pop(SCORED, None)
-    _check_order(messages, where)
+    check_order(messages, where)
     if messages[-1]["role"] != "user":
         raise UserError(
             "the conversation ends with the assistant: it asks nothing",
@@ -194,7 +194,7 @@ def _messages(layout: str, record: dict, where: str, cfg: InstructConfig) -> lis
             present = ", ".join(f"'{name}'" for name in list(record)[:12])
             problem = f"field '{field}' is missing; this record has {present}"
             raise UserError(problem, where, "Try task.format=auto.")
-        return _system(record, where) + _list(record[field], field, where, style)
+        return _system(record, where) + turns_of(record[field], field, where, style)
     if layout == "alpaca":
         messages = [*_system(record, where), _instruction(record, where)]
         output = text_field(record, "output", where, "task.format=prompt task.completion_field")
@@ -202,8 +202,8 @@ def _messages(layout: str, record: dict, where: str, cfg: InstructConfig) -> lis
     fields = (cfg.prompt_field, cfg.completion_field)
     parts = [(field, parsed_cell(get_field(record, field))) for field in fields]
     if all(_are_turns(value) for _, value in parts):
-        turns = [turn for field, value in parts for turn in _list(value, field, where, "role")]
-        return _with_system(record, turns, where)
+        turns = [turn for field, value in parts for turn in turns_of(value, field, where, "role")]
+        return with_system(record, turns, where)
     prompt = text_field(record, cfg.prompt_field, where, "task.prompt_field")
     return [
         *_system(record, where),
@@ -246,7 +246,7 @@ def _are_turns(value: Any) -> bool:
     )
 
 
-def _with_system(record: dict, turns: list[Message], where: str) -> list[Message]:
+def with_system(record: dict, turns: list[Message], where: str) -> list[Message]:
     """Put the row's system message before the turns, unless they begin with one."""
     return turns if turns[0]["role"] == "system" else _system(record, where) + turns
 
@@ -259,7 +259,7 @@ def _system(record: dict, where: str) -> list[Message]:
     return [{"role": "system", "content": full_text(text, "field 'system'", where)}]
 
 
-def _list(turns: Any, field: str, where: str, style: str) -> list[Message]:
+def turns_of(turns: Any, field: str, where: str, style: str) -> list[Message]:
     """Convert turns with role and content, or from and value, to messages.
 
     `style` is the expected first key.
@@ -393,7 +393,8 @@ def _yes_or_no(value: Any) -> bool | None:
     )
 
 
-def _check_order(messages: list[Message], where: str) -> None:
+def check_order(messages: list[Message], where: str) -> None:
+    """Raise a UserError unless user and assistant take turns, the user first."""
     roles = [message["role"] for message in messages]
     if "system" in roles[1:]:
         at = roles.index("system", 1)

@@ -98,6 +98,17 @@ def best_fit(offsets: np.ndarray, max_length: int) -> Sequences:
     return Sequences(offsets[examples], lengths[examples].astype(np.int32), examples, pointers)
 
 
+def split_pairs(sequences: Sequences, split: np.ndarray) -> Sequences:
+    """Cut every segment, a whole example each, in two behind its first `split[example]` tokens."""
+    first = split[sequences.examples]
+    return Sequences(
+        np.stack([sequences.starts, sequences.starts + first], 1).ravel(),
+        np.stack([first, sequences.lengths - first], 1).ravel().astype(np.int32),
+        np.repeat(sequences.examples, 2),
+        2 * sequences.pointers,
+    )
+
+
 class _OpenSequences:
     """Sequences by the room they have left, each group in arrays of their numbers."""
 

@@ -24,9 +24,9 @@ def classify_text(
     """Return label (or labels, or number) of one text or a pair, and each label's probability."""
     ids = task.text_ids(texts)
     outputs = _head_outputs(model, ids, device)[-1:]
-    verdict = task.read_target(decide(outputs, task.cfg.problem)[0][0].cpu().numpy())
     if task.regression:
-        return {"value": verdict}
+        return {"value": float(outputs[0, 0])}
+    verdict = task.read_target(decide(outputs, task.cfg.problem)[0][0].cpu().numpy())
     probabilities = outputs[0].sigmoid() if task.multi else outputs[0].softmax(-1)
     names = task.names or []
     return {

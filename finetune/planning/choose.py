@@ -126,6 +126,7 @@ def build_job(cfg: Config, machine: Machine, shape: ModelShape, world_size: int)
     """
     train = cfg.train
     micro_batch = 1 if train.micro_batch == "auto" else int(train.micro_batch)
+    eval_tokens = train.eval_batch * cfg.task.documents * cfg.task.max_length
     full = cfg.checkpoint.final is FinalCheckpoint.full or cfg.checkpoint.best
     job = Job(
         shape,
@@ -133,6 +134,7 @@ def build_job(cfg: Config, machine: Machine, shape: ModelShape, world_size: int)
         Work(
             micro_batch=micro_batch,
             max_length=cfg.task.max_length,
+            documents=cfg.task.documents,
             accumulation=1,
             dtype=cfg.model.dtype.value,
             packing=train.packing,
@@ -142,7 +144,7 @@ def build_job(cfg: Config, machine: Machine, shape: ModelShape, world_size: int)
         machine,
         train.global_batch,
         cfg.zero.bucket_elements,
-        eval_tokens=train.eval_batch * cfg.task.max_length if cfg.data.eval else 0,
+        eval_tokens=eval_tokens if cfg.data.eval else 0,
         checkpoints_kept=cfg.checkpoint.keep + 1 if cfg.checkpoint.every else int(full),
         weights_kept=cfg.checkpoint.final is FinalCheckpoint.weights and not cfg.checkpoint.every,
     )

@@ -28,11 +28,13 @@ class Work:
     micro_batch: int
     """Sequences per rank and forward."""
     max_length: int
-    """Tokens of a sequence."""
+    """Tokens of a document."""
     accumulation: int
     """Micro-steps per optimizer step."""
     dtype: str = "bf16"
     """Precision of weights and arithmetic: bf16, fp16 or fp32."""
+    documents: int = 1
+    """Documents of `max_length` tokens in a sequence: 2 for preferences."""
     packing: bool = True
     """Rows are filled; without it they are at most as long, so the plan holds for both."""
     checkpointing: Union[bool, str] = False
@@ -125,7 +127,8 @@ class Job:
     def tokens(self) -> int:
         """Tokens of one forward of one rank, with those that prompt tuning adds to every row."""
         virtual = self.adapter.virtual_tokens if isinstance(self.adapter, PromptConfig) else 0
-        return self.work.micro_batch * (self.work.max_length + virtual)
+        work = self.work
+        return work.micro_batch * work.documents * (work.max_length + virtual)
 
     @cached_property
     def trainable_groups(self) -> list[list[int]]:

@@ -7,7 +7,10 @@ from typing import Any
 
 from finetune.errors import clock, command, figure, gib, number, setting, who_stopped
 
-EVAL_METRICS = ("loss", "perplexity", "accuracy", "f1", "micro_f1", "exact_match", "mse", "pearson")
+EVAL_METRICS = (
+    *("loss", "perplexity", "accuracy", "f1", "micro_f1", "exact_match", "mse", "pearson"),
+    *("margin", "chosen_reward", "rejected_reward", "kl"),
+)
 
 
 def figures(record: dict[str, Any], seconds_left: float | None) -> list[str]:
@@ -15,6 +18,8 @@ def figures(record: dict[str, Any], seconds_left: float | None) -> list[str]:
     parts = [f"loss {figure(record.get('loss'))}", f"lr {number(record.get('lr'), '.1e')}"]
     for key, before, spec, after in (
         ("grad_norm", "grad ", ".2f", ""),
+        ("accuracy", "accuracy ", ".2f", ""),
+        ("margin", "margin ", ".3f", ""),
         ("tokens_per_second", "", ",.0f", " tok/s"),
         ("mfu", "MFU ", ".1%", ""),
     ):
@@ -142,5 +147,6 @@ def evaluate_command(run_dir: Any) -> str:
 def generate_command(export: Path, task: str) -> str:
     """Return the command that generates with an export, with the settings that its task takes."""
     words = {"qa": 'question="..." context="..."', "instruct": 'chat=true prompt="..."'}
+    words["preference"] = words["instruct"]
     program = command(["python", "launch/generate.py", setting("model", export)])
     return program + " " + words.get(task, 'prompt="..."')

@@ -20,6 +20,7 @@ from torch import Tensor
 from finetune.data.collate import lm_batch
 from finetune.data.columns import IGNORE, Encoder, Store
 from finetune.data.packing import Sequences
+from finetune.dist import World
 
 Batch = dict[str, Any]
 Columns = dict[str, np.ndarray]
@@ -34,6 +35,12 @@ class Task(ABC):
     """lm, classify or qa."""
     num_labels: int | None = None
     """Outputs of a classification head; None elsewhere."""
+    needs_reference: bool = False
+    """Whether the loss reads what a reference model makes of the data."""
+    reference: str | None = None
+    """Folder of the reference model; None: the trained one without its adapter."""
+    figures: dict[str, Tensor] = {}  # noqa: RUF012 - never written to
+    """Sums over the batch of the last `loss`, whose means the step's record holds beside the loss; a task may set it."""
 
     @abstractmethod
     def encoder(self) -> Encoder: ...
@@ -53,6 +60,9 @@ class Task(ABC):
 
         This is the number of scored tokens, or of examples, or the sum of the examples' weights.
         """
+
+    def prepare_step(self, model: Any, batches: list[Batch], world: World) -> None:  # noqa: B027
+        """Add to a step's numpy batches what depends on all of them, before their losses. Collective."""
 
     @abstractmethod
     def loss(self, model: Model, batch: Batch) -> Tensor:
@@ -105,6 +115,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """
     moved: Batch = {}
     for key, value in batch.items():
+        if isinstance(value, dict):
+            moved[key] = to_device(value, device)
+            continue
         if not hasattr(value, "dtype"):
             moved[key] = value
             continue

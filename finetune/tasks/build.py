@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from finetune.config import ClassifyConfig, ClmConfig, InstructConfig, QaConfig, TaskConfig
+from finetune.config import (
+    ClassifyConfig,
+    ClmConfig,
+    InstructConfig,
+    PreferenceConfig,
+    QaConfig,
+    RewardConfig,
+    TaskConfig,
+)
 from finetune.tasks.base import Task
 
 
@@ -25,5 +33,13 @@ def build_task(cfg: TaskConfig, tokenizer, packing: bool) -> Task:
             from finetune.tasks.qa import QaTask
 
             return QaTask(cfg, tokenizer)
+        case PreferenceConfig():
+            from finetune.tasks.preference import PreferenceTask
+
+            return PreferenceTask(cfg, tokenizer, packing)
+        case RewardConfig():
+            from finetune.tasks.reward import RewardTask
+
+            return RewardTask(cfg, tokenizer, packing)
         case _:
             raise AssertionError(type(cfg))

@@ -10,20 +10,21 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from finetune.config import InstructConfig
+from finetune.config import InstructConfig, PreferenceConfig, RewardConfig
 from finetune.data.columns import Encoder, Store
 from finetune.data.encode_instruct import InstructEncoder, prompt_ids
 from finetune.data.instruct_rows import check_format
 from finetune.data.instruct_template import Message, Template, load_template
 from finetune.data.packing import Sequences, best_fit, one_per_sequence
-from finetune.tasks.base import Columns, cut_note
+from finetune.tasks.base import Columns, Task, cut_note
 from finetune.tasks.clm import LmTask, lm_metrics
 
 
-class InstructTask(LmTask):
-    def __init__(self, cfg: InstructConfig, tokenizer, packing: bool):
-        check_format(cfg.format)
-        self.cfg, self.tokenizer, self.packing = cfg, tokenizer, packing
+class TemplateTask(Task):
+    """A task whose texts are conversations in a chat template."""
+
+    def __init__(self, cfg: InstructConfig | PreferenceConfig | RewardConfig, tokenizer):
+        self.cfg, self.tokenizer = cfg, tokenizer
 
     @cached_property
     def template(self) -> Template:
@@ -34,18 +35,36 @@ class InstructTask(LmTask):
         tokenizer = self.tokenizer
         return load_template(self.cfg.template, tokenizer.eos_token, tokenizer.bos_token or "")
 
-    def encoder(self) -> Encoder:
-        return InstructEncoder(self.tokenizer, self.cfg, self.template)
-
     def prepare(self, train: Store | None, previous: dict | None) -> None:
         """Use the template of `previous`, if any: its original file may no longer exist."""
-        if previous:
+        if previous and "template_text" in previous:  # not where it was another task's
             self.template = Template(
                 previous["template"],
                 previous["template_text"],
                 self.tokenizer.eos_token,
                 self.tokenizer.bos_token or "",
             )
+
+    def describe(self) -> dict[str, Any]:
+        template = {"template": self.template.name, "template_text": self.template.text}
+        return template | {"max_length": self.cfg.max_length}
+
+    def prompt_ids(self, prompt: str | list[Message]) -> list[int]:
+        """Return the ids that ask the model for an answer.
+
+        `prompt` is a text, or a conversation whose last message is the user's.
+        """
+        return prompt_ids(self.template, self.tokenizer, prompt)
+
+
+class InstructTask(TemplateTask, LmTask):
+    def __init__(self, cfg: InstructConfig, tokenizer, packing: bool):
+        check_format(cfg.format)
+        super().__init__(cfg, tokenizer)
+        self.packing = packing
+
+    def encoder(self) -> Encoder:
+        return InstructEncoder(self.tokenizer, self.cfg, self.template)
 
     def rows(self, store: Store) -> Sequences:
         if self.packing:
@@ -67,19 +86,7 @@ class InstructTask(LmTask):
         return lm_metrics(columns["loss"].sum(), columns["tokens"].sum()), predictions
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "template": self.template.name,
-            "template_text": self.template.text,
-            "format": self.cfg.format,
-            "max_length": self.cfg.max_length,
-        }
+        return super().describe() | {"format": self.cfg.format}
 
     def notes(self, store: Store) -> list[str]:
         return cut_note(store, "prompts lost tokens from their left", self.cfg.max_length)
-
-    def prompt_ids(self, prompt: str | list[Message]) -> list[int]:
-        """Return the ids that ask the model for an answer.
-
-        `prompt` is a text, or a conversation whose last message is the user's.
-        """
-        return prompt_ids(self.template, self.tokenizer, prompt)

@@ -116,6 +116,9 @@ def open_checkpoints(
         "dtype": cfg.model.dtype.value,
         "weights": weights,
         "class_weights": str(getattr(cfg.task, "class_weights", None)),
+        "preference": [
+            getattr(cfg.task, name, None) for name in ("loss", "beta", "label_smoothing", "gamma")
+        ],
         "adapter": plain["adapter"],
         "optim": plain["optim"],
         "dropout": [cfg.model.embd_pdrop, cfg.model.attn_pdrop, cfg.model.resid_pdrop],

@@ -159,12 +159,15 @@ class Trainer:
             lr = learning_rate(self.optim, state.step + 1, self.total_steps)
             skipped_before = self.engine.skipped
             losses: list[Tensor] = []
+            figures: list[dict[str, Tensor]] = []
+            self.task.prepare_step(self.engine, batches, self.world)
             for index, batch in enumerate(batches):
                 seed_for(self.seed, self._position(state.step, index))
                 loss = self.task.loss(self.engine, to_device(batch, self.world.device))
                 self.engine.backward(loss, self.world.size / (counts.scored or 1))
                 self.engine.step(lr)
                 losses.append(loss.detach())
+                figures.append(self.task.figures)
 
             state.step += 1
             state.tokens += int(counts.tokens)
@@ -175,7 +178,7 @@ class Trainer:
                 self.bad_steps.count(state, losses)
             state.skipped_in_a_row = 0 if applied else state.skipped_in_a_row
             if state.step % max(1, self.train.log_every) == 0 or state.step == self.total_steps:
-                self._log(state, losses, counts, lr)
+                self._log(state, losses, figures, counts, lr)
             if applied:
                 self.bad_steps.remember(state)
             elif self.bad_steps.too_many(state):
@@ -206,9 +209,18 @@ class Trainer:
         offset = (index * self.world.size + self.world.rank) * micro_batch
         return step * self.train.global_batch + offset
 
-    def _log(self, state: TrainState, losses: list[Tensor], counts: Counts, lr: float) -> None:
+    def _log(
+        self,
+        state: TrainState,
+        losses: list[Tensor],
+        figures: list[dict[str, Tensor]],
+        counts: Counts,
+        lr: float,
+    ) -> None:
         """Write the step's record; reading its loss is the one host sync of a logged step."""
-        (total,) = self.world.sum([sum(loss.item() for loss in losses)])
+        sums = [sum(loss.item() for loss in losses)]
+        sums += [sum(batch[name].item() for batch in figures) for name in figures[0]]
+        total, *own = self.world.sum(sums)
         rates = self.meter.read()
         state.seconds += rates.seconds
         self.last_loss = total / (counts.scored or 1)
@@ -226,6 +238,7 @@ class Trainer:
                 "loss": self.last_loss,
                 "lr": lr,
                 "grad_norm": self.engine.grad_norm(),
+                **{k: v / (counts.scored or 1) for k, v in zip(figures[0], own, strict=True)},
                 "tokens": state.tokens,
                 **rates.speed,
                 **rates.memory,

@@ -19,6 +19,7 @@ LICENCES = {
     "tokenizer": ["Modified MIT"],
     "data/pile_sample": ["CC0 1.0", "PDDL 1.0", "MIT"],
     "data/instruct": ["Apache-2.0", "MIT"],
+    "data/preference": ["Apache-2.0", "MIT"],
     "data/classify": ["MIT"],
     "data/qa": ["MIT"],
 }
@@ -41,7 +42,7 @@ def texts(folder: str, name: str) -> set[str]:
     if folder == "qa":
         return {paragraph["context"] for paragraph in paragraphs(name)}
     (path,) = (ASSETS / "data" / folder).glob(f"{name}.jsonl*")
-    return {row["prompt" if folder == "instruct" else "text"] for row in rows(path)}
+    return {row["prompt" if folder in ("instruct", "preference") else "text"] for row in rows(path)}
 
 
 @pytest.mark.parametrize("path", GENERATED)

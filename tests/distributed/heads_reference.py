@@ -24,15 +24,19 @@ from tests.peft_reference import run_peft
 LAYERS = {name: head.module for name, head in HEADS.items()}
 
 
-def train(overrides: list[str]) -> tuple[list[float], list[float]]:
+def train(overrides: list[str], step_loss=None) -> tuple[list[float], list[float]]:
     """Loss and gradient norm of each step of the run that `overrides` describe: constant learning rate, no weight decay,
-    unpacked."""
+    unpacked.
+
+    Args:
+        step_loss: (model, task, store, examples, model before training) -> loss of a step; None: `mean_loss`.
+    """
     cfg = compose_train(overrides)
     tokenizer = load_tokenizer(cfg.model.path)
     task = build_task(cfg.task, tokenizer, packing=False)
     store = build_store(cfg.data.train, "train", task.encoder())
     task.prepare(store, None)
-    model = _model(cfg, task)
+    model, base = _model(cfg, task), _model(cfg, task, trained=False)
     trained = [p for p in model.parameters() if p.requires_grad]
     betas = tuple(cfg.optim.betas)
     optimizer = torch.optim.AdamW(
@@ -45,9 +49,7 @@ def train(overrides: list[str]) -> tuple[list[float], list[float]]:
             _row(position, cfg.seed, len(store))
             for position in range(first, first + cfg.train.global_batch)
         ]
-        parts = [_loss(model, task, store, i) for i in chosen]
-        count = sum(n for _, n in parts)
-        loss = sum(part for part, _ in parts) / count
+        loss = (step_loss or mean_loss)(model, task, store, chosen, base)
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, cfg.optim.grad_clip)))
@@ -56,12 +58,17 @@ def train(overrides: list[str]) -> tuple[list[float], list[float]]:
     return losses, norms
 
 
+def mean_loss(model, task, store, chosen: list[int], base) -> torch.Tensor:
+    parts = [_loss(model, task, store, i) for i in chosen]
+    return sum(part for part, _ in parts) / sum(n for _, n in parts)
+
+
 def _row(position: int, seed: int, rows: int) -> int:
     epoch, place = divmod(position, rows)
     return int(permutation(seed, epoch, rows)[place])
 
 
-def _model(cfg, task):
+def _model(cfg, task, trained: bool = True):
     ours = build_model(
         cfg.model, task.head, device=torch.device("cpu"), seed=cfg.seed, num_labels=task.num_labels
     )
@@ -71,7 +78,7 @@ def _model(cfg, task):
     config._attn_implementation, config.pad_token_id = "eager", None
     theirs = getattr(transformers, HEADS[task.head].architecture)(config)
     theirs.load_state_dict(ours.state_dict())
-    if type(cfg.adapter).__name__ == "FullConfig":
+    if type(cfg.adapter).__name__ == "FullConfig" or not trained:
         return theirs
     torch.manual_seed(cfg.seed)
     return peft.get_peft_model(

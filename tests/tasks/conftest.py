@@ -8,7 +8,7 @@ from functools import lru_cache
 import pytest
 from task_setup import Made
 
-from finetune.data import encode_classify, encode_instruct, encode_qa
+from finetune.data import encode_classify, encode_instruct, encode_preference, encode_qa
 from finetune.data.cache import build_store
 from finetune.data.tokenizer import TextTokenizer, load_tokenizer
 from finetune.tasks.build import build_task
@@ -24,7 +24,7 @@ def tokenizers_once():
     """Copying and hashing 50400 entries takes a second; the tests' encoders share one copy."""
     with pytest.MonkeyPatch.context() as patch:
         once = lru_cache(None)(TextTokenizer)
-        for module in (encode_instruct, encode_classify, encode_qa):
+        for module in (encode_instruct, encode_classify, encode_qa, encode_preference):
             patch.setattr(module, "TextTokenizer", once)
         yield
 

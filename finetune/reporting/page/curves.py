@@ -20,10 +20,19 @@ def curves(run: RunFiles) -> list[Chart]:
     norm = _with_average("before clipping", column(train, "grad_norm"))
     rate = _with_average("all ranks", column(train, "tokens_per_second"))
     mfu = _with_average("of the GPU's peak", column(train, "mfu"))
+    # Preferences and reward models.
+    margin = _with_average("training", column(train, "margin"))
+    rewards = [
+        Series(f"{side} answers", column(train, f"{side}_reward"), color)
+        for color, side in enumerate(("chosen", "rejected"), 1)
+    ]
     charts = [
         Chart("Loss", [*loss, Series("evaluation", column(evals, "loss"), 2, "dots")]),
         Chart("Evaluation", shares, "share"),
         Chart("Perplexity", [Series("evaluation", column(evals, "perplexity"), 2, "dots")]),
+        Chart("Margin", [*margin, Series("evaluation", column(evals, "margin"), 2, "dots")]),
+        Chart("Rewards", rewards),
+        Chart("KL to the reference", [Series("training", column(train, "kl"))]),
         Chart("Learning rate", [Series("learning rate", column(train, "lr"))], "exp", True),
         Chart("Gradient norm", norm, from_zero=True),
         Chart("Tokens per second", rate, from_zero=True),

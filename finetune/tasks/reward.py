@@ -1,0 +1,140 @@
+"""Reward model: one number for a conversation, higher for the chosen answer of a pair than for the rejected one.
+
+pairs (`data.encode_preference`) -> two documents each -> head of one output at the closing eos of
+each -> loss per pair, -log sigma(chosen - rejected - margin): Bradley and Terry's model of paired
+comparisons, the margin as in Llama 2 (arXiv:2307.09288).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finetune.config import InstructConfig, RewardConfig
+from finetune.data.collate import lm_batch
+from finetune.data.columns import Encoder, Store
+from finetune.data.encode_preference import PreferenceEncoder
+from finetune.data.instruct_rows import conversation
+from finetune.data.packing import Sequences, best_fit, one_per_sequence, split_pairs
+from finetune.errors import UserError
+from finetune.tasks.base import Batch, Columns, Model, cut_note, flat_inputs
+from finetune.tasks.instruct import TemplateTask
+from finetune.tasks.preference import pair_predictions
+
+
+class RewardTask(TemplateTask):
+    head, num_labels = "classify", 1
+    regression = True
+
+    def __init__(self, cfg: RewardConfig, tokenizer, packing: bool):
+        super().__init__(cfg, tokenizer)
+        self.packing = packing
+
+    def encoder(self) -> Encoder:
+        return PreferenceEncoder(self.tokenizer, self.cfg, self.template)
+
+    def rows(self, store: Store) -> Sequences:
+        pack = partial(best_fit, max_length=2 * self.cfg.max_length)
+        packed = (pack if self.packing else one_per_sequence)(store.offsets)
+        return split_pairs(packed, store.column("split"))
+
+    def collate(self, store: Store, rows: Sequences, indices: list[int]) -> Batch:
+        """Build a flat batch of documents, with each one's last token and each pair's margin.
+
+        ids   p p c E | p p r r E       pool 3 8       margins 0
+        """
+        batch = lm_batch(store, rows, indices)
+        del batch["labels"]
+        pairs = batch["examples"][::2] if batch["tokens"] else batch["examples"][:0]
+        return batch | {
+            "pool": batch["cu_seqlens"][1:].astype(np.int64) - 1,
+            "margins": np.asarray(store.column("margin"))[pairs],
+        }
+
+    def count(self, batch: Batch) -> int:
+        """Return the number of pairs."""
+        return len(batch["margins"])
+
+    def rewards(self, model: Model, batch: Batch) -> Tensor:
+        """Return the rewards of each pair's answers, (P, 2) fp32."""
+        outputs = model(**flat_inputs(batch), positions=batch["pool"])
+        return outputs[: 2 * self.count(batch), 0].view(-1, 2)
+
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        rewards = self.rewards(model, batch)
+        self.figures = {
+            name: values.sum() for name, values in reward_figures(rewards.detach()).items()
+        }
+        return reward_losses(rewards, batch["margins"]).sum()
+
+    def measure(self, model: Model, batch: Batch) -> Columns:
+        pairs = self.count(batch)
+        columns = {
+            "example": batch["examples"][::2][:pairs],
+            "rewards": self.rewards(model, batch).double(),
+            "margins": batch["margins"].double(),
+        }
+        return {name: values.cpu().numpy() for name, values in columns.items()}
+
+    def metrics(self, store: Store, columns: Columns) -> tuple[dict[str, Any], list | None]:
+        rewards, margins = (torch.from_numpy(columns[name]) for name in ("rewards", "margins"))
+        figures = {"loss": reward_losses(rewards, margins), **reward_figures(rewards)}
+        metrics = {name: float(values.mean()) for name, values in figures.items()}
+        predictions = pair_predictions(store, columns["example"], columns["rewards"])
+        return metrics | {"pairs": len(rewards)}, predictions
+
+    def pieces(self, record: dict, where: str) -> list[str]:
+        """Return the texts of a conversation to score: prompt and answer in turn.
+
+        `record` has one of the layouts of instruction rows.
+
+        Raises:
+            UserError: it has none, or no answer.
+        """
+        try:
+            read = conversation(record, where, InstructConfig(weight_field=None))
+        except UserError as error:
+            row = '{"prompt": "...", "completion": "..."}'
+            remedy = (
+                f"A reward model scores answers: write rows such as {row} to prompts=FILE.jsonl."
+            )
+            raise UserError(error.problem, where, remedy) from None
+        assert read is not None
+        return self.template.pieces(read[0], where)
+
+    def text_ids(self, texts: list[str]) -> list[int]:
+        """Return the ids of `pieces`, as training reads them; the last one is pooled."""
+        parts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        eos = self.tokenizer.eos_token_id
+        return [i for n, part in enumerate(parts) for i in ([*part, eos] if n % 2 else part)]
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"problem": "regression", "labels": ["reward"]}
+
+    def notes(self, store: Store) -> list[str]:
+        return cut_note(store, "prompts lost tokens from their left", self.cfg.max_length)
+
+    def marks(self, batch: Batch) -> tuple[np.ndarray, list[str]]:
+        names = [("chosen", "rejected")[i % 2] for i in range(len(batch["pool"]))]
+        return np.isin(np.arange(len(batch["ids"])), batch["pool"]), names
+
+
+def reward_losses(rewards: Tensor, margins: Tensor) -> Tensor:
+    """Return each pair's loss (P,) from the rewards of its answers (P, 2)."""
+    return -F.logsigmoid(rewards[:, 0] - rewards[:, 1] - margins)
+
+
+def reward_figures(rewards: Tensor) -> dict[str, Tensor]:
+    """Return each pair's share in the metrics, (P,) each."""
+    chosen, rejected = rewards.unbind(1)
+    return {
+        "accuracy": (chosen > rejected).to(rewards.dtype),
+        "margin": chosen - rejected,
+        "chosen_reward": chosen,
+        "rejected_reward": rejected,
+    }
