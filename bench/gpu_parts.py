@@ -560,7 +560,12 @@ def generate() -> Cases:
             figures["share_equal_to_ours"] = statistics.mean(equal) if equal else None
         return figures
 
-    for name, opened in (("ours", our_generation), ("transformers", their_generation)):
+    compiled_generation = partial(our_generation, compiled=True)
+    for name, opened in (
+        ("ours", our_generation),
+        ("ours, compiled", compiled_generation),
+        ("transformers", their_generation),
+    ):
         continue_all = opened(new)
         for batch in prompts:
             yield attempt(f"{name}, batch {batch}", partial(work, name, continue_all, batch))
@@ -568,7 +573,9 @@ def generate() -> Cases:
         gc.collect()
 
 
-def our_generation(new: int) -> Callable[[list[list[int]]], list[list[int]]]:
+def our_generation(
+    new: int, compiled: bool = False
+) -> Callable[[list[list[int]]], list[list[int]]]:
     from finetune.config import Dtype
     from finetune.data.tokenizer import load_tokenizer
     from finetune.export.reopen import load_export
@@ -577,7 +584,7 @@ def our_generation(new: int) -> Callable[[list[list[int]]], list[list[int]]]:
 
     model = to_library_model(load_export(MODEL, Dtype.bf16, DEVICE).module)
     tokenizer, how = load_tokenizer(None), Sampling(new, temperature=0)
-    return lambda prompts: continue_ids(model, tokenizer, prompts, how, DEVICE)
+    return lambda prompts: continue_ids(model, tokenizer, prompts, how, DEVICE, compiled=compiled)
 
 
 def their_generation(new: int) -> Callable[[list[list[int]]], list[list[int]]]:
