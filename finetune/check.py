@@ -19,12 +19,14 @@ from finetune.config import (
     ClassifyConfig,
     Config,
     FinalCheckpoint,
+    FullConfig,
     InstructConfig,
     LoraConfig,
     PreferenceConfig,
     PrefixConfig,
     PromptConfig,
     QaConfig,
+    Quantize,
     TaskConfig,
 )
 from finetune.errors import UserError, problems_error
@@ -102,6 +104,7 @@ def _problems(cfg: Config, world_size: int, cuda: bool) -> Iterator[UserError]:
     yield from _batch(cfg, world_size)
     yield from _optim(cfg)
     yield from _model(cfg)
+    yield from _quantize(cfg)
     yield from _adapter(cfg)
     yield from sharding_problems(cfg, cuda)
     yield from task_problems(cfg.task)
@@ -205,6 +208,16 @@ def _model(cfg: Config) -> Iterator[UserError]:
                 f"model.{key} = {value} is not a probability below 1",
                 remedy=f"Try model.{key}=0.1.",
             )
+
+
+def _quantize(cfg: Config) -> Iterator[UserError]:
+    if cfg.model.quantize is not Quantize.none and isinstance(cfg.adapter, FullConfig):
+        yield UserError(
+            f"model.quantize = {cfg.model.quantize.value} freezes the weights that adapter=full "
+            "trains",
+            "adapter=full",
+            "Try adapter=lora, or model.quantize=none with optim.name=adamw8bit.",
+        )
 
 
 def _adapter(cfg: Config) -> Iterator[UserError]:

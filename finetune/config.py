@@ -49,6 +49,12 @@ class Init(Enum):
     random = "random"
 
 
+class Quantize(Enum):
+    none = "none"
+    int8 = "int8"
+    nf4 = "nf4"
+
+
 class Offload(Enum):
     none = "none"
     cpu = "cpu"
@@ -89,6 +95,10 @@ class ModelConfig:
     """Directory or hub id; null: the checkpoint's own, or GPT-J's that ships with the project."""
     dtype: Dtype = Dtype.bf16
     """Precision of weights and arithmetic; optimizer states are fp32 always."""
+    quantize: Quantize = Quantize.none
+    """Format of the frozen linear weights of the blocks, for any adapter: none, int8 (8 bits), or nf4 (4 bits, QLoRA)."""
+    quantize_double: bool = True
+    """nf4: keep its scales in 8 bits too, which saves 0.4 bits per weight."""
     init: Init = Init.pretrained
     """`random`: only config.json is read from `path`; weights are drawn from the seed, parameter by parameter."""
     attention: Attention = Attention.auto

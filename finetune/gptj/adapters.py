@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -192,8 +193,12 @@ def _flat_class(base: type, prompts: bool) -> type:
 
 
 def count(model: nn.Module) -> dict[str, int]:
-    """Count all parameters and the trained ones, also if ZeRO-3 has partitioned them."""
-    sizes = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in model.parameters()]
+    """Count all parameters and the trained ones, also if they are partitioned or quantised."""
+    packed = {id(m.weight): prod(m.shape) for m in model.modules() if hasattr(m, "pack")}
+    sizes = [
+        (packed.get(id(p)) or int(getattr(p, "ds_numel", p.numel())), p.requires_grad)
+        for p in model.parameters()
+    ]
     return {
         "total": sum(n for n, _ in sizes),
         "trainable": sum(n for n, trained in sizes if trained),

@@ -12,11 +12,20 @@ from functools import cached_property
 from math import ceil, prod
 from typing import Optional, Union
 
-from finetune.config import AdapterConfig, Config, Dtype, FullConfig, Offload, PromptConfig
+from finetune.config import (
+    AdapterConfig,
+    Config,
+    Dtype,
+    FullConfig,
+    Offload,
+    PromptConfig,
+    Quantize,
+)
 from finetune.errors import UserError
 from finetune.planning import parameter_groups
 from finetune.planning.machine import Machine
-from finetune.planning.shape import ModelShape
+from finetune.planning.quantization import packed_bytes
+from finetune.planning.shape import LINEARS, ModelShape
 
 STAGES = ("auto", 0, 1, 2, 3)
 
@@ -88,6 +97,8 @@ class Job:
     global_batch: int = 1
     """Sequences per optimizer step, all ranks together."""
     bucket_elements: int = 50_000_000
+    quantize: Quantize = Quantize.none
+    quantize_double: bool = True
     eval_tokens: int = 0
     """Tokens of one forward in evaluation; 0 without evaluation."""
     checkpoints_kept: int = 1
@@ -151,7 +162,22 @@ class Job:
     @cached_property
     def frozen_numels(self) -> list[int]:
         """Elements of the untrained tensors: with an adapter the whole model, its head included."""
-        return [] if self.full else [prod(shape) for _, shape in self.shape.tensors()]
+        if self.full:
+            return []
+        return [self.stored_numel(name, shape) for name, shape in self.shape.tensors()]
+
+    def stored_numel(self, name: str, shape: tuple[int, ...]) -> int:
+        """Return the elements that an untrained tensor takes, if it is quantised its packed form."""
+        linear = name.endswith(tuple(f"{module}.weight" for module in LINEARS))
+        if self.quantize is Quantize.none or not linear:
+            return prod(shape)
+        packed = packed_bytes(self.quantize, self.quantize_double, *shape)
+        return packed // self.work.element_bytes
+
+    @cached_property
+    def stored_total(self) -> int:
+        """Elements of all tensors, a quantised one counted in its packed form."""
+        return sum(self.trained_numels) + sum(self.frozen_numels)
 
 
 def padded(numel: int, multiple: int) -> int:

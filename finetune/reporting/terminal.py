@@ -55,6 +55,7 @@ NOISY = (
     "datasets",
     "peft",
     "accelerate",
+    "bitsandbytes",
     "huggingface_hub",
     "filelock",
     "torch.distributed",

@@ -54,6 +54,7 @@ def train(
     seed: int,
     dtype: torch.dtype = torch.float32,
     wrap=None,
+    quantization=None,
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of each step, and the first step's clipped gradients by name."""
     from finetune.data.batches import permutation
@@ -61,9 +62,13 @@ def train(
     texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
     documents = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
     rows = rows_of(documents, length, packing)
+    loading = {"quantization_config": quantization, "device_map": "cpu"} if quantization else {}
     model = GPTJForCausalLM.from_pretrained(
-        checkpoint, dtype=dtype, attn_implementation="eager"
+        checkpoint, dtype=dtype, attn_implementation="eager", **loading
     ).eval()
+    for module in model.modules():  # bitsandbytes' packing for AVX-512 rounds scales to bf16
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     model = wrap(model) if wrap else model
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     decay, plain = (

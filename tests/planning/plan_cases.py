@@ -16,6 +16,7 @@ from finetune.config import (
     Init,
     ModelConfig,
     Offload,
+    Quantize,
     TaskConfig,
     TrainConfig,
     ZeroConfig,
@@ -58,11 +59,13 @@ def config(
     offload: str = "none",
     params: str = "none",
     checkpointing: bool | str = False,
+    quantize: str = "none",
 ) -> Config:
     """A config whose global batch makes the wanted accumulation."""
     micro = micro_batch if isinstance(micro_batch, int) else 1
     return Config(
-        model=ModelConfig(path=path, dtype=Dtype(dtype), init=Init.random), task=TaskConfig(max_length=length),
+        model=ModelConfig(path=path, dtype=Dtype(dtype), init=Init.random, quantize=Quantize(quantize)),
+        task=TaskConfig(max_length=length),
         adapter=adapter,
         zero=ZeroConfig(stage=stage, offload_optimizer=Offload(offload), offload_params=Offload(params),
                         bucket_elements=100_000),

@@ -88,6 +88,7 @@ def walk(case: dict[str, Any], path: str, world: dist.World) -> dict[str, int]:
 def build(case: dict[str, Any], path: str, world: dist.World) -> Engine:
     kind = ADAPTERS[case["adapter"]]
     keys = {key: case[key] for key in ("stage", "dtype", "accumulation")}
+    keys["quantize"] = case.get("quantize", "none")
     places = {key: case.get(key, "none") for key in ("offload", "params")}
     cfg = config(kind, path=path, ranks=world.size, **keys, **places)
     sharding = Sharding(case["stage"], cfg.zero.offload_optimizer, cfg.zero.offload_params)

@@ -31,6 +31,22 @@ PLAIN = [
     {"stage": stage, "dtype": dtype, "accumulation": accumulation, "adapter": adapter}
     for stage, (dtype, accumulation, adapter) in product((0, 1, 2, 3), SETTINGS)
 ]
+QUANTIZED = [
+    {
+        "stage": stage,
+        "dtype": dtype,
+        "accumulation": 1,
+        "adapter": "lora",
+        "quantize": quantize,
+    }
+    for stage, dtype, quantize in (
+        (0, "fp32", "nf4"),
+        (2, "bf16", "int8"),
+        (3, "bf16", "nf4"),
+        (3, "fp32", "int8"),
+    )
+]
+PLAIN += QUANTIZED
 OFFLOADED = [
     {
         "stage": stage,
@@ -84,6 +100,7 @@ def free_port() -> int:
 
 def predicted(case: dict[str, Any], ranks: int, rank: int) -> States:
     keys = {key: case[key] for key in ("stage", "dtype", "accumulation")}
+    keys["quantize"] = case.get("quantize", "none")
     cfg = config(ADAPTERS[case["adapter"]], ranks=ranks, **keys)
     option = Option(case["stage"], case.get("offload", "none"), case.get("params", "none"))
     return model_states(job(cfg, ranks=ranks), option, rank)
