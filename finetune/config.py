@@ -55,6 +55,12 @@ class Quantize(Enum):
     nf4 = "nf4"
 
 
+class OptimName(Enum):
+    adamw = "adamw"
+    adamw8bit = "adamw8bit"
+    adafactor = "adafactor"
+
+
 class Offload(Enum):
     none = "none"
     cpu = "cpu"
@@ -314,6 +320,9 @@ class ZeroConfig:
 
 @dataclass
 class OptimConfig:
+    name: OptimName = OptimName.adamw
+    """adamw; adamw8bit: its moments in 8 bits; adafactor: row and column means in their place (stage 0; knows no betas and
+    eps, and multiplies lr by the size of each weight)."""
     lr: float = 1e-4
     """Peak learning rate."""
     schedule: str = "cosine"

@@ -17,10 +17,10 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from finetune.config import Quantize
+from finetune.config import OptimName, Quantize
 from finetune.planning.activations import activations, offloaded_bytes, power_of_two
 from finetune.planning.job import Job, Option
-from finetune.planning.states import States, model_states, uses_bf16_optimizer
+from finetune.planning.states import States, adafactor_elements, model_states, uses_bf16_optimizer
 
 MIB = 2**20
 CUDA_CONTEXT_BYTES = 600 * MIB
@@ -112,7 +112,7 @@ def estimate(job: Job, option: Option) -> Estimate:
     host_parts = _host_parts(job, option, states, peak + fixed)
     host = sum(host_parts.values())
     nvme = job.ranks_per_node * states.nvme_bytes
-    weights = checkpoint_bytes(job) // 3 if job.weights_kept else 0
+    weights = 4 * job.shape.trainable(job.adapter) if job.weights_kept else 0
     disk = job.checkpoints_kept * checkpoint_bytes(job) + weights + export_bytes(job)
     machine = job.machine
     short = ""
@@ -194,7 +194,10 @@ def _host_parts(job: Job, option: Option, states: States, device_bytes: int) -> 
     # A checkpoint brings the optimizer's states to the host; at stage 0 only one rank's.
     on_device = job.on_gpu and option.offload_optimizer == "none"
     savers = 1 if option.stage == 0 else job.ranks_per_node
-    parts["checkpoint"] = states.optimizer * savers if on_device else 0
+    share = states.optimizer * savers
+    if job.optimizer is OptimName.adamw8bit:  # it is written in fp32
+        share = checkpoint_bytes(job) * savers // (1 if option.stage == 0 else job.world_size)
+    parts["checkpoint"] = share if on_device else 0
     return parts
 
 
@@ -218,10 +221,13 @@ def rounding_bytes(blocks: tuple[int, ...]) -> int:
 def checkpoint_bytes(job: Job) -> int:
     """Return the size of one checkpoint.
 
-    It holds fp32 weights and two moments of the trained parameters (checkpointing/checkpoints.py),
-    and nothing of the frozen ones.
+    It holds fp32 weights and moments of the trained parameters (checkpointing/checkpoints.py), and
+    nothing of the frozen ones.
     """
-    return 12 * job.shape.trainable(job.adapter)
+    trained = job.shape.trainable(job.adapter)
+    if job.optimizer is OptimName.adafactor:
+        return 4 * (trained + adafactor_elements(job))
+    return 12 * trained
 
 
 def export_bytes(job: Job) -> int:

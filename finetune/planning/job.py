@@ -18,6 +18,7 @@ from finetune.config import (
     Dtype,
     FullConfig,
     Offload,
+    OptimName,
     PromptConfig,
     Quantize,
 )
@@ -76,6 +77,10 @@ class Option:
     def zero(self) -> str:
         return f"stage{self.stage}"
 
+    @property
+    def offloads(self) -> bool:
+        return self.offload_optimizer != "none" or self.offload_params != "none"
+
     def __str__(self) -> str:
         text = f"stage {self.stage}"
         if self.offload_optimizer != "none":
@@ -97,6 +102,7 @@ class Job:
     global_batch: int = 1
     """Sequences per optimizer step, all ranks together."""
     bucket_elements: int = 50_000_000
+    optimizer: OptimName = OptimName.adamw
     quantize: Quantize = Quantize.none
     quantize_double: bool = True
     eval_tokens: int = 0
@@ -148,11 +154,16 @@ class Job:
         Groups are those with weight decay (matrices) and without (biases, norms), each cut by
         `parameter_groups`. Order and split decide the padding of ZeRO's flat buffers.
         """
-        shapes = [shape for _, shape in self.shape.trainable_tensors(self.adapter)]
+        shapes = self.trained_shapes
         kinds = [[prod(s) for s in shapes if len(s) >= 2], [prod(s) for s in shapes if len(s) < 2]]
         return [
             [numels[i] for i in run] for numels in kinds for run in parameter_groups.cut(numels)
         ]
+
+    @cached_property
+    def trained_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the trained tensors, in the order of the model."""
+        return [shape for _, shape in self.shape.trainable_tensors(self.adapter)]
 
     @cached_property
     def trained_numels(self) -> list[int]:
@@ -220,6 +231,19 @@ def sharding_problems(cfg: Config, cuda: bool) -> Iterator[UserError]:
     if zero.stage not in STAGES:
         yield UserError(
             f"zero.stage = {zero.stage} is none of auto, 0, 1, 2, 3", remedy="Try zero=auto."
+        )
+    name = cfg.optim.name
+    if name is OptimName.adafactor and zero.stage not in ("auto", 0):
+        yield UserError(
+            "adafactor needs whole matrices, which ZeRO cuts from stage 1 on",
+            f"zero.stage={zero.stage}",
+            "Try zero=stage0, or optim.name=adamw8bit.",
+        )
+    if name is not OptimName.adamw and zero.offload_optimizer is not Offload.none:
+        yield UserError(
+            f"optim.name = {name.value} keeps its small states beside the weights",
+            f"zero.offload_optimizer={zero.offload_optimizer.value}",
+            "Try zero.offload_optimizer=none, or optim.name=adamw.",
         )
     if zero.stage == 0 and zero.offload_optimizer is not Offload.none:
         yield UserError(

@@ -32,6 +32,7 @@ from finetune.sharding.deepspeed_patches import (
     unlink_shared_memory,
 )
 from finetune.sharding.ops import built_ops, find_stale_locks, hushed
+from finetune.sharding.optimizers import build_optimizer
 
 OP = "deepspeed_shm_comm"
 COMPILING = "compiling DeepSpeed's CPU op, once on this machine: one to two minutes on idle cores"
@@ -170,12 +171,7 @@ class Engine:
     def __init__(self, module: nn.Module, config: dict, optim: OptimConfig, world: World):
         self.world, self.config = world, config
         self.stage: int = config["zero_optimization"]["stage"]
-        groups = parameter_groups(module, optim.weight_decay)
-        # lr is 0 until the first step: some wrappers take a step on zero gradients while they are
-        # built, and with a nonzero learning rate that step would already decay the weights.
-        optimizer = torch.optim.AdamW(
-            groups, lr=0.0, betas=tuple(optim.betas), eps=optim.eps, fused=True
-        )  # type: ignore[arg-type]
+        optimizer = build_optimizer(optim, parameter_groups(module, optim.weight_decay))
         self.max_norm: float = config["gradient_clipping"]
         self._bare = (
             self.stage == 0 and not config["bf16"]["enabled"] and not config["fp16"]["enabled"]

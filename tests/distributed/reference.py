@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from transformers import GPTJForCausalLM
+
+ADAMW = partial(torch.optim.AdamW, foreach=False)
 
 
 def rows_of(
@@ -55,6 +58,7 @@ def train(
     dtype: torch.dtype = torch.float32,
     wrap=None,
     quantization=None,
+    make_optimizer=ADAMW,
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of each step, and the first step's clipped gradients by name."""
     from finetune.data.batches import permutation
@@ -65,20 +69,16 @@ def train(
     loading = {"quantization_config": quantization, "device_map": "cpu"} if quantization else {}
     model = GPTJForCausalLM.from_pretrained(
         checkpoint, dtype=dtype, attn_implementation="eager", **loading
-    ).eval()
-    for module in model.modules():  # bitsandbytes' packing for AVX-512 rounds scales to bf16
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    ).train(quantization is not None)  # bitsandbytes would round activations to int8
     model = wrap(model) if wrap else model
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     decay, plain = (
         [p for p in named.values() if p.ndim >= 2],
         [p for p in named.values() if p.ndim < 2],
     )
-    optimizer = torch.optim.AdamW(
+    optimizer = make_optimizer(
         [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}],
         lr=lr,
-        foreach=False,
     )
     losses, first = [], {}
     for step in range(steps):
