@@ -290,6 +290,19 @@ def full() -> Cases:
     yield attempt(f"stage 1, micro {micro}, whole blocks", partial(our_run, "full", words))
 
 
+def small() -> Cases:
+    """The real command in 8 and 4 bits."""
+    micro, batch = (1, 2) if DRY else (4, 4)
+    for kind in ("int8", "nf4"):
+        words = [*LORA_WORDS, f"model.quantize={kind}", *batch_words(micro, batch, False)]
+        words += ["train.steps=4", "export.enabled=false"]
+        yield attempt(f"LoRA on {kind}, micro {micro}", partial(our_run, kind, words))
+    micro, batch = (1, 2) if DRY else (8, 64)
+    words = ["adapter=full", "optim.name=adamw8bit", "zero=stage2", "export.enabled=false"]
+    words += [*batch_words(micro, batch, True), "train.steps=3"]
+    yield attempt(f"full, adamw8bit, micro {micro}", partial(our_run, "adamw8bit", words))
+
+
 # LoRA in one process
 
 
@@ -607,7 +620,7 @@ def their_generation(new: int) -> Callable[[list[list[int]]], list[list[int]]]:
     return continue_all
 
 
-PARTS = (nccl, products, attention, loss, model, main, lora, ablate, trainer, full, generate)
+PARTS = (nccl, products, attention, loss, model, main, lora, ablate, trainer, full, generate, small)
 
 if __name__ == "__main__":
     measured: dict[str, dict] = {}
