@@ -108,8 +108,7 @@ class GenerateConfig(ModelUserConfig):
     chat: bool = False
     """Wrap the prompt in the export's instruction template."""
     engine: str = "torch"
-    """torch; compiled: the decoding step compiled for a cache of fixed length, for many texts on a GPU; or deepspeed:
-    DeepSpeed-Inference, on GPUs only."""
+    """torch, or deepspeed: DeepSpeed-Inference, on GPUs only."""
     seed: int = 0
     """Sampling seed; with it and its own words a prompt gets the same text in any batch."""
 
@@ -141,8 +140,7 @@ class ServeConfig(ModelUserConfig):
     concurrency: int = 8
     """Requests that may wait or run at once; further ones get status 429."""
     engine: str = "torch"
-    """torch; compiled: the decoding step compiled for a cache of fixed length, for many texts on a GPU; or deepspeed:
-    DeepSpeed-Inference, on GPUs only."""
+    """torch, or deepspeed: DeepSpeed-Inference, on GPUs only."""
 
 
 @dataclass
