@@ -18,6 +18,7 @@ takes too long is recorded with its message while the others go on; results are 
     trainer     transformers' Trainer with DeepSpeed and peft, its default attention, same adapter
     full        all weights, optimizer on the host, 131,072 tokens a step
     generate    greedy generation here and by plain transformers, batches of 1 and 32
+    small       the real command: LoRA on int8 and nf4, all weights with 8-bit Adam (75 GB of GPU)
 
 Peaks stand beside the planner's predictions, and measured figures beside the targets.
 
@@ -26,7 +27,7 @@ Without network, bring wheels of what the machine lacks next to torch; on a mach
 
     DS_BUILD_OPS=0 pip wheel --no-deps -w wheels deepspeed
     pip download --no-deps -d wheels transformers peft datasets hydra-core omegaconf hjson dill \\
-        multiprocess zstandard pydantic pydantic-core annotated-types typing-inspection
+        multiprocess zstandard bitsandbytes pydantic pydantic-core annotated-types typing-inspection
     pip wheel --no-deps -w wheels antlr4-python3-runtime==4.9.3
 
 Then there, once to see that everything is installed, and once to measure:
@@ -66,9 +67,10 @@ LIMITS = {
     "trainer": 90,
     "full": 120,
     "generate": 75,
+    "small": 200,
 }
 """Most seconds of each part; all together also end within `--budget`."""
-NEEDS_MODEL = ("main", "lora", "ablate", "trainer", "full", "generate")
+NEEDS_MODEL = ("main", "lora", "ablate", "trainer", "full", "generate", "small")
 TARGETS = (
     ("LoRA, best, tokens/s", 22_000, "lora", "tokens_per_second", ""),
     ("LoRA, micro 8, whole blocks, tokens/s", 14_000, "lora", "tokens_per_second", "micro 8, whole blocks"),

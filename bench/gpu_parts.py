@@ -290,6 +290,19 @@ def full() -> Cases:
     yield attempt(f"stage 1, micro {micro}, whole blocks", partial(our_run, "full", words))
 
 
+def small() -> Cases:
+    """The real command in 8 and 4 bits."""
+    micro, batch = (1, 2) if DRY else (4, 4)
+    for kind in ("int8", "nf4"):
+        words = [*LORA_WORDS, f"model.quantize={kind}", *batch_words(micro, batch, False)]
+        words += ["train.steps=4", "export.enabled=false"]
+        yield attempt(f"LoRA on {kind}, micro {micro}", partial(our_run, kind, words))
+    micro, batch = (1, 2) if DRY else (8, 64)
+    words = ["adapter=full", "optim.name=adamw8bit", "zero=stage2", "export.enabled=false"]
+    words += [*batch_words(micro, batch, True), "train.steps=3"]
+    yield attempt(f"full, adamw8bit, micro {micro}", partial(our_run, "adamw8bit", words))
+
+
 # LoRA in one process
 
 
@@ -560,7 +573,12 @@ def generate() -> Cases:
             figures["share_equal_to_ours"] = statistics.mean(equal) if equal else None
         return figures
 
-    for name, opened in (("ours", our_generation), ("transformers", their_generation)):
+    compiled_generation = partial(our_generation, compiled=True)
+    for name, opened in (
+        ("ours", our_generation),
+        ("ours, compiled", compiled_generation),
+        ("transformers", their_generation),
+    ):
         continue_all = opened(new)
         for batch in prompts:
             yield attempt(f"{name}, batch {batch}", partial(work, name, continue_all, batch))
@@ -568,7 +586,9 @@ def generate() -> Cases:
         gc.collect()
 
 
-def our_generation(new: int) -> Callable[[list[list[int]]], list[list[int]]]:
+def our_generation(
+    new: int, compiled: bool = False
+) -> Callable[[list[list[int]]], list[list[int]]]:
     from finetune.config import Dtype
     from finetune.data.tokenizer import load_tokenizer
     from finetune.export.reopen import load_export
@@ -577,7 +597,7 @@ def our_generation(new: int) -> Callable[[list[list[int]]], list[list[int]]]:
 
     model = to_library_model(load_export(MODEL, Dtype.bf16, DEVICE).module)
     tokenizer, how = load_tokenizer(None), Sampling(new, temperature=0)
-    return lambda prompts: continue_ids(model, tokenizer, prompts, how, DEVICE)
+    return lambda prompts: continue_ids(model, tokenizer, prompts, how, DEVICE, compiled=compiled)
 
 
 def their_generation(new: int) -> Callable[[list[list[int]]], list[list[int]]]:
@@ -600,7 +620,7 @@ def their_generation(new: int) -> Callable[[list[list[int]]], list[list[int]]]:
     return continue_all
 
 
-PARTS = (nccl, products, attention, loss, model, main, lora, ablate, trainer, full, generate)
+PARTS = (nccl, products, attention, loss, model, main, lora, ablate, trainer, full, generate, small)
 
 if __name__ == "__main__":
     measured: dict[str, dict] = {}

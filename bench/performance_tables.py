@@ -114,8 +114,10 @@ GPU_ROWS: tuple[tuple[str, str, str, str], ...] = (
     ("the same, 16384 tokens", "29,497 tok/s", "products", "16384 tokens"),
     ("full, stage 1, optimizer on the host, micro 8", "9,341 tok/s, 66.7 GiB", "full", "stage 1, micro 8, whole blocks"),
     ("generation, batch 1", "56 tok/s", "generate", "ours, batch 1"),
+    ("the same, engine=compiled", "", "generate", "ours, compiled, batch 1"),
     ("the same by transformers", "27 tok/s", "generate", "transformers, batch 1"),
     ("generation, batch 32", "1,448 tok/s", "generate", "ours, batch 32"),
+    ("the same, engine=compiled", "", "generate", "ours, compiled, batch 32"),
     ("the same by transformers", "712 tok/s", "generate", "transformers, batch 32"),
 )  # fmt: skip
 """Row, what the earlier build reached, and where `bench/gpu.py` keeps the figure of this one."""

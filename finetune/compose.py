@@ -106,7 +106,10 @@ def _fitting(recipe: Any, typed: dict[str, str]) -> Any:
     """Drop a recipe's keys that the kinds chosen on the command line do not share with its own."""
     entries = recipe.get("defaults", [])
     own = {
-        key.removeprefix("override /"): value for entry in entries for key, value in entry.items()
+        key.removeprefix("override /"): value
+        for entry in entries
+        if not isinstance(entry, str)
+        for key, value in entry.items()
     }
     for group in KINDS:
         kind = option_kind(group, typed.get(group))

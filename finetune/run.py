@@ -108,8 +108,7 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
                 cfg, task.head, task.num_labels, base_name(cfg.model, run_dir), ds_config, world
             )
             parameters = adapters.count(module)
-            lr_ratio = getattr(cfg.adapter, "lr_ratio", 1.0)
-            engine = Engine(module, ds_config, cfg.optim, world, lr_ratio)
+            engine = Engine(module, ds_config, cfg.optim, world)
         if world.device.type == "cpu":
             process.keep_freed_memory()
         if task.reference:

@@ -179,13 +179,14 @@ class Checkpoints:
             return Pieces.of([])
         sizes = {
             f"{name}|{start}|{kind}": numel
-            for name, start, numel in partitions.ranges(engine)
-            for kind in ("master", *(partitions.MOMENTS if moments else ()))
+            for name, start, sizes in partitions.sizes(engine)
+            for kind, numel in sizes.items()
+            if kind == "master" or moments
         }
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             for piece in partitions.fragments(engine):
-                for kind, tensor in piece.tensors().items():
+                for kind, tensor in piece.tensors.items():
                     if kind == "master" or moments:
                         yield f"{piece.name}|{piece.start}|{kind}", tensor
 
@@ -316,12 +317,14 @@ class Checkpoints:
             RunFailed: the disk is too small; the message says how much is missing.
         """
         partitions.ensure_states(engine)
-        one = int(self.world.sum([self._pieces(engine).bytes])[0])
+        one, masters = map(
+            int, self.world.sum([self._pieces(engine, kind).bytes for kind in (True, False)])
+        )
 
         def check() -> None:
             here = step_folders(self.folder)
             if final is not FinalCheckpoint.full and not several and not self.best:
-                weights = one // 3 if final is FinalCheckpoint.weights else 0
+                weights = masters if final is FinalCheckpoint.weights else 0
                 return self._require(weights, f"keeping the weights, {gib(weights)},")
             count = (
                 self.keep + 1 + self.best if several or self.best else min(self.keep, len(here)) + 1
@@ -427,11 +430,11 @@ class Checkpoints:
         """Load weights, moments and loss scale of a verified checkpoint. Collective."""
         saved, reader = read_state(folder), StateReader(folder)
         partitions.ensure_states(engine)
-        kinds = ("master", *(partitions.MOMENTS if saved.get("moments", True) else ()))
+        moments = saved.get("moments", True)
         for piece in partitions.fragments(engine, write=True):
-            for kind, tensor in piece.tensors().items():
-                if kind in kinds:
-                    tensor.copy_(reader.read(piece.name, kind, piece.start, piece.numel))
+            for kind, tensor in piece.tensors.items():
+                if kind == "master" or moments:
+                    tensor.copy_(reader.read(piece.name, kind, piece.start, tensor.numel()))
         partitions.set_adam_step(engine, saved["adam_step"])
         partitions.refresh_weights(
             engine, lambda name, start, numel: reader.read(name, "master", start, numel)

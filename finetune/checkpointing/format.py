@@ -4,7 +4,7 @@
       manifest.json                     every file with size and hash
       state.json                        step, tokens, best metric, description of the run
       evaluated.json                    changes to the state by an evaluation done after the save
-      optim-00000-of-00002.safetensors  fp32 master, exp_avg, exp_avg_sq of the ranges rank 0 owned
+      optim-00000-of-00002.safetensors  fp32 master and moments (exp_avg, ...) of the ranges rank 0 owned
 
 Knows no engine and no ranks. Nothing is pickled, so reading a checkpoint cannot execute code.
 """
@@ -342,7 +342,7 @@ class StateReader:
         """Return elements [start, start + numel) of one tensor, flat and in fp32.
 
         Args:
-            kind: master, exp_avg or exp_avg_sq.
+            kind: master, or one of the optimizer's moments, such as exp_avg.
 
         Raises:
             UserError: the checkpoint has no such parameter, or not all of the range.

@@ -26,6 +26,7 @@ CHECKS: tuple[Callable[[], Check | list[Check]], ...] = (
     doctor_checks.deepspeed_ops,
     doctor_checks.build_locks,
     doctor_checks.backends,
+    doctor_checks.small_memory,
     doctor_checks.tested_versions,
     doctor_checks.processors,
     doctor_checks.memory,

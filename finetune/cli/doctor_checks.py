@@ -204,6 +204,26 @@ def backends() -> Check:
     return green("communication", text)
 
 
+def small_memory() -> Check:
+    """Check that bitsandbytes, if it is installed, quantises on the device that trains."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        text = "bitsandbytes is not installed: model.quantize and optim.name=adamw8bit need it"
+        return green("8 and 4 bits", f"{text} (pip install -e '.[quant]')")
+    torch = _torch()
+    device = "cuda" if torch is not None and torch.cuda.is_available() else "cpu"
+    place = {"cuda": "the GPU", "cpu": "the CPU"}[device]
+    text = f"bitsandbytes {importlib.metadata.version('bitsandbytes')}"
+    try:
+        from bitsandbytes.functional import quantize_4bit
+
+        quantize_4bit(torch.ones(64, device=device), quant_type="nf4")
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        remedy = "Train without model.quantize and optim.name=adamw8bit, or install a build for it."
+        return yellow("8 and 4 bits", f"{text} does not work on {place}: {reason}", remedy)
+    return green("8 and 4 bits", f"{text} quantises on {place}")
+
+
 def tested_versions() -> Check:
     """Compare installed packages with the version ranges that this project was tested with."""
     from packaging.requirements import Requirement

@@ -307,6 +307,7 @@ def _source(cfg: Config, app: ExportAppConfig, folder: Path, checkpoint: Path) -
         metrics,
         real_conversations(cfg.task, cfg.data),
         cfg.model.revision,
+        plain_config(cfg)["model"],
         base,
     )
     config = read_config(local_folder(cfg.model), cfg.model, about.get("num_labels"))

@@ -118,6 +118,8 @@ def check_settings(cfg: GenerateConfig) -> None:
         )
     if cfg.batch < 1 or cfg.beams < 1:
         raise UserError("batch and beams must be at least 1", remedy="Try batch=8 beams=1.")
+    if cfg.engine == "compiled" and cfg.beams > 1:
+        raise UserError("engine=compiled has no beam search", "engine", "Leave engine out.")
     if (cfg.question is None) != (cfg.context is None):
         raise UserError(
             "question and context go together", remedy="Pass question='...' context='...'."

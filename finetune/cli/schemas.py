@@ -108,7 +108,8 @@ class GenerateConfig(ModelUserConfig):
     chat: bool = False
     """Wrap the prompt in the export's instruction template."""
     engine: str = "torch"
-    """torch, or deepspeed: DeepSpeed-Inference, on GPUs only."""
+    """torch; compiled: the decoding step compiled for a cache of fixed length, for many texts on a GPU; or deepspeed:
+    DeepSpeed-Inference, on GPUs only."""
     seed: int = 0
     """Sampling seed; with it and its own words a prompt gets the same text in any batch."""
 
@@ -140,7 +141,8 @@ class ServeConfig(ModelUserConfig):
     concurrency: int = 8
     """Requests that may wait or run at once; further ones get status 429."""
     engine: str = "torch"
-    """torch, or deepspeed: DeepSpeed-Inference, on GPUs only."""
+    """torch; compiled: the decoding step compiled for a cache of fixed length, for many texts on a GPU; or deepspeed:
+    DeepSpeed-Inference, on GPUs only."""
 
 
 @dataclass

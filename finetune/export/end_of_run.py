@@ -118,6 +118,7 @@ def export_trained(
         result.eval,
         real_conversations(cfg.task, cfg.data) if world.main else [],
         cfg.model.revision,
+        plain_config(cfg)["model"],
         base,
     )
     texts = reference_texts(inputs.train)

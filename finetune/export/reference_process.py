@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from finetune.config import Dtype
+from finetune.config import Dtype, Quantize
 
 
 def main(checkpoint: Path, kind: str, dtype: str, texts: Path, out: Path) -> None:
@@ -25,11 +26,15 @@ def main(checkpoint: Path, kind: str, dtype: str, texts: Path, out: Path) -> Non
 
     run_dir = checkpoint.parent.parent
     cfg = load_config(run_dir)
+    model = cfg.model
     if kind in (
         "adapter",
         "phi_adapter",
     ):  # whoever loads the adapter loads the base in this precision; a merge has the run's
-        cfg.model.dtype = Dtype(dtype)
+        model = replace(model, dtype=Dtype(dtype))
+    if kind != "adapter":  # all others hold, or are read on, the base as it was before quantising
+        model = replace(model, quantize=Quantize.none)
+    cfg = replace(cfg, model=model)
     device = torch.device("cpu")
     module = load_run(
         cfg,

@@ -41,6 +41,7 @@ def open_export(folder: Path):
         from peft import PeftModel
 
         values = read_json(folder / "adapter_config.json")
+        quantized = quantization(about, dtype)
         # A head needs the export's config: number of labels, and the padding token.
         extra = (
             {"config": transformers.AutoConfig.from_pretrained(str(folder))}
@@ -53,8 +54,16 @@ def open_export(folder: Path):
             dtype=dtype,
             attn_implementation="eager",
             **extra,
+            **quantized,
         )
-        model = PeftModel.from_pretrained(model, str(folder)).to(dtype)
+        if quantized:
+            dequantize(model)
+        model = PeftModel.from_pretrained(model, str(folder))
+        for (
+            parameter
+        ) in model.parameters():  # not `to`, which transformers refuses for quantised models
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
     else:
         model, told = auto.from_pretrained(
             str(folder), dtype=dtype, attn_implementation="eager", output_loading_info=True
@@ -65,6 +74,53 @@ def open_export(folder: Path):
         if wrong:
             raise ValueError(f"the files do not hold the model: {wrong}")
     return model.eval(), about["head"]
+
+
+def quantization(about: dict, dtype) -> dict:
+    """Return what `from_pretrained` needs to quantise an adapter's base as it was in training."""
+    from transformers import BitsAndBytesConfig
+
+    skipped = {"llm_int8_skip_modules": [head.module for head in HEADS.values()]}
+    kind = about.get("quantize", "none")
+    if kind == "none":
+        return {}
+    if kind == "int8":
+        settings = BitsAndBytesConfig(load_in_8bit=True, **skipped)
+    else:
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=kind,
+            bnb_4bit_use_double_quant=about["quantize_double"],
+            bnb_4bit_compute_dtype=dtype,
+            **skipped,
+        )
+    return {"quantization_config": settings, "device_map": "cpu"}
+
+
+def dequantize(model) -> None:
+    """Replace bitsandbytes' layers by plain ones with the values that it quantised weights to.
+
+    Its own products round more, as training does not: activations to 8 bits with int8, scales to
+    bf16 with nf4 on CPUs. As one row, because its CPU kernel takes other blocks' scales where the
+    columns are no multiple of a block.
+    """
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, (Linear4bit, Linear8bitLt)):
+            continue
+        plain = torch.nn.Linear(module.in_features, module.out_features, device="meta")
+        weight = module.weight
+        if isinstance(module, Linear4bit):
+            state = weight.quant_state
+            state.shape = torch.Size([plain.weight.numel()])
+            values = dequantize_4bit(weight.data, state).view(plain.weight.shape)
+        else:
+            values = (weight.data * (weight.SCB / 127)[:, None]).to(model.dtype)
+        plain.weight, plain.bias = torch.nn.Parameter(values), module.bias
+        model.set_submodule(name, plain)
 
 
 SIDES = {"PROMPT_TUNING": (), "PREFIX_TUNING": ("right",)}

@@ -80,6 +80,8 @@ class ExportInfo:
     """Some of the training data, on which the exported chat template is compared with training."""
     revision: str | None = None
     """Branch, tag or commit of a base that is a hub id."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """The run's model section: it names the format that an adapter's base had in training."""
     base_folder: Path | None = None
     """Where the base lies on this machine: an adapter's export says by which weights it can be recognised."""
 
@@ -377,6 +379,9 @@ def finish_export(
         if kind == "adapter":
             found |= check_adapter(stage)
             assert info.base_folder
+            about |= {
+                key: info.model[key] for key in ("quantize", "quantize_double") if key in info.model
+            }
             about |= {
                 "revision": info.revision,
                 "base_weights": base_record(info.base_folder, info.head),

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from finetune.config import (
 from finetune.gptj.lora import fuse
 from finetune.gptj.prompt_tuning import Virtual
 from finetune.planning import parameter_groups as grouping
-from finetune.planning.shape import adapted_layers, target_modules
+from finetune.planning.shape import target_modules
 
 
 def attach(model: nn.Module, cfg: AdapterConfig, head: str, base: str, seed: int) -> nn.Module:
@@ -82,18 +83,15 @@ def peft_config(cfg: AdapterConfig, head: str | None, targets: list[str] | None 
     heads = [HEADS[head].module] if head in ("classify", "qa") else None
     match cfg:
         case LoraConfig():
-            layers = adapted_layers(cfg.layers)
             return peft.LoraConfig(
                 task_type=task,
-                layers_to_transform=layers,
-                layers_pattern="h" if layers else None,
                 r=cfg.rank,
                 lora_alpha=cfg.alpha,
                 lora_dropout=cfg.dropout,  # type: ignore[arg-type]
                 target_modules=targets or target_modules(cfg.targets),
                 use_rslora=cfg.rslora,
                 use_dora=cfg.dora,
-                modules_to_save=[*(heads or ()), *cfg.modules_to_save] or None,
+                modules_to_save=heads,
             )
         case Ia3Config():
             names = targets or target_modules(cfg.targets)
@@ -195,31 +193,28 @@ def _flat_class(base: type, prompts: bool) -> type:
 
 
 def count(model: nn.Module) -> dict[str, int]:
-    """Count all parameters and the trained ones, also if ZeRO-3 has partitioned them."""
-    sizes = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in model.parameters()]
+    """Count all parameters and the trained ones, also if they are partitioned or quantised."""
+    packed = {id(m.weight): prod(m.shape) for m in model.modules() if hasattr(m, "pack")}
+    sizes = [
+        (packed.get(id(p)) or int(getattr(p, "ds_numel", p.numel())), p.requires_grad)
+        for p in model.parameters()
+    ]
     return {
         "total": sum(n for n, _ in sizes),
         "trainable": sum(n for n, trained in sizes if trained),
     }
 
 
-def parameter_groups(
-    model: nn.Module, weight_decay: float, lr_ratio: float = 1.0
-) -> list[dict[str, Any]]:
-    """Return the optimizer's groups, as `planning.parameter_groups` makes them.
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Return matrices with weight decay, and biases, norms and other vectors without.
 
-    Each holds `params`, `weight_decay` and `lr_ratio`, the factor of its learning rate.
-
-    Args:
-        lr_ratio: that of LoRA's B matrices.
+    Each kind is cut into groups as `planning.parameter_groups` says.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    shapes = [(name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
     return [
-        {
-            "params": [named[i][1] for i in group.indices],
-            "weight_decay": weight_decay if group.decays else 0.0,
-            "lr_ratio": group.lr_ratio,
-        }
-        for group in grouping.split(shapes, lr_ratio)
+        {"params": [kind[i] for i in run], "weight_decay": decay}
+        for kind, decay in ((matrices, weight_decay), (vectors, 0.0))
+        for run in grouping.cut([int(getattr(p, "ds_numel", p.numel())) for p in kind])
     ]

@@ -1,7 +1,7 @@
 """Build a GPT-J and load its weights tensor by tensor, each directly to its final place.
 
 config.json -> module on the meta device (or partitioned, under zero.Init) -> for every parameter:
-read, cast, place.
+read, cast, quantise, place.
 
 Sources: safetensors or pytorch_model.bin, sharded or not, in any precision, with the legacy buffers
 of the published file. Peak host memory is the weights that are kept there plus the largest tensor.
@@ -16,6 +16,8 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 from transformers import GPTJConfig
 
 from finetune.assets.paths import resolve
-from finetune.config import HEADS, Dtype, Init, ModelConfig, read_gptj_config
+from finetune.config import HEADS, Dtype, Init, ModelConfig, Quantize, read_gptj_config
 from finetune.data.tokenizer import TOKENIZER_FILES
 from finetune.errors import UserError
 from finetune.files import read_json, refuse_pointer
@@ -345,7 +347,6 @@ def build_model(
     seed: int,
     num_labels: int | None = None,
     checkpointing: bool | str = False,
-    neftune_alpha: float = 0.0,
     partition: AbstractContextManager | None = None,
     place: Place | None = None,
     reads: bool = True,
@@ -356,7 +357,6 @@ def build_model(
     Args:
         head: lm, classify or qa; a head that the checkpoint lacks is drawn from the seed.
         checkpointing: kind of activation checkpointing in training; one of `recompute.KINDS`.
-        neftune_alpha: strength of the noise on embeddings in training; 0: none.
         partition: zero.Init context at stage 3, else None.
         place: writes one tensor into a partitioned parameter (collective); None if nothing is
             partitioned.
@@ -366,21 +366,32 @@ def build_model(
     folder = local_folder(cfg)
     config = read_config(folder, cfg, num_labels)
     dtype = DTYPES[cfg.dtype.value]
+    linear: Callable[..., nn.Module] = nn.Linear
+    if cfg.quantize is not Quantize.none:
+        # Imported here: bitsandbytes takes seconds, and most runs do without it.
+        from finetune.gptj.quantize import QuantizedLinear
+
+        linear = partial(QuantizedLinear, cfg)
     with (
         _no_init(),
         partition or torch.device("meta"),
         _default_dtype(dtype if partition else torch.float32),
     ):
-        model = MODELS[head](copy_config(config), cfg.attention.value, checkpointing, neftune_alpha)
+        model = MODELS[head](copy_config(config), cfg.attention.value, checkpointing, linear)
     source = Weights(folder) if cfg.init is Init.pretrained and reads else None
     names = dict(model.named_parameters())
+    quantized: dict[str, Any] = {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if hasattr(module, "pack")
+    }
+    shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in names.items()}
+    shapes |= {name: layer.shape for name, layer in quantized.items()}
     if source is not None:
-        _check_names(
-            source, {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in names.items()}, folder
-        )
+        _check_names(source, shapes, folder)
     done = 0
     for name, parameter in names.items():
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        shape, layer = shapes[name], quantized.get(name)
         tensor = None
         if reads:
             tensor = (
@@ -388,14 +399,18 @@ def build_model(
                 if source is not None and name in source.files
                 else draw(name, shape, config, seed)
             )
+        if layer is not None and tensor is not None:
+            tensor = layer.pack(tensor.to(device=device, dtype=dtype))
         if place is not None:
-            place(parameter, None if tensor is None else tensor.to(dtype))
+            place(parameter, None if tensor is None else tensor.to("cpu", dtype))
         else:
             assert tensor is not None
             fresh = tensor.to(device=device, dtype=dtype)
             # A tensor that is still a view of the file would keep the whole mapping alive.
-            _set(model, name, fresh.clone() if fresh.data_ptr() == tensor.data_ptr() else fresh)
-        done += parameter.numel() if place is None else int(torch.Size(shape).numel())
+            if layer is None and fresh.data_ptr() == tensor.data_ptr():
+                fresh = fresh.clone()
+            _set(model, name, nn.Parameter(fresh, requires_grad=layer is None))
+        done += prod(shape)
         if progress is not None:
             progress(done)
     return model
@@ -449,9 +464,9 @@ def draw(name: str, shape: tuple[int, ...], config: GPTJConfig, seed: int) -> Te
     return torch.empty(shape).normal_(0.0, config.initializer_range, generator=generator)
 
 
-def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
+def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+    setattr(model.get_submodule(owner), leaf, parameter)
 
 
 @contextmanager

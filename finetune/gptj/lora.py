@@ -10,13 +10,15 @@ For layers i that share an input x (N, in), with frozen weights W_i and rank-r f
 
 peft computes `result + lora_B(lora_A(x)) * scaling`, which writes the full width of the output three
 times more in the forward and as often in the backward. Modules, parameter names, checkpoints and
-exports stay peft's: only the forward of its linear layers is replaced. Dropout, DoRA, biases of
-lora_B, and layers that are merged or disabled take peft's own path.
+exports stay peft's: only the forward of its linear layers is replaced. A quantised weight is
+unpacked for each product. Dropout, DoRA, biases of lora_B, and layers that are merged or disabled
+take peft's own path.
 Source: Hu et al., arXiv:2106.09685.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -31,12 +33,19 @@ class LoraProducts(torch.autograd.Function):
     """See the module. Base weights and biases get no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scalings: tuple[float, ...], *tensors: Tensor | None):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scalings: tuple[float, ...],
+        read: tuple[Callable[[Tensor, torch.dtype], Tensor], ...],
+        *tensors: Tensor | None,
+    ):
         """Return one output per layer.
 
         Args:
             x: (..., in).
-            tensors: the weights (out, in) of all layers, then their biases (out,) or None, their
+            read: of each layer, (weight parameter, precision) -> its weight (out, in).
+            tensors: the weight parameters of all layers, then their biases (out,) or None, their
                 A (r, in) and their B (out, r).
         """
         layers = len(scalings)
@@ -44,15 +53,15 @@ class LoraProducts(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         low = rows @ _stacked(downs).t()
         outputs, pieces = [], low.split([len(down) for down in downs], dim=1)
-        for weight, bias, up, piece, scaling in zip(
-            weights, biases, ups, pieces, scalings, strict=True
+        for unpack, weight, bias, up, piece, scaling in zip(
+            read, weights, biases, ups, pieces, scalings, strict=True
         ):
-            output = F.linear(x, weight, bias)
+            output = F.linear(x, unpack(weight, x.dtype), bias)
             output.view(-1, len(up)).addmm_(piece, up.t(), alpha=scaling)
             outputs.append(output)
         # x itself and not its view: a block may save the very same tensor, or compute it again.
         ctx.save_for_backward(x, low, *weights, *downs, *ups)
-        ctx.scalings = scalings
+        ctx.scalings, ctx.read = scalings, read
         return tuple(outputs)
 
     @staticmethod
@@ -81,12 +90,18 @@ class LoraProducts(torch.autograd.Function):
 
         x_gradient = None
         if ctx.needs_input_grad[0]:
-            x_gradient = wanted[0] @ weights[0]
-            for gradient, weight in zip(wanted[1:], weights[1:], strict=True):
-                x_gradient.addmm_(gradient, weight)
+            for i, (unpack, weight, gradient) in enumerate(
+                zip(ctx.read, weights, wanted, strict=True)
+            ):
+                weight = unpack(weight, x.dtype)
+                x_gradient = x_gradient.addmm_(gradient, weight) if i else gradient @ weight
             x_gradient.addmm_(low_gradient, _stacked(downs))
             x_gradient = x_gradient.view(x.shape)
-        return (x_gradient, None, *[None] * (2 * layers), *down_gradients, *up_gradients)
+        return (x_gradient, None, None, *[None] * (2 * layers), *down_gradients, *up_gradients)
+
+
+def _as_it_is(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight
 
 
 def _stacked(downs) -> Tensor:
@@ -113,9 +128,7 @@ def fuse(model: nn.Module) -> None:
         # DeepSpeed releases a leaf's weights when its input has a gradient, or at once if it needs
         # none, which is before the factors of the first block have theirs.
         body = next(m for m in model.modules() if isinstance(getattr(m, "h", None), nn.ModuleList))
-        adapted = [block for block in body.h if any(map(_is_plain, block.modules()))]
-        for block in adapted[:1]:
-            block.register_forward_pre_hook(_with_gradient)
+        body.h[0].register_forward_pre_hook(_with_gradient)
 
 
 def _with_gradient(block: nn.Module, arguments: tuple) -> tuple | None:
@@ -124,14 +137,14 @@ def _with_gradient(block: nn.Module, arguments: tuple) -> tuple | None:
 
 
 def _is_plain(module: object) -> bool:
-    """Tell whether a module is a LoRA layer without dropout, DoRA, biases or a quantised base."""
+    """Tell whether a module is a LoRA layer without dropout, DoRA or biases."""
     from peft.tuners.lora.layer import Linear
 
     if type(module) is not Linear or len(module.lora_A) != 1:
         return False
     (name,) = module.lora_A
     return (
-        type(module.base_layer) is nn.Linear
+        (type(module.base_layer) is nn.Linear or hasattr(module.base_layer, "unpacked"))
         and isinstance(module.lora_dropout[name], nn.Identity)
         and not module.lora_variant
         and not module.lora_bias[name]
@@ -165,6 +178,7 @@ def _products(layers: list[Any], x: Tensor) -> tuple[Tensor, ...]:
     return LoraProducts.apply(
         x,
         tuple(layer.scaling[name] for layer, name in pairs),
+        tuple(getattr(layer.base_layer, "unpacked", _as_it_is) for layer in layers),
         *(layer.base_layer.weight for layer in layers),
         *(layer.base_layer.bias for layer in layers),
         *(layer.lora_A[name].weight for layer, name in pairs),

@@ -13,6 +13,7 @@ Reference: transformers/models/gptj/modeling_gptj.py; Wang and Komatsuzaki, GPT-
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -33,18 +34,20 @@ from finetune.gptj.loss import LMHead
 from finetune.gptj.prompt_tuning import Virtual, prefixed_attention
 from finetune.gptj.recompute import recomputed, run_block
 
+MakeLinear = Callable[..., nn.Module]
+"""(in_features, out_features, bias) -> a linear layer of a block."""
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GPTJConfig):
+    def __init__(self, config: GPTJConfig, linear: MakeLinear = nn.Linear):
         super().__init__()
         width = config.n_embd
         self.heads, self.dropout = config.n_head, config.attn_pdrop
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.out_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = linear(width, width, bias=False)
+        self.v_proj = linear(width, width, bias=False)
+        self.q_proj = linear(width, width, bias=False)
+        self.out_proj = linear(width, width, bias=False)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,11 +76,13 @@ class MLP(nn.Module):
             again from the inner states.
     """
 
-    def __init__(self, config: GPTJConfig, keep_activated: bool = True):
+    def __init__(
+        self, config: GPTJConfig, keep_activated: bool = True, linear: MakeLinear = nn.Linear
+    ):
         super().__init__()
         inner = config.n_inner or 4 * config.n_embd
-        self.fc_in = nn.Linear(config.n_embd, inner)
-        self.fc_out = nn.Linear(inner, config.n_embd)
+        self.fc_in = linear(config.n_embd, inner)
+        self.fc_out = linear(inner, config.n_embd)
         name = config.activation_function
         self.act = nn.GELU("tanh") if name in TANH_GELU else ACT2FN[name]
         self.dropout = nn.Dropout(config.resid_pdrop)
@@ -94,11 +99,13 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTJConfig, keep_activated: bool = True):
+    def __init__(
+        self, config: GPTJConfig, keep_activated: bool = True, linear: MakeLinear = nn.Linear
+    ):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = Attention(config)
-        self.mlp = MLP(config, keep_activated)
+        self.attn = Attention(config, linear)
+        self.mlp = MLP(config, keep_activated, linear)
 
     def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
         normed = self.ln_1(x)
@@ -120,7 +127,7 @@ class Transformer(PreTrained):
     Args:
         attention: `model.attention`: auto, flex, sdpa or eager (see `pick_attention`).
         checkpointing: kind of activation checkpointing in training; one of `recompute.KINDS`.
-        neftune_alpha: strength of the noise on embeddings in training; 0: none.
+        linear: makes the linear layers of the blocks.
     """
 
     def __init__(
@@ -128,16 +135,17 @@ class Transformer(PreTrained):
         config: GPTJConfig,
         attention: str = "auto",
         checkpointing: bool | str = False,
-        neftune_alpha: float = 0.0,
+        linear: MakeLinear = nn.Linear,
     ):
         super().__init__(config)
         self.attention, self.checkpointing = attention, checkpointing
-        self.neftune_alpha = neftune_alpha
         self.rotary_dim = config.rotary_dim or config.n_embd // config.n_head
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
         keep_activated = checkpointing != "selective"
-        self.h = nn.ModuleList([Block(config, keep_activated) for _ in range(config.n_layer)])
+        self.h = nn.ModuleList(
+            [Block(config, keep_activated, linear) for _ in range(config.n_layer)]
+        )
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -173,8 +181,6 @@ class Transformer(PreTrained):
                 "position_ids are needed with cu_seqlens: they restart with every document"
             )
         x = self.wte(input_ids)
-        if self.training and self.neftune_alpha:
-            x = add_noise(x, cu_seqlens, self.neftune_alpha)
         if virtual is not None:
             x, position_ids, cu_seqlens = virtual.enter(x, position_ids, cu_seqlens)
         kind = pick_attention(self.attention, x.device.type, x.dtype)
@@ -193,21 +199,6 @@ class Transformer(PreTrained):
         return hidden.view(shape)
 
 
-def add_noise(x: Tensor, cu_seqlens: Tensor, alpha: float) -> Tensor:
-    """Add uniform noise to the embeddings of every document (NEFTune, arXiv:2310.05914).
-
-    Its bound is alpha / sqrt(L D) for L tokens of width D. It is drawn from torch's generator, which
-    is seeded by the position in the data, as for dropout.
-
-    Args:
-        x: (1, N, D).
-    """
-    lengths = cu_seqlens.diff().to(x.device)
-    bounds = alpha / (lengths * x.shape[-1]).sqrt()
-    bound = bounds.repeat_interleave(lengths, output_size=x.shape[1])[:, None]
-    return x + torch.empty_like(x).uniform_(-1, 1) * bound.to(x.dtype)
-
-
 class CausalLM(PreTrained):
     """GPT-J with the language modelling head."""
 
@@ -216,10 +207,10 @@ class CausalLM(PreTrained):
         config: GPTJConfig,
         attention: str = "auto",
         checkpointing: bool | str = False,
-        neftune_alpha: float = 0.0,
+        linear: MakeLinear = nn.Linear,
     ):
         super().__init__(config)
-        self.transformer = Transformer(config, attention, checkpointing, neftune_alpha)
+        self.transformer = Transformer(config, attention, checkpointing, linear)
         self.lm_head = LMHead(config.n_embd, config.vocab_size)
         self.prepare_inputs_for_generation = None  # peft reads it when it wraps a language model
 
@@ -261,10 +252,10 @@ class _Pooled(PreTrained):
         config: GPTJConfig,
         attention: str = "auto",
         checkpointing: bool | str = False,
-        neftune_alpha: float = 0.0,
+        linear: MakeLinear = nn.Linear,
     ):
         super().__init__(config)
-        self.transformer = Transformer(config, attention, checkpointing, neftune_alpha)
+        self.transformer = Transformer(config, attention, checkpointing, linear)
         outputs = config.num_labels if self.head_name == "score" else 2
         setattr(self, self.head_name, nn.Linear(config.n_embd, outputs, bias=self.bias))
 

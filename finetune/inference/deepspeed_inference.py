@@ -12,15 +12,16 @@ from finetune.errors import UserError
 from finetune.files import read_json
 
 
-def refuse_engine(folder: Path, about: dict[str, Any]) -> None:
-    """Check that DeepSpeed-Inference can take an export.
+def refuse_engine(engine: str, folder: Path, about: dict[str, Any]) -> None:
+    """Check that an engine other than torch can take an export.
 
     Raises:
-        UserError: it has another head, or an adapter of virtual tokens.
+        UserError: it has another head, or an adapter of virtual tokens, which needs the training
+            forward.
     """
     if about["head"] != "lm":
         raise UserError(
-            f"DeepSpeed-Inference serves language models; this export has the head '{about['head']}'",
+            f"engine={engine} serves language models; this export has the head '{about['head']}'",
             "engine",
             "Leave engine out.",
         )
@@ -30,7 +31,7 @@ def refuse_engine(folder: Path, about: dict[str, Any]) -> None:
         "PREFIX_TUNING",
     ):
         raise UserError(
-            "prompts and prefixes cannot be folded into the weights, which DeepSpeed-Inference needs",
+            f"engine={engine} needs weights alone; prompts and prefixes cannot be folded into them",
             "engine",
             "Leave engine out.",
         )

@@ -15,11 +15,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
+    CompileConfig,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -50,6 +52,10 @@ class Sampling:
     stop: Sequence[str] = ()
     """Strings that end the text; they are cut off."""
     seed: int = 0
+
+
+CACHE_STEP = 64
+"""Lengths of the cache for compiled decoding are multiples of this many tokens."""
 
 
 class StopTexts(StoppingCriteria):
@@ -118,6 +124,7 @@ def continue_ids(
     how: Sampling,
     device: torch.device,
     streamer=None,
+    compiled: bool = False,
 ) -> list[list[int]]:
     """Generate the ids that follow each prompt, without eos.
 
@@ -125,9 +132,18 @@ def continue_ids(
         model: transformers' GPTJForCausalLM, alone or under peft, in evaluation mode.
         prompts: token ids, at least one each.
         streamer: transformers' streamer, for a single prompt.
+        compiled: decode by transformers' compiled forward with a cache of fixed length. Every new
+            length is compiled once, which takes up to a minute.
     """
     eos = tokenizer.eos_token_id
     longest = max(map(len, prompts))
+    options: dict[str, Any] = {}
+    if compiled:
+        # More padding, so that few lengths occur.
+        longest += -(longest + how.max_new_tokens) % CACHE_STEP
+        compile_config = CompileConfig()
+        compile_config._compile_all_devices = True
+        options = {"cache_implementation": "static", "compile_config": compile_config}
     ids = torch.tensor([[eos] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     stops = StoppingCriteriaList([StopTexts(tokenizer, how.stop, longest)] if how.stop else [])
@@ -144,6 +160,7 @@ def continue_ids(
             streamer=streamer,
             logits_processor=_choice(how, GumbelNoise(prompts, how.seed)),
             stopping_criteria=stops,
+            **options,
         )
     return [row[: row.index(eos)] if eos in row else row for row in out[:, longest:].tolist()]
 

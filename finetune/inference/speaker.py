@@ -33,6 +33,8 @@ TOO_LARGE = (
     "transformers, and train them."
 )
 
+ENGINES = ("torch", "compiled", "deepspeed")
+
 
 @dataclass
 class Speaker:
@@ -44,6 +46,8 @@ class Speaker:
     device: torch.device
     limit: TokenLimit | None = None
     """Set where the tokenizer has ids that the model has no row for."""
+    compiled: bool = False
+    """Decode by a compiled forward; see `sample.continue_ids`."""
 
     @property
     def chats(self) -> bool:
@@ -78,8 +82,12 @@ class Speaker:
         self, prompts: list[list[int]], how: Sampling, streamer=None
     ) -> list[list[int]]:
         """Generate the ids that follow each prompt; see `sample.continue_ids`."""
-        generate = continue_flat if takes_virtual_tokens(self.trained.module) else continue_ids
-        return generate(self.trained.module, self.tokenizer, prompts, how, self.device, streamer)
+        module = self.trained.module
+        if takes_virtual_tokens(module):
+            return continue_flat(module, self.tokenizer, prompts, how, self.device, streamer)
+        return continue_ids(
+            module, self.tokenizer, prompts, how, self.device, streamer, self.compiled
+        )
 
 
 def load_speaker(
@@ -100,8 +108,9 @@ def load_speaker(
         UserError: there is no such folder, or `engine` cannot run here.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if engine not in ("torch", "deepspeed"):
-        raise UserError(f"engine = {engine} is unknown", "engine", "Choose from torch, deepspeed.")
+    if engine not in ENGINES:
+        choices = ", ".join(ENGINES)
+        raise UserError(f"engine = {engine} is unknown", "engine", f"Choose from {choices}.")
     if engine == "deepspeed" and device.type != "cuda":
         raise UserError(
             "DeepSpeed-Inference needs a GPU; this machine has none", "engine", "Leave engine out."
@@ -116,14 +125,14 @@ def load_speaker(
     about = read_about(folder, base)
     if note := foreign_note(about):
         print(note, file=sys.stderr)
-    if engine == "deepspeed":
-        refuse_engine(folder, about)
+    if engine != "torch":
+        refuse_engine(engine, folder, about)
     tokenizer = load_tokenizer(str(folder))
     task = build_task(typed_task(about["settings"]), tokenizer, packing=True)
     task.prepare(None, about["task"])
     rows = read_gptj_config(model_folder(folder, about))["vocab_size"]
     limit = token_limit(tokenizer, rows, TOO_LARGE)
-    unloaded = Speaker(None, tokenizer, task, device, limit)  # type: ignore[arg-type]
+    unloaded = Speaker(None, tokenizer, task, device, limit, engine == "compiled")  # type: ignore[arg-type]
     before_weights(unloaded, about["head"])
 
     trained = load_export(folder, dtype, device, base)

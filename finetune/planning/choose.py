@@ -8,11 +8,19 @@ advice on what to change.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Optional
 
-from finetune.config import Config, FinalCheckpoint, LoraConfig, Offload, ZeroConfig
+from finetune.config import (
+    Config,
+    FinalCheckpoint,
+    LoraConfig,
+    Offload,
+    OptimName,
+    Quantize,
+    ZeroConfig,
+)
 from finetune.errors import gib
 from finetune.planning.estimate import (
     Estimate,
@@ -115,7 +123,7 @@ def plan(cfg: Config, machine: Machine, shape: ModelShape, world_size: int) -> P
         export_bytes=export_bytes(job),
         load_host_bytes=load_host_bytes(job, chosen.option),
         reason=reason,
-        advice=room(job, chosen) if chosen.fits else remedies(cfg.zero, job, chosen),
+        advice=(room if chosen.fits else remedies)(cfg.zero, job, chosen),
     )
 
 
@@ -144,6 +152,9 @@ def build_job(cfg: Config, machine: Machine, shape: ModelShape, world_size: int)
         machine,
         train.global_batch,
         cfg.zero.bucket_elements,
+        optimizer=cfg.optim.name,
+        quantize=cfg.model.quantize,
+        quantize_double=cfg.model.quantize_double,
         eval_tokens=eval_tokens if cfg.data.eval else 0,
         checkpoints_kept=cfg.checkpoint.keep + 1 if cfg.checkpoint.every else int(full),
         weights_kept=cfg.checkpoint.final is FinalCheckpoint.weights and not cfg.checkpoint.every,
@@ -227,7 +238,11 @@ def all_options(job: Job, nvme_path: str | None) -> list[Option]:
     """
     places = {"none"} | ({"cpu"} if job.on_gpu else set())
     places |= {"nvme"} if job.on_gpu and nvme_path else set()
-    return [o for o in OPTIONS if {o.offload_optimizer, o.offload_params} <= places]
+    options = [o for o in OPTIONS if {o.offload_optimizer, o.offload_params} <= places]
+    if job.optimizer is OptimName.adafactor:
+        return [Option(0)]
+    keeps = job.optimizer is not OptimName.adamw
+    return [o for o in options if not keeps or o.offload_optimizer == "none"]
 
 
 def wanted_options(zero: ZeroConfig, job: Job) -> list[Option]:
@@ -236,6 +251,8 @@ def wanted_options(zero: ZeroConfig, job: Job) -> list[Option]:
     if zero.stage != "auto":
         return [Option(int(zero.stage), optimizer, params)]
     order = all_options(job, zero.nvme_path)
+    if job.optimizer is OptimName.adafactor:
+        return order
     # With several ranks, stage 0 is worth trying only if there is next to nothing to shard. It sums
     # the gradients of micro-steps in the weights' own precision, so that must be fp32, or there
     # must be a single micro-step.
@@ -259,9 +276,11 @@ def wanted_options(zero: ZeroConfig, job: Job) -> list[Option]:
 # Every piece of advice is planned, not guessed: the job is changed, all options are estimated
 # again, and only what fits is returned.
 MOST_GPUS = 256
+SMALLER = {"optim.name=adamw8bit", "model.quantize=nf4"}
+"""Changes that need less memory and hardly change the run."""
 
 
-def room(job: Job, chosen: Estimate) -> list[str]:
+def room(zero: ZeroConfig, job: Job, chosen: Estimate) -> list[str]:
     """Return the overrides that a fitting plan could still afford, with their numbers."""
     advice = []
     micro_batch = largest_micro_batch(job, chosen.option)
@@ -275,6 +294,12 @@ def room(job: Job, chosen: Estimate) -> list[str]:
                 words = f"train.activation_checkpointing={str(kind).lower()}"
                 advice.append(f"{words} fits too ({_numbers(job, lighter)}) and {gain}")
                 break
+    if chosen.option.offloads:
+        for steps, changed in _changes(job):
+            best = _best(zero, changed)
+            if steps.keys() <= SMALLER and best and not best.option.offloads:
+                numbers = _numbers(changed, best)
+                advice.append(f"{' '.join(steps)} needs no offload: {best.option}, {numbers}")
     return advice
 
 
@@ -282,15 +307,21 @@ def remedies(zero: ZeroConfig, job: Job, misfit: Estimate) -> list[str]:
     """Return the overrides that make a misfit fit, cheapest first, with their numbers."""
     if misfit.short in ("disk", "nvme"):
         advice = [f"free disk space: {missing(job, misfit)}"]
-        saved = checkpoint_bytes(job) * 2 // 3
+        saved = checkpoint_bytes(job) - 4 * job.shape.trainable(job.adapter)
         if misfit.short == "disk" and job.checkpoints_kept == 1:
             need = misfit.disk_bytes - saved
             advice.append(f"checkpoint.final=weights: {gib(need)} on disk; none: still less")
         return advice
-    advice = []
-    for overrides, changed in _changes(job):
-        if best := _best(zero, changed):
-            advice.append(f"{overrides}: {best.option}, {_numbers(changed, best)}")
+    advice: list[str] = []
+    enough: list[tuple[set[str], bool]] = []
+    for steps, changed in _changes(job):
+        best = _best(zero, changed)
+        # Further changes to what is enough already are worth it only if they spare an offload.
+        fewer = [offloads for words, offloads in enough if words < steps.keys()]
+        if best and (not fewer or (all(fewer) and not best.option.offloads)):
+            enough.append((set(steps), best.option.offloads))
+            words = f"{' '.join(steps)}: {best.option}, {_numbers(changed, best)}"
+            advice.append("; ".join([words, *_savings(job, steps, Option(misfit.option.stage))]))
     if not job.on_gpu:
         # The smallest memory that is enough without other changes, in whole GiB.
         unlimited = replace(job, machine=replace(job.machine, host_bytes=2**60))
@@ -338,7 +369,7 @@ def after_overflow(
     micro_batch = largest_micro_batch(job, option)
     if micro_batch and micro_batch < job.work.micro_batch:
         changes.append((f"train.micro_batch={micro_batch}", job.with_micro_batch(micro_batch)))
-    changes += [change for change in _changes(job) if change[0] != "zero=auto"]
+    changes += [(" ".join(steps), changed) for steps, changed in _changes(job)][1:]
 
     smaller = []
     for overrides, changed in changes:
@@ -350,38 +381,66 @@ def after_overflow(
     return smaller
 
 
-def _changes(job: Job) -> Iterator[tuple[str, Job]]:
-    """Yield (overrides, changed job): single changes, then pairs and triples of them."""
-    work = job.work
+def _changes(job: Job) -> Iterator[tuple[dict[str, Job], Job]]:
+    """Yield (override -> the job with it and those before, the job with all of them).
 
-    def with_work(**changes: Any) -> Job:
-        return replace(job, work=replace(work, **changes))
+    Single changes come first, then combinations, the mildest first.
+    """
+    work, key, half = job.work, "train.activation_checkpointing", job.work.max_length // 2
 
-    lighter, lora = with_work(checkpointing=True), LoraConfig()
-    kept, split, half = not work.rebuilds, work.micro_batch > 1, work.max_length // 2
-    key = "train.activation_checkpointing"
-    for applies, overrides, changed in (
-        (True, "zero=auto", job),
-        (not work.checkpointing, f"{key}=selective", with_work(checkpointing="selective")),
-        (kept, f"{key}=true", lighter),
-        (
+    def with_work(**changes: Any) -> Callable[[Job], Job]:
+        return lambda job: replace(job, work=replace(job.work, **changes))
+
+    singles: dict[str, tuple[bool, Callable[[Job], Job]]] = {
+        "zero=auto": (True, lambda job: job),
+        f"{key}=selective": (not work.checkpointing, with_work(checkpointing="selective")),
+        f"{key}=true": (not work.rebuilds, with_work(checkpointing=True)),
+        f"{key}=offload": (
             work.checkpointing is True and job.on_gpu,
-            f"{key}=offload",
             with_work(checkpointing="offload"),
         ),
-        (split, "train.micro_batch=1", job.with_micro_batch(1)),
-        (work.max_length > 512, f"task.max_length={half}", with_work(max_length=half)),
-        (job.full, "adapter=lora", replace(job, adapter=lora)),
-        (job.full and kept, f"adapter=lora {key}=true", replace(lighter, adapter=lora)),
-        (split and kept, f"{key}=true train.micro_batch=1", lighter.with_micro_batch(1)),
-        (
-            job.full and split,
-            f"adapter=lora {key}=true train.micro_batch=1",
-            replace(lighter, adapter=lora).with_micro_batch(1),
+        "optim.name=adamw8bit": (
+            job.full and job.optimizer is OptimName.adamw,
+            lambda job: replace(job, optimizer=OptimName.adamw8bit),
         ),
-    ):
-        if applies:
-            yield overrides, changed
+        "model.quantize=nf4": (
+            job.quantize is not Quantize.nf4,
+            lambda job: replace(job, quantize=Quantize.nf4),
+        ),
+        "train.micro_batch=1": (work.micro_batch > 1, lambda job: job.with_micro_batch(1)),
+        f"task.max_length={half}": (work.max_length > 512, with_work(max_length=half)),
+        "adapter=lora": (job.full, lambda job: replace(job, adapter=LoraConfig())),
+    }
+    checkpointed, small = f"{key}=true", "train.micro_batch=1"
+    pairs = [(checkpointed, small), ("optim.name=adamw8bit", checkpointed)]
+    pairs += [("model.quantize=nf4", checkpointed), ("adapter=lora", checkpointed)]
+    pairs += [("adapter=lora", "model.quantize=nf4")]
+    pairs += [(*pair, small) for pair in pairs[1:4]]
+    pairs += [("adapter=lora", "model.quantize=nf4", checkpointed)]
+    for words in [*((word,) for word in singles), *pairs]:
+        trained_in_full = job.full and "adapter=lora" not in words
+        if "model.quantize=nf4" in words and trained_in_full:
+            continue
+        steps, changed = {}, job
+        for word in words:
+            changed = steps[word] = singles[word][1](changed)
+        if all(singles[word][0] for word in words):
+            yield steps, changed
+
+
+def _savings(job: Job, steps: dict[str, Job], option: Option) -> Iterator[str]:
+    """Yield what each change saves beyond those before it, at the same stage without offload."""
+    before = estimate(job, option)
+    for word, changed in steps.items():
+        after = estimate(changed, option)
+        saved = (
+            before.gpu_bytes - after.gpu_bytes
+            if job.on_gpu
+            else before.host_bytes - after.host_bytes
+        )
+        if saved > 0:
+            yield f"{word.partition('=')[0]} saves {gib(saved)}"
+        before = after
 
 
 def _best(zero: ZeroConfig, job: Job) -> Optional[Estimate]:

@@ -17,10 +17,10 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from finetune.config import OptimName, Quantize
 from finetune.planning.activations import activations, offloaded_bytes, power_of_two
 from finetune.planning.job import Job, Option
-from finetune.planning.shape import numel
-from finetune.planning.states import States, model_states, uses_bf16_optimizer
+from finetune.planning.states import States, adafactor_elements, model_states, uses_bf16_optimizer
 
 MIB = 2**20
 CUDA_CONTEXT_BYTES = 600 * MIB
@@ -112,7 +112,7 @@ def estimate(job: Job, option: Option) -> Estimate:
     host_parts = _host_parts(job, option, states, peak + fixed)
     host = sum(host_parts.values())
     nvme = job.ranks_per_node * states.nvme_bytes
-    weights = checkpoint_bytes(job) // 3 if job.weights_kept else 0
+    weights = 4 * job.shape.trainable(job.adapter) if job.weights_kept else 0
     disk = job.checkpoints_kept * checkpoint_bytes(job) + weights + export_bytes(job)
     machine = job.machine
     short = ""
@@ -146,24 +146,28 @@ def buffer_bytes(job: Job, option: Option) -> int:
     trained, largest = sum(job.trained_numels), max(job.trained_numels)
     # A host allocates pages only for the written part of a bucket; a GPU allocates all of it.
     bucket = job.bucket_elements if job.on_gpu else min(job.bucket_elements, trained)
+    # A quantised weight exists in full while it is multiplied with.
+    whole = 0 if job.quantize is Quantize.none else element * job.shape.n_embd * job.shape.n_inner
     if option.stage == 0:
-        return element * min(trained, STAGE0_BUCKET_ELEMENTS) if job.world_size > 1 else 0
+        reduced = element * min(trained, STAGE0_BUCKET_ELEMENTS) if job.world_size > 1 else 0
+        return whole + reduced
     if option.stage == 3:
         reduced = bucket + 2 * min(bucket, trained) + 2 * largest
         if job.world_size == 1 and option.offload_params == "none":
-            return element * reduced  # the only rank's own copy is whole
+            return whole + element * reduced  # the only rank's own copy is whole
         # Whole tensors are gathered around the current block. A block is kept if its backward comes
         # within the reuse distance of its forward.
-        block_and_head = numel(job.shape.block_tensors()) + job.shape.vocab_size * job.shape.n_embd
-        live = max(LIVE_ELEMENTS // 2, block_and_head) + job.bucket_elements
-        return element * (reduced + min(job.shape.total(job.adapter), live))
+        block = sum(job.stored_numel(*tensor) for tensor in job.shape.block_tensors())
+        head = job.shape.vocab_size * job.shape.n_embd
+        live = max(LIVE_ELEMENTS // 2, block + head) + job.bucket_elements
+        return whole + element * (reduced + min(job.stored_total, live))
     if uses_bf16_optimizer(job, option):
-        return element * largest
+        return whole + element * largest
     staged = (summed if option.stage == 1 else element) * bucket
     if job.on_gpu:  # communication overlaps the backward
         staged *= 2
     fp32_copy = 4 * largest if summed != element else 0
-    return staged + element * (largest + min(bucket, trained)) + fp32_copy
+    return whole + staged + element * (largest + min(bucket, trained)) + fp32_copy
 
 
 # ---------------------------------------------------------------------- host and disk
@@ -190,7 +194,10 @@ def _host_parts(job: Job, option: Option, states: States, device_bytes: int) -> 
     # A checkpoint brings the optimizer's states to the host; at stage 0 only one rank's.
     on_device = job.on_gpu and option.offload_optimizer == "none"
     savers = 1 if option.stage == 0 else job.ranks_per_node
-    parts["checkpoint"] = states.optimizer * savers if on_device else 0
+    share = states.optimizer * savers
+    if job.optimizer is OptimName.adamw8bit:  # it is written in fp32
+        share = checkpoint_bytes(job) * savers // (1 if option.stage == 0 else job.world_size)
+    parts["checkpoint"] = share if on_device else 0
     return parts
 
 
@@ -214,10 +221,13 @@ def rounding_bytes(blocks: tuple[int, ...]) -> int:
 def checkpoint_bytes(job: Job) -> int:
     """Return the size of one checkpoint.
 
-    It holds fp32 weights and two moments of the trained parameters (checkpointing/checkpoints.py),
-    and nothing of the frozen ones.
+    It holds fp32 weights and moments of the trained parameters (checkpointing/checkpoints.py), and
+    nothing of the frozen ones.
     """
-    return 12 * job.shape.trainable(job.adapter)
+    trained = job.shape.trainable(job.adapter)
+    if job.optimizer is OptimName.adafactor:
+        return 4 * (trained + adafactor_elements(job))
+    return 12 * trained
 
 
 def export_bytes(job: Job) -> int:
@@ -240,7 +250,7 @@ def load_host_bytes(job: Job, option: Option) -> int:
     on_device = job.on_gpu and option.offload_params == "none"
     kept = 0 if on_device else model_states(job, option).weights
     trained = element * job.shape.trainable(job.adapter)
-    twice = element * job.shape.total(job.adapter) + trained + CUDA_CONTEXT_BYTES
+    twice = element * job.stored_total + trained + CUDA_CONTEXT_BYTES
     repacking = 0
     if option.stage == 3:
         repacking = trained // job.world_size

@@ -12,11 +12,21 @@ from functools import cached_property
 from math import ceil, prod
 from typing import Optional, Union
 
-from finetune.config import AdapterConfig, Config, Dtype, FullConfig, Offload, PromptConfig
+from finetune.config import (
+    AdapterConfig,
+    Config,
+    Dtype,
+    FullConfig,
+    Offload,
+    OptimName,
+    PromptConfig,
+    Quantize,
+)
 from finetune.errors import UserError
 from finetune.planning import parameter_groups
 from finetune.planning.machine import Machine
-from finetune.planning.shape import ModelShape
+from finetune.planning.quantization import packed_bytes
+from finetune.planning.shape import LINEARS, ModelShape
 
 STAGES = ("auto", 0, 1, 2, 3)
 
@@ -67,6 +77,10 @@ class Option:
     def zero(self) -> str:
         return f"stage{self.stage}"
 
+    @property
+    def offloads(self) -> bool:
+        return self.offload_optimizer != "none" or self.offload_params != "none"
+
     def __str__(self) -> str:
         text = f"stage {self.stage}"
         if self.offload_optimizer != "none":
@@ -88,6 +102,9 @@ class Job:
     global_batch: int = 1
     """Sequences per optimizer step, all ranks together."""
     bucket_elements: int = 50_000_000
+    optimizer: OptimName = OptimName.adamw
+    quantize: Quantize = Quantize.none
+    quantize_double: bool = True
     eval_tokens: int = 0
     """Tokens of one forward in evaluation; 0 without evaluation."""
     checkpoints_kept: int = 1
@@ -114,11 +131,6 @@ class Job:
         return isinstance(self.adapter, FullConfig)
 
     @property
-    def trains_lm_head(self) -> bool:
-        whole = getattr(self.adapter, "modules_to_save", ())
-        return self.shape.head == "lm" and (self.full or "lm_head" in whole)
-
-    @property
     def on_gpu(self) -> bool:
         return self.machine.gpus > 0
 
@@ -139,11 +151,19 @@ class Job:
     def trainable_groups(self) -> list[list[int]]:
         """Elements of the trained tensors, by parameter group of the optimizer.
 
-        `parameter_groups` makes them. Order and split decide the padding of ZeRO's flat buffers.
+        Groups are those with weight decay (matrices) and without (biases, norms), each cut by
+        `parameter_groups`. Order and split decide the padding of ZeRO's flat buffers.
         """
-        tensors = list(self.shape.trainable_tensors(self.adapter))
-        groups = parameter_groups.split(tensors, getattr(self.adapter, "lr_ratio", 1.0))
-        return [[prod(tensors[i][1]) for i in group.indices] for group in groups]
+        shapes = self.trained_shapes
+        kinds = [[prod(s) for s in shapes if len(s) >= 2], [prod(s) for s in shapes if len(s) < 2]]
+        return [
+            [numels[i] for i in run] for numels in kinds for run in parameter_groups.cut(numels)
+        ]
+
+    @cached_property
+    def trained_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the trained tensors, in the order of the model."""
+        return [shape for _, shape in self.shape.trainable_tensors(self.adapter)]
 
     @cached_property
     def trained_numels(self) -> list[int]:
@@ -153,7 +173,22 @@ class Job:
     @cached_property
     def frozen_numels(self) -> list[int]:
         """Elements of the untrained tensors: with an adapter the whole model, its head included."""
-        return [] if self.full else [prod(shape) for _, shape in self.shape.tensors()]
+        if self.full:
+            return []
+        return [self.stored_numel(name, shape) for name, shape in self.shape.tensors()]
+
+    def stored_numel(self, name: str, shape: tuple[int, ...]) -> int:
+        """Return the elements that an untrained tensor takes, if it is quantised its packed form."""
+        linear = name.endswith(tuple(f"{module}.weight" for module in LINEARS))
+        if self.quantize is Quantize.none or not linear:
+            return prod(shape)
+        packed = packed_bytes(self.quantize, self.quantize_double, *shape)
+        return packed // self.work.element_bytes
+
+    @cached_property
+    def stored_total(self) -> int:
+        """Elements of all tensors, a quantised one counted in its packed form."""
+        return sum(self.trained_numels) + sum(self.frozen_numels)
 
 
 def padded(numel: int, multiple: int) -> int:
@@ -196,6 +231,19 @@ def sharding_problems(cfg: Config, cuda: bool) -> Iterator[UserError]:
     if zero.stage not in STAGES:
         yield UserError(
             f"zero.stage = {zero.stage} is none of auto, 0, 1, 2, 3", remedy="Try zero=auto."
+        )
+    name = cfg.optim.name
+    if name is OptimName.adafactor and zero.stage not in ("auto", 0):
+        yield UserError(
+            "adafactor needs whole matrices, which ZeRO cuts from stage 1 on",
+            f"zero.stage={zero.stage}",
+            "Try zero=stage0, or optim.name=adamw8bit.",
+        )
+    if name is not OptimName.adamw and zero.offload_optimizer is not Offload.none:
+        yield UserError(
+            f"optim.name = {name.value} keeps its small states beside the weights",
+            f"zero.offload_optimizer={zero.offload_optimizer.value}",
+            "Try zero.offload_optimizer=none, or optim.name=adamw.",
         )
     if zero.stage == 0 and zero.offload_optimizer is not Offload.none:
         yield UserError(

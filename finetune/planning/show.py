@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 from finetune.config import (
     AdapterConfig,
@@ -15,6 +15,9 @@ from finetune.config import (
     FullConfig,
     LoraConfig,
     ModelConfig,
+    OptimConfig,
+    OptimName,
+    Quantize,
     TaskConfig,
     TrainConfig,
 )
@@ -26,7 +29,18 @@ from finetune.planning.shape import load_shape
 
 HEADINGS = {"optimizer": "optim", "activations": "activ", "gradients": "grads", "workspace": "work"}
 README_GPUS = (1, 2, 4, 8)
-README_GIB = (24, 40, 80)
+README_COLUMNS: dict[str, dict[str, Any]] = {
+    "full": {"gib": (24, 40, 80), "adapter": FullConfig()},
+    "full, adamw8bit": {
+        "gib": (40, 80),
+        "adapter": FullConfig(),
+        "optim": OptimConfig(name=OptimName.adamw8bit),
+    },
+    "LoRA": {"gib": (24,), "adapter": LoraConfig()},
+    "LoRA on int8": {"gib": (12,), "adapter": LoraConfig(), "quantize": Quantize.int8},
+    "LoRA on nf4": {"gib": (8,), "adapter": LoraConfig(), "quantize": Quantize.nf4},
+}
+"""What is trained -> memories of a GPU, in GB, and arguments of `plan_6b`."""
 README_HOST_GIB = 256
 COLOURS = {
     "weights": "#4c78a8",
@@ -123,15 +137,16 @@ def readme_table() -> str:
 
     In bf16, with 2048 tokens, micro-batch 1 and activation checkpointing.
     """
-    heads = [f"{kind}, {size} GB" for kind in ("full", "LoRA") for size in README_GIB]
+    heads = [f"{kind}, {size} GB" for kind, how in README_COLUMNS.items() for size in how["gib"]]
     lines = [f"| GPUs | {' | '.join(heads)} |", "|--:|" + "---|" * len(heads)]
     for gpus in README_GPUS:
         cells = []
-        for adapter in (FullConfig(), LoraConfig()):
-            for size in README_GIB:
-                planned = plan_6b(gpus, size, adapter)
+        for how in README_COLUMNS.values():
+            settings = {key: value for key, value in how.items() if key != "gib"}
+            for size in how["gib"]:
+                planned = plan_6b(gpus, size, **settings)
                 option, host = planned.chosen.option, ""
-                if option.offload_optimizer != "none" or option.offload_params != "none":
+                if option.offloads:
                     host = f" + host {planned.chosen.host_bytes / GIB:.0f}"
                 gpu = f"{planned.chosen.gpu_bytes / GIB:.0f}"
                 cells.append(f"stage {option.stage}: {gpu}{host}" if planned.fits else "no")
@@ -139,11 +154,19 @@ def readme_table() -> str:
     return "\n".join(lines)
 
 
-def plan_6b(gpus: int, gpu_gib: int, adapter: AdapterConfig) -> Plan:
+def plan_6b(
+    gpus: int,
+    gpu_gib: int,
+    adapter: AdapterConfig,
+    optim: Optional[OptimConfig] = None,
+    quantize: Quantize = Quantize.none,
+) -> Plan:
     """Plan GPT-J-6B at 2048 tokens, 64 sequences a step, on GPUs that are not here."""
     train = TrainConfig(global_batch=64, micro_batch=1, activation_checkpointing=True)
-    model = ModelConfig(path="asset:gptj_6b")
-    cfg = Config(model=model, task=TaskConfig(), adapter=adapter, train=train)
+    model = ModelConfig(path="asset:gptj_6b", quantize=quantize)
+    cfg = Config(
+        model=model, task=TaskConfig(), adapter=adapter, train=train, optim=optim or OptimConfig()
+    )
     machine = Machine(gpus, min(gpus, 8), gpu_gib * GIB, README_HOST_GIB * GIB, 2000 * GIB)
     return plan(cfg, machine, load_shape(model.path), gpus)
 

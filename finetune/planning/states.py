@@ -14,12 +14,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import ceil
 
+from finetune.config import OptimName
 from finetune.planning.job import Job, Option, padded
 
 ALIGNMENT = 2
 """Stages 1 and 2 pad each flat group to this times the ranks (nccl_start_alignment_factor)."""
 STEP_BYTES = 4
 """AdamW keeps the step count as one fp32 scalar per tensor that it updates."""
+BITS8_BLOCK, BITS8_TABLES, BITS8_LEAST = 256, 2048, 4096
+"""AdamW in 8 bits: values that share an fp32 scale, bytes of the tables of codes, and the size below
+which bitsandbytes keeps a tensor's moments in fp32 (min_8bit_size)."""
 PERSISTENCE_ELEMENTS = 100_000
 """Stage 3 keeps smaller tensors whole on every rank (stage3_param_persistence_threshold)."""
 SUB_GROUP_ELEMENTS = 1_000_000_000
@@ -74,6 +78,28 @@ def model_states(job: Job, option: Option, rank: int = 0) -> States:
     return States(weights, gradients, optimizer, gradients, gradients)
 
 
+def moment_bytes(job: Job, numels: list[int]) -> int:
+    """Return the bytes of AdamW's moments and step counters for tensors of `numels` elements."""
+    if job.optimizer is not OptimName.adamw8bit:
+        return sum(8 * numel + STEP_BYTES for numel in numels)
+    large = [numel for numel in numels if numel >= BITS8_LEAST]
+    coded = sum(2 * numel + 8 * ceil(numel / BITS8_BLOCK) for numel in large)
+    return coded + (BITS8_TABLES if large else 0) + 8 * (sum(numels) - sum(large))
+
+
+def adafactor_elements(job: Job) -> int:
+    """Return the elements of Adafactor's means: a matrix has one per row and one per column."""
+    return sum(sum(shape) if len(shape) > 1 else shape[0] for shape in job.trained_shapes)
+
+
+def update_bytes(job: Job, numels: list[int]) -> int:
+    """Return the fp32 copies that an update makes of its largest tensor, beyond its states."""
+    if job.optimizer is OptimName.adafactor:
+        return 8 * max(numels, default=0)
+    on_host = job.optimizer is OptimName.adamw8bit and not job.on_gpu  # on GPUs it is one kernel
+    return 16 * max(numels, default=0) if on_host else 0
+
+
 def uses_bf16_optimizer(job: Job, option: Option) -> bool:
     """Tell whether DeepSpeed picks its BF16 optimizer.
 
@@ -93,13 +119,16 @@ def _replicated(job: Job) -> States:
     """
     element, trained = job.work.element_bytes, sum(job.trained_numels)
     copies = 0 if element == 4 else 4
+    moments = moment_bytes(job, job.trained_numels)
+    if job.optimizer is OptimName.adafactor:
+        moments = 4 * adafactor_elements(job) + STEP_BYTES * len(job.trained_numels)
     return States(
         weights=element * (trained + sum(job.frozen_numels)),
         gradients=element * trained,
-        optimizer=(copies + 8) * trained + STEP_BYTES * len(job.trained_numels),
+        optimizer=copies * trained + moments,
         kept_gradients=element * trained if job.work.accumulation > 1 else 0,
         peak_gradients=element * trained,
-        step_bytes=copies * trained,
+        step_bytes=copies * trained + update_bytes(job, job.trained_numels),
     )
 
 
@@ -110,8 +139,8 @@ def _flat_states(job: Job) -> tuple[int, int, list[int]]:
     """
     flat = [padded(sum(group), ALIGNMENT * job.world_size) for group in job.trainable_groups]
     weights = job.work.element_bytes * (sum(flat) + sum(job.frozen_numels))
-    optimizer = sum(12 * elements // job.world_size + STEP_BYTES for elements in flat)
-    return weights, optimizer, flat
+    parts = [elements // job.world_size for elements in flat]
+    return weights, 4 * sum(parts) + moment_bytes(job, parts), flat
 
 
 def _partitioned(job: Job, option: Option, rank: int) -> States:
@@ -156,14 +185,16 @@ def _partitioned(job: Job, option: Option, rank: int) -> States:
         # ones. Groups are updated one after another: each flattens its gradients, then converts
         # them to fp32.
         waiting = 0 if option.stage == 2 and sums_in_fp32 else kept
-        step = max(flat, default=0) // ranks * (element + (4 if element == 2 else 0))
+        parts = [elements // ranks for elements in flat]
+        step = max(parts, default=0) * (element + (4 if element == 2 else 0))
+        step += update_bytes(job, parts)
         return States(
             weights,
             owned,
             optimizer,
             kept,
             owned + max(waiting, unreduced),
-            0 if sums_in_fp32 else step,
+            update_bytes(job, parts) if sums_in_fp32 else step,
         )
     # The host holds masters and moments, an fp32 gradient, a low precision copy to be sent back to
     # the device, and a staging buffer as large as the largest tensor, which the device mirrors. All
@@ -206,10 +237,10 @@ def _sharded(job: Job, option: Option) -> States:
     states = States(
         weights=parts + persistent,
         gradients=gradients,
-        optimizer=12 * owned + STEP_BYTES * len(sub_groups),
+        optimizer=4 * owned + moment_bytes(job, sub_groups),
         kept_gradients=gradients,
         peak_gradients=gradients,
-        step_bytes=(summed + (0 if summed == 4 else 4)) * largest,
+        step_bytes=(summed + (0 if summed == 4 else 4)) * largest + update_bytes(job, sub_groups),
     )
     if option.offload_params == "cpu":
         states = replace(states, weights=persistent, host_weights=parts, pinned=(parts,))

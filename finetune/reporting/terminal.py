@@ -55,6 +55,7 @@ NOISY = (
     "datasets",
     "peft",
     "accelerate",
+    "bitsandbytes",
     "huggingface_hub",
     "filelock",
     "torch.distributed",
@@ -64,14 +65,8 @@ NOISY = (
     "httpx",
     "matplotlib",
     "wandb",
-    "mlflow",
-    "comet_ml",
-    "trackio",
 )
-NOISY_WARNINGS = (
-    r"(torch|deepspeed|transformers|datasets|peft|accelerate|huggingface_hub|"
-    r"tensorboard|wandb|mlflow|comet_ml|trackio|google)\b"
-)
+NOISY_WARNINGS = r"(torch|deepspeed|transformers|datasets|peft|accelerate|huggingface_hub|tensorboard|wandb|google)\b"
 QUIET_ENV = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",

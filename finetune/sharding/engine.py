@@ -32,6 +32,7 @@ from finetune.sharding.deepspeed_patches import (
     unlink_shared_memory,
 )
 from finetune.sharding.ops import built_ops, find_stale_locks, hushed
+from finetune.sharding.optimizers import build_optimizer
 
 OP = "deepspeed_shm_comm"
 COMPILING = "compiling DeepSpeed's CPU op, once on this machine: one to two minutes on idle cores"
@@ -149,7 +150,6 @@ def build_module(
         seed=cfg.seed,
         num_labels=num_labels,
         checkpointing=cfg.train.activation_checkpointing,
-        neftune_alpha=cfg.train.neftune_alpha,
         partition=partition,
         place=partial(place_partitioned, world) if sharded else None,
         reads=world.main or not sharded,
@@ -166,25 +166,12 @@ class Engine:
     Args:
         module: the model, weights loaded, `requires_grad` set.
         config: from `deepspeed_config.build`.
-        lr_ratio: learning rate of LoRA's B matrices over that of all others.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        config: dict,
-        optim: OptimConfig,
-        world: World,
-        lr_ratio: float = 1.0,
-    ):
+    def __init__(self, module: nn.Module, config: dict, optim: OptimConfig, world: World):
         self.world, self.config = world, config
         self.stage: int = config["zero_optimization"]["stage"]
-        groups = parameter_groups(module, optim.weight_decay, lr_ratio)
-        # lr is 0 until the first step: some wrappers take a step on zero gradients while they are
-        # built, and with a nonzero learning rate that step would already decay the weights.
-        optimizer = torch.optim.AdamW(
-            groups, lr=0.0, betas=tuple(optim.betas), eps=optim.eps, fused=True
-        )  # type: ignore[arg-type]
+        optimizer = build_optimizer(optim, parameter_groups(module, optim.weight_decay))
         self.max_norm: float = config["gradient_clipping"]
         self._bare = (
             self.stage == 0 and not config["bf16"]["enabled"] and not config["fp16"]["enabled"]
@@ -219,7 +206,7 @@ class Engine:
     def step(self, lr: float) -> None:
         """Count one micro-batch; on the last one of the step, clip, update and zero gradients."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_ratio"]
+            group["lr"] = lr
         if self._bare and self._ds.is_gradient_accumulation_boundary():
             self._clip()
         self._ds.step()

@@ -1,4 +1,4 @@
-"""Locate this rank's part of DeepSpeed's fp32 master weights and Adam moments, per parameter.
+"""Locate this rank's part of DeepSpeed's fp32 master weights and their moments, per parameter.
 
 Every ZeRO stage cuts parameters into ranges of their flattened elements. This module finds, for
 each trained parameter, the range that this rank owns and the tensors that hold it, in one form for
@@ -21,39 +21,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from finetune.sharding import optimizers
 
 
 @dataclass
 class Fragment:
-    """Elements [start, start + numel) of one parameter on this rank.
+    """Elements from `start` on of one parameter on this rank.
 
-    The tensors are fp32 views into the optimizer's own memory.
+    The tensors are fp32 and flat: "master", a view into the optimizer's own memory, and its moments
+    by name.
     """
 
     name: str
     start: int
-    master: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-
-    @property
-    def numel(self) -> int:
-        return self.master.numel()
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+    tensors: dict[str, Tensor]
 
 
 def ensure_states(engine) -> None:
-    """Create Adam's states (zeros, step 0) if the first step has not done so yet."""
-    for group, flat in enumerate(masters(engine)):
-        state = engine.optimizer.state[flat]
-        if "exp_avg" not in state:
+    """Create the optimizer's states (zeros, step 0) if the first step has not done so yet."""
+    for group, master in enumerate(masters(engine)):
+        if not engine.optimizer.state[master]:
             with in_memory(engine, group, write=True):
-                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-                for key in MOMENTS:
-                    state[key] = torch.zeros_like(flat, requires_grad=False)
+                optimizers.create_states(engine.optimizer, master)
 
 
 def _on_nvme(engine, group: int) -> bool:
@@ -111,12 +100,11 @@ def optimizer_bytes(engine) -> dict[str, int]:
     for group, flat in enumerate(masters(engine)):
         if _on_nvme(engine, group):
             stored = 4 * engine.wrapper.fp16_partitioned_groups_flat_numel[group]
-            held, moments = held + stored, moments + len(MOMENTS) * stored
+            held, moments = held + stored, moments + len(optimizers.MOMENTS) * stored
             continue
         if flat.data_ptr() not in weights:
             held += flat.numel() * flat.element_size()
-        state = engine.optimizer.state.get(flat, {})
-        moments += sum(state[k].numel() * state[k].element_size() for k in MOMENTS if k in state)
+        moments += optimizers.moment_bytes(engine.optimizer, flat)
     return {"masters": held, "moments": moments, "total": held + moments}
 
 
@@ -149,54 +137,38 @@ def masters(engine) -> list[Tensor]:
             return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def ranges(engine) -> list[tuple[str, int, int]]:
-    """Return (name, start, numel) of each of the `fragments` without reading from nvme."""
-    if _kind(engine) == "DeepSpeedZeroOptimizer_Stage3":
-        return [(place.name, place.start, place.numel) for place in _stage3_places(engine)]
-    return [(piece.name, piece.start, piece.numel) for piece in fragments(engine)]
+def sizes(engine) -> Iterator[tuple[str, int, dict[str, int]]]:
+    """Yield name, start and elements by tensor of each of the `fragments`, without reading them."""
+    flats = masters(engine)
+    for place in _places(engine):
+        moments = optimizers.moment_sizes(engine.optimizer, flats[place.group], place.numel)
+        yield place.name, place.start, {"master": place.numel, **moments}
 
 
 def fragments(engine, write: bool = False) -> Iterator[Fragment]:
     """Yield this rank's fragments, always in the same order. States must exist (`ensure_states`).
 
-    With nvme offload, a fragment is in memory only until the next one is requested, and changes to
-    it are kept only with `write`.
+    A fragment is in memory only until the next one is requested, and changes to it are kept only
+    with `write`.
     """
-    wrapper, states = engine.wrapper, engine.optimizer.state
 
-    def view(name: str, start: int, flat: Tensor, offset: int, numel: int) -> Fragment:
-        tensors = (flat, *(states[flat][key] for key in MOMENTS))
-        views = [tensor.data.view(-1).narrow(0, offset, numel) for tensor in tensors]
-        return Fragment(name, start, *views)
+    def part(tensor: Tensor, place: _Place, whole: int) -> Tensor:
+        flat = tensor.data.view(-1)
+        # A mean over rows or columns belongs to its whole matrix.
+        return flat.narrow(0, place.offset, place.numel) if len(flat) == whole else flat
 
-    if _kind(engine) == "DeepSpeedZeroOptimizer_Stage3":
-        for group, places in groupby(_stage3_places(engine), key=lambda place: place.group):
-            with in_memory(engine, group, write):
-                flat = wrapper.fp32_partitioned_groups_flat[group]
+    for group, places in groupby(_places(engine), key=lambda place: place.group):
+        with in_memory(engine, group, write):
+            master = masters(engine)[group]
+            with optimizers.moments(engine.optimizer, master, write) as moments:
+                tensors = {"master": master, **moments}
                 for place in places:
-                    yield view(place.name, place.start, flat, place.offset, place.numel)
-        return
-    trained = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
-    if not replicated(engine):
-        flats = masters(engine)
-        for name, parameter in trained:
-            mapping = getattr(parameter, "_hp_mapping", None)
-            if mapping is not None:
-                flat, part = flats[mapping.param_group_index], mapping.get_hp_fragment_address()
-                yield view(name, mapping.lp_fragment_address.start, flat, part.start, part.numel)
-        return
-    whole = {id(parameter): parameter for _, parameter in trained}
-    if _kind(engine) == "FP16_UnfusedOptimizer":
-        pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
-        whole = {
-            id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)
-        }
-    for name, parameter in trained:
-        yield view(name, 0, whole[id(parameter)], 0, parameter.numel())
+                    cut = {key: part(t, place, master.numel()) for key, t in tensors.items()}
+                    yield Fragment(place.name, place.start, cut)
 
 
 class _Place(NamedTuple):
-    """Position of this rank's part of a parameter in the flat states of a group."""
+    """Position of this rank's part of a parameter in the tensor of masters of a group."""
 
     name: str
     group: int
@@ -205,20 +177,32 @@ class _Place(NamedTuple):
     numel: int
 
 
-def _stage3_places(engine) -> list[_Place]:
-    """Return the places ordered by group, so that each group is read from nvme only once."""
-    optimizer = engine.wrapper
-    rank = torch.distributed.get_rank()
+def _places(engine) -> list[_Place]:
+    """Return the places ordered by group, so that each group is read and unpacked only once."""
+    wrapper, kind = engine.wrapper, _kind(engine)
+    trained = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
     found = []
-    for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        start = rank * size
-        # The last ranks' partitions are padded beyond the parameter's end.
-        numel = max(0, min(size, parameter.ds_numel - start))
-        if numel:
-            found.append(_Place(name, group, offset, start, numel))
+    if kind == "DeepSpeedZeroOptimizer_Stage3":
+        rank = torch.distributed.get_rank()
+        for name, parameter in trained:
+            group, offset, size = wrapper.grad_position[wrapper.get_param_id(parameter)]
+            start = rank * size
+            # The last ranks' partitions are padded beyond the parameter's end.
+            numel = max(0, min(size, parameter.ds_numel - start))
+            if numel:
+                found.append(_Place(name, group, offset, start, numel))
+    elif not replicated(engine):
+        for name, parameter in trained:
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None:
+                part, start = mapping.get_hp_fragment_address(), mapping.lp_fragment_address.start
+                group = mapping.param_group_index
+                found.append(_Place(name, group, part.start, start, part.numel))
+    else:
+        # Each master is a whole parameter, in the order of the optimizer's groups.
+        own = wrapper.fp16_groups if kind == "FP16_UnfusedOptimizer" else [masters(engine)]
+        order = {id(p): i for i, p in enumerate(p for group in own for p in group)}
+        found = [_Place(name, order[id(p)], 0, 0, p.numel()) for name, p in trained]
     return sorted(found, key=lambda place: place.group)
 
 

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from finetune.assets.paths import resolve
 from finetune.check import length_problems
-from finetune.config import GPTJ_POSITIONS, Config, Init
+from finetune.config import GPTJ_POSITIONS, Config, Init, OptimName, Quantize
 from finetune.data.cache import build_store
 from finetune.data.columns import Store, open_store
 from finetune.data.packing import Sequences, efficiency
@@ -195,6 +196,17 @@ def absent(cfg: Config, download: bool) -> Iterator[UserError]:
     if known is None and not too_long:  # the download may have brought a config.json
         yield from length_problems(cfg, positions() or GPTJ_POSITIONS)
     yield from start_problems(cfg)
+    for key, value, usual in (
+        ("model.quantize", model.quantize, Quantize.none),
+        ("optim.name", cfg.optim.name, OptimName.adamw),
+    ):
+        wanted = value is not usual and value is not OptimName.adafactor
+        if wanted and not find_spec("bitsandbytes"):
+            yield UserError(
+                f"{value.value} needs bitsandbytes, which is not installed",
+                f"{key} = {value.value}",
+                f"Install it: pip install -e '.[quant]', or try {key}={usual.value}.",
+            )
     folder = Path(resolve(model.tokenizer or ".")).expanduser()
     if str(folder).startswith("/") and not folder.is_dir():
         yield UserError(

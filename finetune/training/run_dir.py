@@ -114,6 +114,7 @@ def open_checkpoints(
         "max_length": cfg.task.max_length,
         "model": f"{cfg.model.init.value} {cfg.model.path}",
         "dtype": cfg.model.dtype.value,
+        "quantize": [cfg.model.quantize.value, cfg.model.quantize_double],
         "weights": weights,
         "class_weights": str(getattr(cfg.task, "class_weights", None)),
         "preference": [

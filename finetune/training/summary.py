@@ -67,11 +67,11 @@ def print_summary(
         ("weights", option.offload_params),
     ):
         zero += f"; {states} on {place}" if place != "none" else ""
-    adam = f"{gib(optimizer_bytes[0])} on each rank"
+    optimizer = f"{gib(optimizer_bytes[0])} on each rank"
     if len(set(map(gib, optimizer_bytes))) > 1:
-        adam = ", ".join(f"{gib(held)} on rank {i}" for i, held in enumerate(optimizer_bytes))
+        optimizer = ", ".join(f"{gib(held)} on rank {i}" for i, held in enumerate(optimizer_bytes))
     if world.size > 1:
-        adam += f", {gib(sum(optimizer_bytes))} in all"
+        optimizer += f", {gib(sum(optimizer_bytes))} in all"
     summary_table(
         f"finetune {cfg.name}",
         [
@@ -95,6 +95,6 @@ def print_summary(
             ),
             ("length", f"{length.steps:,} steps = {length.epochs:.2f} epochs"),
             ("ZeRO", f"{zero}  ({plan.reason.rstrip('.')})"),
-            ("optimizer", f"Adam states of {adam}"),
+            ("optimizer", f"{cfg.optim.name.value} states of {optimizer}"),
         ],
     )

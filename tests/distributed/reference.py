@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from transformers import GPTJForCausalLM
+
+ADAMW = partial(torch.optim.AdamW, foreach=False)
 
 
 def rows_of(
@@ -54,40 +57,29 @@ def train(
     seed: int,
     dtype: torch.dtype = torch.float32,
     wrap=None,
-    optimizer=None,
+    quantization=None,
+    make_optimizer=ADAMW,
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses of each step, and the first step's clipped gradients by name.
-
-    Args:
-        optimizer: (model) -> an optimizer with its own groups; None: AdamW.
-    """
+    """Losses of each step, and the first step's clipped gradients by name."""
     from finetune.data.batches import permutation
 
     texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
     documents = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
     rows = rows_of(documents, length, packing)
+    loading = {"quantization_config": quantization, "device_map": "cpu"} if quantization else {}
     model = GPTJForCausalLM.from_pretrained(
-        checkpoint, dtype=dtype, attn_implementation="eager"
-    ).eval()
+        checkpoint, dtype=dtype, attn_implementation="eager", **loading
+    ).train(quantization is not None)  # bitsandbytes would round activations to int8
     model = wrap(model) if wrap else model
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     decay, plain = (
         [p for p in named.values() if p.ndim >= 2],
         [p for p in named.values() if p.ndim < 2],
     )
-    optimizer = (
-        optimizer(model)
-        if optimizer
-        else torch.optim.AdamW(
-            [
-                {"params": decay, "weight_decay": weight_decay},
-                {"params": plain, "weight_decay": 0.0},
-            ],
-            lr=lr,
-            foreach=False,
-        )
+    optimizer = make_optimizer(
+        [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=lr,
     )
-    peaks = [group["lr"] for group in optimizer.param_groups]
     losses, first = [], {}
     for step in range(steps):
         chosen = []
@@ -108,8 +100,8 @@ def train(
         torch.nn.utils.clip_grad_norm_(list(named.values()), clip)
         if step == 0:
             first = {n: p.grad.clone() for n, p in named.items()}
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.step()
         losses.append(total / count)
     return losses, first

@@ -55,8 +55,7 @@ VARIANTS = {
         "zero=stage3",
         "adapter=lora",
         "adapter.dropout=0.1",
-        "adapter.lr_ratio=4",
-        "train.neftune_alpha=5",
+        "adapter.targets=all-linear",
     ],
 }
 PATIENCE = 4

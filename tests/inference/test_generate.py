@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,6 +58,14 @@ def test_a_batch_gives_the_same_text_as_one_by_one(speaker, how):
     together = texts(speaker, PROMPTS, how)
     assert together == [texts(speaker, [p], how)[0] for p in PROMPTS]
     assert len(set(together)) == len(PROMPTS) and all(together)
+
+
+@pytest.mark.slow
+def test_compiled_decoding_gives_the_same_text(speaker):
+    """transformers compiles on a CPU too: one length of the cache for all of it."""
+    compiled = replace(speaker, compiled=True)
+    for how in (Sampling(20, 0.0), Sampling(20, 0.8, 0.9, 40, seed=4)):
+        assert texts(compiled, PROMPTS, how) == texts(speaker, PROMPTS, how)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -348,6 +357,7 @@ def test_questions_share_one_encoder():
         (["prompt=a", "top_p=0"], "top_p"),
         (["prompt=a", "engine=deepspeed"], "GPU"),
         (["prompt=a", "engine=fast"], "engine = fast"),
+        (["prompt=a", "engine=compiled", "beams=2"], "beam search"),
         (["prompts=nowhere.txt"], "no such file"),
         (["prompt=a", "chat=true"], "no template"),
         (["prompt=a", "max_new_tokens=5000"], "leaves room"),

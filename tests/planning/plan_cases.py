@@ -16,6 +16,9 @@ from finetune.config import (
     Init,
     ModelConfig,
     Offload,
+    OptimConfig,
+    OptimName,
+    Quantize,
     TaskConfig,
     TrainConfig,
     ZeroConfig,
@@ -58,12 +61,15 @@ def config(
     offload: str = "none",
     params: str = "none",
     checkpointing: bool | str = False,
+    quantize: str = "none",
+    optimizer: str = "adamw",
 ) -> Config:
     """A config whose global batch makes the wanted accumulation."""
     micro = micro_batch if isinstance(micro_batch, int) else 1
     return Config(
-        model=ModelConfig(path=path, dtype=Dtype(dtype), init=Init.random), task=TaskConfig(max_length=length),
-        adapter=adapter,
+        model=ModelConfig(path=path, dtype=Dtype(dtype), init=Init.random, quantize=Quantize(quantize)),
+        task=TaskConfig(max_length=length),
+        adapter=adapter, optim=OptimConfig(name=OptimName(optimizer)),
         zero=ZeroConfig(stage=stage, offload_optimizer=Offload(offload), offload_params=Offload(params),
                         bucket_elements=100_000),
         train=TrainConfig(steps=1, micro_batch=micro_batch, global_batch=micro * ranks * accumulation,

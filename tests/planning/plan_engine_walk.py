@@ -23,14 +23,14 @@ import torch
 from plan_cases import config, write_model
 
 from finetune import dist
-from finetune.config import FullConfig, LoraConfig, OptimConfig
+from finetune.config import FullConfig, LoraConfig
 from finetune.gptj import adapters
 from finetune.gptj.load import build_model
 from finetune.sharding import deepspeed_config, partitions
 from finetune.sharding.deepspeed_config import Sharding
 from finetune.sharding.engine import Engine, connect_deepspeed, place_partitioned
 
-ADAPTERS = {"full": FullConfig(), "lora": LoraConfig(rank=3, lr_ratio=4.0)}
+ADAPTERS = {"full": FullConfig(), "lora": LoraConfig(rank=3, targets="all-linear")}
 
 
 def main(jobs: list[str]) -> None:
@@ -88,6 +88,7 @@ def walk(case: dict[str, Any], path: str, world: dist.World) -> dict[str, int]:
 def build(case: dict[str, Any], path: str, world: dist.World) -> Engine:
     kind = ADAPTERS[case["adapter"]]
     keys = {key: case[key] for key in ("stage", "dtype", "accumulation")}
+    keys |= {key: case[key] for key in ("quantize", "optimizer") if key in case}
     places = {key: case.get(key, "none") for key in ("offload", "params")}
     cfg = config(kind, path=path, ranks=world.size, **keys, **places)
     sharding = Sharding(case["stage"], cfg.zero.offload_optimizer, cfg.zero.offload_params)
@@ -97,9 +98,7 @@ def build(case: dict[str, Any], path: str, world: dist.World) -> Engine:
     module = build_model(
         cfg.model, "lm", device=world.device, seed=0, partition=partition,
         place=partial(place_partitioned, world) if partition else None, reads=world.main or not partition)  # fmt: skip
-    module = adapters.attach(module, kind, "lm", path, 0)
-    lr_ratio = getattr(kind, "lr_ratio", 1.0)
-    return Engine(module, settings, OptimConfig(weight_decay=0.1), world, lr_ratio)
+    return Engine(adapters.attach(module, kind, "lm", path, 0), settings, cfg.optim, world)
 
 
 def backward(engine: Engine, world: dist.World) -> None:

@@ -115,7 +115,7 @@ def test_other_errors_pass_unchanged():
 
 
 def test_nothing_smaller_is_said():
-    cfg = config(LoraConfig(), checkpointing=True, stage=2)
+    cfg = config(LoraConfig(), checkpointing=True, stage=2, quantize="nf4")
     story = OutOfMemory(cfg, [], Path("runs/x"), alone())
     story.plan = plan(cfg, CPU, ModelShape.from_config(TINY), 1)
     assert "Nothing smaller on this machine" in story.host_runs_out(1 << 20).render()

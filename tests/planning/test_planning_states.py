@@ -31,6 +31,39 @@ PLAIN = [
     {"stage": stage, "dtype": dtype, "accumulation": accumulation, "adapter": adapter}
     for stage, (dtype, accumulation, adapter) in product((0, 1, 2, 3), SETTINGS)
 ]
+QUANTIZED = [
+    {
+        "stage": stage,
+        "dtype": dtype,
+        "accumulation": 1,
+        "adapter": "lora",
+        "quantize": quantize,
+    }
+    for stage, dtype, quantize in (
+        (0, "fp32", "nf4"),
+        (2, "bf16", "int8"),
+        (3, "bf16", "nf4"),
+        (3, "fp32", "int8"),
+    )
+]
+SMALL_STATES = [
+    {
+        "stage": stage,
+        "dtype": dtype,
+        "accumulation": accumulation,
+        "adapter": adapter,
+        "optimizer": optimizer,
+    }
+    for stage, dtype, accumulation, adapter, optimizer in (
+        (0, "fp32", 1, "full", "adamw8bit"),
+        (1, "bf16", 2, "full", "adamw8bit"),
+        (2, "bf16", 1, "lora", "adamw8bit"),
+        (3, "bf16", 2, "full", "adamw8bit"),
+        (0, "bf16", 1, "full", "adafactor"),
+        (0, "fp32", 2, "lora", "adafactor"),
+    )
+]
+PLAIN += QUANTIZED + SMALL_STATES
 OFFLOADED = [
     {
         "stage": stage,
@@ -84,6 +117,7 @@ def free_port() -> int:
 
 def predicted(case: dict[str, Any], ranks: int, rank: int) -> States:
     keys = {key: case[key] for key in ("stage", "dtype", "accumulation")}
+    keys |= {key: case[key] for key in ("quantize", "optimizer") if key in case}
     cfg = config(ADAPTERS[case["adapter"]], ranks=ranks, **keys)
     option = Option(case["stage"], case.get("offload", "none"), case.get("params", "none"))
     return model_states(job(cfg, ranks=ranks), option, rank)
