@@ -175,6 +175,12 @@ def conversations(
         value = parsed_cell(get_field(record, name))
         if value is MISSING and others is CHOSEN and "messages" in record:
             name, value = "messages", parsed_cell(record["messages"])
+        if value is MISSING and isinstance(record.get("label"), (bool, int)):
+            raise UserError(
+                "the row has one answer and a label; preferences are learnt from pairs of answers",
+                where,
+                'Join a good and a bad answer of each prompt: {"prompt": .., "chosen": .., "rejected": ..}',
+            )
         if value is MISSING:
             raise field_error(record, field, where, f"task.{key}")
         if isinstance(value, str) and HUMAN.match(value):

@@ -40,6 +40,7 @@ from finetune.dist import World
 from finetune.tasks.base import Batch, Columns, Model, cut_note, flat_inputs, to_device
 from finetune.tasks.instruct import TemplateTask
 
+SIDES = ("chosen", "rejected")
 Scores = dict[str, Tensor]
 """`policy`, `reference` (P, 2): log-probabilities of the chosen and rejected answers; `lengths` (P, 2): their scored
 tokens; `nll` (P,): mean loss of the chosen document's tokens (orpo). All fp64."""
@@ -214,6 +215,10 @@ class PreferenceTask(TemplateTask):
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | ({"reference": self.reference} if self.reference else {})
+
+    def marks(self, batch: Batch) -> tuple[np.ndarray, list[str]]:
+        marked, captions = super().marks(batch)
+        return marked, [f"{SIDES[i % 2]}, {caption}" for i, caption in enumerate(captions)]
 
     def notes(self, store: Store) -> list[str]:
         return cut_note(store, "prompts lost tokens from their left", self.cfg.max_length)

@@ -24,7 +24,7 @@ from finetune.data.packing import Sequences, best_fit, one_per_sequence, split_p
 from finetune.errors import UserError
 from finetune.tasks.base import Batch, Columns, Model, cut_note, flat_inputs
 from finetune.tasks.instruct import TemplateTask
-from finetune.tasks.preference import pair_predictions
+from finetune.tasks.preference import SIDES, pair_predictions
 
 
 class RewardTask(TemplateTask):
@@ -120,8 +120,8 @@ class RewardTask(TemplateTask):
         return cut_note(store, "prompts lost tokens from their left", self.cfg.max_length)
 
     def marks(self, batch: Batch) -> tuple[np.ndarray, list[str]]:
-        names = [("chosen", "rejected")[i % 2] for i in range(len(batch["pool"]))]
-        return np.isin(np.arange(len(batch["ids"])), batch["pool"]), names
+        captions = [SIDES[i % 2] for i in range(len(batch["pool"]))]
+        return np.isin(np.arange(len(batch["ids"])), batch["pool"]), captions
 
 
 def reward_losses(rewards: Tensor, margins: Tensor) -> Tensor:

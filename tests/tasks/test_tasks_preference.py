@@ -25,6 +25,7 @@ from finetune.planning.machine import Machine
 from finetune.planning.shape import ModelShape
 from finetune.tasks.base import to_device
 from finetune.tasks.preference import pair_losses
+from finetune.tasks.preview import preview
 
 LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo")
 ADAPTERS = {
@@ -167,6 +168,7 @@ def test_a_long_prompt_loses_the_same_tokens_on_both_sides(make):
     ("row", "problem"),
     [
         ({"prompt": "a", "chosen": "b"}, "field 'rejected' is missing"),
+        ({"prompt": "a", "completion": "b", "label": True}, "one answer and a label"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
         ({"prompt": "a", "chosen": "b", "rejected": 3}, "field 'rejected' is"),
         ({"prompt": "a", "chosen": " ", "rejected": "b"}, "is empty"),
@@ -180,6 +182,16 @@ def test_bad_rows_say_what_is_wrong(make, row, problem):
     with pytest.raises(UserError, match=problem) as error:
         make(cfg(), [row])
     assert error.value.where.endswith("train.jsonl:1") and error.value.remedy
+
+
+def test_a_preview_that_a_person_can_check(make):
+    made = make(cfg(template="chat"), ROWS[2:3])
+    assert preview(made.task, made.store, made.rows, made.task.tokenizer, 9) == (
+        "-- row 0, example 0: 13 tokens, chosen, 5 scored\nUser: Who?\\n\n\\n\nAssistant:\n"
+        "⟦ Ada Lovelace<|endoftext|>⟧\n\n"
+        "-- row 0, example 0: 13 tokens, rejected, 5 scored\nUser: Who?\\n\n\\n\nAssistant:\n"
+        "⟦ A lace of love<|endoftext|>⟧"
+    )
 
 
 # -- losses
