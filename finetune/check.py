@@ -31,6 +31,7 @@ from finetune.config import (
 )
 from finetune.errors import UserError, problems_error
 from finetune.planning.job import accumulation, sharding_problems
+from finetune.planning.shape import WHOLE_MODULES, adapted_layers
 from finetune.reporting.redact import secret_problems
 
 
@@ -178,6 +179,10 @@ def _optim(cfg: Config) -> Iterator[UserError]:
         yield UserError(
             f"optim.lr = {optim.lr} is not a positive number", remedy="Try optim.lr=1e-4."
         )
+    if optim.cycles < 1:
+        yield UserError(
+            f"optim.cycles = {optim.cycles} must be at least 1", remedy="Try optim.cycles=3."
+        )
     if not 0 < optim.eps < math.inf:
         yield UserError(
             f"optim.eps = {optim.eps} is not a positive number", remedy="Try optim.eps=1e-8."
@@ -192,7 +197,7 @@ def _optim(cfg: Config) -> Iterator[UserError]:
             f"optim.min_lr = {optim.min_lr} is a share of the peak, 0 to 1",
             remedy="Try optim.min_lr=0.1.",
         )
-    for key in ("warmup", "weight_decay", "grad_clip"):
+    for key in ("warmup", "decay", "weight_decay", "grad_clip"):
         if not 0 <= getattr(optim, key) < math.inf:
             yield UserError(
                 f"optim.{key} = {getattr(optim, key)} is negative, or no number",
@@ -232,6 +237,22 @@ def _adapter(cfg: Config) -> Iterator[UserError]:
                 f"adapter.alpha = {adapter.alpha} would leave the adapter without effect",
                 remedy="Try adapter.alpha=16.",
             )
+        if not 0 < adapter.lr_ratio < math.inf:
+            yield UserError(
+                f"adapter.lr_ratio = {adapter.lr_ratio} must be above 0",
+                remedy="Try adapter.lr_ratio=16.",
+            )
+        allowed = WHOLE_MODULES if cfg.task.head == "lm" else WHOLE_MODULES[:2]
+        if unknown := [name for name in adapter.modules_to_save if name not in allowed]:
+            yield UserError(
+                f"adapter.modules_to_save = {adapter.modules_to_save}: {', '.join(unknown)} cannot be "
+                "trained whole with this task",
+                remedy=f"Choose from {', '.join(allowed)}.",
+            )
+        try:
+            adapted_layers(adapter.layers)
+        except UserError as error:
+            yield error
         if not 0 <= adapter.dropout < 1:
             yield UserError(
                 f"adapter.dropout = {adapter.dropout} is not a probability below 1",
@@ -294,12 +315,17 @@ def _rest(cfg: Config) -> Iterator[UserError]:
             yield UserError(
                 f"{section}.{key} = {value} is negative", remedy=f"Try {section}.{key}=0."
             )
-    for key in ("max_skipped", "hang_timeout"):
+    for key in ("max_skipped", "hang_timeout", "max_time"):
         value = getattr(cfg.train, key)
         if value < 0:
             yield UserError(
                 f"train.{key} = {value} is negative", remedy=f"Try train.{key}=0 for never."
             )
+    if not 0 <= cfg.train.neftune_alpha < math.inf:
+        yield UserError(
+            f"train.neftune_alpha = {cfg.train.neftune_alpha} is negative, or no number",
+            remedy="Try train.neftune_alpha=5, or 0 for no noise.",
+        )
     if cfg.train.eval_batch < 1:
         yield UserError(
             f"train.eval_batch = {cfg.train.eval_batch} evaluates nothing",
@@ -434,11 +460,22 @@ def _classify(cfg: ClassifyConfig) -> Iterator[UserError]:
     if cfg.label_separator == "":
         yield UserError("task.label_separator is empty", remedy="Try task.label_separator=comma.")
     weights = cfg.class_weights
-    if weights and not (all(w >= 0 for w in weights) and any(weights)):
+    if weights == "balanced" and cfg.problem == "multi_label":
         yield UserError(
-            f"task.class_weights = {weights} must not be negative, nor all zero",
-            remedy=f"Try task.class_weights={[1.0] * len(weights)}.",
+            "task.class_weights=balanced is for texts with one label each",
+            remedy="Try task.class_weights=[1,3], one weight per label.",
         )
+    elif weights and weights != "balanced":
+        if not isinstance(weights, list) or not all(isinstance(w, (int, float)) for w in weights):
+            yield UserError(
+                f"task.class_weights = {weights} is neither balanced nor a list of numbers",
+                remedy="Try task.class_weights=balanced or task.class_weights=[1,3].",
+            )
+        elif not (all(w >= 0 for w in weights) and any(weights)):
+            yield UserError(
+                f"task.class_weights = {weights} must not be negative, nor all zero",
+                remedy=f"Try task.class_weights={[1.0] * len(weights)}.",
+            )
 
 
 def _qa(cfg: QaConfig) -> Iterator[UserError]:

@@ -165,8 +165,9 @@ class ClassifyConfig(TaskConfig):
     label_separator: Optional[str] = None
     """What stands between the labels of a multi-label cell such as `a,b`: comma, semicolon, pipe, space, tab, or any
     other text; null: cells are arrays."""
-    class_weights: Optional[list[float]] = None
-    """Loss weight of each class; null: all 1."""
+    class_weights: Any = None
+    """Loss weight of each class, a list; balanced: examples / (classes x examples of the class), from the training data;
+    null: all 1."""
     truncation: str = "head"
     """What a too long text keeps: head, or head_tail (half from either end)."""
 
@@ -280,6 +281,12 @@ class LoraConfig(PeftConfig):
     """Dropout on the adapter's input, 0 to 1."""
     targets: Any = "all-linear"
     """Modules that get an adapter: `all-linear`, a comma separated string or a list of GPT-J's module names."""
+    layers: Any = None
+    """Blocks that get an adapter, counted from 0: a list, or ranges such as 14-27; null: all."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Modules that are trained whole and saved with the adapter: wte, ln_f, and lm_head of a language model."""
+    lr_ratio: float = 1.0
+    """Learning rate of the B matrices over that of the A matrices (LoRA+, arXiv:2402.12354, which takes 16)."""
     rslora: bool = False
     """Rank-stabilised scaling (arXiv:2312.03732)."""
     dora: bool = False
@@ -358,6 +365,9 @@ class TrainConfig:
     """Sequences per rank and forward; auto: the largest that fits."""
     global_batch: int = 8
     """Sequences per optimizer step; accumulation = global_batch / (micro_batch x ranks)."""
+    neftune_alpha: float = 0.0
+    """Uniform noise on the embeddings in training, within this over sqrt(tokens of the document x width) (NEFTune,
+    arXiv:2310.05914, which takes 5); 0: none."""
     packing: bool = True
     """Fill every row to task.max_length with whole or cut documents that do not attend to each other."""
     activation_checkpointing: Union[bool, str] = False
@@ -435,9 +445,44 @@ class WandbConfig:
 
 
 @dataclass
+class MlflowConfig:
+    enabled: bool = False
+    """Log to MLflow."""
+    uri: Optional[str] = None
+    """Tracking server or store; null: the environment's MLFLOW_TRACKING_URI, else run_dir/mlruns."""
+    experiment: str = "finetune-gptj"
+    """Experiment that the run belongs to."""
+
+
+@dataclass
+class TrackioConfig:
+    enabled: bool = False
+    """Log to trackio, whose database is on this machine (TRACKIO_DIR)."""
+    project: str = "finetune-gptj"
+    """Project name."""
+    space: Optional[str] = None
+    """Hugging Face Space, ORG/NAME, that gets the figures too; null: none."""
+
+
+@dataclass
+class CometConfig:
+    enabled: bool = False
+    """Log to Comet."""
+    project: str = "finetune-gptj"
+    """Project name."""
+    workspace: Optional[str] = None
+    """Team or user; null: the account's default."""
+    offline: bool = False
+    """Write files to upload later, as happens without a key (COMET_API_KEY) in any case."""
+
+
+@dataclass
 class TrackerConfig:
     tensorboard: TensorboardConfig = field(default_factory=TensorboardConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    mlflow: MlflowConfig = field(default_factory=MlflowConfig)
+    trackio: TrackioConfig = field(default_factory=TrackioConfig)
+    comet: CometConfig = field(default_factory=CometConfig)
 
 
 @dataclass

@@ -108,7 +108,8 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
                 cfg, task.head, task.num_labels, base_name(cfg.model, run_dir), ds_config, world
             )
             parameters = adapters.count(module)
-            engine = Engine(module, ds_config, cfg.optim, world)
+            lr_ratio = getattr(cfg.adapter, "lr_ratio", 1.0)
+            engine = Engine(module, ds_config, cfg.optim, world, lr_ratio)
         if world.device.type == "cpu":
             process.keep_freed_memory()
         if task.reference:

@@ -202,6 +202,15 @@ def test_sequences_fit_the_model_and_not_only_gptj(tmp_path, words, problem):
         ["tracker.wandb.mode=sometimes"],
         ["train.activation_checkpointing=some"],
         ["train.max_skipped=-1"],
+        ["train.max_time=-1"],
+        ["train.neftune_alpha=-5"],
+        ["optim.cycles=0"],
+        ["optim.decay=-0.1"],
+        ["adapter.lr_ratio=0"],
+        ["adapter.layers=last"],
+        ["adapter.modules_to_save=[h]"],
+        ["task.class_weights=even", "task=classify"],
+        ["task.class_weights=balanced", "task=classify", "task.problem=multi_label"],
     ],
 )
 def test_numbers_that_would_fail_later_are_refused_now(words):

@@ -163,9 +163,12 @@ def adapter_config(values: dict[str, Any], base: str) -> dict[str, Any]:
     kind = values["peft_type"]
     if kind != "LORA" or values.get("use_dora") or values.get("lora_bias"):
         raise no_counterpart("DoRA" if values.get("use_dora") else kind)
+    if values.get("modules_to_save"):
+        raise no_counterpart(f"LoRA with whole modules ({', '.join(values['modules_to_save'])})")
     targets = sorted(MODULES[target] for target in values["target_modules"])
     return values | {
         "target_modules": targets,
+        "layers_pattern": "layers" if values.get("layers_to_transform") else None,
         "base_model_name_or_path": base,
         "revision": None,
     }

@@ -27,7 +27,7 @@ from finetune.config import (
 from finetune.errors import UserError, command, setting
 from finetune.files import read_object
 from finetune.gptj.load import local_folder, open_shard, same_base
-from finetune.planning.shape import LINEARS, target_modules
+from finetune.planning.shape import LINEARS, WHOLE_MODULES, adapted_layers, target_modules
 
 ADAPTER_JSON, ABOUT = "adapter_config.json", "finetune.json"
 KINDS = {"LORA": "lora", "IA3": "ia3", "PROMPT_TUNING": "prompt", "PREFIX_TUNING": "prefix"}
@@ -133,6 +133,9 @@ def _settings(cfg: PeftConfig) -> dict[str, Any]:
     found = {key: value for key, value in vars(cfg).items() if key in names}
     if isinstance(cfg, (LoraConfig, Ia3Config)):
         found["targets"] = sorted(target_modules(cfg.targets), key=LINEARS.index)
+    if isinstance(cfg, LoraConfig):
+        found["layers"] = adapted_layers(cfg.layers)
+        found["modules_to_save"] = sorted(cfg.modules_to_save)
     return {"kind": type(cfg).__name__.removesuffix("Config").lower(), **found}
 
 
@@ -144,12 +147,15 @@ def _saved_settings(kind: str, values: dict[str, Any]) -> dict[str, Any]:
     known = sorted(targets, key=lambda name: LINEARS.index(name) if name in LINEARS else len(name))
     if kind == "ia3":
         return {"targets": known}
+    layers = values.get("layers_to_transform")
     return {
         "rank": values.get("r"),
         "alpha": float(values.get("lora_alpha") or 0),
         "rslora": bool(values.get("use_rslora")),
         "dora": bool(values.get("use_dora")),
         "targets": known,
+        "layers": sorted([layers] if isinstance(layers, int) else layers) if layers else None,
+        "modules_to_save": sorted(set(values.get("modules_to_save") or ()) & set(WHOLE_MODULES)),
     }
 
 
@@ -157,6 +163,8 @@ def _word(value: Any) -> str:
     """Return a value as it is typed on a command line."""
     if isinstance(value, list):
         return f"[{','.join(map(str, value))}]"
+    if value is None:
+        return "null"
     return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 

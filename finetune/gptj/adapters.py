@@ -30,7 +30,7 @@ from finetune.config import (
 from finetune.gptj.lora import fuse
 from finetune.gptj.prompt_tuning import Virtual
 from finetune.planning import parameter_groups as grouping
-from finetune.planning.shape import target_modules
+from finetune.planning.shape import adapted_layers, target_modules
 
 
 def attach(model: nn.Module, cfg: AdapterConfig, head: str, base: str, seed: int) -> nn.Module:
@@ -83,15 +83,18 @@ def peft_config(cfg: AdapterConfig, head: str | None, targets: list[str] | None 
     heads = [HEADS[head].module] if head in ("classify", "qa") else None
     match cfg:
         case LoraConfig():
+            layers = adapted_layers(cfg.layers)
             return peft.LoraConfig(
                 task_type=task,
+                layers_to_transform=layers,
+                layers_pattern="h" if layers else None,
                 r=cfg.rank,
                 lora_alpha=cfg.alpha,
                 lora_dropout=cfg.dropout,  # type: ignore[arg-type]
                 target_modules=targets or target_modules(cfg.targets),
                 use_rslora=cfg.rslora,
                 use_dora=cfg.dora,
-                modules_to_save=heads,
+                modules_to_save=[*(heads or ()), *cfg.modules_to_save] or None,
             )
         case Ia3Config():
             names = targets or target_modules(cfg.targets)
@@ -205,16 +208,23 @@ def count(model: nn.Module) -> dict[str, int]:
     }
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Return matrices with weight decay, and biases, norms and other vectors without.
+def parameter_groups(
+    model: nn.Module, weight_decay: float, lr_ratio: float = 1.0
+) -> list[dict[str, Any]]:
+    """Return the optimizer's groups, as `planning.parameter_groups` makes them.
 
-    Each kind is cut into groups as `planning.parameter_groups` says.
+    Each holds `params`, `weight_decay` and `lr_ratio`, the factor of its learning rate.
+
+    Args:
+        lr_ratio: that of LoRA's B matrices.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]
-    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    shapes = [(name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named]
     return [
-        {"params": [kind[i] for i in run], "weight_decay": decay}
-        for kind, decay in ((matrices, weight_decay), (vectors, 0.0))
-        for run in grouping.cut([int(getattr(p, "ds_numel", p.numel())) for p in kind])
+        {
+            "params": [named[i][1] for i in group.indices],
+            "weight_decay": weight_decay if group.decays else 0.0,
+            "lr_ratio": group.lr_ratio,
+        }
+        for group in grouping.split(shapes, lr_ratio)
     ]

@@ -347,6 +347,7 @@ def build_model(
     seed: int,
     num_labels: int | None = None,
     checkpointing: bool | str = False,
+    neftune_alpha: float = 0.0,
     partition: AbstractContextManager | None = None,
     place: Place | None = None,
     reads: bool = True,
@@ -357,6 +358,7 @@ def build_model(
     Args:
         head: lm, classify or qa; a head that the checkpoint lacks is drawn from the seed.
         checkpointing: kind of activation checkpointing in training; one of `recompute.KINDS`.
+        neftune_alpha: strength of the noise on embeddings in training; 0: none.
         partition: zero.Init context at stage 3, else None.
         place: writes one tensor into a partitioned parameter (collective); None if nothing is
             partitioned.
@@ -377,7 +379,9 @@ def build_model(
         partition or torch.device("meta"),
         _default_dtype(dtype if partition else torch.float32),
     ):
-        model = MODELS[head](copy_config(config), cfg.attention.value, checkpointing, linear)
+        model = MODELS[head](
+            copy_config(config), cfg.attention.value, checkpointing, linear, neftune_alpha
+        )
     source = Weights(folder) if cfg.init is Init.pretrained and reads else None
     names = dict(model.named_parameters())
     quantized: dict[str, Any] = {

@@ -128,7 +128,9 @@ def fuse(model: nn.Module) -> None:
         # DeepSpeed releases a leaf's weights when its input has a gradient, or at once if it needs
         # none, which is before the factors of the first block have theirs.
         body = next(m for m in model.modules() if isinstance(getattr(m, "h", None), nn.ModuleList))
-        body.h[0].register_forward_pre_hook(_with_gradient)
+        adapted = [block for block in body.h if any(map(_is_plain, block.modules()))]
+        for block in adapted[:1]:
+            block.register_forward_pre_hook(_with_gradient)
 
 
 def _with_gradient(block: nn.Module, arguments: tuple) -> tuple | None:

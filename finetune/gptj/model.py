@@ -128,6 +128,7 @@ class Transformer(PreTrained):
         attention: `model.attention`: auto, flex, sdpa or eager (see `pick_attention`).
         checkpointing: kind of activation checkpointing in training; one of `recompute.KINDS`.
         linear: makes the linear layers of the blocks.
+        neftune_alpha: strength of the noise on embeddings in training; 0: none.
     """
 
     def __init__(
@@ -136,9 +137,11 @@ class Transformer(PreTrained):
         attention: str = "auto",
         checkpointing: bool | str = False,
         linear: MakeLinear = nn.Linear,
+        neftune_alpha: float = 0.0,
     ):
         super().__init__(config)
         self.attention, self.checkpointing = attention, checkpointing
+        self.neftune_alpha = neftune_alpha
         self.rotary_dim = config.rotary_dim or config.n_embd // config.n_head
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
@@ -181,6 +184,8 @@ class Transformer(PreTrained):
                 "position_ids are needed with cu_seqlens: they restart with every document"
             )
         x = self.wte(input_ids)
+        if self.training and self.neftune_alpha:
+            x = add_noise(x, cu_seqlens, self.neftune_alpha)
         if virtual is not None:
             x, position_ids, cu_seqlens = virtual.enter(x, position_ids, cu_seqlens)
         kind = pick_attention(self.attention, x.device.type, x.dtype)
@@ -199,6 +204,21 @@ class Transformer(PreTrained):
         return hidden.view(shape)
 
 
+def add_noise(x: Tensor, cu_seqlens: Tensor, alpha: float) -> Tensor:
+    """Add uniform noise to the embeddings of every document (NEFTune, arXiv:2310.05914).
+
+    Its bound is alpha / sqrt(L D) for L tokens of width D. It is drawn from torch's generator, which
+    is seeded by the position in the data, as for dropout.
+
+    Args:
+        x: (1, N, D).
+    """
+    lengths = cu_seqlens.diff().to(x.device)
+    bounds = alpha / (lengths * x.shape[-1]).sqrt()
+    bound = bounds.repeat_interleave(lengths, output_size=x.shape[1])[:, None]
+    return x + torch.empty_like(x).uniform_(-1, 1) * bound.to(x.dtype)
+
+
 class CausalLM(PreTrained):
     """GPT-J with the language modelling head."""
 
@@ -208,9 +228,10 @@ class CausalLM(PreTrained):
         attention: str = "auto",
         checkpointing: bool | str = False,
         linear: MakeLinear = nn.Linear,
+        neftune_alpha: float = 0.0,
     ):
         super().__init__(config)
-        self.transformer = Transformer(config, attention, checkpointing, linear)
+        self.transformer = Transformer(config, attention, checkpointing, linear, neftune_alpha)
         self.lm_head = LMHead(config.n_embd, config.vocab_size)
         self.prepare_inputs_for_generation = None  # peft reads it when it wraps a language model
 
@@ -253,9 +274,10 @@ class _Pooled(PreTrained):
         attention: str = "auto",
         checkpointing: bool | str = False,
         linear: MakeLinear = nn.Linear,
+        neftune_alpha: float = 0.0,
     ):
         super().__init__(config)
-        self.transformer = Transformer(config, attention, checkpointing, linear)
+        self.transformer = Transformer(config, attention, checkpointing, linear, neftune_alpha)
         outputs = config.num_labels if self.head_name == "score" else 2
         setattr(self, self.head_name, nn.Linear(config.n_embd, outputs, bias=self.bias))
 

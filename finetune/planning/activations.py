@@ -70,7 +70,8 @@ def activations(job: Job) -> Activations:
     elif job.work.checkpointing == "offload":
         kept = 0 if job.on_gpu else stream
     layers = job.shape.n_layer * kept
-    if targets and not job.work.rebuilds:
+    trains_wte = "wte" in getattr(job.adapter, "modules_to_save", ())
+    if targets and not job.work.rebuilds and not trains_wte:
         # Nothing before the first adapter needs a gradient: the first block keeps neither x nor,
         # unless it is adapted, the GELU's input.
         layers -= element * job.tokens * (d + (0 if "fc_in" in targets else inner))
@@ -81,7 +82,7 @@ def activations(job: Job) -> Activations:
     lora = isinstance(job.adapter, LoraConfig) and not job.adapter.dora
     freed = inner if lora and "fc_out" in targets else 0
     transient = element * job.tokens * (inner - freed + rebuilt + (2 if job.full else 3) * d)
-    head_gradient = element * job.shape.vocab_size * d if job.full and job.shape.head == "lm" else 0
+    head_gradient = element * job.shape.vocab_size * d if job.trains_lm_head else 0
     # Evaluation: input, norm and attention output of a block, and the MLP's two wide tensors;
     # logits in chunks.
     chunk = _logits_bytes(job, LOSS_CHUNK) if job.eval_tokens else 0
@@ -139,7 +140,7 @@ def loss_bytes(job: Job) -> int:
     hidden = element * job.tokens * d
     if job.shape.head != "lm":
         return hidden + 4 * job.tokens * job.shape.num_labels
-    if not job.full:
+    if not job.trains_lm_head:
         return hidden + _logits_bytes(job, min(job.tokens, LOSS_CHUNK))
     gradient = element * vocab * d
     if one_chunk(job.tokens, d, element):

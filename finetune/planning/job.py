@@ -131,6 +131,11 @@ class Job:
         return isinstance(self.adapter, FullConfig)
 
     @property
+    def trains_lm_head(self) -> bool:
+        whole = getattr(self.adapter, "modules_to_save", ())
+        return self.shape.head == "lm" and (self.full or "lm_head" in whole)
+
+    @property
     def on_gpu(self) -> bool:
         return self.machine.gpus > 0
 
@@ -151,14 +156,11 @@ class Job:
     def trainable_groups(self) -> list[list[int]]:
         """Elements of the trained tensors, by parameter group of the optimizer.
 
-        Groups are those with weight decay (matrices) and without (biases, norms), each cut by
-        `parameter_groups`. Order and split decide the padding of ZeRO's flat buffers.
+        `parameter_groups` makes them. Order and split decide the padding of ZeRO's flat buffers.
         """
-        shapes = self.trained_shapes
-        kinds = [[prod(s) for s in shapes if len(s) >= 2], [prod(s) for s in shapes if len(s) < 2]]
-        return [
-            [numels[i] for i in run] for numels in kinds for run in parameter_groups.cut(numels)
-        ]
+        tensors = list(self.shape.trainable_tensors(self.adapter))
+        groups = parameter_groups.split(tensors, getattr(self.adapter, "lr_ratio", 1.0))
+        return [[prod(tensors[i][1]) for i in group.indices] for group in groups]
 
     @cached_property
     def trained_shapes(self) -> list[tuple[int, ...]]:

@@ -8,6 +8,8 @@ need them for one group at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
 
 GROUP_ELEMENTS = 2**25
 """Elements of a group, unless a single tensor has more."""
@@ -28,3 +30,30 @@ def cut(numels: Sequence[int], limit: int = GROUP_ELEMENTS) -> list[range]:
     if start < len(numels):
         runs.append(range(start, len(numels)))
     return runs
+
+
+class Group(NamedTuple):
+    """One parameter group: positions of its tensors, and how they are updated."""
+
+    indices: list[int]
+    decays: bool
+    """Matrices are decayed; biases, norms and other vectors are not."""
+    lr_ratio: float
+    """Factor of the learning rate."""
+
+
+def split(tensors: Sequence[tuple[str, Sequence[int]]], lr_ratio: float = 1.0) -> list[Group]:
+    """Split (name, shape) of the trained tensors into parameter groups.
+
+    Args:
+        lr_ratio: factor of the learning rate of LoRA's B matrices.
+    """
+    kinds: dict[tuple[bool, float], list[int]] = {(True, 1.0): [], (True, lr_ratio): []}
+    for index, (name, shape) in enumerate(tensors):
+        ratio = lr_ratio if ".lora_B." in name else 1.0
+        kinds.setdefault((len(shape) >= 2, ratio), []).append(index)
+    return [
+        Group([indices[i] for i in run], decays, ratio)
+        for (decays, ratio), indices in kinds.items()
+        for run in cut([prod(tensors[index][1]) for index in indices])
+    ]

@@ -8,6 +8,7 @@ transformers, so a plan is fast and needs no GPU.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from finetune.config import (
 from finetune.errors import UserError
 
 GPTJ_6B_ID = "eleutherai/gpt-j-6b"
+WHOLE_MODULES = ("wte", "ln_f", "lm_head")
+"""Modules that can be trained whole beside an adapter."""
 LINEARS = ("k_proj", "v_proj", "q_proj", "out_proj", "fc_in", "fc_out")
 """The linear modules of a block in the order of `named_parameters()`: peft's `all-linear`."""
 PEFT_PREFIX = "base_model.model."
@@ -133,8 +136,13 @@ class ModelShape:
         if isinstance(adapter, FullConfig):
             yield from self.tensors()
             return
+        whole = set(getattr(adapter, "modules_to_save", ()))
+        if "wte" in whole:
+            weight = (self.vocab_size, self.n_embd)
+            yield f"{PEFT_PREFIX}transformer.wte.modules_to_save.default.weight", weight
         if isinstance(adapter, (LoraConfig, Ia3Config)):
-            for layer in range(self.n_layer):
+            layers = adapted_layers(getattr(adapter, "layers", None), self.n_layer)
+            for layer in layers or range(self.n_layer):
                 for name in adapter_targets(adapter):
                     out_features, in_features = self.linear_shape(name)
                     part = "mlp" if name.startswith("fc_") else "attn"
@@ -148,7 +156,11 @@ class ModelShape:
                     yield f"{module}.lora_B.default.weight", (out_features, adapter.rank)
                     if adapter.dora:
                         yield f"{module}.lora_magnitude_vector.default.weight", (out_features,)
-        if self.head != "lm":
+        if "ln_f" in whole:
+            for leaf in ("weight", "bias"):
+                norm = f"{PEFT_PREFIX}transformer.ln_f.modules_to_save.default.{leaf}"
+                yield norm, (self.n_embd,)
+        if self.head != "lm" or "lm_head" in whole:
             # peft wraps the base model of a prompt or prefix in no tuner, hence the shorter prefix.
             virtual = isinstance(adapter, (PromptConfig, PrefixConfig))
             for name, shape in self.head_tensors():
@@ -236,6 +248,34 @@ def target_modules(targets: Any) -> list[str]:
             f"Choose from {', '.join(LINEARS)}, or all-linear.",
         )
     return names
+
+
+def adapted_layers(layers: Any, n_layer: Union[int, None] = None) -> Union[list[int], None]:
+    """Return the blocks of adapter.layers, ascending; None for all.
+
+    Args:
+        layers: [0,1], or ranges as text: "14-27", "0-3,24-27".
+        n_layer: blocks of the model, if known.
+
+    Raises:
+        UserError: not such a list, or a block that the model does not have.
+    """
+    if layers is None:
+        return None
+    parts = layers if isinstance(layers, list) else str(layers).split(",")
+    ranges = [re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", str(part)) for part in parts]
+    chosen = sorted({i for r in ranges if r for i in range(int(r[1]), int(r[2] or r[1]) + 1)})
+    if not all(ranges) or not chosen:
+        raise UserError(
+            f"adapter.layers = {layers} is no list of blocks",
+            remedy="Try adapter.layers=[0,1] or adapter.layers=14-27.",
+        )
+    if n_layer is not None and chosen[-1] >= n_layer:
+        raise UserError(
+            f"adapter.layers = {layers}, and the model has blocks 0 to {n_layer - 1}",
+            remedy=f"Try adapter.layers={n_layer // 2}-{n_layer - 1}.",
+        )
+    return chosen
 
 
 def adapter_targets(adapter: Union[LoraConfig, Ia3Config]) -> list[str]:

@@ -65,8 +65,14 @@ NOISY = (
     "httpx",
     "matplotlib",
     "wandb",
+    "mlflow",
+    "comet_ml",
+    "trackio",
 )
-NOISY_WARNINGS = r"(torch|deepspeed|transformers|datasets|peft|accelerate|huggingface_hub|tensorboard|wandb|google)\b"
+NOISY_WARNINGS = (
+    r"(torch|deepspeed|transformers|datasets|peft|accelerate|huggingface_hub|"
+    r"tensorboard|wandb|mlflow|comet_ml|trackio|google)\b"
+)
 QUIET_ENV = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",

@@ -1,9 +1,10 @@
-"""TensorBoard and Weights & Biases as callbacks.
+"""Experiment trackers as callbacks: TensorBoard, Weights & Biases, MLflow, trackio and Comet.
 
 Flow: `build_trackers` before training (a missing package is a UserError there, before any work is
-done) -> callback events -> `finish`. Both libraries are imported only when asked for. After a resume
-TensorBoard hides the repeated steps and wandb continues under the same run id, which travels in the
-checkpoint by `state`. metrics.jsonl stays the record; nothing is read back from here.
+done) -> callback events -> `finish`, which tells where the files of an offline run are. A library is
+imported only when asked for. After a resume TensorBoard hides the repeated steps; the others
+continue the same run, whose id travels in the checkpoint by `state` or is the run directory's name.
+metrics.jsonl stays the record; nothing is read back from here.
 """
 
 from __future__ import annotations
@@ -11,16 +12,25 @@ from __future__ import annotations
 import contextlib
 import html
 import importlib
+import io
 import logging
 import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune.config import TensorboardConfig, TrackerConfig, WandbConfig
+from finetune.config import (
+    CometConfig,
+    MlflowConfig,
+    TensorboardConfig,
+    TrackerConfig,
+    TrackioConfig,
+    WandbConfig,
+)
 from finetune.errors import UserError
 from finetune.files import dumps
 from finetune.reporting.callbacks import Callback, RunInfo
@@ -28,6 +38,20 @@ from finetune.reporting.metrics_log import is_number
 from finetune.reporting.redact import redact, redact_words
 
 log = logging.getLogger("finetune")
+MLFLOW_VALUE = 6000
+"""Characters of a parameter that MLflow takes."""
+COMET_OFF = (
+    "log_code",
+    "log_graph",
+    "parse_args",
+    "log_git_metadata",
+    "log_git_patch",
+    "log_env_details",
+    "auto_output_logging",
+    "auto_param_logging",
+    "auto_metric_logging",
+)
+"""What Comet would collect by itself: code, remotes and command lines may hold secrets."""
 
 
 def build_trackers(cfg: TrackerConfig) -> list[Callback]:
@@ -36,12 +60,8 @@ def build_trackers(cfg: TrackerConfig) -> list[Callback]:
     Raises:
         UserError: the package of an enabled tracker is missing.
     """
-    trackers: list[Callback] = []
-    if cfg.tensorboard.enabled:
-        trackers.append(TensorboardTracker(cfg.tensorboard))
-    if cfg.wandb.enabled:
-        trackers.append(WandbTracker(cfg.wandb))
-    return trackers
+    sections = {name: getattr(cfg, name) for name in TRACKERS}
+    return [TRACKERS[name](section) for name, section in sections.items() if section.enabled]
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
@@ -173,13 +193,7 @@ class WandbTracker(Callback):
         if self.run is None:
             return
         status = result.get("status", "failed")
-        self.run.summary.update(
-            {
-                f"result/{key}": value
-                for key, value in redact(result).items()
-                if isinstance(value, (str, bool)) or is_number(value)
-            }
-        )
+        self.run.summary.update(final_values(result))
         if self.evaluations:
             names = {name for row in self.evaluations for name in row} - {"step"}
             columns = ["step", *sorted(names)]
@@ -197,21 +211,229 @@ class WandbTracker(Callback):
         offline, files = self.run.offline, str(Path(self.run.dir).parent)
         self.run.finish(exit_code=0 if status == "done" else 1)
         if offline:
-            print(
-                f"wandb was offline: its files are in {files}; "
-                f"to upload them: wandb sync {shlex.quote(files)}",
-                flush=True,
+            _tell_offline("wandb", files, f"to upload them: wandb sync {shlex.quote(files)}")
+
+
+class MlflowTracker(Callback):
+    """One MLflow run per run directory, on a server or in run_dir/mlruns."""
+
+    def __init__(self, cfg: MlflowConfig):
+        self.cfg = cfg
+        self.mlflow = _require("mlflow", pip="mlflow-skinny")
+        self.run_id: str | None = None
+        self.client: Any = None
+        self.folder: Path | None = None
+        """Where an offline run's files are; None with a server."""
+
+    def state(self) -> dict[str, Any]:
+        return {"run_id": self.run_id} if self.run_id else {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.run_id = state["run_id"]
+
+    def start(self, run: RunInfo) -> None:
+        uri = self.cfg.uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri:
+            self.folder = run.run_dir.absolute() / "mlruns"
+            uri = self.folder.as_uri()
+            # Files need no database package; MLflow 3 wants to be told that they are meant.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        self.client = client = self.mlflow.MlflowClient(uri)
+        if self.run_id is None:
+            found = client.get_experiment_by_name(self.cfg.experiment)
+            identity = (
+                found.experiment_id if found else client.create_experiment(self.cfg.experiment)
+            )
+            name = f"{run.name}/{run.run_dir.name}"
+            self.run_id = client.create_run(identity, run_name=name).info.run_id
+            for key, value in flat_settings(run.config).items():
+                client.log_param(self.run_id, key, value[:MLFLOW_VALUE])
+        else:
+            client.update_run(self.run_id, status="RUNNING")
+
+    def train_step(self, record: dict[str, Any]) -> None:
+        now = int(time.time() * 1000)
+        metrics = [
+            self.mlflow.entities.Metric(
+                re.sub(r"[^\w./: -]", "_", name), value, now, record["step"]
+            )
+            for name, value in scalars(record).items()
+        ]
+        self.client.log_batch(self.run_id, metrics=metrics)
+
+    evaluation = train_step
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        name = re.sub(r"\W+", "-", prompt)[:40]
+        self.client.log_text(self.run_id, prompt + text, f"samples/step-{step:08d}-{name}.txt")
+
+    def finish(self, result: dict[str, Any]) -> None:
+        if self.client is None:
+            return
+        for key, value in final_values(result).items():
+            self.client.set_tag(self.run_id, key, value)
+        statuses = {"done": "FINISHED", "preempted": "KILLED"}
+        self.client.set_terminated(self.run_id, statuses.get(str(result.get("status")), "FAILED"))
+        if self.folder:
+            store, base = shlex.quote(str(self.folder)), shlex.quote(str(self.folder.parent))
+            _tell_offline(
+                "MLflow",
+                str(self.folder),
+                f"to look at them: MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri {store}; "
+                f"to move them to a server's database: mlflow migrate-filestore --source {base} "
+                "--target sqlite:///mlflow.db",
             )
 
 
-def _require(package: str) -> Any:
+class TrackioTracker(Callback):
+    """One trackio run per run directory, by its name, in trackio's database on this machine."""
+
+    def __init__(self, cfg: TrackioConfig):
+        self.cfg = cfg
+        self.trackio = _require("trackio")
+        self.run: Any = None
+
+    def start(self, run: RunInfo) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints how to open its dashboard
+            self.run = self.trackio.init(
+                project=self.cfg.project,
+                name=f"{run.name}-{run.run_dir.name}",
+                space_id=self.cfg.space,
+                config=flat_settings(run.config),
+                resume="allow",
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+
+    def train_step(self, record: dict[str, Any]) -> None:
+        self.run.log(scalars(record), step=record["step"])
+
+    evaluation = train_step
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        self.run.log({"sample": self.trackio.Markdown(f"**{prompt}**\n\n{text}")}, step=step)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        if self.run is None:
+            return
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.run.finish()
+        if not self.cfg.space:
+            project = shlex.quote(self.cfg.project)
+            _tell_offline(
+                "trackio",
+                str(self.trackio.TRACKIO_DIR),
+                f"to look at them: trackio show --project {project}; "
+                f"to upload them: trackio sync --project {project} --space-id ORG/NAME",
+            )
+
+
+class CometTracker(Callback):
+    """One Comet experiment per run directory.
+
+    The API key comes from the environment or Comet's own file, never from a config.
+    """
+
+    def __init__(self, cfg: CometConfig):
+        self.cfg = cfg
+        os.environ.setdefault("COMET_DISABLE_AUTO_LOGGING", "1")
+        self.comet = _require("comet_ml", tracker="comet")
+        self.key: str | None = None
+        self.experiment: Any = None
+        self.folder = Path()
+        self.offline = False
+
+    def state(self) -> dict[str, Any]:
+        return {"key": self.key} if self.key else {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.key = state["key"]
+
+    def start(self, run: RunInfo) -> None:
+        self.offline = self.cfg.offline
+        if not self.offline and not self.comet.get_config("comet.api_key"):
+            log.warning(
+                "Comet knows no API key (COMET_API_KEY, or comet login): logging offline; the end of "
+                "the run says where, and how to upload it"
+            )
+            self.offline = True
+        self.folder = run.run_dir / "comet"
+        quiet = dict.fromkeys(COMET_OFF, False)
+        self.experiment = self.comet.start(
+            workspace=self.cfg.workspace,
+            project_name=self.cfg.project,
+            online=not self.offline,
+            mode="get" if self.key else "create",
+            experiment_key=self.key,
+            experiment_config=self.comet.ExperimentConfig(
+                name=f"{run.name}/{run.run_dir.name}",
+                offline_directory=str(self.folder),
+                display_summary_level=0,
+                **quiet,
+            ),
+        )
+        self.key = self.experiment.get_key()
+        self.experiment.log_parameters(flat_settings(run.config))
+
+    def train_step(self, record: dict[str, Any]) -> None:
+        self.experiment.log_metrics(scalars(record), step=record["step"])
+
+    evaluation = train_step
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        self.experiment.log_text(prompt + text, step=step)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        if self.experiment is None:
+            return
+        self.experiment.log_others(final_values(result))
+        self.experiment.end()
+        if self.offline:
+            upload = f"to upload them: comet upload {shlex.quote(str(self.folder))}/*.zip"
+            _tell_offline("Comet", str(self.folder), upload)
+
+
+TRACKERS = {
+    "tensorboard": TensorboardTracker,
+    "wandb": WandbTracker,
+    "mlflow": MlflowTracker,
+    "trackio": TrackioTracker,
+    "comet": CometTracker,
+}
+"""Tracker -> callback; each has a section of this name in TrackerConfig."""
+
+
+def flat_settings(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return the config as `optim.lr` -> text, without secrets."""
+    flat: dict[str, str] = {}
+    for key, value in redact(config).items():
+        name = f"{prefix}{key}"
+        flat |= flat_settings(value, f"{name}.") if isinstance(value, dict) else {name: str(value)}
+    return flat
+
+
+def final_values(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the texts and numbers of result.json as `result/loss`, without secrets."""
+    return {
+        f"result/{key}": value
+        for key, value in redact(result).items()
+        if isinstance(value, (str, bool)) or is_number(value)
+    }
+
+
+def _tell_offline(name: str, files: str, what_to_do: str) -> None:
+    print(f"{name} was offline: its files are in {files}; {what_to_do}", flush=True)
+
+
+def _require(package: str, tracker: str = "", pip: str = "") -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:
         raise UserError(
             f"the package '{package}' is not installed",
-            f"tracker=[{package}]",
-            f"pip install {package}  (or leave the tracker out)",
+            f"tracker=[{tracker or package}]",
+            f"pip install {pip or package}  (or leave the tracker out)",
         ) from None
 
 

@@ -150,6 +150,7 @@ def build_module(
         seed=cfg.seed,
         num_labels=num_labels,
         checkpointing=cfg.train.activation_checkpointing,
+        neftune_alpha=cfg.train.neftune_alpha,
         partition=partition,
         place=partial(place_partitioned, world) if sharded else None,
         reads=world.main or not sharded,
@@ -166,12 +167,21 @@ class Engine:
     Args:
         module: the model, weights loaded, `requires_grad` set.
         config: from `deepspeed_config.build`.
+        lr_ratio: learning rate of LoRA's B matrices over that of all others.
     """
 
-    def __init__(self, module: nn.Module, config: dict, optim: OptimConfig, world: World):
+    def __init__(
+        self,
+        module: nn.Module,
+        config: dict,
+        optim: OptimConfig,
+        world: World,
+        lr_ratio: float = 1.0,
+    ):
         self.world, self.config = world, config
         self.stage: int = config["zero_optimization"]["stage"]
-        optimizer = build_optimizer(optim, parameter_groups(module, optim.weight_decay))
+        groups = parameter_groups(module, optim.weight_decay, lr_ratio)
+        optimizer = build_optimizer(optim, groups)
         self.max_norm: float = config["gradient_clipping"]
         self._bare = (
             self.stage == 0 and not config["bf16"]["enabled"] and not config["fp16"]["enabled"]
@@ -206,7 +216,7 @@ class Engine:
     def step(self, lr: float) -> None:
         """Count one micro-batch; on the last one of the step, clip, update and zero gradients."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_ratio"]
         if self._bare and self._ds.is_gradient_accumulation_boundary():
             self._clip()
         self._ds.step()

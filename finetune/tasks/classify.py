@@ -48,6 +48,9 @@ from finetune.tasks.classify_metrics import (
     single_label_metrics,
 )
 
+BALANCED = "balanced"
+"""task.class_weights by which every class weighs the same in all."""
+
 
 class ClassifyTask(Task):
     head = "classify"
@@ -60,6 +63,10 @@ class ClassifyTask(Task):
         self.names: list[str] | None = None
         self.by_index = False
         self.plain: PlainText | None = None
+        self.class_weights: list[float] | None = (
+            None if cfg.class_weights == BALANCED else cfg.class_weights
+        )
+        """Loss weights of the classes; of `balanced` ones only `prepare` knows them."""
         self._targets = lru_cache(4)(self._target_table)
         if cfg.labels:
             self._learn(
@@ -126,6 +133,15 @@ class ClassifyTask(Task):
                 )
             refuse_double_spellings(list(names), self.cfg.label_field)
             self._learn(sort_names(list(names)), by_index=False)
+        if self.cfg.class_weights == BALANCED:
+            kept = (previous or {}).get("class_weights")
+            self.class_weights = kept if train is None else self._balanced(train)
+
+    def _balanced(self, train: Store) -> list[float]:
+        """Return examples / (classes x examples of the class); 0 for a class without examples."""
+        assert self.names is not None
+        counts = np.bincount(self._targets(train), minlength=len(self.names))
+        return [len(train) / (len(counts) * n) if n else 0.0 for n in counts.tolist()]
 
     def rows(self, store: Store) -> Sequences:
         """Return rows of one example each.
@@ -148,8 +164,8 @@ class ClassifyTask(Task):
         examples = batch["examples"]
         targets = self._targets(store)[np.maximum(examples, 0)]
         weights = np.float32(examples >= 0)
-        if self.cfg.class_weights and not self.multi:
-            weights *= np.array(self.cfg.class_weights, np.float32)[targets]
+        if self.class_weights and not self.multi:
+            weights *= np.array(self.class_weights, np.float32)[targets]
         pool = batch["cu_seqlens"][1:].astype(np.int64) - 1
         return batch | {"pool": pool, "targets": targets, "weights": weights}
 
@@ -171,8 +187,8 @@ class ClassifyTask(Task):
                 return F.cross_entropy(outputs, targets, reduction="none")
             case "multi_label":
                 weight = (
-                    torch.tensor(self.cfg.class_weights, device=outputs.device)
-                    if self.cfg.class_weights
+                    torch.tensor(self.class_weights, device=outputs.device)
+                    if self.class_weights
                     else None
                 )
                 return F.binary_cross_entropy_with_logits(
@@ -232,6 +248,7 @@ class ClassifyTask(Task):
             "problem": cfg.problem,
             "labels": self.names,
             "labels_by_index": self.by_index,
+            "class_weights": self.class_weights,
             "max_length": cfg.max_length,
             "truncation": cfg.truncation,
             "pair_separator": SEPARATOR,
@@ -274,7 +291,7 @@ class ClassifyTask(Task):
             raise UserError(
                 f"task.labels = {names} names a label twice", remedy="Name each label once."
             )
-        weights = self.cfg.class_weights
+        weights = self.class_weights
         if weights and len(weights) != len(names):
             raise UserError(
                 f"task.class_weights has {len(weights)} numbers for {len(names)} labels "

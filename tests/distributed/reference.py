@@ -59,8 +59,13 @@ def train(
     wrap=None,
     quantization=None,
     make_optimizer=ADAMW,
+    optimizer=None,
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses of each step, and the first step's clipped gradients by name."""
+    """Losses of each step, and the first step's clipped gradients by name.
+
+    Args:
+        optimizer: (model) -> an optimizer with its own groups; None: AdamW.
+    """
     from finetune.data.batches import permutation
 
     texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
@@ -76,10 +81,18 @@ def train(
         [p for p in named.values() if p.ndim >= 2],
         [p for p in named.values() if p.ndim < 2],
     )
-    optimizer = make_optimizer(
-        [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=lr,
+    optimizer = (
+        optimizer(model)
+        if optimizer
+        else make_optimizer(
+            [
+                {"params": decay, "weight_decay": weight_decay},
+                {"params": plain, "weight_decay": 0.0},
+            ],
+            lr=lr,
+        )
     )
+    peaks = [group["lr"] for group in optimizer.param_groups]
     losses, first = [], {}
     for step in range(steps):
         chosen = []
@@ -100,8 +113,8 @@ def train(
         torch.nn.utils.clip_grad_norm_(list(named.values()), clip)
         if step == 0:
             first = {n: p.grad.clone() for n, p in named.items()}
-        for group in optimizer.param_groups:
-            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.step()
         losses.append(total / count)
     return losses, first

@@ -9,10 +9,12 @@ import pytest
 from tests.distributed.ranks import losses, run_cases
 
 TARGETS = {
-    "one": "[q_proj]",
-    "two": "[q_proj,v_proj]",
-    "outer": "[out_proj,fc_in]",
-    "mixed": "[k_proj,out_proj,fc_out]",
+    "one": ["adapter.targets=[q_proj]"],
+    "two": ["adapter.targets=[q_proj,v_proj]"],
+    "outer": ["adapter.targets=[out_proj,fc_in]"],
+    "mixed": ["adapter.targets=[k_proj,out_proj,fc_out]"],
+    "second block": ["adapter.layers=[1]"],
+    "whole modules": ["adapter.modules_to_save=[wte,ln_f,lm_head]"],
 }
 
 
@@ -33,14 +35,14 @@ def runs(pocket_gptj: Path, unequal_documents: Path, tmp_path_factory) -> Path:
                     "train.global_batch=4",
                     "train.micro_batch=2",
                     f"train.activation_checkpointing={str(name == 'mixed').lower()}",
-                    f"adapter.targets={targets}",
+                    *words,
                     "optim.lr=1e-2",
                     "optim.warmup=0",
                     f"zero=stage{stage}",
                     "export.enabled=false",
                     f"run_dir={root / f'{name}-{stage}'}",
                 ]
-                for name, targets in TARGETS.items()
+                for name, words in TARGETS.items()
             ],
         )
     return root

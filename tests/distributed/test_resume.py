@@ -55,7 +55,8 @@ VARIANTS = {
         "zero=stage3",
         "adapter=lora",
         "adapter.dropout=0.1",
-        "adapter.targets=all-linear",
+        "adapter.lr_ratio=4",
+        "train.neftune_alpha=5",
     ],
 }
 PATIENCE = 4

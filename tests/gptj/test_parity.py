@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import GPTJConfig, GPTJForCausalLM
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from finetune.data.columns import IGNORE
 from finetune.gptj.library import to_library_model
-from finetune.gptj.model import MODELS, CausalLM
+from finetune.gptj.model import MODELS, CausalLM, add_noise
 from finetune.gptj.recompute import KINDS
 from finetune.inference.sample import Sampling, continue_flat, continue_ids
 
@@ -48,6 +49,28 @@ def pair(request) -> tuple[GPTJForCausalLM, CausalLM]:
     ours = CausalLM(copy.deepcopy(reference.config)).eval()
     ours.load_state_dict(reference.state_dict())
     return reference, ours
+
+
+def test_noise_on_embeddings_is_that_of_transformers_by_document():
+    """NEFTune: theirs for one document; packed ones are each as long as they are, not as long as the row."""
+    x = torch.randn(1, 30, 64)
+    embedding = torch.nn.Embedding(1, 64).train()
+    embedding.neftune_noise_alpha = 5.0
+    torch.manual_seed(2)
+    wanted = neftune_post_forward_hook(embedding, None, x)
+    torch.manual_seed(2)
+    torch.testing.assert_close(add_noise(x, torch.tensor([0, 30]).int(), 5.0), wanted)
+    noise = (add_noise(x, torch.tensor([0, 3, 30]).int(), 5.0) - x)[0].abs()
+    for part, length in ((noise[:3], 3), (noise[3:], 27)):
+        bound = 5 / (length * 64) ** 0.5
+        assert 0.9 * bound < float(part.max()) <= bound * 1.001
+
+
+def test_evaluation_has_no_noise():
+    model = CausalLM(config(), neftune_alpha=5.0)
+    ids = torch.arange(8)[None]
+    assert torch.equal(model.eval()(ids), model(ids))
+    assert not torch.equal(model.train()(ids), model(ids))
 
 
 def packed_batch() -> dict[str, torch.Tensor]:

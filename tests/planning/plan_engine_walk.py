@@ -30,7 +30,7 @@ from finetune.sharding import deepspeed_config, partitions
 from finetune.sharding.deepspeed_config import Sharding
 from finetune.sharding.engine import Engine, connect_deepspeed, place_partitioned
 
-ADAPTERS = {"full": FullConfig(), "lora": LoraConfig(rank=3, targets="all-linear")}
+ADAPTERS = {"full": FullConfig(), "lora": LoraConfig(rank=3, lr_ratio=4.0)}
 
 
 def main(jobs: list[str]) -> None:
@@ -98,7 +98,8 @@ def build(case: dict[str, Any], path: str, world: dist.World) -> Engine:
     module = build_model(
         cfg.model, "lm", device=world.device, seed=0, partition=partition,
         place=partial(place_partitioned, world) if partition else None, reads=world.main or not partition)  # fmt: skip
-    return Engine(adapters.attach(module, kind, "lm", path, 0), settings, cfg.optim, world)
+    module = adapters.attach(module, kind, "lm", path, 0)
+    return Engine(module, settings, cfg.optim, world, getattr(kind, "lr_ratio", 1.0))
 
 
 def backward(engine: Engine, world: dist.World) -> None:

@@ -34,6 +34,8 @@ MODELS = {
 TASKS = {"lm": "CAUSAL_LM", "classify": "SEQ_CLS", "qa": "QUESTION_ANS"}
 KINDS = [
     LoraConfig(rank=3),
+    LoraConfig(rank=3, layers="1"),
+    LoraConfig(rank=3, modules_to_save=["ln_f", "wte"]),
     LoraConfig(rank=2, targets="all-linear", dora=True),
     LoraConfig(rank=4, targets=["fc_out", "q_proj"]),
     Ia3Config(),

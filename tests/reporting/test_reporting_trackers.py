@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import mlflow
 import pytest
 import wandb
 
-from finetune.config import TensorboardConfig, TrackerConfig, WandbConfig
+from finetune.config import (
+    CometConfig,
+    MlflowConfig,
+    TensorboardConfig,
+    TrackerConfig,
+    WandbConfig,
+)
 from finetune.errors import UserError
 from finetune.reporting.callbacks import CallbackList, RunInfo
 from finetune.reporting.redact import redact, redact_words
-from finetune.reporting.trackers import TensorboardTracker, WandbTracker, build_trackers
+from finetune.reporting.trackers import (
+    CometTracker,
+    MlflowTracker,
+    TensorboardTracker,
+    WandbTracker,
+    build_trackers,
+)
+from tests.conftest import ROOT
 
 SECRET = "SENTINEL0123456789"
 HF, OPENAI, HEX = (
@@ -147,10 +165,115 @@ def test_wandb_without_a_key_goes_on_offline(monkeypatch, caplog):
     assert tracker.mode() == "offline" and "logging offline" in caplog.text
 
 
-def test_a_missing_package_is_told_before_training(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="pip install wandb"):
-        build_trackers(TrackerConfig(wandb=WandbConfig(enabled=True)))
+@pytest.mark.parametrize(
+    ("tracker", "package", "pip"),
+    [
+        ("wandb", "wandb", "wandb"),
+        ("mlflow", "mlflow", "mlflow-skinny"),
+        ("trackio", "trackio", "trackio"),
+        ("comet", "comet_ml", "comet_ml"),
+    ],
+)
+def test_a_missing_package_is_told_before_training(monkeypatch, tracker, package, pip):
+    monkeypatch.setitem(sys.modules, package, None)
+    cfg = TrackerConfig()
+    getattr(cfg, tracker).enabled = True
+    with pytest.raises(UserError, match=rf"(?s)tracker=\[{tracker}\].*pip install {pip} "):
+        build_trackers(cfg)
+
+
+CONFIG = {"optim": {"lr": 1e-3}, "model": {"path": "PUBLICPATH", "token": SECRET}, "note": OPENAI}
+
+
+def two_attempts(kind, cfg, run_dir: Path) -> None:
+    """A run that is stopped after step 2 and resumed, as the trainer's calls are."""
+    state: dict = {}
+    for start, status in ((0, "preempted"), (2, "done")):
+        callbacks = CallbackList([kind(cfg)])
+        callbacks.restore(state)
+        callbacks.start(run_info(run_dir, start, CONFIG))
+        for step in (start + 1, start + 2):
+            callbacks.train_step(train(step, float("nan") if step == 1 else 10.0 + step))
+        callbacks.evaluation(EVAL | {"step": start + 2})
+        callbacks.sample(start + 2, "The", " end")
+        state = callbacks.state()
+        callbacks.finish({"status": status, "loss": 1.0, "error": None, "api_key": SECRET})
+        assert len(callbacks.callbacks) == 1, "the tracker was switched off"
+
+
+def assert_no_secret(folder: Path) -> None:
+    stored = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert stored and SECRET.encode() not in stored and OPENAI.encode() not in stored
+
+
+def test_mlflow_keeps_one_run_in_the_run_directory(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    two_attempts(MlflowTracker, MlflowConfig(enabled=True), tmp_path)
+    client = mlflow.MlflowClient((tmp_path / "mlruns").as_uri())
+    (experiment,) = client.search_experiments(filter_string="name = 'finetune-gptj'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [(m.step, m.value) for m in history] == [(2, 12.0), (3, 13.0), (4, 14.0)]
+    assert run.data.metrics["eval/ArXiv/loss"] == 1.25 and run.info.status == "FINISHED"
+    assert run.data.params["optim.lr"] == "0.001" and run.data.params["model.path"] == "PUBLICPATH"
+    assert len(client.list_artifacts(run.info.run_id, "samples")) == 2
+    assert_no_secret(tmp_path)
+    out = capsys.readouterr().out
+    assert f"MLflow was offline: its files are in {tmp_path / 'mlruns'}" in out
+    assert "mlflow ui --backend-store-uri" in out
+
+
+def test_trackio_keeps_one_run_in_its_database(tmp_path: Path, monkeypatch, capsys):
+    """In a process of its own: trackio reads its folder when it is imported."""
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from finetune.config import TrackioConfig
+from finetune.reporting.trackers import TrackioTracker
+from test_reporting_trackers import two_attempts
+two_attempts(TrackioTracker, TrackioConfig(enabled=True), Path({str(tmp_path / "run")!r}))
+import json, trackio
+print(json.dumps(trackio.SQLiteStorage.get_logs("finetune-gptj", "quick-run")))
+"""
+    folder = tmp_path / "trackio"
+    environment = os.environ | {"TRACKIO_DIR": str(folder), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"trackio was offline: its files are in {folder}; to look at them" in done.stdout
+    assert done.stdout.count("trackio sync --project finetune-gptj") == 2
+    rows = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
+    found = {row["step"]: row["train/loss"] for row in rows if row.get("train/loss")}
+    assert found == {2: 12.0, 3: 13.0, 4: 14.0}
+    assert_no_secret(folder)
+
+
+def test_comet_writes_archives_that_its_own_command_uploads(tmp_path: Path, monkeypatch, capsys):
+    for name in ("COMET_API_KEY", "COMET_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    two_attempts(CometTracker, CometConfig(enabled=True), tmp_path)
+    archives = sorted((tmp_path / "comet").glob("*.zip"))
+    assert len(archives) == 2 and len({path.name[:32] for path in archives}) == 1, "one experiment"
+    found = {}
+    for path in archives:
+        with zipfile.ZipFile(path) as archive:
+            assert SECRET.encode() not in b"".join(
+                archive.read(name) for name in archive.namelist()
+            )
+            lines = archive.read("messages.json").decode().splitlines()
+        messages = [json.loads(line)["payload"] for line in lines]
+        metrics = [message["metric"] for message in messages if message.get("metric")]
+        found |= {
+            message["metric"]["step"]: float(message["metric"]["metricValue"])
+            for message in messages
+            if message.get("metric") and message["metric"]["metricName"] == "train/loss"
+        }
+        assert any(metric["metricName"] == "eval/ArXiv/loss" for metric in metrics)
+    assert found == {2: 12.0, 3: 13.0, 4: 14.0}
+    assert f"comet upload {tmp_path / 'comet'}/*.zip" in capsys.readouterr().out
 
 
 def test_a_tracker_that_cannot_start_does_not_stop_the_run(tmp_path: Path):

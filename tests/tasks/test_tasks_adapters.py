@@ -33,6 +33,8 @@ from tests.peft_reference import run_peft
 
 ADAPTERS = {
     "lora": LoraConfig(rank=4, targets="all-linear"),
+    "last block": LoraConfig(rank=4, layers="1"),
+    "whole modules": LoraConfig(rank=4, modules_to_save=["wte", "ln_f"]),
     "rslora": LoraConfig(rank=4, targets="q_proj,fc_in", rslora=True),
     "dora": LoraConfig(rank=4, targets="all-linear", dora=True),
     "ia3": Ia3Config(targets="all-linear"),

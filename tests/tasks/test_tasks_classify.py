@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.utils.class_weight import compute_class_weight
 from task_setup import CPU, EOS, NEWLINE, assert_same_gradients, evaluate_on, models
 
 from finetune.config import ClassifyConfig
@@ -309,6 +310,17 @@ def test_loss_and_gradient_are_those_of_torch_and_hugging_face(make, problem, ro
     loss.backward()
     expected.backward()
     assert_same_gradients(ours, theirs)
+
+
+def test_balanced_weights_are_those_of_scikit_learn(make):
+    rows = [ROWS[i] for i in (0, 1, 1, 2, 1, 0)]
+    made = make(cfg(class_weights="balanced"), rows)
+    targets = made.batch()["targets"]
+    wanted = compute_class_weight("balanced", classes=np.unique(targets), y=targets)
+    assert made.task.class_weights == pytest.approx(wanted.tolist())
+    assert made.batch()["weights"] == pytest.approx(wanted[targets])
+    again = make(cfg(class_weights="balanced"), rows[:2], previous=made.task.describe())
+    assert again.task.class_weights == made.task.class_weights, "an export keeps them"
 
 
 def test_accumulation_and_ranks_leave_loss_and_gradient_alone(make):
