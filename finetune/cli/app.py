@@ -10,6 +10,7 @@ module does not depend on what the programs do.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -75,6 +76,7 @@ def main(program: str, argv: list[str] | None = None) -> int:
     The reader of its output may leave early, as in `launch/evaluate.py ... | head -1`: the program
     then ends without a word, with the exit code of other Unix tools.
     """
+    logging.raiseExceptions = False  # loggers of libraries write there too, and print tracebacks
     try:
         code = run_program(program, sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
