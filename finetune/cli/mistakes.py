@@ -285,8 +285,8 @@ ABSENT = {
                 "quantization_bit",
                 "qlora",
             ),
-            "Quantised base weights are not there. To save memory: adapter=lora, zero=stage3, zero.offload_params=cpu or "
-            "train.activation_checkpointing=true; launch/plan.py says what fits.",
+            "Frozen weights in 8 or 4 bits: model.quantize=int8 or model.quantize=nf4, with an adapter, e.g. "
+            "adapter=lora; launch/plan.py says what fits.",
         ),
         (
             ("max_train_samples", "max_eval_samples", "max_samples"),

@@ -193,8 +193,6 @@ PROOF = {
 SERVE = {
     "phi": [
         ("vLLM", "vllm serve THIS_FOLDER"),
-        ("SGLang", "python -m sglang.launch_server --model-path THIS_FOLDER"),
-        ("text-generation-inference", "text-generation-launcher --model-id THIS_FOLDER"),
     ],
     "phi_adapter": [
         ("vLLM", "vllm serve {base} --enable-lora --lora-modules {name}=THIS_FOLDER"),

@@ -101,7 +101,7 @@ MISTYPED = {
     "data.validation_split=0.1": "data.eval=FILE",
     "special_tokens=[a]": "the vocabulary stays the checkpoint's",
     "data.streaming=true": "There is nothing to switch on",
-    "load_in_4bit=true": "zero.offload_params=cpu",
+    "load_in_4bit=true": "model.quantize=nf4",
     "max_train_samples=10": "head -n 1000",
     "metric_for_best_model=accuracy": "Did you mean train.metric?",
 }
