@@ -247,8 +247,8 @@ def test_a_reward_model_opens_as_a_classifier_of_one_output(root):
     assert model.config.num_labels == 1
     rows = [json.loads(line) for line in (root / "eval.jsonl").read_text().splitlines()]
     lines = (root / "reward-lora-run/predictions.jsonl").read_text().splitlines()
-    for side in ("chosen", "rejected"):
-        texts = [
+    texts = {
+        side: [
             tokenizer.apply_chat_template(
                 [
                     {"role": "user", "content": row["prompt"]},
@@ -258,8 +258,18 @@ def test_a_reward_model_opens_as_a_classifier_of_one_output(root):
             ).removesuffix(tokenizer.eos_token)
             for row in rows
         ]
-        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        for side in ("chosen", "rejected")
+    }
+    # The prompt of a pair that is too long is cut on both sides.
+    longest = [
+        max(len(tokenizer(text)["input_ids"]) for text in pair)
+        for pair in zip(*texts.values(), strict=True)
+    ]
+    fitting = [i for i, length in enumerate(longest) if length <= tokenizer.model_max_length]
+    assert len(fitting) >= 3
+    for side, own in texts.items():
+        batch = tokenizer([own[i] for i in fitting], padding=True, return_tensors="pt")
         with torch.no_grad():
             found = model(**batch).logits[:, 0].tolist()
-        wanted = [json.loads(line)[f"{side}_reward"] for line in lines]
+        wanted = [json.loads(lines[i])[f"{side}_reward"] for i in fitting]
         assert found == pytest.approx(wanted, abs=1e-4)
