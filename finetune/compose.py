@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from functools import cache
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +184,13 @@ def settle(composed: Composed) -> schema.Config:
     if cfg.name == "custom" and composed.choices.get("recipe"):
         cfg.name = str(composed.choices["recipe"])
     _settle_length(cfg.train, composed.overrides)
-    for key in ("train", "eval"):
-        refuse_file_list(f"data.{key}", getattr(cfg.data, key))
+    for key in ("data.train", "data.eval"):
+        spec = getattr(cfg.data, key.removeprefix("data.")) or ""
+        if spec[:1] + spec[-1:] == "[]" and "," in spec and not glob.glob(spec):
+            files = ",".join(map(unquoted, split_values(spec[1:-1])))
+            raise UserError(
+                "several files stand without brackets", key, f"Try {command([setting(key, files)])}"
+            )
     if composed.choices.get("debug") and not _has_own_data(cfg, composed.overrides):
         train, held_out = SHIPPED_DATA[type(cfg.task)]
         cfg.data.train = train
@@ -400,57 +403,6 @@ def split_values(value: str) -> list[str]:
         depth += (value[at] in "([{") - (value[at] in ")]}")
         at += 1
     return [*parts, value[start:].strip()] if parts else [value]
-
-
-def refuse_file_list(key: str, value: Any) -> None:
-    """Reject a list of files for a setting that takes one path, pattern or folder.
-
-    Raises:
-        UserError: the text is a list of files and no file has that name; the message tells how to
-            give several files.
-    """
-    if not isinstance(value, str) or "," not in value or os.path.exists(os.path.expanduser(value)):
-        return
-    bare = value.strip()
-    files = [
-        unquoted(part)
-        for part in split_values(bare[1:-1] if bare[:1] + bare[-1:] == "[]" else bare)
-        if part
-    ]
-    missing = [file for file in files if not os.path.exists(os.path.expanduser(file))]
-    if len(missing) == len(files):
-        return
-    if missing:
-        raise UserError(
-            f"these are {len(files)} files, of which {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
-            "not there; the setting takes one file, pattern or folder",
-            key,
-            "Check the paths.",
-        )
-    end = _shared_start([file[::-1] for file in files])[::-1]
-    pattern = f"{glob.escape(_shared_start(files))}*{glob.escape(end)}"
-    if sorted(glob.glob(pattern)) == sorted(files):
-        remedy = f"This pattern matches exactly these files: {command([setting(key, pattern)])}"
-    else:
-        links = command(
-            [
-                "ln",
-                "-s",
-                *(os.path.abspath(os.path.expanduser(file)) for file in files),
-                "together/",
-            ]
-        )
-        remedy = f"Put them into one folder: mkdir together && {links}\n  Then: {key}=together"
-    raise UserError(
-        f"these are {len(files)} files; the setting takes one file, pattern or folder", key, remedy
-    )
-
-
-def _shared_start(texts: list[str]) -> str:
-    return "".join(
-        letters[0]
-        for letters in takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))
-    )
 
 
 def unquoted(value: str) -> str:

@@ -189,17 +189,8 @@ PREFERENCE_LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo")
 
 
 @dataclass
-class PreferenceConfig(TaskConfig):
+class PairConfig(TaskConfig):
     documents = 2
-    loss: str = "dpo"
-    """dpo, ipo, kto (against the reference model), orpo or simpo (without one)."""
-    beta: float = 0.1
-    """How far the reference model holds the trained one; of orpo, the weight of the odds ratio; of simpo, the scale of
-    the rewards (its paper takes 2 to 10)."""
-    label_smoothing: float = 0.0
-    """dpo and simpo: share of the preferences that are taken to be wrong, 0 to 0.5."""
-    gamma: float = 0.5
-    """simpo: by how much the chosen answer's reward is to exceed the rejected one's."""
     template: str = "alpaca"
     """Prompt template: a name from finetune/data/templates, or a file with a Jinja chat template."""
     prompt_field: str = "prompt"
@@ -211,17 +202,21 @@ class PreferenceConfig(TaskConfig):
 
 
 @dataclass
-class RewardConfig(TaskConfig):
+class PreferenceConfig(PairConfig):
+    loss: str = "dpo"
+    """dpo, ipo, kto (against the reference model), orpo or simpo (without one)."""
+    beta: float = 0.1
+    """How far the reference model holds the trained one; of orpo, the weight of the odds ratio; of simpo, the scale of
+    the rewards (its paper takes 2 to 10)."""
+    label_smoothing: float = 0.0
+    """dpo and simpo: share of the preferences that are taken to be wrong, 0 to 0.5."""
+    gamma: float = 0.5
+    """simpo: by how much the chosen answer's reward is to exceed the rejected one's."""
+
+
+@dataclass
+class RewardConfig(PairConfig):
     head = "classify"
-    documents = 2
-    template: str = "alpaca"
-    """Prompt template: a name from finetune/data/templates, or a file with a Jinja chat template."""
-    prompt_field: str = "prompt"
-    """Record field with the prompt, a text or messages; not needed where the answers are whole conversations."""
-    chosen_field: str = "chosen"
-    """Record field with the better answer: a text, messages, or the whole conversation."""
-    rejected_field: str = "rejected"
-    """Record field with the worse answer."""
     margin_field: Optional[str] = "margin"
     """Record field with the number by which the chosen answer's reward is to exceed the other's; rows without it: 0."""
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from finetune.config import InstructConfig, PreferenceConfig, RewardConfig
+from finetune.config import InstructConfig, PairConfig, RewardConfig
 from finetune.data.columns import Column, Example
 from finetune.data.encode_instruct import refuse_eos
 from finetune.data.fields import counts, digest, encode_texts, parsed_cell
@@ -60,7 +60,7 @@ class PreferenceEncoder:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        cfg: PreferenceConfig | RewardConfig,
+        cfg: PairConfig,
         template: Template,
     ):
         self.cfg, self.template = cfg, template
@@ -159,9 +159,7 @@ class PreferenceEncoder:
         ]
 
 
-def conversations(
-    record: dict, where: str, cfg: PreferenceConfig | RewardConfig
-) -> tuple[list[list[Message]], int]:
+def conversations(record: dict, where: str, cfg: PairConfig) -> tuple[list[list[Message]], int]:
     """Return the chosen and the rejected conversation, and the number of turns that they share.
 
     Raises:
@@ -211,7 +209,7 @@ def conversations(
     return both, shared
 
 
-def prompt_of(record: dict, where: str, cfg: PreferenceConfig | RewardConfig) -> list[Message]:
+def prompt_of(record: dict, where: str, cfg: PairConfig) -> list[Message]:
     """Return the turns before the answers, which end with the user's."""
     fields = (cfg.prompt_field, "question", "query")
     name = next((f for f in fields if get_field(record, f) not in (MISSING, None)), None)

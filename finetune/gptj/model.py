@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -220,18 +221,15 @@ def add_noise(x: Tensor, cu_seqlens: Tensor, alpha: float) -> Tensor:
 
 
 class CausalLM(PreTrained):
-    """GPT-J with the language modelling head."""
+    """GPT-J with the language modelling head.
 
-    def __init__(
-        self,
-        config: GPTJConfig,
-        attention: str = "auto",
-        checkpointing: bool | str = False,
-        linear: MakeLinear = nn.Linear,
-        neftune_alpha: float = 0.0,
-    ):
+    Args:
+        body, options: further arguments of `Transformer`.
+    """
+
+    def __init__(self, config: GPTJConfig, *body: Any, **options: Any):
         super().__init__(config)
-        self.transformer = Transformer(config, attention, checkpointing, linear, neftune_alpha)
+        self.transformer = Transformer(config, *body, **options)
         self.lm_head = LMHead(config.n_embd, config.vocab_size)
         self.prepare_inputs_for_generation = None  # peft reads it when it wraps a language model
 
@@ -263,21 +261,18 @@ class CausalLM(PreTrained):
 
 
 class _Pooled(PreTrained):
-    """Body plus a small head that is applied at chosen token positions."""
+    """Body plus a small head that is applied at chosen token positions.
+
+    Args:
+        body, options: further arguments of `Transformer`.
+    """
 
     head_name: str
     bias: bool
 
-    def __init__(
-        self,
-        config: GPTJConfig,
-        attention: str = "auto",
-        checkpointing: bool | str = False,
-        linear: MakeLinear = nn.Linear,
-        neftune_alpha: float = 0.0,
-    ):
+    def __init__(self, config: GPTJConfig, *body: Any, **options: Any):
         super().__init__(config)
-        self.transformer = Transformer(config, attention, checkpointing, linear, neftune_alpha)
+        self.transformer = Transformer(config, *body, **options)
         outputs = config.num_labels if self.head_name == "score" else 2
         setattr(self, self.head_name, nn.Linear(config.n_embd, outputs, bias=self.bias))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from finetune.config import InstructConfig, PreferenceConfig, RewardConfig
+from finetune.config import InstructConfig, PairConfig
 from finetune.data.columns import Encoder, Store
 from finetune.data.encode_instruct import InstructEncoder, prompt_ids
 from finetune.data.instruct_rows import check_format
@@ -23,7 +23,7 @@ from finetune.tasks.clm import LmTask, lm_metrics
 class TemplateTask(Task):
     """A task whose texts are conversations in a chat template."""
 
-    def __init__(self, cfg: InstructConfig | PreferenceConfig | RewardConfig, tokenizer):
+    def __init__(self, cfg: InstructConfig | PairConfig, tokenizer):
         self.cfg, self.tokenizer = cfg, tokenizer
 
     @cached_property

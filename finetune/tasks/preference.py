@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.check import refuse_task
-from finetune.config import PreferenceConfig
+from finetune.config import PairConfig, PreferenceConfig
 from finetune.data.collate import lm_batch
 from finetune.data.columns import IGNORE, Encoder, Store
 from finetune.data.encode_preference import PreferenceEncoder
@@ -46,15 +46,12 @@ Scores = dict[str, Tensor]
 tokens; `nll` (P,): mean loss of the chosen document's tokens (orpo). All fp64."""
 
 
-class PreferenceTask(TemplateTask):
-    def __init__(self, cfg: PreferenceConfig, tokenizer, packing: bool):
-        refuse_task(cfg)
+class PairTask(TemplateTask):
+    """A task on pairs of answers: each is two documents, the chosen one first."""
+
+    def __init__(self, cfg: PairConfig, tokenizer, packing: bool):
         super().__init__(cfg, tokenizer)
         self.packing = packing
-        self.needs_reference = cfg.loss in ("dpo", "ipo", "kto")
-        self.references: dict[str, np.ndarray] = {}
-        """Fingerprint of a store -> `reference_logps` of its examples, where `reference` is a folder."""
-        self.reference_width = 4 if cfg.loss == "kto" else 2
 
     def encoder(self) -> Encoder:
         return PreferenceEncoder(self.tokenizer, self.cfg, self.template)
@@ -63,6 +60,19 @@ class PreferenceTask(TemplateTask):
         pack = partial(best_fit, max_length=2 * self.cfg.max_length)
         packed = (pack if self.packing else one_per_sequence)(store.offsets)
         return split_pairs(packed, store.column("split"))
+
+    def notes(self, store: Store) -> list[str]:
+        return cut_note(store, "prompts lost tokens from their left", self.cfg.max_length)
+
+
+class PreferenceTask(PairTask):
+    def __init__(self, cfg: PreferenceConfig, tokenizer, packing: bool):
+        refuse_task(cfg)
+        super().__init__(cfg, tokenizer, packing)
+        self.needs_reference = cfg.loss in ("dpo", "ipo", "kto")
+        self.references: dict[str, np.ndarray] = {}
+        """Fingerprint of a store -> `reference_logps` of its examples, where `reference` is a folder."""
+        self.reference_width = 4 if cfg.loss == "kto" else 2
 
     def collate(self, store: Store, rows: Sequences, indices: list[int]) -> Batch:
         """Build a flat batch of documents, the chosen and the rejected one of each pair in turn.
@@ -219,9 +229,6 @@ class PreferenceTask(TemplateTask):
     def marks(self, batch: Batch) -> tuple[np.ndarray, list[str]]:
         marked, captions = super().marks(batch)
         return marked, [f"{SIDES[i % 2]}, {caption}" for i, caption in enumerate(captions)]
-
-    def notes(self, store: Store) -> list[str]:
-        return cut_note(store, "prompts lost tokens from their left", self.cfg.max_length)
 
 
 def answer_logps(model: Model, batch: Batch, **options: bool) -> Tensor:

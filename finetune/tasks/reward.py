@@ -7,7 +7,6 @@ comparisons, the margin as in Llama 2 (arXiv:2307.09288).
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,33 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.config import InstructConfig, RewardConfig
+from finetune.config import InstructConfig
 from finetune.data.collate import lm_batch
-from finetune.data.columns import Encoder, Store
-from finetune.data.encode_preference import PreferenceEncoder
+from finetune.data.columns import Store
 from finetune.data.instruct_rows import conversation
-from finetune.data.packing import Sequences, best_fit, one_per_sequence, split_pairs
+from finetune.data.packing import Sequences
 from finetune.errors import UserError
-from finetune.tasks.base import Batch, Columns, Model, cut_note, flat_inputs
-from finetune.tasks.instruct import TemplateTask
-from finetune.tasks.preference import SIDES, pair_predictions
+from finetune.tasks.base import Batch, Columns, Model, flat_inputs
+from finetune.tasks.preference import SIDES, PairTask, pair_predictions
 
 
-class RewardTask(TemplateTask):
+class RewardTask(PairTask):
     head, num_labels = "classify", 1
     regression = True
-
-    def __init__(self, cfg: RewardConfig, tokenizer, packing: bool):
-        super().__init__(cfg, tokenizer)
-        self.packing = packing
-
-    def encoder(self) -> Encoder:
-        return PreferenceEncoder(self.tokenizer, self.cfg, self.template)
-
-    def rows(self, store: Store) -> Sequences:
-        pack = partial(best_fit, max_length=2 * self.cfg.max_length)
-        packed = (pack if self.packing else one_per_sequence)(store.offsets)
-        return split_pairs(packed, store.column("split"))
 
     def collate(self, store: Store, rows: Sequences, indices: list[int]) -> Batch:
         """Build a flat batch of documents, with each one's last token and each pair's margin.
@@ -115,9 +100,6 @@ class RewardTask(TemplateTask):
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"problem": "regression", "labels": ["reward"]}
-
-    def notes(self, store: Store) -> list[str]:
-        return cut_note(store, "prompts lost tokens from their left", self.cfg.max_length)
 
     def marks(self, batch: Batch) -> tuple[np.ndarray, list[str]]:
         captions = [SIDES[i % 2] for i in range(len(batch["pool"]))]

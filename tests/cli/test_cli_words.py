@@ -21,6 +21,7 @@ from finetune.cli.mistakes import split_flags, without_hydra
 from finetune.cli.train import sweep_words
 from finetune.compose import ROOT, compose_train, settle
 from finetune.config import plain_config, read_yaml, to_yaml, typed
+from finetune.data.files import find_files
 from finetune.errors import UserError, command, setting
 from finetune.export.reopen import load_config
 from finetune.reporting.page.compare import commands as compare_commands
@@ -317,31 +318,24 @@ def test_the_words_of_report():
 # ------------------------------------------------------------------ several files, sweeps, Hydra's own words
 
 
-def test_a_list_of_files_is_answered_with_what_works(tmp_path, monkeypatch):
+def test_several_files_stand_with_commas_and_without_brackets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("a.jsonl", "b.jsonl", "other c.jsonl"):
+    for name in ("a.jsonl", "other b.jsonl"):
         Path(name).write_text('{"text": "x"}\n')
 
-    def refused(text: str) -> str:
-        with pytest.raises(UserError) as caught:
-            compose_train(["recipe=quickstart", f"data.train={text}"])
-        return str(caught.value)
+    def read(spec: str) -> list[str]:
+        files = find_files(compose_train(["recipe=quickstart", f"data.train={spec}"]).data.train)
+        return [path.name for path in files.paths]
 
-    assert "mkdir together && ln -s" in refused("a.jsonl,b.jsonl")
-    done = call(
-        ["bash", "-c", refused("[a.jsonl,b.jsonl]").split("folder: ")[1].splitlines()[0]],
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0 and sorted(p.name for p in Path("together").iterdir()) == [
-        "a.jsonl",
-        "b.jsonl",
-    ]
-    Path("other c.jsonl").unlink()
-    word = shlex.split(refused("a.jsonl,b.jsonl").rpartition("files: ")[2])[0]
-    assert compose_train(["recipe=quickstart", word]).data.train == "*.jsonl"
-    assert "c.jsonl is not there" in refused("a.jsonl,c.jsonl")
+    assert read("a.jsonl,other b.jsonl") == ["a.jsonl", "other b.jsonl"]
+    with pytest.raises(UserError) as caught:
+        read("[a.jsonl,'other b.jsonl']")
+    word = shlex.split(caught.value.remedy.removeprefix("Try "))[0]
+    assert read(word.removeprefix("data.train=")) == ["a.jsonl", "other b.jsonl"]
+    with pytest.raises(UserError, match=r"no such file or directory: c\.jsonl"):
+        read("a.jsonl,c.jsonl")
     Path("a,b.jsonl").touch()
-    assert compose_train(["recipe=quickstart", "data.train=a,b.jsonl"]).data.train == "a,b.jsonl"
+    assert read("a,b.jsonl") == ["a,b.jsonl"]
 
 
 def test_a_sweep_over_texts_keeps_them_as_typed():
