@@ -1,12 +1,14 @@
 """The schema: one dataclass per conf group, with a description under every field.
 
 Flow: argv -> Hydra -> these classes -> `check` -> the rest of the program. yaml only fills values;
-nothing downstream ever sees a DictConfig. `check` only validates, and raises one error that lists
-all problems; it derives nothing. Does not compose (see `compose.py`) and imports no torch.
+nothing downstream ever sees a DictConfig. A field states its bounds or choices itself (`bounded`,
+`choice`); `check` only validates, and raises one error that lists all problems; it derives nothing.
+Does not compose (see `compose.py`) and imports no torch.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -25,6 +27,56 @@ GPTJ_POSITIONS = 2048
 
 Text = str
 """Type of settings that hold somebody's words, such as prompts: the command line gives them as they are typed."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The values that a setting may have: finite numbers within bounds, or one of `choices`."""
+
+    at_least: float = -math.inf
+    above: float = -math.inf
+    at_most: float = math.inf
+    below: float = math.inf
+    choices: tuple[Any, ...] = ()
+    """Beside bounds: values that are allowed besides numbers."""
+    suggest: Any = None
+    """The value that an error proposes; None: there are choices alone."""
+
+    def allow(self, value: Any) -> bool:
+        if value in self.choices:
+            return True
+        # A setting of several types may hold a text where a number belongs.
+        if self.suggest is None or isinstance(value, str) or not math.isfinite(value):
+            return False
+        return self.at_least <= value <= self.at_most and self.above < value < self.below
+
+    def __str__(self) -> str:
+        """Return the bounds in words, such as `at least 0 and below 1`."""
+        bounds = {name: getattr(self, name) for name in ("at_least", "above", "at_most", "below")}
+        return " and ".join(
+            f"{name.replace('_', ' ')} {limit:g}"
+            for name, limit in bounds.items()
+            if math.isfinite(limit)
+        )
+
+
+def bounded(default: Any, *, suggest: Any = None, besides: tuple = (), **bounds: float) -> Any:
+    """Return a dataclass field for a finite number within bounds, which `check` enforces.
+
+    A null passes, as an Optional type allows it.
+
+    Args:
+        suggest: the value that an error proposes; None: the default.
+        besides: values that are allowed besides numbers.
+        bounds: at_least, above, at_most or below.
+    """
+    limits = Limits(**bounds, choices=besides, suggest=default if suggest is None else suggest)
+    return field(default=default, metadata={"limits": limits})
+
+
+def choice(default: Any, choices: tuple[Any, ...]) -> Any:
+    """Return a dataclass field for one of a few values, which `check` enforces."""
+    return field(default=default, metadata={"limits": Limits(choices=choices)})
 
 
 class Dtype(Enum):
@@ -109,11 +161,11 @@ class ModelConfig:
     """`random`: only config.json is read from `path`; weights are drawn from the seed, parameter by parameter."""
     attention: Attention = Attention.auto
     """Attention kernel; auto picks the fastest one that this machine has."""
-    embd_pdrop: Optional[float] = None
+    embd_pdrop: Optional[float] = bounded(None, at_least=0, below=1, suggest=0.1)
     """Dropout on embeddings, 0 to 1; null: the checkpoint's own value."""
-    attn_pdrop: Optional[float] = None
+    attn_pdrop: Optional[float] = bounded(None, at_least=0, below=1, suggest=0.1)
     """Dropout on attention probabilities, 0 to 1; null: the checkpoint's own value."""
-    resid_pdrop: Optional[float] = None
+    resid_pdrop: Optional[float] = bounded(None, at_least=0, below=1, suggest=0.1)
     """Dropout on attention and MLP outputs, 0 to 1; null: the checkpoint's own value."""
 
 
@@ -139,7 +191,7 @@ class ClmConfig(TaskConfig):
 
 @dataclass
 class InstructConfig(TaskConfig):
-    format: str = "auto"
+    format: str = choice("auto", ("auto", "prompt", "messages", "alpaca", "sharegpt"))
     """Row layout: auto, prompt, messages, alpaca or sharegpt."""
     template: str = "alpaca"
     """Prompt template: a name from finetune/data/templates, or a file with a Jinja chat template."""
@@ -158,7 +210,7 @@ class ClassifyConfig(TaskConfig):
     """Record field with the second text of a pair; null: single texts."""
     label_field: str = "label"
     """Record field with the label: an integer, a string, a list (multi-label) or a number (regression)."""
-    problem: str = "single_label"
+    problem: str = choice("single_label", ("single_label", "multi_label", "regression"))
     """single_label, multi_label or regression."""
     labels: Optional[list[str]] = None
     """Label names in the order of the head's outputs; null: collected from the training data, sorted."""
@@ -168,18 +220,18 @@ class ClassifyConfig(TaskConfig):
     class_weights: Any = None
     """Loss weight of each class, a list; balanced: examples / (classes x examples of the class), from the training data;
     null: all 1."""
-    truncation: str = "head"
+    truncation: str = choice("head", ("head", "head_tail"))
     """What a too long text keeps: head, or head_tail (half from either end)."""
 
 
 @dataclass
 class QaConfig(TaskConfig):
     head = "qa"
-    stride: int = 128
+    stride: int = bounded(128, at_least=0)
     """Tokens that neighbouring windows of a long context share."""
-    max_answer_tokens: int = 32
+    max_answer_tokens: int = bounded(32, at_least=1)
     """Longest answer that decoding considers, in tokens."""
-    n_best: int = 20
+    n_best: int = bounded(20, at_least=1)
     """Start and end candidates that decoding combines."""
     null_threshold: float = 0.0
     """SQuAD v2: answer nothing when the null score beats the best span by more than this (logits)."""
@@ -203,12 +255,12 @@ class PairConfig(TaskConfig):
 
 @dataclass
 class PreferenceConfig(PairConfig):
-    loss: str = "dpo"
+    loss: str = choice("dpo", PREFERENCE_LOSSES)
     """dpo, ipo, kto (against the reference model), orpo or simpo (without one)."""
-    beta: float = 0.1
+    beta: float = bounded(0.1, above=0)
     """How far the reference model holds the trained one; of orpo, the weight of the odds ratio; of simpo, the scale of
     the rewards (its paper takes 2 to 10)."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = bounded(0.0, at_least=0, below=0.5)
     """dpo and simpo: share of the preferences that are taken to be wrong, 0 to 0.5."""
     gamma: float = 0.5
     """simpo: by how much the chosen answer's reward is to exceed the rejected one's."""
@@ -235,7 +287,7 @@ class DataConfig:
     """Configuration of a hub id that has several (`datasets` calls it name)."""
     on_bad_row: OnBadRow = OnBadRow.error
     """error: stop at the first bad row; skip: count bad rows and go on."""
-    max_bad_rows: int = 100
+    max_bad_rows: int = bounded(100, at_least=0)
     """With on_bad_row=skip: stop all the same after this many bad rows."""
     encoding: str = "utf-8"
     """Encoding of text files that are not UTF-8, in Python's names: cp1252, utf-16, shift_jis, ..."""
@@ -244,7 +296,7 @@ class DataConfig:
     stray quote would swallow are found."""
     cache_dir: Optional[str] = None
     """Folder of the tokenised cache; null: ~/.cache/finetune-gptj."""
-    preview: int = 0
+    preview: int = bounded(0, at_least=0)
     """Print this many decoded examples with the scored tokens marked, then go on."""
 
 
@@ -268,11 +320,11 @@ class PeftConfig(AdapterConfig):
 
 @dataclass
 class LoraConfig(PeftConfig):
-    rank: int = 16
+    rank: int = bounded(16, at_least=1)
     """Rank of the update matrices."""
-    alpha: float = 32.0
+    alpha: float = bounded(32.0, above=0)
     """Scale: the update is multiplied by alpha / rank (rsLoRA: alpha / sqrt(rank))."""
-    dropout: float = 0.0
+    dropout: float = bounded(0.0, at_least=0, below=1)
     """Dropout on the adapter's input, 0 to 1."""
     targets: Any = "all-linear"
     """Modules that get an adapter: `all-linear`, a comma separated string or a list of GPT-J's module names."""
@@ -280,7 +332,7 @@ class LoraConfig(PeftConfig):
     """Blocks that get an adapter, counted from 0: a list, or ranges such as 14-27; null: all."""
     modules_to_save: list[str] = field(default_factory=list)
     """Modules that are trained whole and saved with the adapter: wte, ln_f, and lm_head of a language model."""
-    lr_ratio: float = 1.0
+    lr_ratio: float = bounded(1.0, above=0, suggest=16)
     """Learning rate of the B matrices over that of the A matrices (LoRA+, arXiv:2402.12354, which takes 16)."""
     rslora: bool = False
     """Rank-stabilised scaling (arXiv:2312.03732)."""
@@ -296,19 +348,19 @@ class Ia3Config(PeftConfig):
 
 @dataclass
 class PromptConfig(PeftConfig):
-    virtual_tokens: int = 20
+    virtual_tokens: int = bounded(20, at_least=1)
     """Trained embeddings placed before every sequence, in tokens."""
 
 
 @dataclass
 class PrefixConfig(PeftConfig):
-    virtual_tokens: int = 20
+    virtual_tokens: int = bounded(20, at_least=1)
     """Trained key/value pairs placed before every sequence in every layer, in tokens."""
 
 
 @dataclass
 class ZeroConfig:
-    stage: Union[int, str] = "auto"
+    stage: Union[int, str] = choice("auto", ("auto", 0, 1, 2, 3))
     """0 to 3, or auto: the planner takes the fastest that fits."""
     offload_optimizer: Offload = Offload.none
     """Where optimizer states and master weights live."""
@@ -316,8 +368,11 @@ class ZeroConfig:
     """Where the weights live (stage 3)."""
     nvme_path: Optional[str] = None
     """Folder on a fast local disk for nvme offload."""
-    bucket_elements: int = 50_000_000
+    bucket_elements: int = bounded(50_000_000, at_least=1)
     """Size of reduce and all-gather buckets, in elements."""
+
+
+SCHEDULES = ("linear", "cosine", "cosine_restarts", "inverse_sqrt", "wsd", "constant")
 
 
 @dataclass
@@ -325,90 +380,92 @@ class OptimConfig:
     name: OptimName = OptimName.adamw
     """adamw; adamw8bit: its moments in 8 bits; adafactor: row and column means in their place (stage 0; knows no betas and
     eps, and multiplies lr by the size of each weight)."""
-    lr: float = 1e-4
+    lr: float = bounded(1e-4, above=0)
     """Peak learning rate."""
-    schedule: str = "cosine"
+    schedule: str = choice("cosine", SCHEDULES)
     """After the warmup: linear, cosine, cosine_restarts, inverse_sqrt, wsd (constant, then a short decay) or constant."""
-    warmup: float = 0.0
+    warmup: float = bounded(0.0, at_least=0)
     """Warmup: a number of steps, or below 1 a share of all steps."""
-    cycles: int = 3
+    cycles: int = bounded(3, at_least=1)
     """Cosines of schedule=cosine_restarts."""
-    decay: float = 0.1
+    decay: float = bounded(0.1, at_least=0)
     """Decay at the end of schedule=wsd: a number of steps, or below 1 a share of all steps."""
-    min_lr: float = 0.0
+    min_lr: float = bounded(0.0, at_least=0, at_most=1)
     """Floor of the schedule as a share of the peak, 0 to 1."""
-    weight_decay: float = 0.0
+    weight_decay: float = bounded(0.0, at_least=0)
     """Decoupled weight decay; biases and norms are exempt."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    """Adam's two averages."""
-    eps: float = 1e-8
+    """Adam's beta1 and beta2."""
+    eps: float = bounded(1e-8, above=0)
     """Adam's epsilon."""
-    grad_clip: float = 1.0
+    grad_clip: float = bounded(1.0, at_least=0)
     """Largest global gradient norm; 0: no clipping."""
 
 
 @dataclass
 class TrainConfig:
-    steps: Optional[int] = None
+    steps: Optional[int] = bounded(None, at_least=1, suggest=100)
     """Optimizer steps. With `epochs` given too, the one from the command line counts; both: whichever ends first."""
-    epochs: Optional[float] = None
+    epochs: Optional[float] = bounded(None, above=0, suggest=1)
     """Passes over the training data."""
-    max_time: float = 0.0
+    max_time: float = bounded(0.0, at_least=0)
     """Seconds from the start of the program after which the run stops as by a signal: it saves and ends with exit code
     75, and the same command goes on; 0: no limit."""
-    micro_batch: Union[int, str] = 1
+    micro_batch: Union[int, str] = bounded(1, at_least=1, besides=("auto",))
     """Sequences per rank and forward; auto: the largest that fits."""
-    global_batch: int = 8
+    global_batch: int = bounded(8, at_least=1)
     """Sequences per optimizer step; accumulation = global_batch / (micro_batch x ranks)."""
-    neftune_alpha: float = 0.0
+    neftune_alpha: float = bounded(0.0, at_least=0, suggest=5)
     """Uniform noise on the embeddings in training, within this over sqrt(tokens of the document x width) (NEFTune,
     arXiv:2310.05914, which takes 5); 0: none."""
     packing: bool = True
     """Fill every row to task.max_length with whole or cut documents that do not attend to each other."""
-    activation_checkpointing: Union[bool, str] = False
+    activation_checkpointing: Union[bool, str] = choice(
+        False, (False, True, "selective", "offload")
+    )
     """true: recompute each block in the backward pass instead of keeping its activations; selective: only the GELU;
     offload: as true, with the blocks' inputs in host memory."""
-    eval_every: int = 0
+    eval_every: int = bounded(0, at_least=0)
     """Optimizer steps between evaluations; 0: only at the end."""
     eval_at_start: bool = False
     """Evaluate before the first step too: the base model's figures, as step 0."""
-    eval_batch: int = 8
+    eval_batch: int = bounded(8, at_least=1)
     """Sequences per rank and forward in evaluation."""
-    log_every: int = 1
+    log_every: int = bounded(1, at_least=0)
     """Optimizer steps between lines in metrics.jsonl."""
-    early_stopping: int = 0
+    early_stopping: int = bounded(0, at_least=0)
     """Stop after this many evaluations in a row without a better `metric`; 0: never."""
     metric: Optional[str] = None
     """Metric of the evaluations that decides which one is best, for early stopping, checkpoint.best and sweeps; null:
     the task's own (loss; classify: accuracy, multi_label f1, regression mse; qa: f1)."""
-    sample_every: int = 0
+    sample_every: int = bounded(0, at_least=0)
     """Optimizer steps between generated samples (task clm and instruct); 0: never."""
     sample_prompts: list[Text] = field(default_factory=lambda: ["The"])
     """Prompts of the samples."""
-    sample_tokens: int = 40
+    sample_tokens: int = bounded(40, at_least=1)
     """Length of a sample in tokens."""
-    threads: int = 0
+    threads: int = bounded(0, at_least=0)
     """CPU threads per rank; 0: this rank's share of the cores."""
-    prefetch: int = 2
+    prefetch: int = bounded(2, at_least=0)
     """Optimizer steps whose batches are prepared ahead."""
     probe: bool = True
     """Try the longest batch of the data before step 1, so that memory runs out then or not at all; changes nothing."""
-    max_skipped: int = 5
+    max_skipped: int = bounded(5, at_least=0)
     """End the run after this many steps in a row whose gradient is not finite; 0: never."""
-    hang_timeout: float = 1800.0
+    hang_timeout: float = bounded(1800.0, at_least=0)
     """Seconds without a step, an evaluated batch or a save until every rank dumps its stacks and ends; 0: never."""
 
 
 @dataclass
 class CheckpointConfig:
-    every: int = 0
+    every: int = bounded(0, at_least=0)
     """Optimizer steps between checkpoints; 0: only at the end and when the run is stopped."""
-    keep: int = 2
+    keep: int = bounded(2, at_least=2)
     """Newest checkpoints kept, at least 2."""
     best: bool = False
     """Save after the best evaluation by train.metric, keep that checkpoint beside the newest ones, and export it when
     the run is done."""
-    background: Union[bool, str] = "auto"
+    background: Union[bool, str] = choice("auto", ("auto", True, False))
     """true: train on while a copy is written; false: wait; auto: where the optimizer states are on GPUs."""
     final: FinalCheckpoint = FinalCheckpoint.full
     """What is kept when the run is done: full, to train on from it; weights, a third of the size, to evaluate and export
@@ -433,7 +490,7 @@ class WandbConfig:
     """Group of runs, e.g. one sweep."""
     tags: list[str] = field(default_factory=list)
     """Tags of the run."""
-    mode: str = "online"
+    mode: str = choice("online", ("online", "offline", "disabled"))
     """online, offline or disabled; online without a key goes on offline."""
     artifact: bool = False
     """Upload the export as an artifact of type model when the run is done."""
@@ -500,7 +557,7 @@ class ExportConfig:
     """Export at the end of a run: the adapter, or the whole model of a full fine-tune."""
     verify: bool = True
     """Reopen the export with plain transformers and peft in a fresh process and compare logits."""
-    max_shard_gib: float = 5.0
+    max_shard_gib: float = bounded(5.0, above=0)
     """Largest safetensors file of an exported model, in GiB."""
     push_to_hub: Optional[str] = None
     """ORG/NAME: upload the verified export to the Hugging Face hub, with the token of `hf auth login` or HF_TOKEN."""
@@ -512,7 +569,7 @@ class ExportConfig:
 
 @dataclass
 class PlanConfig:
-    format: str = "table"
+    format: str = choice("table", ("table", "json"))
     """launch/plan.py: table for people, json for programs."""
     picture: Optional[str] = None
     """launch/plan.py: write the picture of parts against the limit to this file."""
@@ -520,29 +577,29 @@ class PlanConfig:
 
 @dataclass
 class SweepConfig:
-    strategy: str = "grid"
+    strategy: str = choice("grid", ("grid", "random", "optuna"))
     """grid: every combination; random: `trials` drawn from the seed; optuna: `trials` chosen from what came before."""
     space: dict[str, str] = field(default_factory=dict)
     """What varies besides the command line: key -> values in Hydra's sweep grammar, e.g. optim.lr: "1e-5,3e-5"."""
     dir: Optional[str] = None
     """Where a sweep lives (-m); null: multirun/<YYYYmmdd-HHMMSS>. Given again, finished jobs are not repeated."""
-    on_failure: str = "continue"
+    on_failure: str = choice("continue", ("continue", "stop"))
     """continue with the next job, or stop."""
     metric: str = "auto"
     """What is compared: a key of the last evaluation; auto: train.metric, or the training loss without evaluation."""
-    direction: str = "auto"
+    direction: str = choice("auto", ("auto", "minimize", "maximize"))
     """minimize or maximize; auto: by the metric's name."""
-    trials: int = 20
+    trials: int = bounded(20, at_least=1)
     """Jobs of a random or optuna sweep."""
     seed: int = 0
     """Seed of the draws; the jobs' own seed is `seed`."""
-    pruner: str = "median"
+    pruner: str = choice("median", ("median", "halving", "none"))
     """optuna: stop a job whose metric is worse than others' at the same step: median, halving or none."""
-    prune_after: int = 2
+    prune_after: int = bounded(2, at_least=0)
     """optuna: jobs that must be done before any is stopped early."""
-    parallel: int = 1
+    parallel: int = bounded(1, at_least=1)
     """Jobs at once, on GPUs or CPU cores that they do not share."""
-    gpus_per_job: Optional[int] = None
+    gpus_per_job: Optional[int] = bounded(None, at_least=1, suggest=1)
     """GPUs (on CPU: processes) of one job; null: all, shared evenly between the jobs at once."""
     num_gpus: Optional[int] = None
     """DeepSpeed's --num_gpus: GPUs of each node that the sweep may use."""
@@ -601,6 +658,27 @@ METRICS = {
 one counts where train.metric is null."""
 DIRECTIONS = {name: better for metrics in METRICS.values() for name, better in metrics.items()}
 """Metric -> "min" or "max"."""
+
+
+def kind_of(section: Any) -> str:
+    """Return the kind of a task or adapter section, a key of `KINDS`."""
+    return type(section).__name__.removesuffix("Config").lower()
+
+
+def metrics_of(task: TaskConfig) -> dict[str, str]:
+    """Return metric -> "min" or "max", the task's own metric first; empty for no known problem."""
+    return METRICS.get(getattr(task, "problem", kind_of(task)), {})
+
+
+def best_metric(task: TaskConfig, name: str | None) -> tuple[str, str]:
+    """Return (metric, "min" or "max") by which the best evaluation is chosen.
+
+    Args:
+        name: train.metric; None: the task's own.
+    """
+    metrics = metrics_of(task)
+    name = name or next(iter(metrics))
+    return name, metrics[name]
 
 
 @dataclass(frozen=True)
@@ -766,8 +844,8 @@ def plain_config(cfg: Config) -> dict[str, Any]:
     `check` has refused configs with secrets: nothing here is hidden or shortened.
     """
     values = plain_values(cfg)
-    values["task"]["kind"] = type(cfg.task).__name__.removesuffix("Config").lower()
-    values["adapter"]["kind"] = type(cfg.adapter).__name__.removesuffix("Config").lower()
+    values["task"]["kind"] = kind_of(cfg.task)
+    values["adapter"]["kind"] = kind_of(cfg.adapter)
     return values
 
 
@@ -866,6 +944,3 @@ def schema_keys(node: type, prefix: str = "") -> Iterator[tuple[str, type, Field
 def all_keys(node: type) -> set[str]:
     """Return the dotted keys of every setting under a schema."""
     return {key for key, _, _ in schema_keys(node)}
-
-
-SCHEDULES = ("linear", "cosine", "cosine_restarts", "inverse_sqrt", "wsd", "constant")

@@ -13,11 +13,11 @@ from dataclasses import replace
 from functools import partial
 
 from finetune import dist, process
-from finetune.check import best_metric, check
+from finetune.check import check
 from finetune.checkpointing.format import find_resume
 from finetune.checkpointing.train_state import TrainState
 from finetune.compose import recipe_config
-from finetune.config import Config, plain_config
+from finetune.config import Config, best_metric, plain_config
 from finetune.data.batches import Order, StepBatches
 from finetune.errors import EXIT_DONE, EXIT_PREEMPTED
 from finetune.export.end_of_run import base_name, export_trained, take_best
@@ -28,6 +28,7 @@ from finetune.reporting import metrics_log
 from finetune.reporting.callbacks import CallbackList, RunInfo
 from finetune.reporting.environment import environment
 from finetune.reporting.page.build import Report, build_report
+from finetune.reporting.redact import refuse_secrets
 from finetune.reporting.terminal import Display, silence_libraries
 from finetune.reporting.trackers import build_trackers
 from finetune.sharding import deepspeed_config, nvme
@@ -62,6 +63,8 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
     """
     started = time.perf_counter()
     silence_libraries(cfg.verbose, world.rank)
+    # Secrets are refused first and alone, as the other problems may repeat a setting's value.
+    world.on_main(lambda: refuse_secrets(plain_config(cfg), "the configuration"))
     world.on_main(lambda: check(cfg, world.size, world.device.type == "cuda", absent))
     run_dir = run_files.make_run_dir(cfg.run_dir, cfg.name, world)
 

@@ -27,7 +27,7 @@ ARROWS = {
     "compose": "config errors",
     "reporting": "config errors files",
     "reporting.page": "config errors files reporting",
-    "check": "config data errors planning reporting",
+    "check": "config data errors planning",
     # torch
     "dist": "errors process",
     "gptj": "assets config data errors files planning",

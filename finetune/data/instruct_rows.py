@@ -162,12 +162,6 @@ def question(record: dict, where: str, cfg: InstructConfig) -> str | list[Messag
     return messages[0]["content"] if len(messages) == 1 and "input" not in messages[0] else messages
 
 
-def check_format(name: str) -> None:
-    """Raise a UserError if task.format is unknown."""
-    if name not in ("auto", "prompt", "messages", "alpaca", "sharegpt"):
-        raise UserError(f"task.format = {name} is unknown", remedy=f"Choose from auto, {LAYOUTS}.")
-
-
 def layout_of(record: dict, cfg: InstructConfig) -> str | None:
     """Return the first layout all of whose fields the row has.
 

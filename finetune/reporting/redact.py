@@ -4,7 +4,7 @@ A secret is known by its key ("hf_token", "api_key", "password") or by its looks
 "sk-...", a password or token in a URL, 40 hex digits that stand alone. "tokenizer", "max_new_tokens", a commit, a
 file named by its hash and a folder "sk-learn-reviews-2024" are innocent.
 
-`secret_problems` refuses what a run would write into config.yaml, which is read back and therefore never altered.
+`refuse_secrets` refuses what a run would write into config.yaml, which is read back and therefore never altered.
 `redact` is for what leaves the process: the terminal, trackers, error texts. Both are nets with known holes, so keep
 secrets in the environment all the same.
 """
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from finetune.errors import UserError
+from finetune.errors import UserError, problems_error
 
 HIDDEN = "***"
 
@@ -125,6 +125,12 @@ def redact_words(argv: list[str]) -> list[str]:
         else:
             shown.append(redact_text(word))
     return shown
+
+
+def refuse_secrets(values: dict[str, Any], title: str) -> None:
+    """Raise one UserError that names the key of every secret among the settings."""
+    if problems := list(secret_problems(values)):
+        raise problems_error(title, problems)
 
 
 def secret_problems(value: Any, key: str = "") -> Iterator[UserError]:

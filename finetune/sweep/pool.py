@@ -73,8 +73,6 @@ def build_pool(cfg: SweepConfig) -> Pool:
         UserError: there are fewer devices than the concurrent jobs need, or other nodes cannot be
             reached from here.
     """
-    if cfg.parallel < 1:
-        raise UserError(f"{cfg.parallel} jobs at once", "sweep.parallel", "Try sweep.parallel=1.")
     extra = tuple(shlex.split(cfg.launcher))
     hosts = _launched() if _chosen(cfg) == () else None
     gpus = gpu_free_bytes()

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from finetune.check import value_problems
 from finetune.compose import compose_train, compose_words
 from finetune.errors import (
     EXIT_DONE,
@@ -19,7 +20,7 @@ from finetune.errors import (
     setting,
 )
 from finetune.files import read_object
-from finetune.reporting.redact import secret_problems
+from finetune.reporting.redact import refuse_secrets
 from finetune.sweep.job import DONE, FAILED, PRUNED, Job, wait_for_earlier
 from finetune.sweep.page import SUMMARY, build_sweep_page
 from finetune.sweep.pool import Pool, build_pool
@@ -60,12 +61,9 @@ class _Sweep:
         self.cfg = compose_train([*own, *recipe]).sweep
         # sweep.json and job.json keep the words as they are, to go on with them.
         values = {key_of(word): word.partition("=")[2] for word in self.words}
-        if problems := list(secret_problems(values | {"sweep.space": self.cfg.space})):
+        refuse_secrets(values | {"sweep.space": self.cfg.space}, "the command line")
+        if problems := list(value_problems(self.cfg, "sweep.")):
             raise problems_error("the command line", problems)
-        if self.cfg.on_failure not in ("continue", "stop"):
-            raise UserError(
-                f"'{self.cfg.on_failure}' is neither continue nor stop", "sweep.on_failure"
-            )
         place = self.cfg.dir or f"multirun/{datetime.now():%Y%m%d-%H%M%S}"
         self.folder = Path(place).expanduser().absolute()
         space = read_space(

@@ -10,10 +10,10 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
+from finetune.check import refuse_task
 from finetune.config import InstructConfig, PairConfig
 from finetune.data.columns import Encoder, Store
 from finetune.data.encode_instruct import InstructEncoder, prompt_ids
-from finetune.data.instruct_rows import check_format
 from finetune.data.instruct_template import Message, Template, load_template
 from finetune.data.packing import Sequences, best_fit, one_per_sequence
 from finetune.tasks.base import Columns, Task, cut_note
@@ -59,7 +59,7 @@ class TemplateTask(Task):
 
 class InstructTask(TemplateTask, LmTask):
     def __init__(self, cfg: InstructConfig, tokenizer, packing: bool):
-        check_format(cfg.format)
+        refuse_task(cfg)
         super().__init__(cfg, tokenizer)
         self.packing = packing
 

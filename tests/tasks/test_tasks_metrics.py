@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from finetune.check import best_metric, check
+from finetune.check import check
 from finetune.compose import compose_train
-from finetune.config import METRICS, ClassifyConfig, InstructConfig, QaConfig
+from finetune.config import METRICS, ClassifyConfig, InstructConfig, QaConfig, best_metric
 from finetune.errors import UserError
 from finetune.tasks.classify_metrics import (
     multi_label_metrics,
