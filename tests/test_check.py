@@ -119,6 +119,20 @@ def test_the_words_of_a_refusal(section, prefix, problem, remedy):
         (["task.max_length=4"], "task.max_length = 4 is too short"),
         (["task=classify", "task.label_separator=comma"], "task.label_separator has no meaning"),
         (["data.train=null"], "no training data is given"),
+        (
+            ["adapter=full", "model.quantize=nf4"],
+            "model.quantize = nf4 freezes the weights that adapter=full trains",
+        ),
+        (["adapter.modules_to_save=[lm_head]", "task=classify"], "lm_head cannot be trained whole"),
+        (["adapter.layers=some"], "adapter.layers = some is no list of blocks"),
+        (["task=preference", "task.template=none.jinja"], "none.jinja"),
+        (["task=preference", "task.loss=ipo", "task.label_smoothing=0.1"], "for task.loss=ipo"),
+        (["task=classify", "task.class_weights=[0,0]"], "must not be negative, nor all zero"),
+        (["task=classify", "task.class_weights=[a]"], "is neither balanced nor a list of numbers"),
+        (
+            ["task=classify", "task.problem=multi_label", "task.class_weights=balanced"],
+            "task.class_weights=balanced is for texts with one label each",
+        ),
     ],
 )
 def test_rules_of_several_settings(words, problem):
