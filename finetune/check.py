@@ -31,7 +31,7 @@ from finetune.planning.job import accumulation, sharding_problems
 from finetune.planning.shape import WHOLE_MODULES, adapted_layers, target_modules
 
 Rule = tuple[object, str, str, str]
-"""Whether it is broken, what is wrong, where (if that does not say it), and the remedy."""
+"""A truth value if it is broken, the problem, its place (if the problem does not name it), a remedy."""
 
 DATA_REMEDY = """\
 Give a file, glob, directory or hub id: data.train='pile/*.jsonl.zst' data.eval=pile/val.jsonl.zst
@@ -212,6 +212,12 @@ def _rules(cfg: Config) -> list[Rule]:
             "Give a run directory or one of its checkpoints/step-N.",
         ),
         (
+            cfg.task.max_length < 8,
+            f"task.max_length = {cfg.task.max_length} is too short to train on",
+            "",
+            "Try 128 or more.",
+        ),
+        (
             cfg.model.quantize is not Quantize.none and isinstance(cfg.adapter, FullConfig),
             f"model.quantize = {cfg.model.quantize.value} freezes the weights that adapter=full "
             "trains",
@@ -274,12 +280,6 @@ def _task_rules(task: TaskConfig, metric: str | None) -> list[Rule]:
             + (f"task.problem={problem}" if problem else "this task"),
             "",
             f"Choose from {', '.join(metrics)}; train.metric=null is {next(iter(metrics), '')}.",
-        ),
-        (
-            task.max_length < 8,
-            f"task.max_length = {task.max_length} is too short to train on",
-            "",
-            "Try 128 or more.",
         ),
     ]
     if isinstance(task, QaConfig):
