@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 import tempfile
@@ -72,11 +71,10 @@ def measure(ranks: int) -> list[dict]:
 
 
 def walk(ranks: int, cases: list[dict]) -> list[list[dict[str, int]]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    from finetune.process import free_port
+
     with tempfile.TemporaryDirectory() as out:
-        job = {"ranks": ranks, "cases": cases, "out": out, "port": port}
+        job = {"ranks": ranks, "cases": cases, "out": out, "port": free_port()}
         command = [sys.executable, str(WALK / "plan_engine_walk.py"), json.dumps(job)]
         paths = f"{ROOT}:{WALK}"
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

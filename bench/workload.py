@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from finetune.process import free_port  # noqa: E402
 
 PACKAGES = (
     "torch",
@@ -161,14 +162,6 @@ def peak_bytes(command: list[str]) -> int:
         check=True,
     )
     return int(done.stdout)
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def instructions() -> str:

@@ -6,7 +6,6 @@ import glob
 import json
 import re
 from collections.abc import Iterable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -76,13 +75,12 @@ def register(words: Iterable[str] = (), program: str = "train", node: type = sch
             the recipe's settings of its own kind are dropped: `recipe=classify_lora adapter=full`
             has no use for a rank.
     """
-    typed = dict(word.split("=", 1) for word in words if "=" in word)
     _register_schemas(program, node)
-    for path in sorted(RECIPES.glob("**/*.yaml")):
-        recipe = _fitting(deepcopy(_recipe(path)), typed)
-        ConfigStore.instance().store(
-            group="recipe", name=path.stem, node=recipe, package="_global_"
-        )
+    _register_recipes()
+    typed = dict(word.split("=", 1) for word in words if "=" in word)
+    for path in RECIPES.glob("**/*.yaml"):
+        if path.stem == typed.get("recipe"):
+            _store_recipe(path, _fitting(OmegaConf.load(path), typed))
 
 
 @cache
@@ -96,8 +94,13 @@ def _register_schemas(program: str, node: type) -> None:
 
 
 @cache
-def _recipe(path: Path) -> Any:
-    return OmegaConf.load(path)
+def _register_recipes() -> None:
+    for path in sorted(RECIPES.glob("**/*.yaml")):
+        _store_recipe(path, OmegaConf.load(path))
+
+
+def _store_recipe(path: Path, node: Any) -> None:
+    ConfigStore.instance().store(group="recipe", name=path.stem, node=node, package="_global_")
 
 
 def _fitting(recipe: Any, typed: dict[str, str]) -> Any:

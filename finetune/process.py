@@ -8,12 +8,16 @@ fragment the heap into pieces that fit nothing. Imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import random
 import select
 import socket
 from collections.abc import MutableMapping
 from typing import Any, TextIO
+
+from finetune.errors import UserError
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = (
     -1,
@@ -97,10 +101,17 @@ LAUNCHER_VARIABLES = (
 
 
 def free_port() -> int:
-    """Return a TCP port that nobody listens on at this moment."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """Return a TCP port that nobody listens on at this moment.
+
+    It lies below the ports that systems hand to connections by themselves (from 32768 on Linux), so
+    that no connection takes it before the launcher's ranks have met there. Processes that choose at
+    the same time choose at random.
+    """
+    for port in random.SystemRandom().sample(range(20000, 29000), 100):
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+    raise UserError("none of 100 ports between 20000 and 29000 is free")
 
 
 # The time that an idle CPU thread spins before it sleeps; it must be set before torch is imported.

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "finetune"
 ARROWS = {
     # ground: no torch
     "errors": "",
-    "process": "",
+    "process": "errors",
     "files": "errors",
     "config": "errors files",
     "assets": "errors",

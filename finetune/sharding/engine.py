@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +26,7 @@ from finetune.gptj.adapters import parameter_groups
 from finetune.gptj.load import build_model
 from finetune.sharding import partitions
 from finetune.sharding.deepspeed_patches import (
+    deepspeed,
     read_once,
     take_norms_by_rows,
     unlink_shared_memory,

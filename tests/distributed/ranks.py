@@ -1,55 +1,60 @@
-"""Real ranks on CPU: run a list of training configs in one gloo group of N fresh processes.
+"""Real ranks on CPU: run a list of training configs in one gloo group of N processes.
 
-    results = run_cases(2, [["recipe=clm_pile", "zero=stage2", ...], ...])
+    run_cases(2, [["recipe=clm_pile", "zero=stage2", ...], ...])
 
-Starting torch and DeepSpeed costs more than a small run, so one group of processes trains all cases one after
-another. Also a script: each rank executes this file.
+Starting torch and DeepSpeed costs more than a small run. So the ranks are forked from a server that
+has imported them and done nothing else, and one group of ranks trains all cases one after another.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from finetune.process import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.distributed.preload"])
 
 
 def run_cases(ranks: int, cases: list[list[str]], timeout: int = 600) -> None:
     """Train every case (a list of overrides) on `ranks` processes; fails with the ranks' output."""
     port = str(free_port())
-    processes = []
-    for rank in range(ranks):
-        env = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "MASTER_PORT": port,
-            "LOCAL_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-        }
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, __file__, json.dumps(cases)],
-                env=env,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
+    with TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{rank}.log" for rank in range(ranks)]
+        processes = [
+            SERVER.Process(
+                target=rank_main,
+                args=(
+                    {
+                        "RANK": str(rank),
+                        "LOCAL_RANK": str(rank),
+                        "WORLD_SIZE": str(ranks),
+                        "LOCAL_SIZE": str(ranks),
+                        "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": port,
+                        "FINETUNE_CACHE": os.environ["FINETUNE_CACHE"],
+                    },
+                    cases,
+                    file,
+                ),
             )
-        )
-    outputs = [p.communicate(timeout=timeout)[0] for p in processes]
-    assert all(p.returncode == 0 for p in processes), "\n".join(outputs)[-6000:]
+            for rank, file in enumerate(files)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout)
+        ended = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+        output = "\n".join(file.read_text(errors="replace") for file in files if file.exists())
+    assert ended == [0] * ranks, f"exit codes {ended}\n{output[-6000:]}"
 
 
 def metrics(run_dir: Path | str, kind: str = "train") -> list[dict]:
@@ -61,7 +66,13 @@ def losses(run_dir: Path | str) -> list[float]:
     return [record["loss"] for record in metrics(run_dir)]
 
 
-def main(cases: list[list[str]]) -> None:
+def rank_main(environment: dict[str, str], cases: list[list[str]], output: Path) -> None:
+    """Become one rank: train every case."""
+    os.environ.update(environment)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     from finetune import dist
     from finetune.compose import compose_train
     from finetune.run import run_in
@@ -70,7 +81,3 @@ def main(cases: list[list[str]]) -> None:
     for overrides in cases:
         run_in(world, compose_train(overrides), overrides)
     dist.disconnect()
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

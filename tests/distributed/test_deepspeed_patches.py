@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
+from finetune.process import free_port
 from finetune.sharding import deepspeed_patches
-from tests.distributed.ranks import ROOT, free_port
+from tests.distributed.ranks import ROOT
 
 ENGINE = """
 import os, sys

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from finetune.assets.paths import asset
+from finetune.process import free_port
 from tests.distributed import heads_reference
-from tests.distributed.ranks import ROOT, free_port, losses, metrics, run_cases
+from tests.distributed.ranks import ROOT, losses, metrics, run_cases
 
 STEPS, BATCH, EVALUATED = 6, 8, 13
 LORA = ["adapter=lora", "adapter.targets=all-linear", "adapter.rank=4"]

@@ -120,6 +120,8 @@ def launcher(job: dict, log: Path, pids: Path) -> None:
     rename(HIDDEN, LAUNCHER)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
+    from finetune.process import free_port
+
     port = free_port()
     ranks = {}
     for rank in range(job.get("ranks", 2)):
@@ -151,14 +153,6 @@ def signal_all(ranks: dict[int, int], codes: dict[int, int], number: int) -> Non
     for pid, rank in ranks.items():
         if rank not in codes:
             os.kill(pid, number)
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def steps_done(run_dir: Path) -> int:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from finetune.checkpointing.format import newest_valid, step_of
+from finetune.process import free_port
 from finetune.reporting import metrics_log
-from tests.distributed.ranks import free_port
 from tests.faults.jobs import ROOT, words
 
 BIN = Path(sys.executable).parent

@@ -18,7 +18,8 @@ import pytest
 import zstandard
 
 from finetune.assets.paths import asset
-from tests.distributed.ranks import free_port, losses
+from finetune.process import free_port
+from tests.distributed.ranks import losses
 from tests.test_readme import LAUNCHES
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from finetune.cli.console import PROGRAMS, command_of, split_launcher
+from finetune.process import free_port
 from tests.conftest import ROOT
-from tests.distributed.ranks import free_port
 
 LEFT_OUT = shutil.ignore_patterns(
     ".git",

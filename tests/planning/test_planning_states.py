@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from itertools import product
@@ -17,6 +16,7 @@ from plan_engine_walk import ADAPTERS
 
 from finetune.planning.job import Option
 from finetune.planning.states import States, model_states
+from finetune.process import free_port
 
 HERE = Path(__file__).parent
 Walked = dict[int, list[list[dict[str, int]]]]
@@ -107,12 +107,6 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Walked:
     return {
         n: [json.loads((out / f"{n}-{rank}.json").read_text()) for rank in range(n)] for n in WORLDS
     }
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def predicted(case: dict[str, Any], ranks: int, rank: int) -> States:
