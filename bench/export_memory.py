@@ -147,7 +147,8 @@ def measure(run: Path, out: Path, words: list[str]) -> dict:
     """Peak resident bytes and written bytes of one export in a fresh process."""
     command = [sys.executable, str(ROOT / "launch/export.py"), f"run={run}", f"out={out}", *words]
     peak = peak_bytes(command)
-    written = sum(f.stat().st_size for f in out.glob("*.safetensors"))
+    weights = [*out.glob("*.safetensors"), *out.glob("*.gguf")]
+    written = sum(file.stat().st_size for file in weights)
     shutil.rmtree(out)
     return {"peak_bytes": peak, "written_bytes": written}
 
@@ -166,6 +167,8 @@ def main() -> None:
         "merged LoRA": ("lora", "kind=merged", "verify=none"),
         "merged LoRA, verified by tensors": ("lora", "kind=merged", "verify=tensors"),
         "adapter": ("lora", "kind=adapter", "verify=none"),
+        "phi, of a LoRA": ("lora", "kind=phi", "verify=none"),
+        "gguf in f16, of a LoRA": ("lora", "kind=gguf", "dtype=f16", "verify=none"),
     }
     result: dict = {
         "command": "python bench/export_memory.py",

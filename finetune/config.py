@@ -21,7 +21,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 
 from finetune.errors import UserError
-from finetune.files import read_json, refuse_pointer
+from finetune.files import read_settings
 
 GPTJ_POSITIONS = 2048
 
@@ -739,17 +739,7 @@ def read_gptj_config(path: Path) -> dict[str, Any]:
         UserError: it is missing, broken, or another model's.
     """
     file = path / "config.json" if path.is_dir() else path
-    refuse_pointer(file)
-    try:
-        values = read_json(file)
-    except FileNotFoundError:
-        raise UserError(
-            "there is no config.json", str(file.parent), "A checkpoint directory needs one."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read the model's config: {error}", str(file), "Download config.json again."
-        ) from None
+    values = read_settings(file)
     check_gptj_config(values, str(file))
     return values
 

@@ -65,6 +65,26 @@ def read_object(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def read_settings(file: Path) -> dict[str, Any]:
+    """Return the object of one of a checkpoint's JSON files, such as its config.json.
+
+    Raises:
+        UserError: the file is missing, a git-lfs pointer, or no JSON object.
+    """
+    refuse_pointer(file)
+    try:
+        values = read_json(file)
+        if not isinstance(values, dict):
+            raise ValueError(f"{type(values).__name__} in place of an object")
+    except FileNotFoundError:
+        raise UserError(
+            f"there is no {file.name}", str(file.parent), "A checkpoint directory needs one."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be read: {error}", str(file), "Download the file again.") from None
+    return values
+
+
 def dumps(value: Any, indent: int | None = None) -> str:
     """Render strict JSON: NaN and infinities become null, tensors and numpy scalars numbers."""
     return json.dumps(_strict(value), indent=indent, ensure_ascii=False, allow_nan=False)

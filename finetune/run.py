@@ -20,8 +20,9 @@ from finetune.compose import recipe_config
 from finetune.config import Config, best_metric, plain_config
 from finetune.data.batches import Order, StepBatches
 from finetune.errors import EXIT_DONE, EXIT_PREEMPTED
-from finetune.export.end_of_run import base_name, export_trained, take_best
-from finetune.export.write import reference_texts
+from finetune.export.end_of_run import export_trained, take_best
+from finetune.export.proof import reference_texts
+from finetune.export.run_info import base_name
 from finetune.gptj import adapters
 from finetune.inference.sample import sample_texts
 from finetune.reporting import metrics_log

@@ -7,24 +7,25 @@ checkpoint. What was written is read back and compared bit by bit.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from finetune.assets.paths import resolve
 from finetune.cli.schemas import ConvertConfig
 from finetune.compose import Composed
-from finetune.errors import EXIT_DONE, RunFailed, UserError, command, gib, setting
+from finetune.errors import EXIT_DONE, UserError, command, gib, setting
+from finetune.export import gguf_file
 from finetune.export.convert import (
     as_phi,
     compare,
     open_hf,
     open_mesh,
-    write_gguf_file,
+    write_gguf,
     write_hf,
     write_mesh,
 )
-from finetune.export.gguf_file import GGUF_NAMES, PRECISIONS, check_dtype
+from finetune.export.gguf_file import PRECISIONS, check_dtype
 from finetune.export.mesh_transformer import MeshReader, is_mesh
+from finetune.export.write import staged
 from finetune.gptj.load import DTYPES, Weights
 from finetune.reporting.terminal import silence_libraries, summary_table
 
@@ -35,54 +36,35 @@ def run(composed: Composed) -> int:
     """Convert one checkpoint; prints what was written."""
     cfg: ConvertConfig = composed.config
     silence_libraries(cfg.verbose, 0)
-    _check(cfg)
+    check_words(cfg)
     assert cfg.source and cfg.target
-    folder, target = (
-        Path(resolve(cfg.source)).expanduser().absolute(),
-        Path(cfg.target).expanduser().absolute(),
-    )
-    source = (
-        open_mesh(folder, cfg.config, cfg.n_head, cfg.rotary_dim)
-        if is_mesh(folder)
-        else open_hf(folder)
-    )
+    folder = Path(resolve(cfg.source)).expanduser().absolute()
+    target = Path(cfg.target).expanduser().absolute()
+    mesh = is_mesh(folder)
+    source = open_mesh(folder, cfg.config, cfg.n_head, cfg.rotary_dim) if mesh else open_hf(folder)
     dtype = DTYPES[PRECISIONS.get(cfg.dtype, "fp32")] if cfg.dtype else source.dtype
-    if dtype not in DTYPES.values():
+    short = next((name for name, value in DTYPES.items() if value == dtype), None)
+    if short is None:
         raise UserError(
             f"the source's precision is {dtype}", "dtype", "Choose one: dtype=bf16, fp16 or fp32."
         )
-    stage = target.with_name(f".tmp-{target.name}")
-    shutil.rmtree(stage, ignore_errors=True)
-    try:
-        stage.mkdir(parents=True)
-        if cfg.to == "jax":
+    with staged(target, "Free some space.") as stage:
+        if cfg.to == "gguf":
+            precision = "q8_0" if cfg.dtype == "q8_0" else short.replace("fp", "f")
+            write_gguf(source, folder, stage, precision, target.name)
+            if cfg.verify:
+                file = stage / gguf_file.MODEL_FILE
+                gguf_file.compare(source.tensors(), source.config, file, precision)
+        elif cfg.to == "jax":
             write_mesh(source, stage, dtype, cfg.shards, cfg.step)
-        elif cfg.to == "gguf":
-            kind = cfg.dtype or str(dtype).removeprefix("torch.")
-            kind = GGUF_NAMES.get(kind, kind)
-            compare_gguf = write_gguf_file(source, folder, stage, kind, target.name)
+            if cfg.verify:
+                compare(source, MeshReader(stage).read, dtype, stage)
         else:
             source = as_phi(source) if cfg.to == "phi" else source
             shard_bytes = int(cfg.max_shard_gib * 2**30)
             write_hf(source, folder, stage, dtype, shard_bytes, cfg.to == "phi")
-        if cfg.verify and cfg.to == "gguf":
-            compare_gguf()
-        elif cfg.verify:
-            compare(
-                source,
-                MeshReader(stage).read if cfg.to == "jax" else Weights(stage).__getitem__,
-                dtype,
-                stage,
-            )
-        if target.exists():
-            target.rmdir()
-        stage.rename(target)
-    except OSError as error:
-        raise RunFailed(
-            f"the target could not be written: {error}", str(target), "Free some space."
-        ) from None
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+            if cfg.verify:
+                compare(source, Weights(stage).__getitem__, dtype, stage)
     size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
     summary_table(
         "converted",
@@ -98,7 +80,12 @@ def run(composed: Composed) -> int:
     return EXIT_DONE
 
 
-def _check(cfg: ConvertConfig) -> None:
+def check_words(cfg: ConvertConfig) -> None:
+    """Check what can be seen without opening the source.
+
+    Raises:
+        UserError: something is missing or cannot be converted.
+    """
     if not cfg.source or not cfg.target:
         raise UserError(
             "source=DIR and target=DIR are both needed",

@@ -1,8 +1,8 @@
 """One GGUF file, for llama.cpp and what is built on it (Ollama, LM Studio).
 
 GPT-J is written in Phi's form (`phi.py`) as architecture `phi2`, tensor by tensor: memory holds one
-tensor. The tokenizer, its special tokens and its chat template are inside. llama.cpp reads norms
-and biases in fp32 only, so that matrices alone have the chosen precision.
+tensor. The tokenizer, its special tokens and its chat template are inside. Only matrices have the
+chosen precision.
 
 Needs the `gguf` package: pip install -e '.[gguf]'
 Source: the GGUF specification, github.com/ggml-org/ggml/blob/master/docs/gguf.md.
@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,9 @@ from transformers import GPTJConfig
 from finetune.errors import RunFailed, UserError
 from finetune.export import phi
 
-DTYPES = ("f32", "f16", "bf16", "q8_0")
+MODEL_FILE = "model.gguf"
 PRECISIONS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "fp32": "fp32", "fp16": "fp16"}
 """As typed -> as configured: GGUF has names of its own for the same."""
-GGUF_NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "fp32": "f32", "fp16": "f16"}
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.final_layernorm": "output_norm",
@@ -66,6 +66,46 @@ def check_dtype(dtype: str | None, form: str, setting: str) -> None:
         )
 
 
+def check_form(config: GPTJConfig, head: str, proven: bool = False) -> None:
+    """Check before anything is written that a model can be a GGUF file, and can be proven.
+
+    Args:
+        proven: llama.cpp will open the file.
+
+    Raises:
+        UserError: it is no language model, or a package is missing.
+    """
+    if head != "lm":
+        raise UserError(
+            "GGUF files hold language models; this one has another head",
+            "kind",
+            "Use kind=phi (or convert to=phi): a classifier opens as PhiForSequenceClassification.",
+        )
+    phi.check_form(config, head)
+    library()
+    if proven and find_spec("xllamacpp") is None:
+        raise UserError(
+            "GGUF files are proven by llama.cpp, whose package xllamacpp is missing",
+            "verify",
+            "pip install xllamacpp, or skip the proof with verify=none.",
+        )
+
+
+def library() -> Any:
+    """Import the `gguf` package.
+
+    Raises:
+        UserError: it is missing.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise UserError(
+            "GGUF files need the gguf package", "kind", "pip install gguf xllamacpp"
+        ) from None
+    return gguf
+
+
 def write_gguf(
     tensors: Iterable[tuple[str, Tensor]],
     shapes: dict[str, tuple[int, ...]],
@@ -87,7 +127,6 @@ def write_gguf(
         OSError: the disk is full.
     """
     gguf = library()
-    kinds, matrices = gguf.GGMLQuantizationType, matrix_kind(dtype)
     if dtype == "q8_0" and (config.n_embd % BLOCK or (config.n_inner or 0) % BLOCK):
         raise UserError(
             f"q8_0 stores {BLOCK} values at a time; this model's rows have {config.n_embd}",
@@ -95,25 +134,32 @@ def write_gguf(
             "Use dtype=f16.",
         )
 
-    # Sizes first: every tensor's place in the file is known before any tensor is read.
+    # The keys of architecture phi2, and the tokenizer.
     writer = gguf.GGUFWriter(file, "phi2")
-    add_keys(writer, config, name, matrices)
+    writer.add_name(name)
+    writer.add_file_type(gguf.GGMLQuantizationType[dtype.upper()])
+    writer.add_context_length(config.n_positions)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.n_head)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    writer.add_rope_dimension_count(config.rotary_dim or config.n_embd // config.n_head)
     add_tokenizer(writer, tokenizer, config.vocab_size)
-    for source, shape in shapes.items():
-        empty = torch.empty(shape, device="meta")
-        for target, value in phi.convert(source, empty, config):
-            kind = matrices if value.dim() > 1 else kinds.F32
-            # The library takes shapes in bytes, and gives them back in values.
-            size = gguf.quants.quant_shape_to_byte_shape(tuple(value.shape), kind)
-            info = (gguf_name(target), size, np.dtype(np.uint8), math.prod(size))
-            writer.add_tensor_info(*info, raw_dtype=kind)
+
+    # Sizes first: every tensor's place in the file is known before any tensor is read.
+    empty = ((source, torch.empty(shape, device="meta")) for source, shape in shapes.items())
+    for target, value, kind in parts(empty, config, dtype):
+        # The library takes shapes in bytes, and gives them back in values.
+        size = gguf.quants.quant_shape_to_byte_shape(tuple(value.shape), kind)
+        info = (target, size, np.dtype(np.uint8), math.prod(size))
+        writer.add_tensor_info(*info, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for source, tensor in tensors:
-        for _, value in phi.convert(source, tensor, config):
-            kind = matrices if value.dim() > 1 else kinds.F32
-            writer.write_tensor_data(gguf.quants.quantize(value.float().numpy(), kind))
+    for _, value, kind in parts(tensors, config, dtype):
+        writer.write_tensor_data(gguf.quants.quantize(value.float().numpy(), kind))
     writer.close()
 
 
@@ -127,51 +173,32 @@ def compare(
     """
     gguf = library()
     written = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    for source, tensor in tensors:
-        for target, value in phi.convert(source, tensor, config):
-            found = written.pop(gguf_name(target), None)
-            kind = matrix_kind(dtype) if value.dim() > 1 else gguf.GGMLQuantizationType.F32
-            wanted = gguf.quants.quantize(value.float().numpy(), kind)
-            if found is None or found.data.tobytes() != wanted.tobytes():
-                raise RunFailed(
-                    f"{gguf_name(target)} read back from the target is not what was written",
-                    str(file),
-                    "The disk may be failing; try another target.",
-                )
+    for target, value, kind in parts(tensors, config, dtype):
+        tensor = written.pop(target, None)
+        wanted = gguf.quants.quantize(value.float().numpy(), kind)
+        if tensor is None or tensor.data.tobytes() != wanted.tobytes():
+            raise RunFailed(
+                f"{target} read back from the target is not what was written",
+                str(file),
+                "The disk may be failing; try another target.",
+            )
 
 
-def matrix_kind(dtype: str) -> Any:
-    """Return the library's name for the precision of matrices."""
-    return library().GGMLQuantizationType[dtype.upper()]
+def parts(
+    tensors: Iterable[tuple[str, Tensor]], config: GPTJConfig, dtype: str
+) -> Iterator[tuple[str, Tensor, Any]]:
+    """Yield GPT-J's tensors under their names in the file, with the precision of each.
 
-
-def library() -> Any:
-    """Import the `gguf` package.
-
-    Raises:
-        UserError: it is missing.
+    llama.cpp reads norms and biases in fp32 only.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise UserError(
-            "GGUF files need the gguf package", "kind", "pip install gguf xllamacpp"
-        ) from None
-    return gguf
-
-
-def add_keys(writer: Any, config: GPTJConfig, name: str, kind: Any) -> None:
-    """Add the keys of architecture phi2."""
-    writer.add_name(name)
-    writer.add_file_type(kind)
-    writer.add_context_length(config.n_positions)
-    writer.add_embedding_length(config.n_embd)
-    writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
-    writer.add_block_count(config.n_layer)
-    writer.add_head_count(config.n_head)
-    writer.add_head_count_kv(config.n_head)
-    writer.add_layer_norm_eps(config.layer_norm_epsilon)
-    writer.add_rope_dimension_count(config.rotary_dim or config.n_embd // config.n_head)
+    kinds = library().GGMLQuantizationType
+    for name, value in phi.convert_all(tensors, config):
+        if match := LAYER.fullmatch(name):
+            prefix, module, leaf = f"blk.{match[1]}.", match[2], match[3]
+        else:
+            prefix, (module, leaf) = "", name.rsplit(".", 1)
+        kind = kinds[dtype.upper()] if value.dim() > 1 else kinds.F32
+        yield f"{prefix}{NAMES[module]}.{leaf}", value, kind
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
@@ -205,10 +232,17 @@ def add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def gguf_name(name: str) -> str:
-    """Return GGUF's name for one of Phi's tensors."""
-    if match := LAYER.fullmatch(name):
-        layer, module, kind = match.groups()
-        return f"blk.{layer}.{NAMES[module]}.{kind}"
-    module, kind = name.rsplit(".", 1)
-    return f"{NAMES[module]}.{kind}"
+def write_modelfile(folder: Path, tokenizer: Any, config: GPTJConfig) -> None:
+    """Write Ollama's Modelfile for the GGUF file in `folder`."""
+    template = "{{ .Prompt }}"
+    if tokenizer.chat_template:
+        template = tokenizer.apply_chat_template(
+            [{"role": "user", "content": template}], add_generation_prompt=True, tokenize=False
+        )
+    lines = [
+        f"FROM ./{MODEL_FILE}",
+        f'TEMPLATE """{template}"""',
+        f"PARAMETER stop {tokenizer.eos_token}",
+        f"PARAMETER num_ctx {config.n_positions}",
+    ]
+    (folder / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,15 +1,16 @@
-"""The small files of an export: config.json, generation_config.json, tokenizer. What makes weights a model elsewhere.
+"""The small files of an export: config.json, generation_config.json, tokenizer.
 
-A tokenizer of a classification export writes the closing eos behind every text (between the texts of a pair the same
-newline as in training), and pads with a token that no text holds. So plain transformers pools the token that was
-trained, in batches padded on either side and alone:
+A tokenizer of a classification export writes the closing eos behind every text (between the texts
+of a pair the same newline as in training), and pads with a token that no text holds. So plain
+transformers pools the token that was trained, in batches padded on either side and alone:
 
     ids   t t t E P P      config.pad_token_id = P: the last id that is not P is E, the pooled one
 
-With pad = eos, as is usual for GPT-J, transformers would pool the last t; with a pad that has no row in the embedding, padded
-batches would fail. So `set_padding` looks for another. Question answering exports read "question, newline, context, eos" the
-same way. An instruction export carries its template as the tokenizer's chat_template, with eos behind every answer whether
-the template writes it or not: `apply_chat_template` gives the ids that training read.
+With pad = eos, as is usual for GPT-J, transformers would pool the last t; with a pad that has no
+row in the embedding, padded batches would fail. So `set_padding` looks for another. Question
+answering exports read "question, newline, context, eos" the same way. An instruction export carries
+its template as the tokenizer's chat_template, with eos behind every answer whether the template
+writes it or not: `apply_chat_template` gives the ids that training read.
 """
 
 from __future__ import annotations
@@ -19,18 +20,31 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import GPTJConfig
+
 from finetune.config import HEADS, Dtype
 from finetune.data.instruct_template import Template
+from finetune.export.run_info import RunInfo
 from finetune.files import read_json, write_json
 
 PAD, NEW_PAD = "<|extratoken_1|>", "<|pad|>"
-"""The first of the 143 tokens that GPT-J's embedding has and no text uses; where there is none, the name of another."""
+"""The first of the 143 tokens that GPT-J's embedding has and no text uses; where there is none, the
+name of another."""
 NO_TEXT_BYTES = "ÿþýüûúùø÷öõÁÀ"
-"""Names, in a byte-level vocabulary, of the bytes that UTF-8 never holds (FF to F5, C1, C0): no text yields their tokens."""
+"""Names, in a byte-level vocabulary, of the bytes that UTF-8 never holds (FF to F5, C1, C0): no
+text yields their tokens."""
+PROBLEMS = {
+    "single_label": "single_label_classification",
+    "multi_label": "multi_label_classification",
+    "regression": "regression",
+}
+"""A classification task's problem -> transformers' name for it."""
 
 
 def tokenizer_for(tokenizer, head: str, task: dict[str, Any], rows: int, pads: bool = True):
-    """A copy of `tokenizer` that prepares text elsewhere as training did here.
+    """Return a copy of `tokenizer` that prepares text elsewhere as training did here.
 
     Args:
         task: `Task.describe()`.
@@ -39,28 +53,21 @@ def tokenizer_for(tokenizer, head: str, task: dict[str, Any], rows: int, pads: b
     """
     tokenizer = copy.deepcopy(tokenizer)
     if head == "lm":
-        if (
-            tokenizer.pad_token_id in (None, tokenizer.eos_token_id)
-            and tokenizer.get_vocab().get(PAD, rows) < rows
-        ):
+        spare = tokenizer.get_vocab().get(PAD, rows) < rows
+        if spare and tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
             tokenizer.pad_token = PAD
         if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
-            tokenizer.pad_token = (
-                tokenizer.eos_token
-            )  # attention masks hide it, and nothing looks for it
+            # Attention masks hide it, and nothing looks for it.
+            tokenizer.pad_token = tokenizer.eos_token
     elif not pads or not set_padding(tokenizer, rows):
         tokenizer.pad_token = None
     tokenizer.padding_side = "left" if head == "lm" else "right"
     if head != "lm":
-        _close_with_eos(tokenizer, task.get("pair_separator") or task.get("separator") or "\n")
+        close_with_eos(tokenizer, task.get("pair_separator") or task.get("separator") or "\n")
         tokenizer.model_max_length = task.get("max_length") or tokenizer.model_max_length
-    if task.get("template_text"):
-        template = Template(
-            task.get("template") or "chat",
-            task["template_text"],
-            tokenizer.eos_token,
-            tokenizer.bos_token or "",
-        )
+    if text := task.get("template_text"):
+        eos, bos = tokenizer.eos_token, tokenizer.bos_token or ""
+        template = Template(task.get("template") or "chat", text, eos, bos)
         tokenizer.chat_template = template.chat_template
     return tokenizer
 
@@ -68,8 +75,9 @@ def tokenizer_for(tokenizer, head: str, task: dict[str, Any], rows: int, pads: b
 def set_padding(tokenizer, rows: int) -> bool:
     """Give `tokenizer` a padding token that is not its eos, has a row in the embedding and stands for no text.
 
-    In this order: its own; GPT-J's first spare token; a new one in a row that no token uses; in a full byte-level
-    vocabulary a token that no text can yield, renamed. GPT-2's 50257 entries have thirteen of those.
+    In this order: its own; GPT-J's first spare token; a new one in a row that no token uses; in a
+    full byte-level vocabulary a token that no text can yield, renamed. GPT-2's 50257 entries have
+    thirteen of those.
 
     Returns:
         False: there is none, and nothing was changed.
@@ -81,52 +89,32 @@ def set_padding(tokenizer, rows: int) -> bool:
     if vocabulary.get(PAD, rows) < rows:
         tokenizer.pad_token = PAD
         return True
-    if NEW_PAD not in vocabulary and len(used) == max(used) + 1 < rows:
+    if NEW_PAD in vocabulary:
+        return False
+    if len(used) == max(used) + 1 < rows:
         tokenizer.add_special_tokens({"pad_token": NEW_PAD})
         return True
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    unused = _token_of_no_text(state, vocabulary, rows)
-    if unused is None or NEW_PAD in vocabulary:
-        return False
-    from tokenizers import Tokenizer
 
-    entries = state["model"]["vocab"]
-    entries[NEW_PAD] = entries.pop(unused)
+    # The vocabulary must be one of bytes, and no merge may build on the byte's token.
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    before, model = state["pre_tokenizer"] or {}, state["model"]
+    steps = {step.get("type") for step in [before, *before.get("pretokenizers", [])]}
+    if model["type"] != "BPE" or "ByteLevel" not in steps or model.get("byte_fallback"):
+        return False
+    taken = {character for pair in model["merges"] for part in pair for character in part}
+    taken |= {token["content"] for token in state["added_tokens"]}
+    free = [name for name in NO_TEXT_BYTES if vocabulary.get(name, rows) < rows]
+    unused = next((name for name in free if name not in taken), None)
+    if unused is None:
+        return False
+    model["vocab"][NEW_PAD] = model["vocab"].pop(unused)
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
     tokenizer.add_special_tokens({"pad_token": NEW_PAD})
     return True
 
 
-def _token_of_no_text(state: dict[str, Any], vocabulary: dict[str, int], rows: int) -> str | None:
-    """The vocabulary's name of a byte that no text holds; None in a vocabulary that is not of bytes.
-
-    Args:
-        state: of the `tokenizers` library.
-    """
-    before = state["pre_tokenizer"] or {}
-    steps = {step["type"] for step in [before, *before.get("pretokenizers", [])] if "type" in step}
-    if (
-        state["model"]["type"] != "BPE"
-        or "ByteLevel" not in steps
-        or state["model"].get("byte_fallback")
-    ):
-        return None
-    merged = {character for pair in state["model"]["merges"] for part in pair for character in part}
-    added = {token["content"] for token in state["added_tokens"]}
-    return next(
-        (
-            name
-            for name in NO_TEXT_BYTES
-            if vocabulary.get(name, rows) < rows and name not in merged and name not in added
-        ),
-        None,
-    )
-
-
-def _close_with_eos(tokenizer, separator: str) -> None:
-    """Single texts become `text eos`, pairs `text separator text eos`."""
-    from tokenizers.processors import TemplateProcessing
-
+def close_with_eos(tokenizer, separator: str) -> None:
+    """Make single texts `text eos`, pairs `text separator text eos`."""
     backend = tokenizer.backend_tokenizer
     glue = backend.encode(separator, add_special_tokens=False)
     eos = tokenizer.eos_token
@@ -138,12 +126,12 @@ def _close_with_eos(tokenizer, separator: str) -> None:
 
 
 def config_values(
-    config, head: str, base: str, dtype: str, task: dict[str, Any], tokenizer
+    config: GPTJConfig, head: str, base: str, dtype: str, task: dict[str, Any], tokenizer
 ) -> dict[str, Any]:
-    """config.json of an exported model.
+    """Return the config.json of an exported model.
 
     Args:
-        config: the GPTJConfig that was trained.
+        config: the one that was trained.
         dtype: bf16, fp16 or fp32.
         tokenizer: from `tokenizer_for`.
     """
@@ -157,49 +145,27 @@ def config_values(
         "_name_or_path": base,
     }
     if head == "classify":
-        values |= _label_values(task, config.num_labels)
+        names = task.get("labels") or [f"LABEL_{i}" for i in range(config.num_labels)]
+        values |= {
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: i for i, name in enumerate(names)},
+            "problem_type": PROBLEMS.get(task.get("problem", "")),
+        }
     if head != "lm":
         # None makes transformers refuse batches of several texts, instead of pooling the wrong token.
         values["pad_token_id"] = tokenizer.pad_token_id
     return values
 
 
-def _label_values(task: dict[str, Any], count: int) -> dict[str, Any]:
-    problem = {
-        "single_label": "single_label_classification",
-        "multi_label": "multi_label_classification",
-        "regression": "regression",
-    }.get(task.get("problem", ""))
-    names = task.get("labels") or [f"LABEL_{i}" for i in range(count)]
-    return {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: i for i, name in enumerate(names)},
-        "problem_type": problem,
-    }
-
-
-def generation_values(config, tokenizer) -> dict[str, Any]:
-    """generation_config.json: where text starts, ends, and what fills batches."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": pad,
-    }
-
-
 def write_small_files(
     folder: Path,
-    config,
-    head: str,
-    base: str,
-    dtype: str,
-    task: dict[str, Any],
+    config: GPTJConfig,
+    info: RunInfo,
     tokenizer,
-    with_config: bool,
+    with_config: bool = True,
     pads: bool = True,
 ) -> bool:
-    """Tokenizer, and with `with_config` config.json (and generation_config.json of a language model).
+    """Write the tokenizer, and with `with_config` config.json and a language model's generation_config.json.
 
     Args:
         tokenizer: as it was trained with; what is written is `tokenizer_for` it.
@@ -208,13 +174,22 @@ def write_small_files(
     Returns:
         Whether the tokenizer pads, so that the head reads padded batches right.
     """
-    ready = tokenizer_for(tokenizer, head, task, config.vocab_size, pads)
-    ready.save_pretrained(str(folder))
+    ready = tokenizer_for(tokenizer, info.head, info.task, config.vocab_size, pads)
+    try:
+        ready.save_pretrained(str(folder))
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers knows nothing narrower for a full disk
+        raise OSError(str(error)) from None
     # transformers 5.24 leaves the side out, and whoever generates from a batch needs it.
     file = folder / "tokenizer_config.json"
     write_json(file, read_json(file) | {"padding_side": ready.padding_side})
     if with_config:
-        write_json(folder / "config.json", config_values(config, head, base, dtype, task, ready))
-        if head == "lm":
-            write_json(folder / "generation_config.json", generation_values(config, ready))
+        values = config_values(config, info.head, info.base, info.dtype, info.task, ready)
+        write_json(folder / "config.json", values)
+    if with_config and info.head == "lm":
+        pad, eos = ready.pad_token_id, ready.eos_token_id
+        values = {"bos_token_id": config.bos_token_id, "eos_token_id": eos}
+        values["pad_token_id"] = pad if pad is not None else eos
+        write_json(folder / "generation_config.json", values)
     return ready.pad_token_id is not None

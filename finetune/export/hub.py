@@ -5,12 +5,10 @@ Tokens are left to the hub library: they are never read or stored here.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from finetune.config import ExportConfig
 from finetune.errors import RunFailed, UserError, gib
-from finetune.files import read_json
+from finetune.files import dumps, read_json, read_object
 
 LOGIN = "Log in with 'hf auth login', or set HF_TOKEN to a token that may write."
 
@@ -48,14 +46,16 @@ def push(folder: Path, repo: str, private: bool, base: str | None = None) -> str
     """
     from huggingface_hub import HfApi, get_token
 
+    sizes = [file.stat().st_size for file in folder.iterdir() if file.is_file()]
+    would = (
+        f"It would create {repo} ({'private' if private else 'public'}) where it is missing and "
+        f"upload {len(sizes)} files, {gib(sum(sizes))}, from {folder}"
+    )
+    later = f"Later: hf upload {repo} {folder}"
+    if get_token() is None:
+        raise RunFailed(f"there is no hub token. {would}", "push_to_hub", f"{LOGIN} {later}")
+    changed = with_hub_base(folder, base)
     try:
-        if get_token() is None:
-            raise RunFailed(
-                f"there is no hub token. {_would(folder, repo, private)}",
-                "push_to_hub",
-                f"{LOGIN} {_again(folder, repo)}",
-            )
-        changed = _with_base(folder, base)
         api = HfApi()
         url = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(
@@ -67,39 +67,20 @@ def push(folder: Path, repo: str, private: bool, base: str | None = None) -> str
         for name, text in changed.items():
             api.upload_file(repo_id=repo, path_in_repo=name, path_or_fileobj=text.encode())
         return str(url)
-    except RunFailed:
-        raise
     except Exception as error:  # errors of hub, HTTP library and network share no base
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunFailed(
-            f"the hub did not take it: {reason[:200]}. {_would(folder, repo, private)}",
-            "push_to_hub",
-            _again(folder, repo),
+            f"the hub did not take it: {reason[:200]}. {would}", "push_to_hub", later
         ) from None
 
 
-def push_or_explain(folder: Path, cfg: ExportConfig) -> str:
-    """Push at the end of training, where a failure must not fail the run.
+def with_hub_base(folder: Path, base: str | None) -> dict[str, str]:
+    """Return an adapter's files that name its base by a local folder, name -> text with the hub id.
 
-    Returns:
-        The outcome, as a message for users.
+    Raises:
+        RunFailed: there are such files, and `base` is None.
     """
-    assert cfg.push_to_hub
-    try:
-        return f"pushed to {push(folder, cfg.push_to_hub, cfg.hub_private, cfg.hub_base)}"
-    except RunFailed as error:
-        return f"not pushed: {error.render()}"
-
-
-def _with_base(folder: Path, base: str | None) -> dict[str, str]:
-    """Return the files of an adapter that name its base by a local folder, as name -> text.
-
-    The texts have the hub id in place of the folder.
-    """
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        return {}
-    local = read_json(file)["base_model_name_or_path"]
+    local = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
     if not local or not Path(local).is_absolute():
         return {}
     if not base:
@@ -108,26 +89,14 @@ def _with_base(folder: Path, base: str | None) -> dict[str, str]:
             "push_to_hub",
             "Say what others know it as: hub_base=EleutherAI/gpt-j-6b; or push kind=merged.",
         )
-    found = {}
+    changed = {}
     for name, key in (
         ("adapter_config.json", "base_model_name_or_path"),
         ("finetune.json", "base"),
     ):
         if (folder / name).is_file():
-            values = read_json(folder / name)
-            found[name] = json.dumps(values | {key: base}, indent=2) + "\n"
+            changed[name] = dumps(read_json(folder / name) | {key: base}, indent=2) + "\n"
     card = folder / "README.md"
-    return found | (
-        {card.name: card.read_text(encoding="utf-8").replace(local, base)} if card.is_file() else {}
-    )
-
-
-def _would(folder: Path, repo: str, private: bool) -> str:
-    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
-    size = gib(sum(file.stat().st_size for file in files))
-    kind = "private" if private else "public"
-    return f"It would create {repo} ({kind}) where it is missing and upload {len(files)} files, {size}, from {folder}"
-
-
-def _again(folder: Path, repo: str) -> str:
-    return f"Later: hf upload {repo} {folder}"
+    if card.is_file():
+        changed[card.name] = card.read_text(encoding="utf-8").replace(local, base)
+    return changed

@@ -1,88 +1,95 @@
-"""Fold an adapter into one base tensor, in fp32: LoRA, rsLoRA, DoRA and (IA)3.
+"""The tensors of a run's model, one at a time, with its adapter folded into the base in fp32.
 
-The formulas are those of the adapters' papers, not peft's code, so that reopening the result in peft's company is a
-real comparison: LoRA arXiv:2106.09685, rsLoRA arXiv:2312.03732, DoRA arXiv:2402.09353, (IA)3 arXiv:2205.05638.
+The formulas are those of the adapters' papers, not peft's code, so that reopening the result in
+peft's company is a real comparison: LoRA arXiv:2106.09685, rsLoRA arXiv:2312.03732, DoRA
+arXiv:2402.09353, (IA)3 arXiv:2205.05638.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GPTJConfig
 
-from finetune.config import AdapterConfig, Ia3Config, LoraConfig
-from finetune.errors import UserError
+from finetune.checkpointing.format import StateReader
+from finetune.config import Config, Init
+from finetune.gptj.load import DTYPES, Weights, draw, local_folder, meta_model
 
 PREFIX = "base_model.model."
 
 
-def merged_tensor(name: str, base: Tensor, cfg: AdapterConfig, masters, names: set[str]) -> Tensor:
-    """The tensor `name` of the merged model.
+class RunWeights:
+    """A run's model: fp32 masters of a checkpoint on the base that was trained.
 
     Args:
-        base: base weight (out, in) or a bias, in the precision that computed during training.
-        masters: checkpoint reader with read(name, "master", start, numel).
-        names: parameters that the checkpoint holds.
-
-    Returns:
-        fp32 where something was folded in, to be rounded once; else `base` as it is.
+        config: the trained model's.
     """
-    module, _, leaf = name.rpartition(".")
-    head = f"{PREFIX}{module}.modules_to_save.default.{leaf}"
-    if head in names:
-        return masters.read(head, "master", 0, base.numel()).view(base.shape)
-    if (
-        leaf != "weight"
-    ):  # (IA)3 scales a bias only where it scales outputs: GPT-J's attention has no biases
-        return base
-    match cfg:
-        case LoraConfig():
-            return _lora(f"{PREFIX}{module}", base, cfg, masters, names)
-        case Ia3Config():
-            return _ia3(f"{PREFIX}{module}", base, masters, names)
-        case _:
+
+    def __init__(self, cfg: Config, config: GPTJConfig, checkpoint: Path):
+        self.cfg, self.config = cfg, config
+        self.masters = StateReader(checkpoint)
+        self.names = set(self.masters.names())
+        pretrained = cfg.model.init is Init.pretrained
+        self.files = Weights(local_folder(cfg.model)) if pretrained else None
+        parameters = meta_model(config, cfg.task.head).named_parameters()
+        self.shapes = {name: tuple(p.shape) for name, p in parameters}
+
+    def master(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return a parameter of the checkpoint in fp32."""
+        return self.masters.read(name, "master", 0, math.prod(shape)).view(shape)
+
+    def trained(self, name: str) -> Tensor | None:
+        """Return a tensor that was trained as a whole, a head beside an adapter included, in fp32."""
+        module, _, leaf = name.rpartition(".")
+        for key in (name, f"{PREFIX}{module}.modules_to_save.default.{leaf}"):
+            if key in self.names:
+                return self.master(key, self.shapes[name])
+        return None
+
+    def base(self, name: str) -> Tensor:
+        """Return a tensor of the base in the run's precision, as training computed with it."""
+        if self.files is not None and name in self.files.files:
+            tensor = self.files[name]
+        else:
+            tensor = draw(name, self.shapes[name], self.config, self.cfg.seed)
+        return tensor.to(DTYPES[self.cfg.model.dtype.value])
+
+    def merged(self, name: str) -> Tensor:
+        """Return a tensor of the whole model: trained, folded in fp32, or the base's own."""
+        tensor = self.trained(name)
+        if tensor is not None:
+            return tensor
+        base = self.base(name)
+        adapter: Any = self.cfg.adapter
+        layer, _, leaf = f"{PREFIX}{name}".rpartition(".")
+        # (IA)3 scales a bias only where it scales outputs: GPT-J's attention has no biases.
+        if leaf != "weight" or base.dim() != 2:
             return base
+        rows, columns = base.shape
 
+        if f"{layer}.lora_A.default.weight" in self.names:
+            rank = adapter.rank
+            a = self.master(f"{layer}.lora_A.default.weight", (rank, columns))
+            b = self.master(f"{layer}.lora_B.default.weight", (rows, rank))
+            scale = adapter.alpha / (math.sqrt(rank) if adapter.rslora else rank)
+            # In place: one such tensor at a time.
+            merged = base.to(torch.float32, copy=True).addmm_(b, a, alpha=scale)
+            if adapter.dora:
+                key = f"{layer}.lora_magnitude_vector.default.weight"
+                merged.mul_((self.master(key, (rows,)) / merged.norm(dim=1))[:, None])
+            return merged
 
-def check_mergeable(cfg: AdapterConfig) -> None:
-    """
-    Raises:
-        UserError: this kind of adapter has no equivalent weights (prompt and prefix tuning).
-    """
-    if not isinstance(cfg, (LoraConfig, Ia3Config)):
-        raise UserError(
-            "prompts and prefixes are inputs, not weights: they cannot be merged",
-            "kind",
-            "Use kind=adapter.",
-        )
-
-
-def _lora(module: str, base: Tensor, cfg: LoraConfig, masters, names: set[str]) -> Tensor:
-    if f"{module}.lora_A.default.weight" not in names:
+        if f"{layer}.ia3_l.default" in self.names:
+            # The MLP's layers scale their inputs, the attention's their outputs.
+            scaled = (1, columns) if ".mlp." in layer else (rows, 1)
+            return base.float() * self.master(f"{layer}.ia3_l.default", scaled)
         return base
-    out, width = base.shape
-    a = masters.read(f"{module}.lora_A.default.weight", "master", 0, cfg.rank * width).view(
-        cfg.rank, width
-    )
-    b = masters.read(f"{module}.lora_B.default.weight", "master", 0, out * cfg.rank).view(
-        out, cfg.rank
-    )
-    scale = cfg.alpha / (math.sqrt(cfg.rank) if cfg.rslora else cfg.rank)
-    merged = base.to(torch.float32, copy=True).addmm_(
-        b, a, alpha=scale
-    )  # in place: one such tensor at a time
-    if not cfg.dora:
-        return merged
-    magnitude = masters.read(f"{module}.lora_magnitude_vector.default.weight", "master", 0, out)
-    return merged.mul_((magnitude / merged.norm(dim=1))[:, None])
 
-
-def _ia3(module: str, base: Tensor, masters, names: set[str]) -> Tensor:
-    key = f"{module}.ia3_l.default"
-    if key not in names:
-        return base
-    rows, columns = base.shape
-    if module.rpartition(".")[2].startswith("fc_"):
-        return base.float() * masters.read(key, "master", 0, columns)[None]
-    return base.float() * masters.read(key, "master", 0, rows)[:, None]
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor of the whole model, in the order of `shapes`."""
+        return ((name, self.merged(name)) for name in self.shapes)

@@ -27,10 +27,11 @@ weights are the transposes):
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -103,9 +104,9 @@ class MeshReader:
         self.folder = folder
         count = len([p for p in folder.iterdir() if p.name.startswith("shard_")])
         self.shards = [folder / f"shard_{i}" for i in range(count)]
-        self.places = _places(self.shards[0])
+        self.places = places(self.shards[0])
         for shard in self.shards[1:]:
-            if _places(shard) != self.places:
+            if places(shard) != self.places:
                 raise UserError(
                     "this shard holds other arrays than shard_0",
                     str(shard),
@@ -113,49 +114,51 @@ class MeshReader:
                 )
         self.layers, skipped = self._layers()
         self.leaves = {leaf.name: (leaf, skipped + i) for i, leaf in enumerate(leaves(self.layers))}
-        self.width = self._part(0, self.leaves[EMBEDDING_BIAS][1]).shape[0]
-        self.vocabulary = self._part(0, self.leaves["transformer.wte.weight"][1]).shape[0] * count
-        self.inner = (
-            self._part(0, self.leaves["transformer.h.0.mlp.fc_in.bias"][1]).shape[0] * count
-        )
+        self.width = self._part(EMBEDDING_BIAS).shape[0]
+        self.vocabulary = self._part("transformer.wte.weight").shape[0] * count
+        self.inner = self._part("transformer.h.0.mlp.fc_in.bias").shape[0] * count
         self.dtype = self.read("transformer.ln_f.weight").dtype
-
-    @property
-    def step(self) -> int:
-        return int(self._part(0, self.leaves["step"][1]))
+        self.step = int(self._part("step"))
 
     def read(self, name: str) -> Tensor:
         """Return one whole tensor in torch's layout; sums are made in fp32 and rounded once."""
-        leaf, index = self.leaves[name]
-        parts = [
-            _tensor(self._part(shard, index))
-            for shard in range(len(self.shards) if leaf.how != FIRST else 1)
-        ]
-        whole = _join(parts, leaf.how)
+        how = self.leaves[name][0].how
+        shards = range(len(self.shards) if how != FIRST else 1)
+        parts = [self._part(name, shard) for shard in shards]
+        if how in (ROWS, COLUMNS):
+            whole = torch.cat(parts, 0 if how == ROWS else -1)
+        else:
+            whole = parts[0].float()
+            for part in parts[1:]:
+                whole = whole + part.float()
+            whole = whole.to(parts[0].dtype)
         if name == "transformer.wte.weight":
             bias = self.read(EMBEDDING_BIAS)
             if bool(bias.any()):
                 whole = (whole.float() + bias.float()).to(whole.dtype)
         return whole.T.contiguous() if transposed(name) else whole.contiguous()
 
-    def _part(self, shard: int, index: int) -> np.ndarray:
-        file, member = self.places[index]
+    def _part(self, leaf: str | int, shard: int = 0) -> Tensor:
+        """Return one core's part of a leaf, given by name or place."""
+        file, member = self.places[leaf if isinstance(leaf, int) else self.leaves[leaf][1]]
         path = self.shards[shard] / file
         try:
             with np.load(path, allow_pickle=False) as opened:
-                return opened[member]
+                array = opened[member]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"cannot be read: {error}", str(path), "Copy the file again.") from None
+        if array.dtype == np.dtype("V2"):
+            return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
+        return torch.from_numpy(array)
 
     def _layers(self) -> tuple[int, int]:
         """Return the number of layers and of the optimizer's leaves in front of the parameters."""
         total = len(self.places)
-        slim = self._part(0, 0).ndim == 1
+        slim = self._part(0).ndim == 1
         if slim and (total - 7) % 10 == 0:
             return (total - 7) // 10, 0
-        for scalars in range(
-            1, 5
-        ):  # the optimizer's counters, then both moments of every parameter
+        # A full checkpoint: the optimizer's counters, then both moments of every parameter.
+        for scalars in range(1, 5):
             layers, rest = divmod(total - 19 - scalars, 30)
             if not slim and rest == 0 and layers > 0:
                 return layers, total - (10 * layers + 7)
@@ -166,7 +169,7 @@ class MeshReader:
         )
 
 
-def _places(shard: Path) -> list[tuple[str, str]]:
+def places(shard: Path) -> list[tuple[str, str]]:
     """Return (file, member) of each leaf, in order."""
     found = []
     for i in range(PIECES):
@@ -184,107 +187,55 @@ def _places(shard: Path) -> list[tuple[str, str]]:
     return found
 
 
-def _tensor(array: np.ndarray) -> Tensor:
-    if array.dtype == np.dtype("V2"):
-        return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(np.ascontiguousarray(array))
-
-
-def _join(parts: list[Tensor], how: str) -> Tensor:
-    if how == ROWS:
-        return torch.cat(parts)
-    if how == COLUMNS:
-        return torch.cat(parts, -1)
-    if how == FIRST:
-        return parts[0]
-    total = parts[0].float()
-    for part in parts[1:]:
-        total = total + part.float()
-    return total.to(parts[0].dtype)
-
-
-class MeshWriter:
-    """Writes leaves in the files' order, all shards at once.
+def write_checkpoint(
+    folder: Path,
+    layers: int,
+    shards: int,
+    dtype: torch.dtype,
+    tensor_of: Callable[[str], Tensor],
+    step: int,
+) -> None:
+    """Write a slim checkpoint leaf by leaf, in the files' order, all shards at once.
 
     Args:
         dtype: of every parameter.
+        tensor_of: name -> whole tensor in torch's layout.
     """
 
-    def __init__(self, folder: Path, layers: int, shards: int, dtype: torch.dtype):
-        self.folder, self.count, self.dtype = folder, shards, dtype
-        self.order = leaves(layers)
-        self.ends = _piece_ends(len(self.order))
-        self.open: list[zipfile.ZipFile] = []
-        self.done = self.piece = self.member = 0
-
-    def write(self, tensor_of: Any, step: int) -> None:
-        """Write everything.
-
-        Args:
-            tensor_of: name -> whole tensor in torch's layout.
-        """
-        for leaf in self.order:
-            if leaf.name == "step":
-                parts = [np.array(step, np.int32)] * self.count
-            elif (
-                leaf.name == EMBEDDING_BIAS
-            ):  # torch has it inside wte; adding -0.0 changes nothing, not even a sign
-                width = tensor_of("transformer.ln_f.bias").shape[0]
-                parts = [_array(torch.full((width,), -0.0, dtype=self.dtype))] * self.count
-            else:
-                parts = [
-                    _array(part) for part in self._cut(leaf, tensor_of(leaf.name).to(self.dtype))
-                ]
-            self._put(parts)
-        self._close()
-
-    def _cut(self, leaf: Leaf, whole: Tensor) -> Iterator[Tensor]:
+    def parts(leaf: Leaf) -> Iterator[np.ndarray]:
+        """Yield every core's part of a leaf."""
+        if leaf.name == "step":
+            yield from [np.array(step, np.int32)] * shards
+            return
+        if leaf.name == EMBEDDING_BIAS:
+            # torch has it inside wte; adding -0.0 changes nothing, not even a sign.
+            whole = torch.full_like(tensor_of("transformer.ln_f.bias"), -0.0, dtype=dtype)
+        else:
+            whole = tensor_of(leaf.name).to(dtype)
         whole = whole.T if transposed(leaf.name) else whole
         if leaf.how in (ROWS, COLUMNS):
-            yield from whole.chunk(self.count, 0 if leaf.how == ROWS else -1)
+            cut = whole.chunk(shards, 0 if leaf.how == ROWS else -1)
         else:
-            yield whole
             rest = whole if leaf.how == FIRST else torch.full_like(whole, -0.0)
-            yield from (rest for _ in range(self.count - 1))
+            cut = [whole] + [rest] * (shards - 1)
+        for part in cut:
+            part = part.contiguous()
+            is_bf16 = part.dtype == torch.bfloat16
+            yield part.view(torch.uint16).numpy().view("V2") if is_bf16 else part.numpy()
 
-    def _put(self, parts: list[np.ndarray]) -> None:
-        while self.done == self.ends[self.piece]:
-            self._close()
-            self.piece, self.member = self.piece + 1, 0
-        if not self.open:
-            self._begin()
-        for archive, part in zip(self.open, parts, strict=True):
-            with archive.open(f"arr_{self.member}.npy", "w", force_zip64=True) as f:
-                npy.write_array(f, part, allow_pickle=False)
-        self.done, self.member = self.done + 1, self.member + 1
-
-    def _begin(self) -> None:
-        for i in range(self.count):
-            shard = self.folder / f"shard_{i}"
-            shard.mkdir(parents=True, exist_ok=True)
-            self.open.append(
-                zipfile.ZipFile(
-                    shard / f"{self.piece}.npz", "w", zipfile.ZIP_STORED, allowZip64=True
-                )
-            )
-
-    def _close(self) -> None:
-        for archive in self.open:
-            archive.close()
-        self.open = []
-
-
-def _piece_ends(total: int) -> list[int]:
-    """Return the end of each of the 16 files, in leaves.
-
-    Counts differ by one at most; the first files have more.
-    """
-    size, more = divmod(total, PIECES)
-    return [size * (i + 1) + min(i + 1, more) for i in range(PIECES)]
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    tensor = tensor.contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy().view("V2")
-    return tensor.numpy()
+    order = leaves(layers)
+    size, more = divmod(len(order), PIECES)
+    waiting = iter(order)
+    for piece in range(PIECES):
+        with ExitStack() as stack:
+            archives = []
+            for i in range(shards):
+                path = folder / f"shard_{i}" / f"{piece}.npz"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                archive = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True)
+                archives.append(stack.enter_context(archive))
+            # Counts differ by one at most; the first files have more.
+            for member, leaf in enumerate(islice(waiting, size + (piece < more))):
+                for archive, part in zip(archives, parts(leaf), strict=True):
+                    with archive.open(f"arr_{member}.npy", "w", force_zip64=True) as f:
+                        npy.write_array(f, part, allow_pickle=False)

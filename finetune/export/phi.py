@@ -15,15 +15,21 @@ Source: transformers/models/phi/modeling_phi.py.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPTJConfig
 
-from finetune.errors import UserError
+from finetune.errors import UserError, command, setting
+from finetune.export.kinds import no_counterpart
+from finetune.files import read_json, read_object, write_json
+from finetune.gptj.load import Weights, evenly_spaced
 
 ARCHITECTURES = {"lm": "PhiForCausalLM", "classify": "PhiForSequenceClassification"}
 """Head -> class of transformers. Phi has no head for question answering."""
@@ -38,6 +44,9 @@ MODULES = {
 """GPT-J's linear layers -> Phi's, which are also the names of an adapter's target modules."""
 LAYER = re.compile(r"transformer\.h\.(\d+)\.(attn|mlp|ln_1)\.?(\w*)")
 REORDERED = ("q_proj", "k_proj")
+ROUNDING = 2.0**-8
+"""Largest relative difference between copies of a weight in two precisions: half a unit in the last
+place of bf16."""
 SAME_FUNCTION = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 """Activations of GPT-J whose name and function Phi's config takes over."""
 
@@ -69,7 +78,11 @@ def config_values(config: GPTJConfig, head: str, values: dict[str, Any]) -> dict
         values: GPT-J's config.json, for what both have: dtype, token ids, labels.
     """
     head_dim = config.n_embd // config.n_head
-    share = (config.rotary_dim or head_dim) / head_dim
+    rotary = config.rotary_dim or head_dim
+    share = rotary / head_dim
+    if int(head_dim * share) < rotary:  # as readers compute it: 58 of 100 would give 57
+        share = math.nextafter(share, 1.0)
+    inner = config.n_inner or 4 * config.n_embd
     kept = ("dtype", "bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id")
     kept += ("num_labels", "problem_type", "_name_or_path", "transformers_version")
     return {
@@ -78,7 +91,8 @@ def config_values(config: GPTJConfig, head: str, values: dict[str, Any]) -> dict
         **{key: values[key] for key in kept if key in values},
         "vocab_size": config.vocab_size,
         "hidden_size": config.n_embd,
-        "intermediate_size": config.n_inner or 4 * config.n_embd,
+        "intermediate_size": inner,
+        "n_inner": inner,  # vLLM's own class, up to release 0.25, and SGLang's read this one
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
         "num_key_value_heads": config.n_head,
@@ -174,15 +188,6 @@ def adapter_config(values: dict[str, Any], base: str) -> dict[str, Any]:
     }
 
 
-def no_counterpart(kind: str) -> UserError:
-    """Return the error for an adapter that cannot be used with a base in Phi's form."""
-    return UserError(
-        f"an adapter of kind {kind} has no counterpart for a base in Phi's form",
-        "kind",
-        "Use kind=phi, which merges it into a whole model.",
-    )
-
-
 def row_order(config: GPTJConfig) -> Tensor:
     """Return the rows of q and k, (n_embd,) int64, in Phi's order."""
     head_dim = config.n_embd // config.n_head
@@ -192,3 +197,63 @@ def row_order(config: GPTJConfig) -> Tensor:
     )
     heads = torch.arange(config.n_head)[:, None] * head_dim
     return (heads + order).reshape(-1)
+
+
+def rewrite_files(folder: Path, config: GPTJConfig, head: str, base: str | None) -> None:
+    """Rewrite an export's config.json, and the adapter in peft's layout for GPT-J, in Phi's form.
+
+    Args:
+        base: path of an adapter's base in Phi's form; None: a whole model.
+    """
+    file = folder / "config.json"
+    if file.exists():
+        write_json(file, config_values(config, head, read_json(file)))
+    if base is None:
+        return
+    file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    write_json(file, adapter_config(read_json(file), base))
+    converted = dict(convert_all(load_file(weights).items(), config))
+    save_file({name: t.contiguous() for name, t in converted.items()}, weights)
+    weights.chmod(0o644)
+
+
+def check_base(base: str | None, trained_on: Path, config: GPTJConfig) -> Path:
+    """Return the folder of an adapter's base in Phi's form.
+
+    Args:
+        trained_on: the base in GPT-J's layout; some rows of every tensor are compared.
+
+    Raises:
+        UserError: there is none, or it was made of other weights.
+    """
+    source = setting("source", trained_on)
+    make = command(["python", "launch/convert.py", source, "target=BASE-phi", "to=phi"])
+    if not base:
+        raise UserError(
+            "kind=phi_adapter needs the base model in Phi's form",
+            "base",
+            f"Make it once, and name it with base=BASE-phi: {make}",
+        )
+    folder = Path(base).expanduser().absolute()
+    if read_object(folder / "config.json").get("model_type") != "phi":
+        raise UserError("this is not a model in Phi's form", str(folder), f"Make it with: {make}")
+    ours, theirs = Weights(trained_on), Weights(folder)
+    order = row_order(config).tolist()
+    for name in (name for name in ours.files if name.startswith("transformer.")):
+        new, shape = phi_name(name), ours.shape(name)
+        same = new in theirs.files and theirs.shape(new) == shape
+        if same:
+            rows = evenly_spaced(shape[0])
+            reordered = any(f".{module}." in name for module in REORDERED)
+            wanted = ours.sample(name, [order[row] for row in rows] if reordered else rows).float()
+            difference = (theirs.sample(new, rows).float() - wanted).abs()
+            # The base may be stored in another precision.
+            same = bool((difference <= ROUNDING * wanted.abs() + ROUNDING**2).all())
+        if not same:
+            raise UserError(
+                f"these are not the weights that this adapter was trained on: {new} differs from "
+                f"{name} of {trained_on}",
+                str(folder),
+                f"Make the right base with: {make}",
+            )
+    return folder

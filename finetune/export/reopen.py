@@ -36,6 +36,7 @@ from finetune.config import (
     TaskConfig,
     adapter_head,
     config_head,
+    read_gptj_config,
     read_yaml,
     typed,
 )
@@ -43,7 +44,10 @@ from finetune.data.encode_classify import LAST_TOKEN
 from finetune.data.sources import read
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import UserError
-from finetune.files import read_json, refuse_pointer
+from finetune.export.kinds import KINDS as EXPORTS
+from finetune.export.kinds import serving_command
+from finetune.export.phi import ARCHITECTURES
+from finetune.files import read_json, read_object, read_settings, refuse_pointer
 from finetune.gptj import adapters
 from finetune.gptj.adapters import flat
 from finetune.gptj.load import (
@@ -80,22 +84,16 @@ def load_config(run_dir: Path) -> Config:
         )
     values = read_yaml(file)
     assert isinstance(values, dict)
-    task, trained = values.pop("task"), values.pop("adapter")
-    cfg = _sections(values)
-    cfg.task = typed_task(task)
-    cfg.adapter = typed(KINDS["adapter"][trained["kind"]], trained)
-    return cfg
-
-
-def _sections(values: dict[str, Any]) -> Config:
     cfg = Config()
-    template = {f.name: f for f in fields(Config)}
-    for key, value in values.items():
-        if key not in template:
+    for section in fields(Config):
+        if section.name not in values:
             continue
-        current = getattr(cfg, key)
-        kind = ModelConfig if key == "model" else type(current)
-        setattr(cfg, key, typed(kind, value) if isinstance(value, dict) else value)
+        current, value = getattr(cfg, section.name), values[section.name]
+        if section.name in ("task", "adapter"):
+            value = typed(KINDS[section.name][value["kind"]], value)
+        elif isinstance(value, dict):
+            value = typed(ModelConfig if section.name == "model" else type(current), value)
+        setattr(cfg, section.name, value)
     return cfg
 
 
@@ -130,20 +128,13 @@ def checkpoint_of(path: Path) -> tuple[Path, Path]:
                 "Name another step, or the run directory.",
             )
         return path.parent.parent, path
-    found = find_resume(str(path), path, lambda text: None)
-    assert found is not None
-    return path, _best(path, found) or found
-
-
-def _best(run_dir: Path, newest: Path) -> Path | None:
-    """Return the best checkpoint if the run keeps it (`checkpoint.best`), else None.
-
-    The best step is what such a run exports.
-    """
-    if not (run_dir / "config.yaml").is_file() or not load_config(run_dir).checkpoint.best:
-        return None
-    best = step_folder(run_dir / "checkpoints", read_state(newest)["state"]["best_step"])
-    return best if best.is_dir() and verify(best) is None else None
+    newest = find_resume(str(path), path, lambda text: None)
+    assert newest is not None
+    if (path / "config.yaml").is_file() and load_config(path).checkpoint.best:
+        best = step_folder(path / "checkpoints", read_state(newest)["state"]["best_step"])
+        if best.is_dir() and verify(best) is None:
+            return path, best
+    return path, newest
 
 
 def about_of_run(run_dir: Path) -> dict[str, Any]:
@@ -165,15 +156,6 @@ def reference_texts_of(run_dir: Path) -> list[list[int]]:
         return read_json(file)
     rows = islice(read(str(asset("data") / "pile_sample/eval.jsonl.zst"), "train"), 4)
     return [load_tokenizer(None)(row["text"][:400])["input_ids"][:64] for _, row in rows]
-
-
-def fill_from_checkpoint(module: nn.Module, checkpoint: Path) -> None:
-    """Copy the trained weights of a checkpoint into a module of the same build, rounding once."""
-    masters = StateReader(checkpoint)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                parameter.view(-1).copy_(masters.read(name, "master", 0, parameter.numel()))
 
 
 def check_base(cfg: Config, checkpoint: Path) -> None:
@@ -219,7 +201,11 @@ def load_run(
     module = adapters.attach(model, cfg.adapter, head, cfg.model.path, cfg.seed)
     if dtype is not None:
         module = module.to(DTYPES[dtype.value])
-    fill_from_checkpoint(module, checkpoint)
+    masters = StateReader(checkpoint)
+    with torch.no_grad():  # the trained weights, rounded once
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                parameter.view(-1).copy_(masters.read(name, "master", 0, parameter.numel()))
     return module.to(device).eval()
 
 
@@ -238,54 +224,84 @@ def read_about(folder: Path, base: str | None = None) -> dict[str, Any]:
         the adapter was trained on.
 
     Raises:
-        UserError: neither an export nor a GPT-J; an adapter whose base is unknown, missing or
-            changed.
+        UserError: neither an export nor a GPT-J; an export for other engines; an adapter whose base
+            is unknown, missing or changed.
     """
-    is_adapter = (folder / "adapter_config.json").is_file()
+    adapter_file = folder / "adapter_config.json"
+    is_adapter = adapter_file.is_file()
     if base and not is_adapter:
         raise UserError(
             "base names an adapter's base model, and this is no adapter",
             str(folder),
             "Leave base out.",
         )
-    for name in (
-        ABOUT,
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "adapter_model.bin",
-        "config.json",
-    ):
+    for name in (ABOUT, "adapter_model.safetensors", "adapter_model.bin"):
         refuse_pointer(folder / name)
-    if (folder / ABOUT).is_file():
-        about = read_json(folder / ABOUT)
-        if is_adapter:
-            named = _json(folder / "adapter_config.json").get("base_model_name_or_path")
-            moved = (
-                Path(about["base"]).is_absolute() and not Path(about["base"]).is_dir()
-            )  # trained elsewhere
-            name = base or (named if moved else None) or about["base"]
-            about["base"] = str(base_folder(name, about.get("revision"), folder))
-            check_same_base(Path(about["base"]), about["head"], about.get("base_weights"))
+    about = read_settings(folder / ABOUT) if (folder / ABOUT).is_file() else {}
+    adapter = read_settings(adapter_file) if is_adapter else {}
+    refuse_other_engines(folder, about, adapter)
+    if about and is_adapter:
+        # Trained elsewhere: the adapter may have been told where its base lies here.
+        recorded = Path(about["base"])
+        moved = recorded.is_absolute() and not recorded.is_dir()
+        name = base or (moved and adapter.get("base_model_name_or_path")) or about["base"]
+        about["base"] = str(base_folder(name, about.get("revision"), folder))
+        check_same_base(Path(about["base"]), about["head"], about.get("base_weights"))
+    if about:
         return about
+
+    # An adapter that plain peft wrote.
     if is_adapter:
-        return _foreign_adapter(folder, base)
+        head = adapter_head(adapter, str(adapter_file)).name
+        name = base or adapter.get("base_model_name_or_path")
+        home = base_folder(name, adapter.get("revision"), folder)
+        model = read_gptj_config(home)
+        # A head that was saved with the adapter is described next to it, if anywhere.
+        own = read_settings(folder / "config.json") if (folder / "config.json").is_file() else {}
+        described = ("id2label", "problem_type", "pad_token_id")
+        model |= {key: own[key] for key in described if own.get(key) is not None}
+        outputs = head_outputs(folder, home, head) if head != "lm" else 0
+        if head == "classify" and len(model.get("id2label") or {}) != outputs:
+            model["id2label"] = {str(i): f"LABEL_{i}" for i in range(outputs)}
+        return {"base": str(home), "kind": "adapter", **describe_foreign(model, head)}
+
+    # A checkpoint of transformers.
     if (folder / "config.json").is_file():
-        values = _json(folder / "config.json")
-        return {"base": str(folder), "kind": "full", **_foreign(values, config_head(values).name)}
+        values = read_gptj_config(folder)
+        described = describe_foreign(values, config_head(values).name)
+        return {"base": str(folder), "kind": "full", **described}
     raise UserError(
         "neither an export nor a GPT-J checkpoint", str(folder), "Pass model=RUN_DIR/export."
     )
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return read_json(file)
-    except FileNotFoundError:
+def refuse_other_engines(folder: Path, about: dict[str, Any], adapter: dict[str, Any]) -> None:
+    """Check that a model is in GPT-J's layout, which this project runs.
+
+    Args:
+        about: of its finetune.json; {} where there is none.
+        adapter: of its adapter_config.json; {} where it is none.
+
+    Raises:
+        UserError: it is a GGUF file or in Phi's form; the message has the command that serves it.
+    """
+    kind, head = about.get("kind"), about.get("head", "lm")
+    if not about and not adapter:
+        config = read_object(folder / "config.json")
+        if any(folder.glob("*.gguf")):
+            kind = "gguf"
+        elif config.get("model_type") == "phi":
+            named = {architecture: head for head, architecture in ARCHITECTURES.items()}
+            kind, head = "phi", named.get((config.get("architectures") or [""])[0], "lm")
+    if kind in EXPORTS and EXPORTS[kind].form != "gptj":
+        form = "a GGUF file" if kind == "gguf" else "in Phi's form"
+        base = str(adapter.get("base_model_name_or_path"))
         raise UserError(
-            f"{file.name} is missing", str(file.parent), "A checkpoint directory needs it."
-        ) from None
-    except ValueError as error:
-        raise UserError(f"not JSON: {error}", str(file), "Download the file again.") from None
+            f"this is {form}, which other engines run; here GPT-J's own layout is needed",
+            str(folder),
+            f"Serve it with: {serving_command(kind, head, str(folder), base)}\n"
+            "  Or name an export of kind adapter, merged or full.",
+        )
 
 
 def base_folder(name: str | None, revision: str | None, adapter: Path) -> Path:
@@ -335,30 +351,7 @@ def check_same_base(folder: Path, head: str, record: dict[str, str] | None) -> N
         )
 
 
-def _foreign_adapter(folder: Path, base: str | None) -> dict[str, Any]:
-    """Return the equivalent of finetune.json for an adapter that plain peft wrote."""
-    file = folder / "adapter_config.json"
-    values = _json(file)
-    head = adapter_head(values, str(file)).name
-    home = base_folder(
-        base or values.get("base_model_name_or_path"), values.get("revision"), folder
-    )
-    model = _json(home / "config.json")
-    # A head that was saved with the adapter is described next to it, if anywhere.
-    own = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    model |= {
-        key: own[key]
-        for key in ("id2label", "problem_type", "pad_token_id")
-        if own.get(key) is not None
-    }
-    if head != "lm":
-        outputs = _head_outputs(folder, home, head)
-        if head == "classify" and len(model.get("id2label") or {}) != outputs:
-            model["id2label"] = {str(i): f"LABEL_{i}" for i in range(outputs)}
-    return {"base": str(home), "kind": "adapter", **_foreign(model, head)}
-
-
-def _head_outputs(folder: Path, home: Path, head: str) -> int:
+def head_outputs(folder: Path, home: Path, head: str) -> int:
     """Return the number of outputs of the head that an adapter, or else its base, holds.
 
     Raises:
@@ -366,18 +359,13 @@ def _head_outputs(folder: Path, home: Path, head: str) -> int:
     """
     name = HEADS[head].module
     stored = re.compile(rf"(^|\.){name}\.(modules_to_save\.(default\.)?)?weight$")
-    file = next(
-        (
-            f
-            for f in (folder / "adapter_model.safetensors", folder / "adapter_model.bin")
-            if f.is_file()
-        ),
-        None,
-    )
-    tensors = open_shard(file) if file else {}
-    for key in tensors.keys():  # noqa: SIM118 - not always a dict
-        if stored.search(key):
-            return (tensors[key] if isinstance(tensors, dict) else tensors.get_tensor(key)).shape[0]
+    files = [folder / "adapter_model.safetensors", folder / "adapter_model.bin"]
+    for file in [file for file in files if file.is_file()][:1]:
+        tensors = open_shard(file)
+        for key in tensors.keys():  # noqa: SIM118 - not always a dict
+            if stored.search(key):
+                tensor = tensors[key] if isinstance(tensors, dict) else tensors.get_tensor(key)
+                return tensor.shape[0]
     weights = Weights(home)
     if f"{name}.weight" in weights.files:
         return weights.shape(f"{name}.weight")[0]
@@ -388,7 +376,7 @@ def _head_outputs(folder: Path, home: Path, head: str) -> int:
     )
 
 
-def _foreign(values: dict[str, Any], head: str) -> dict[str, Any]:
+def describe_foreign(values: dict[str, Any], head: str) -> dict[str, Any]:
     """Return head, precision, task and settings of a model that was not trained here.
 
     Args:
@@ -396,37 +384,25 @@ def _foreign(values: dict[str, Any], head: str) -> dict[str, Any]:
     """
     stored = values.get("dtype") or values.get("torch_dtype")
     dtype = next((d.value for d in Dtype if d.torch_name == stored), "bf16")
-    settings = {
-        "kind": HEADS[head].task,
-        "max_length": min(GPTJ_POSITIONS, values.get("n_positions") or GPTJ_POSITIONS),
-    }
+    positions = min(GPTJ_POSITIONS, values.get("n_positions") or GPTJ_POSITIONS)
+    settings = {"kind": HEADS[head].task, "max_length": positions}
     about = {"head": head, "dtype": dtype, "task": {}, "settings": settings}
-    if head == "classify":
-        about["task"], problem = _foreign_labels(values)
-        about["task"] |= {"pooling": LAST_TOKEN, "pad_token_id": values.get("pad_token_id")}
-        settings |= problem
-    return about
+    if head != "classify":
+        return about
 
-
-def _foreign_labels(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (description as in ClassifyTask.describe, task settings) of a foreign classifier.
-
-    Both are taken from the config.json of a classifier saved by transformers.
-    """
-    names = [
-        name
-        for _, name in sorted((values.get("id2label") or {}).items(), key=lambda item: int(item[0]))
-    ]
+    # As ClassifyTask.describe does, from what transformers saved of a classifier.
+    labels = sorted((values.get("id2label") or {}).items(), key=lambda item: int(item[0]))
+    names = [name for _, name in labels]
     names = names or [f"LABEL_{i}" for i in range(values.get("num_labels") or 2)]
     if values.get("problem_type") == "regression" or len(names) == 1:
-        return {"num_labels": 1}, {"problem": "regression"}
-    problem = (
-        "multi_label"
-        if values.get("problem_type") == "multi_label_classification"
-        else "single_label"
-    )
-    task = {"problem": problem, "labels": names, "labels_by_index": True, "num_labels": len(names)}
-    return task, {"problem": problem}
+        settings["problem"], task = "regression", {"num_labels": 1}
+    else:
+        several = values.get("problem_type") == "multi_label_classification"
+        settings["problem"] = "multi_label" if several else "single_label"
+        task = {"problem": settings["problem"], "labels": names, "labels_by_index": True}
+        task["num_labels"] = len(names)
+    about["task"] = {**task, "pooling": LAST_TOKEN, "pad_token_id": values.get("pad_token_id")}
+    return about
 
 
 def foreign_note(about: dict[str, Any]) -> str | None:
@@ -450,7 +426,7 @@ def model_folder(folder: Path, about: dict[str, Any]) -> Path:
 def virtual_tokens_of(folder: Path) -> int:
     """Return the number of positions that an export's prompt or prefix takes; 0 for any other."""
     file = folder / "adapter_config.json"
-    return int(_json(file).get("num_virtual_tokens") or 0) if file.is_file() else 0
+    return int(read_object(file).get("num_virtual_tokens") or 0)
 
 
 def load_export(

@@ -27,7 +27,15 @@ class ShardWriter:
 
     def __init__(self, folder: Path, shapes: Shapes, dtype: torch.dtype, shard_bytes: int):
         self.folder, self.shapes, self.dtype = folder, shapes, dtype
-        self.shards = _assign(shapes, dtype.itemsize, shard_bytes)
+        self.shards: list[list[str]] = [[]]
+        size = 0
+        for name, shape in shapes.items():
+            needed = math.prod(shape) * dtype.itemsize
+            if self.shards[-1] and size + needed > shard_bytes:
+                self.shards.append([])
+                size = 0
+            self.shards[-1].append(name)
+            size += needed
         count = len(self.shards)
         self._names = [
             "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
@@ -58,20 +66,6 @@ class ShardWriter:
             weight_map = {name: file for file, names in files for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_json(self.folder / "model.safetensors.index.json", index)
-
-
-def _assign(shapes: Shapes, itemsize: int, shard_bytes: int) -> list[list[str]]:
-    """Names of each file, filled in order."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, shape in shapes.items():
-        needed = math.prod(shape) * itemsize
-        if shards[-1] and size + needed > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += needed
-    return shards
 
 
 def file_sha256(path: Path) -> str:

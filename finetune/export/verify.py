@@ -1,73 +1,82 @@
-"""Reopen an export with plain transformers and peft, away from this project's model, and compare outputs.
+"""Reopen an export with the engine's own code, away from this project's model, and compare outputs.
 
     python -m finetune.export.verify EXPORT_DIR REFERENCE.safetensors
 
-The reference holds ids.N (T,) and outputs.N (T, V) of the trained model, each text alone. Texts called short_ids.N, of
-unequal lengths, are also read as one batch that the export's own tokenizer pads, on the right and on the left. Prints
-one JSON object. Nothing of this project's GPT-J is used here: Hugging Face's eager implementation is the judge.
+The reference holds ids.N (T,) and outputs.N (T, V) of the trained model, each text alone. Texts
+called short_ids.N, of unequal lengths, are also read as one batch that the export's own tokenizer
+pads, on the right and on the left. Prints one JSON object.
+
+Nothing of this project's GPT-J is used here. The judge of layouts for transformers and peft is
+Hugging Face's eager implementation; that of a GGUF file is llama.cpp (`verify_gguf.py`).
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
 from finetune.config import HEADS, Dtype
-from finetune.files import read_json
+from finetune.export import verify_gguf
+from finetune.export.gguf_file import MODEL_FILE
+from finetune.files import read_json, read_object
 
 TOLERANCE = {
     "float32": (2e-5, 2e-3, 0.999),
     "bfloat16": (0.05, 0.5, 0.9),
     "float16": (0.01, 0.1, 0.97),
 }
-"""dtype -> (mean and largest difference over the outputs' standard deviation, least arg-max agreement). The largest one
-finds a single wrong row of the head, which the mean over 50400 does not show."""
+"""dtype -> (mean and largest difference over the outputs' standard deviation, least arg-max
+agreement). The largest one finds a single wrong row of the head, which the mean over 50400 does not
+show."""
+SIDES = {"PROMPT_TUNING": (), "PREFIX_TUNING": ("right",)}
+"""Sides that batches may be padded on where an adapter has virtual tokens: padding must not come
+between those and the text, and a classifier cannot pool behind a prompt at all. All other exports:
+both."""
+PADDED_MEAN = 3
+"""A padded batch has a few numbers where the texts have thousands: its mean difference may be as
+many times larger."""
 
 
 def open_export(folder: Path):
-    """Model in evaluation mode, as a stranger would load it.
+    """Return the model in evaluation mode, as a stranger would load it, and its head.
 
     Raises:
-        ValueError: tensors are missing from the files or left over: transformers only warns, and draws them at random.
+        ValueError: tensors are missing from the files or left over: transformers only warns, and
+            draws them at random.
     """
-    import torch
     import transformers
 
-    about = read_json(folder / "finetune.json")
+    about, adapter = (
+        read_json(folder / "finetune.json"),
+        read_object(folder / "adapter_config.json"),
+    )
     auto = getattr(transformers, HEADS[about["head"]].auto_class)
     dtype = getattr(torch, Dtype(about["dtype"]).torch_name)
-    if (folder / "adapter_config.json").exists():
+    settings = {"dtype": dtype, "attn_implementation": "eager"}
+    if adapter:
         from peft import PeftModel
 
-        values = read_json(folder / "adapter_config.json")
-        quantized = quantization(about, dtype)
         # A head needs the export's config: number of labels, and the padding token.
-        extra = (
-            {"config": transformers.AutoConfig.from_pretrained(str(folder))}
-            if (folder / "config.json").exists()
-            else {}
-        )
-        model = auto.from_pretrained(
-            values["base_model_name_or_path"],
-            revision=values.get("revision") or "main",
-            dtype=dtype,
-            attn_implementation="eager",
-            **extra,
-            **quantized,
-        )
+        if (folder / "config.json").exists():
+            settings["config"] = transformers.AutoConfig.from_pretrained(str(folder))
+        base, revision = adapter["base_model_name_or_path"], adapter.get("revision") or "main"
+        quantized = quantization(about, dtype)
+        model = auto.from_pretrained(base, revision=revision, **settings, **quantized)
         if quantized:
             dequantize(model)
         model = PeftModel.from_pretrained(model, str(folder))
-        for (
-            parameter
-        ) in model.parameters():  # not `to`, which transformers refuses for quantised models
+        # Not `to`, which transformers refuses for quantised models.
+        for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
     else:
-        model, told = auto.from_pretrained(
-            str(folder), dtype=dtype, attn_implementation="eager", output_loading_info=True
-        )
+        model, told = auto.from_pretrained(str(folder), output_loading_info=True, **settings)
         wrong = {
             key: sorted(told[key])[:4] for key in ("missing_keys", "unexpected_keys") if told[key]
         }
@@ -104,7 +113,6 @@ def dequantize(model) -> None:
     bf16 with nf4 on CPUs. As one row, because its CPU kernel takes other blocks' scales where the
     columns are no multiple of a block.
     """
-    import torch
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
@@ -123,15 +131,8 @@ def dequantize(model) -> None:
         model.set_submodule(name, plain)
 
 
-SIDES = {"PROMPT_TUNING": (), "PREFIX_TUNING": ("right",)}
-"""Sides that batches may be padded on where an adapter has virtual tokens: padding must not come between those and the
-text, and a classifier cannot pool behind a prompt at all (see `finetune.export.write.write`). All other exports: both."""
-PADDED_MEAN = 3
-"""A padded batch has a few numbers where the texts have thousands: its mean difference may be as many times larger."""
-
-
-def outputs(model, head: str, ids):
-    """Head outputs at every position of the text, fp32 (T, V): pooling is the task's business, not the export's."""
+def outputs(model, head: str, ids: Tensor) -> Tensor:
+    """Return the head's outputs at every position of a text in fp32, (T, V), before any pooling."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     seen: list = []
     hook = getattr(inner, HEADS[head].module).register_forward_hook(
@@ -139,142 +140,134 @@ def outputs(model, head: str, ids):
     )
     adapter = getattr(model, "active_peft_config", None)
     if adapter is not None and adapter.peft_type == "PREFIX_TUNING" and head != "lm":
-        _with_prefix(model, inner, ids)
+        # peft 0.21 hands its prefix over as `past_key_values`, a name that transformers 5.24
+        # replaced by `cache`: for these heads peft's own forward refuses. Run the base model on the
+        # keys and values that peft makes; everything else is peft's and transformers'.
+        prefix = model.get_prompt(batch_size=1)
+        mask = torch.ones(1, prefix.get_seq_length() + len(ids), dtype=torch.long)
+        positions = torch.arange(prefix.get_seq_length(), mask.shape[1])[None]
+        inner(input_ids=ids[None], cache=prefix, attention_mask=mask, position_ids=positions)
     else:
         model(input_ids=ids[None])
     hook.remove()
     return seen[-1][-len(ids) :].float()  # a prompt's own outputs stand in front
 
 
-def _with_prefix(model, inner, ids) -> None:
-    """Run the base model on the keys and values that peft makes of a prefix.
-
-    peft 0.21 hands them over as `past_key_values`, a name that transformers 5.24 replaced by `cache`: for classification
-    and question answering peft's own forward refuses. Everything else here is peft's and transformers'.
-    """
-    import torch
-
-    prefix = model.get_prompt(batch_size=1)
-    mask = torch.ones(1, prefix.get_seq_length() + len(ids), dtype=torch.long)
-    positions = torch.arange(prefix.get_seq_length(), mask.shape[1])[None]
-    inner(input_ids=ids[None], cache=prefix, attention_mask=mask, position_ids=positions)
-
-
-def compare(folder: Path, reference: Path) -> dict:
-    """Figures over all positions, and whether they are within what the precision explains."""
-    import torch
-    from safetensors.torch import load_file
-
+def compare(folder: Path, saved: dict[str, Tensor]) -> dict:
+    """Return figures over all positions, and whether they are within what the precision explains."""
     from finetune.training.mfu import emulates_bf16
 
-    torch.set_grad_enabled(False)
-    saved = load_file(reference)
     model, head = open_export(folder)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if dtype == "bfloat16" and emulates_bf16(torch.device("cpu")):
         model = model.float()  # the same numbers, two hundred times as fast
-    wanted, found = [], []
-    for i in range(sum(name.startswith("ids.") for name in saved)):
-        wanted.append(saved[f"outputs.{i}"])
-        found.append(outputs(model, head, saved[f"ids.{i}"]))
-    padded = padded_difference(folder, model, head, saved)
-    a, b = torch.cat(wanted), torch.cat(found)
-    difference = (a - b).abs()
-    mean_limit, max_limit, agreement_limit = TOLERANCE[dtype]
-    agreement = _agreement(wanted, found, head)
-    spread = a.std().clamp(min=1e-12)
-    relative, largest = float(difference.mean() / spread), float(difference.max() / spread)
-    finite = bool(torch.isfinite(b).all())
-    fits = all(
-        mean / float(spread) <= PADDED_MEAN * mean_limit and most / float(spread) <= max_limit
-        for mean, most in padded.values()
+    texts = range(sum(name.startswith("ids.") for name in saved))
+    wanted = [saved[f"outputs.{i}"] for i in texts]
+    reopened = [outputs(model, head, saved[f"ids.{i}"]) for i in texts]
+    padded = padded_differences(folder, model, head, saved)
+
+    # Decisions: the likeliest token or label at every position, or a question's start and end.
+    axis = 0 if head == "qa" else -1
+    same = [a.argmax(axis) == b.argmax(axis) for a, b in zip(wanted, reopened, strict=True)]
+    agreement = float(torch.cat([row.float().flatten() for row in same]).mean())
+    a, b = torch.cat(wanted), torch.cat(reopened)
+    difference, spread = (a - b).abs(), float(a.std().clamp(min=1e-12))
+    mean, largest = float(difference.mean()), float(difference.max())
+    mean_limit, max_limit, least_agreement = TOLERANCE[dtype]
+    equal = (
+        bool(torch.isfinite(b).all())
+        and mean / spread <= mean_limit
+        and largest / spread <= max_limit
+        and (agreement >= least_agreement or mean / spread < 1e-5)
+        and all(
+            one.mean() / spread <= PADDED_MEAN * mean_limit and one.max() / spread <= max_limit
+            for one in padded.values()
+        )
     )
+    libraries = ("transformers", "peft") if hasattr(model, "peft_config") else ("transformers",)
     return {
-        "equal": finite
-        and relative <= mean_limit
-        and largest <= max_limit
-        and fits
-        and (agreement >= agreement_limit or relative < 1e-5),
-        "max_difference": float(difference.max()),
-        "mean_difference": float(difference.mean()),
-        "relative_difference": relative,
+        "equal": equal,
+        "max_difference": largest,
+        "mean_difference": mean,
+        "relative_difference": mean / spread,
         "argmax_agreement": agreement,
-        "positions": a.shape[0],
+        "positions": sum(len(text) for text in wanted),
         "dtype": dtype,
         "arithmetic": str(next(model.parameters()).dtype).removeprefix("torch."),
         "tensors": sum(1 for _ in model.parameters()),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "padded_max_difference": {side: most for side, (_, most) in padded.items()},
+        "padded_max_difference": {side: float(one.max()) for side, one in padded.items()},
+        "engine": " and ".join(f"{library} {version(library)}" for library in libraries),
     }
 
 
-def padded_difference(
-    folder: Path, model, head: str, saved: dict
-) -> dict[str, tuple[float, float]]:
-    """Mean and largest difference of the short texts in a padded batch from each alone, by the side that is padded.
+def padded_differences(
+    folder: Path, model, head: str, saved: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the differences of the short texts in a padded batch from each alone, by padded side.
 
-    A classifier is compared in what it returns, which transformers pools by itself; the other heads at every token.
+    A classifier is compared in what it returns, which transformers pools by itself; the other heads
+    at every token.
 
     Raises:
         ValueError: the export's tokenizer does not write the eos that training wrote.
     """
-    import torch
     from transformers import AutoTokenizer
 
     count = sum(name.startswith("short_ids.") for name in saved)
-    rows, alone = (
-        [saved[f"short_{kind}.{i}"] for i in range(count)] for kind in ("ids", "outputs")
-    )
+    rows = [saved[f"short_ids.{i}"].tolist() for i in range(count)]
+    alone = [saved[f"short_outputs.{i}"] for i in range(count)]
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     if head != "lm":
-        _check_eos(tokenizer, [ids.tolist() for ids in rows])
-    file = folder / "adapter_config.json"
-    kind = read_json(file)["peft_type"] if file.exists() else ""
-    found = {}
-    sides = SIDES.get(kind, ("right", "left"))
-    if tokenizer.pad_token_id is None or count < 2 or (kind == "PREFIX_TUNING" and head != "lm"):
-        sides = ()  # for a prefix before another head see `_with_prefix`
+        check_eos(tokenizer, rows)
+    adapter = read_object(folder / "adapter_config.json").get("peft_type", "")
+    sides = SIDES.get(adapter, ("right", "left"))
+    # For a prefix before another head see `outputs`.
+    prefixed = adapter == "PREFIX_TUNING" and head != "lm"
+    if tokenizer.pad_token_id is None or count < 2 or prefixed:
+        sides = ()
+    differences = {}
     for side in sides:
         tokenizer.padding_side = side
-        batch = tokenizer.pad({"input_ids": [ids.tolist() for ids in rows]}, return_tensors="pt")
+        batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
         result = model(**batch)
         if head == "classify":
-            differences = [result.logits[i].float() - alone[i][-1] for i in range(count)]
+            parts = [result.logits[i].float() - alone[i][-1] for i in range(count)]
         else:
+            qa = head == "qa"
             values = (
-                result.logits
-                if head == "lm"
-                else torch.stack([result.start_logits, result.end_logits], -1)
+                torch.stack([result.start_logits, result.end_logits], -1) if qa else result.logits
             )
             real = batch["attention_mask"].bool()
-            differences = [(values[i][real[i]].float() - alone[i]).flatten() for i in range(count)]
-        difference = torch.cat(differences).abs().nan_to_num(torch.inf)
-        found[side] = (float(difference.mean()), float(difference.max()))
-    return found
+            parts = [(values[i][real[i]].float() - alone[i]).flatten() for i in range(count)]
+        differences[side] = torch.cat(parts).abs().nan_to_num(torch.inf)
+    return differences
 
 
-def _check_eos(tokenizer, rows: list[list[int]]) -> None:
+def check_eos(tokenizer, rows: list[list[int]]) -> None:
+    """Check that the tokenizer ends every text with the eos that training put there.
+
+    Raises:
+        ValueError: it does not.
+    """
     for ids in rows:
         text = tokenizer.decode(ids[:-1])
         # Ids that a text was cut off from need not be those of the text they spell.
-        if (
-            tokenizer(text, add_special_tokens=False)["input_ids"] == ids[:-1]
-            and tokenizer(text)["input_ids"] != ids
-        ):
+        whole = tokenizer(text, add_special_tokens=False)["input_ids"] == ids[:-1]
+        written = tokenizer(text)["input_ids"]
+        if whole and written != ids:
             raise ValueError(
-                f"the tokenizer gives {tokenizer(text)['input_ids'][-3:]} at the end, training gave {ids[-3:]}"
+                f"the tokenizer gives {written[-3:]} at the end, training gave {ids[-3:]}"
             )
 
 
-def _agreement(wanted: list, found: list, head: str) -> float:
-    """Share of the decisions that are the same: the likeliest token or label at every position, or, for question
-    answering, the likeliest start and end of each text."""
-    import torch
-
-    axis = 0 if head == "qa" else -1
-    same = [(a.argmax(axis) == b.argmax(axis)).float() for a, b in zip(wanted, found, strict=True)]
-    return float(torch.cat([s.flatten() for s in same]).mean())
+def main(folder: Path, reference: Path) -> None:
+    """Print the figures of the export in `folder`."""
+    torch.set_grad_enabled(False)
+    saved = load_file(reference)
+    is_gguf = (folder / MODEL_FILE).is_file()
+    print(json.dumps(verify_gguf.compare(folder, saved) if is_gguf else compare(folder, saved)))
 
 
 if __name__ == "__main__":
-    print(json.dumps(compare(Path(sys.argv[1]), Path(sys.argv[2]))))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

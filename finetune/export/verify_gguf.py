@@ -1,18 +1,20 @@
 """Reopen a GGUF file with llama.cpp, and compare its next tokens with the trained model's.
 
-    python -m finetune.export.verify_gguf MODEL.gguf REFERENCE.safetensors DTYPE
-
-The reference holds ids.N (T,) and outputs.N (T, V) of the trained model, each text alone. At some
-positions of every text llama.cpp continues the text so far by one token: the token and the
-log-probabilities of the likeliest ones are compared. Prints one JSON object. llama.cpp comes as the
-Python package xllamacpp: pip install -e '.[gguf]'
+At some positions of every text llama.cpp continues the text so far by one token: the token and the
+log-probabilities of the likeliest ones are compared. llama.cpp comes as the Python package
+xllamacpp: pip install -e '.[gguf]'
 """
 
 from __future__ import annotations
 
 import json
-import sys
+from importlib.metadata import version
 from pathlib import Path
+
+from torch import Tensor
+
+from finetune.export.gguf_file import MODEL_FILE
+from finetune.files import read_json
 
 LIMITS = {
     "f32": (1e-3, 1.0),
@@ -29,15 +31,17 @@ LIKELIEST = 10
 """Tokens whose log-probabilities are compared at each position."""
 
 
-def compare(file: Path, reference: Path, dtype: str) -> dict:
-    """Return the figures of export.json, and whether they are within `LIMITS`."""
-    import xllamacpp
-    from safetensors.torch import load_file
+def compare(folder: Path, saved: dict[str, Tensor]) -> dict:
+    """Return the figures of export.json, and whether they are within `LIMITS`.
 
-    saved = load_file(reference)
+    Args:
+        saved: ids.N (T,) and outputs.N (T, V) of the trained model, each text alone.
+    """
+    import xllamacpp
+
     texts = [saved[f"ids.{i}"] for i in range(sum(name.startswith("ids.") for name in saved))]
     params = xllamacpp.CommonParams()
-    params.model.path = str(file)
+    params.model.path = str(folder / MODEL_FILE)
     params.n_ctx = 2 * max(map(len, texts))
     params.n_parallel = 1
     params.n_gpu_layers = 0
@@ -45,30 +49,28 @@ def compare(file: Path, reference: Path, dtype: str) -> dict:
     params.verbosity = 0
     server = xllamacpp.Server(params)
 
+    dtype = read_json(folder / "finetune.json")["dtype"]
     limit, least_equal = LIMITS[dtype]
     differences: list[float] = []
     equal = positions = 0
     for i, ids in enumerate(texts):
         wanted = saved[f"outputs.{i}"].log_softmax(-1)
         for position in sorted({round(x * (len(ids) - 1) / POSITIONS) for x in range(POSITIONS)}):
-            answer = server.handle_completions(
-                {
-                    "prompt": ids[: position + 1].tolist(),
-                    "max_tokens": 1,
-                    "temperature": 0,
-                    "logprobs": LIKELIEST,
-                    "ignore_eos": True,
-                }
-            )
+            request = {
+                "prompt": ids[: position + 1].tolist(),
+                "max_tokens": 1,
+                "temperature": 0,
+                "logprobs": LIKELIEST,
+                "ignore_eos": True,
+            }
+            answer = server.handle_completions(request)
             answer = json.loads(answer) if isinstance(answer, (str, bytes)) else answer
             (step,) = answer["choices"][0]["logprobs"]["content"]
-            known = {token["id"]: token["logprob"] for token in step["top_logprobs"]}
-            differences += [abs(p - float(wanted[position, id])) for id, p in known.items()]
-            chosen, best = (
-                wanted[position, max(known, key=known.__getitem__)],
-                wanted[position].max(),
-            )
-            equal += float(best - chosen) <= limit
+            likeliest = {token["id"]: token["logprob"] for token in step["top_logprobs"]}
+            here = wanted[position]
+            differences += [abs(p - float(here[token])) for token, p in likeliest.items()]
+            chosen = max(likeliest, key=likeliest.__getitem__)
+            equal += float(here.max() - here[chosen]) <= limit
             positions += 1
     mean = sum(differences) / len(differences)
     return {
@@ -78,15 +80,5 @@ def compare(file: Path, reference: Path, dtype: str) -> dict:
         "token_agreement": equal / positions,
         "positions": positions,
         "dtype": dtype,
-        "engine": f"llama.cpp (xllamacpp {_version()})",
+        "engine": f"llama.cpp (xllamacpp {version('xllamacpp')})",
     }
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("xllamacpp")
-
-
-if __name__ == "__main__":
-    print(json.dumps(compare(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])))

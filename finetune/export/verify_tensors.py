@@ -2,7 +2,7 @@
 
 Every tensor is read back from the export's files and compared with the checkpoint's own values or,
 where an adapter was merged, with the result of peft's merge into the same matrix. Only a few
-tensors are in memory at a time; unlike `finetune.export.write.verify`, no model is run.
+tensors are in memory at a time; unlike `finetune.export.verify`, no model is run.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from finetune.checkpointing.format import StateReader
-from finetune.config import AdapterConfig, Config, FullConfig, Init
 from finetune.errors import RunFailed
-from finetune.export.merge import PREFIX
+from finetune.export.merge import PREFIX, RunWeights
+from finetune.export.write import ADAPTER_FILE
 from finetune.gptj.adapters import peft_config
-from finetune.gptj.load import DTYPES, Weights, draw, local_folder, meta_model
+from finetune.gptj.load import DTYPES, Weights
 
 EPSILON = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-"""Largest difference relative to the tensor's largest value: half a unit in the last place, and in fp32 the order of
-sums."""
+"""Largest difference relative to the tensor's largest value: half a unit in the last place, and in
+fp32 the order of sums."""
 CHUNK = 1 << 22
 """Elements compared at once."""
 
 
-def verify_adapter(folder: Path, shell: nn.Module, masters, dtype: torch.dtype) -> dict[str, Any]:
+def verify_adapter(
+    folder: Path, shell: nn.Module, weights: RunWeights, dtype: str
+) -> dict[str, Any]:
     """Check that the adapter's file has every trained parameter, rounded from its master weight.
 
     Args:
@@ -39,17 +40,16 @@ def verify_adapter(folder: Path, shell: nn.Module, masters, dtype: torch.dtype) 
     Raises:
         RunFailed: names the tensor that is missing or differs.
     """
-    written = load_file(folder / "adapter_model.safetensors")
+    written = load_file(folder / ADAPTER_FILE)
     count = len(written)
     for name, parameter in shell.named_parameters():
         if not parameter.requires_grad:
             continue
         key = name.replace(".modules_to_save.default", "").replace(".default", "")
-        key = key.replace(
-            "lora_magnitude_vector.weight", "lora_magnitude_vector"
-        )  # not in peft's files
-        wanted = masters.read(name, "master", 0, parameter.numel()).view(parameter.shape).to(dtype)
-        _compare(key, written.pop(key, None), wanted, 0.0, folder)
+        # peft's files leave this suffix out.
+        key = key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+        wanted = weights.master(name, tuple(parameter.shape)).to(DTYPES[dtype])
+        compare(key, written.pop(key, None), wanted, 0.0, folder)
     if written:
         raise RunFailed(
             f"the adapter's file holds tensors that were not trained: {', '.join(list(written)[:4])}",
@@ -58,91 +58,70 @@ def verify_adapter(folder: Path, shell: nn.Module, masters, dtype: torch.dtype) 
     return {"verified": True, "method": "tensors", "tensors": count}
 
 
-def verify_model(folder: Path, cfg: Config, config, info, checkpoint: Path) -> dict[str, Any]:
+def verify_model(folder: Path, weights: RunWeights, dtype: str) -> dict[str, Any]:
     """Check that every tensor of a merged or full export is right.
 
     It must equal the checkpoint's, the base model's, or peft's merge of both.
 
-    Args:
-        config: the trained model's GPTJConfig.
-        info: the export's ExportInfo.
-
     Raises:
         RunFailed: names the tensor that is missing or differs.
     """
-    masters, written, dtype = StateReader(checkpoint), Weights(folder), DTYPES[info.dtype]
-    names = set(masters.names())
-    source = Weights(local_folder(cfg.model)) if cfg.model.init is Init.pretrained else None
-    parameters = dict(meta_model(config, info.head).named_parameters())
+    written, precision = Weights(folder), DTYPES[dtype]
     worst = 0.0
-    for name, parameter in parameters.items():
-        shape = tuple(parameter.shape)
-        trained = name if isinstance(cfg.adapter, FullConfig) else _head_key(name)
-        if trained in names:
-            wanted, limit = (
-                masters.read(trained, "master", 0, parameter.numel()).view(shape).to(dtype),
-                0.0,
-            )
+    for name in weights.shapes:
+        wanted, limit = weights.trained(name), 0.0
+        if wanted is not None:
+            wanted = wanted.to(precision)
         else:
-            known = source is not None and name in source.files
-            base = (
-                source[name]
-                if source is not None and known
-                else draw(name, shape, config, cfg.seed)
-            )
-            base = base.to(DTYPES[cfg.model.dtype.value])
-            wanted, limit = _folded(name, base, cfg.adapter, masters, names), EPSILON[dtype]
-        found = written[name] if name in written.files else None
-        worst = max(worst, _compare(name, found, wanted, limit, folder))
-    extra = set(written.files) - set(parameters)
+            wanted, limit = peft_merge(weights, name), EPSILON[precision]
+        tensor = written[name] if name in written.files else None
+        worst = max(worst, compare(name, tensor, wanted, limit, folder))
+    extra = sorted(set(written.files) - set(weights.shapes))
     if extra:
         raise RunFailed(
-            f"the export holds tensors that the model has not: {', '.join(sorted(extra)[:4])}",
-            str(folder),
+            f"the export holds tensors that the model has not: {', '.join(extra[:4])}", str(folder)
         )
     return {
         "verified": True,
         "method": "tensors",
-        "tensors": len(parameters),
+        "tensors": len(weights.shapes),
         "largest_relative_difference": worst,
     }
 
 
-def _head_key(name: str) -> str:
+def peft_merge(weights: RunWeights, name: str) -> Tensor:
+    """Return one tensor of the base, merged with its adapter by peft in fp32 if it has one."""
+    base = weights.base(name)
     module, _, leaf = name.rpartition(".")
-    return f"{PREFIX}{module}.modules_to_save.default.{leaf}"
-
-
-def _folded(name: str, base: Tensor, cfg: AdapterConfig, masters, names: set[str]) -> Tensor:
-    """Merge one matrix and its adapter with peft in fp32."""
-    module, _, leaf = name.rpartition(".")
-    mine = {
-        n.removeprefix(f"{PREFIX}{module}."): n for n in names if n.startswith(f"{PREFIX}{module}.")
-    }
-    if leaf != "weight" or not mine:
+    prefix = f"{PREFIX}{module}."
+    parts = {n.removeprefix(prefix): n for n in weights.names if n.startswith(prefix)}
+    if leaf != "weight" or not parts:
         return base
+    # peft wraps a model of this layer alone.
     short = module.rpartition(".")[2]
-    alone = nn.Module()
     layer = nn.Linear(base.shape[1], base.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(base.float())
+    alone = nn.Module()
     setattr(alone, short, layer)
-    wrapped = peft.get_peft_model(alone, peft_config(cfg, None, [short]))  # type: ignore[arg-type]
+    wrapped = peft.get_peft_model(alone, peft_config(weights.cfg.adapter, None, [short]))  # type: ignore[arg-type]
     with torch.no_grad():
         for key, parameter in wrapped.named_parameters():
             own = key.removeprefix(f"{PREFIX}{short}.")
-            if own in mine:
-                parameter.copy_(
-                    masters.read(mine[own], "master", 0, parameter.numel()).view(parameter.shape)
-                )
+            if own in parts:
+                parameter.copy_(weights.master(parts[own], tuple(parameter.shape)))
     return getattr(wrapped.merge_and_unload(), short).weight.detach()  # type: ignore[operator]
 
 
-def _compare(name: str, found: Tensor | None, wanted: Tensor, limit: float, folder: Path) -> float:
-    """Return the largest difference relative to the largest wanted value."""
-    if found is None or found.shape != wanted.shape:
+def compare(name: str, tensor: Tensor | None, wanted: Tensor, limit: float, folder: Path) -> float:
+    """Return the largest difference relative to the largest wanted value.
+
+    Raises:
+        RunFailed: the tensor is missing, has another shape, or differs by more than `limit`.
+    """
+    if tensor is None or tensor.shape != wanted.shape:
         raise RunFailed(f"the export's tensor {name} is missing or of another shape", str(folder))
     largest = difference = 0.0
-    for a, b in zip(found.reshape(-1).split(CHUNK), wanted.reshape(-1).split(CHUNK), strict=True):
+    for a, b in zip(tensor.reshape(-1).split(CHUNK), wanted.reshape(-1).split(CHUNK), strict=True):
         largest = max(largest, float(b.float().abs().max()))
         step = float((a.float() - b.float()).abs().max())
         difference = max(difference, step if math.isfinite(step) else math.inf)

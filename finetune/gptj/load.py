@@ -108,10 +108,10 @@ class Weights:
         self._touched += tensor.numel() * tensor.element_size()
         return tensor
 
-    def sample(self, name: str) -> Tensor:
-        """Return at most `SAMPLED_ROWS` evenly spaced rows of a tensor, both ends included."""
-        size = self.shape(name)[0]
-        places = sorted({(size - 1) * i // (SAMPLED_ROWS - 1) for i in range(SAMPLED_ROWS)})
+    def sample(self, name: str, places: list[int] | None = None) -> Tensor:
+        """Return some rows of a tensor; places None: `evenly_spaced` ones."""
+        if places is None:
+            places = evenly_spaced(self.shape(name)[0])
         handle, stored = self._handle(self.files[name]), self._stored[name]
         source = handle[stored] if isinstance(handle, dict) else handle.get_slice(stored)  # type: ignore[union-attr]
         return torch.cat([source[place : place + 1] for place in places])
@@ -123,6 +123,11 @@ class Weights:
         if isinstance(handle, dict):
             return tuple(handle[stored].shape)
         return tuple(handle.get_slice(stored).get_shape())  # type: ignore[union-attr]
+
+
+def evenly_spaced(size: int) -> list[int]:
+    """Return the rows that recognise a tensor of `size` rows, both ends included."""
+    return sorted({(size - 1) * i // (SAMPLED_ROWS - 1) for i in range(SAMPLED_ROWS)})
 
 
 def _full_name(name: str) -> str:

@@ -19,7 +19,8 @@ from finetune.config import Dtype, LoraConfig, ModelConfig
 from finetune.data.tokenizer import build_gptj_tokenizer
 from finetune.errors import UserError
 from finetune.export.reopen import read_about
-from finetune.export.write import ExportInfo, finish_export, fresh_stage, write_adapter
+from finetune.export.run_info import RunInfo
+from finetune.export.write import finish_export, staged, write_adapter
 from finetune.gptj import adapters
 from finetune.gptj.load import base_record, build_model, same_base
 from finetune.inference import speaker as generating
@@ -57,9 +58,7 @@ def export(base: Path, tmp_path: Path) -> Path:
     trained = {
         name: torch.randn_like(p) for name, p in wrapped.named_parameters() if p.requires_grad
     }
-    stage = fresh_stage(tmp_path / "export")
-    write_adapter(wrapped, trained, stage)
-    info = ExportInfo(
+    info = RunInfo(
         "x",
         "lm",
         str(base),
@@ -69,9 +68,9 @@ def export(base: Path, tmp_path: Path) -> Path:
         revision="float16",
         base_folder=base,
     )
-    finish_export(
-        stage, tmp_path / "export", build_gptj_tokenizer(), wrapped.config, info, "adapter", None
-    )
+    with staged(tmp_path / "export") as stage:
+        write_adapter(wrapped, trained, stage)
+        finish_export(stage, "adapter", build_gptj_tokenizer(), wrapped.config, info, None)
     return tmp_path / "export"
 
 

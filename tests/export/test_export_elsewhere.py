@@ -12,10 +12,8 @@ import torch
 import transformers
 import yaml
 from huggingface_hub import ModelCard
-from peft import PeftModel
 from safetensors import safe_open
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -29,10 +27,12 @@ from finetune.cli.generate import run as generate
 from finetune.data.qa_rows import Question
 from finetune.errors import RunFailed, UserError
 from finetune.export.model_card import model_card
-from finetune.export.write import verify_export
+from finetune.export.proof import verify_export
+from finetune.export.run_info import RunInfo
 from finetune.inference.answer import answer_questions, classify_text
 from finetune.inference.sample import Sampling
 from finetune.inference.speaker import load_speaker
+from tests.conftest import ROOT
 from tests.export.test_export_matrix import AUTO, exported
 
 TEXTS = [
@@ -105,14 +105,14 @@ def test_the_classification_pipeline_names_labels(merged, find_run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["lora", "dora", "ia3"])
-def test_a_classification_adapter_opens_as_its_card_says(find_run, adapter):
+def test_a_classification_adapter_opens_as_documented(find_run, adapter):
     folder = exported(find_run("classify", adapter), "adapter")
-    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    model = AutoModelForSequenceClassification.from_pretrained(
-        base, dtype=torch.float32, config=AutoConfig.from_pretrained(folder)
-    )
-    model = PeftModel.from_pretrained(model, folder).eval()
-    batch = AutoTokenizer.from_pretrained(folder)(TEXTS, return_tensors="pt", padding=True)
+    page = (ROOT / "docs/export.md").read_text(encoding="utf-8")
+    snippet = page.split("```python\nfrom peft import PeftConfig")[1].split("```")[0]
+    scope: dict = {}
+    exec("from peft import PeftConfig" + snippet.replace("RUN/export", str(folder)), scope)
+    model, tokenizer = scope["model"], scope["tokenizer"]
+    batch = tokenizer(TEXTS, return_tensors="pt", padding=True)
     with torch.no_grad():
         found = model(**batch).logits.softmax(-1).numpy()
     np.testing.assert_allclose(found, probabilities(load_speaker(str(folder), None)), atol=2e-6)
@@ -260,6 +260,11 @@ def test_cards_are_valid(find_run, head, adapter, kind):
     assert card.data.library_name == ("peft" if kind == "adapter" else "transformers")
     weights = next(folder.glob("*.safetensors"))
     assert json.loads((folder / "export.json").read_text())["files"][weights.name] in card.text
+    engines = dict(row.split(" | ")[::2] for row in card.text.split("\n") if row.count(" | ") == 2)
+    judge = "| transformers and peft" if kind == "adapter" else "| transformers"
+    assert engines[judge].startswith("this export was not reopened")  # verify=tensors
+    assert ("| CTranslate2" in engines) == (head == "lm" and kind != "adapter")
+    assert "Verified tensor by tensor" in card.text
     loading = card.text.split("```python\n")[1].split("```")[0]
     scope: dict = {}
     exec(loading.replace("THIS_FOLDER", str(folder)), scope)  # the card's own commands
@@ -271,37 +276,18 @@ def test_cards_are_valid(find_run, head, adapter, kind):
 
 def test_metadata_of_a_hub_base_and_of_metrics():
     metrics = {"loss": 1.5, "accuracy": 0.25, "examples": 4, "per_class": {}}
-    card = model_card(
-        "run",
-        "classify",
-        "adapter",
-        "EleutherAI/gpt-j-6b",
-        "bf16",
-        {"evaluation data": "x/e.jsonl"},
-        metrics,
-        {"verified": False},
-        {},
-        False,
-    )
+    unproven = {"verified": False, "files": {}}
+    info = RunInfo("run", "classify", "EleutherAI/gpt-j-6b", "bf16", {})
+    info.facts, info.metrics = {"evaluation data": "x/e.jsonl"}, metrics
+    card = model_card("adapter", info, unproven)
     data = ModelCard(card).data
     assert data.base_model == "EleutherAI/gpt-j-6b" and data.pipeline_tag == "text-classification"
     assert {(r.metric_type, r.metric_value) for r in data.eval_results} == {
         ("loss", 1.5),
         ("accuracy", 0.25),
     }
-    local = model_card(
-        "run",
-        "lm",
-        "full",
-        "/models/j",
-        "bf16",
-        {},
-        {},
-        {"verified": False},
-        {},
-        False,
-        origin="EleutherAI/gpt-j-6b",
-    )
+    info = RunInfo("run", "lm", "/models/j", "bf16", {})
+    local = model_card("full", info, unproven, origin="EleutherAI/gpt-j-6b")
     assert ModelCard(local).data.base_model == "EleutherAI/gpt-j-6b"
 
 

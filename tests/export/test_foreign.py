@@ -16,7 +16,7 @@ from finetune.config import adapter_head
 from finetune.data.encode_classify import PlainText
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import UserError
-from finetune.export.hf_files import _close_with_eos
+from finetune.export.hf_files import close_with_eos
 from finetune.export.reopen import read_about
 from finetune.inference.answer import classify_text
 from finetune.inference.speaker import load_speaker
@@ -113,7 +113,7 @@ def test_the_pooled_token_is_that_of_transformers(closes, pad):
     """Also with a tokenizer that closes every text with the eos, which may be the padding too."""
     tokenizer = load_tokenizer(None)
     if closes:
-        _close_with_eos(tokenizer, "\n")
+        close_with_eos(tokenizer, "\n")
     torch.manual_seed(1)
     judge = GPTJForSequenceClassification(GPTJConfig(**NUMBERS, pad_token_id=pad)).eval()
     for text in TEXTS:

@@ -16,7 +16,7 @@ from finetune.assets.paths import asset
 from finetune.config import ModelConfig
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import UserError
-from finetune.export.gguf_file import gguf_name, write_gguf
+from finetune.export.gguf_file import parts, write_gguf
 from finetune.gptj.load import Weights, read_config
 
 gguf = pytest.importorskip("gguf")
@@ -55,12 +55,13 @@ def write(file: Path, dtype: str) -> Path:
     [("f32", 1e-3, 4), ("f16", 5e-3, 2), ("bf16", 0.05, 2), ("q8_0", 0.2, 1.0625)],
 )
 def test_llama_cpp_gives_the_same_log_probabilities(tmp_path, reference, dtype, most, bytes_each):
-    file = write(tmp_path / "tiny.gguf", dtype)
+    file = write(tmp_path / "model.gguf", dtype)
+    (tmp_path / "finetune.json").write_text(json.dumps({"dtype": dtype}))
     weights = Weights(asset("gptj_tiny"))
     values = sum(torch.Size(weights.shape(name)).numel() for name in weights.files)
     assert file.stat().st_size == pytest.approx(values * bytes_each, rel=0.25, abs=2.5e6)
     done = subprocess.run(
-        [sys.executable, "-m", "finetune.export.verify_gguf", str(file), str(reference[0]), dtype],
+        [sys.executable, "-m", "finetune.export.verify", str(tmp_path), str(reference[0])],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -116,6 +117,15 @@ def test_rows_that_q8_0_cannot_divide_are_refused(tmp_path):
 
 
 def test_names():
-    assert gguf_name("model.layers.3.self_attn.dense.bias") == "blk.3.attn_output.bias"
-    assert gguf_name("model.embed_tokens.weight") == "token_embd.weight"
-    assert gguf_name("lm_head.bias") == "output.bias"
+    config = GPTJConfig(n_embd=8, n_head=2, rotary_dim=4, n_layer=4)
+    tensors = [
+        ("transformer.h.3.attn.out_proj.weight", torch.zeros(8, 8)),
+        ("transformer.wte.weight", torch.zeros(5, 8)),
+        ("lm_head.bias", torch.zeros(5)),
+    ]
+    assert [(name, kind.name) for name, _, kind in parts(tensors, config, "f16")] == [
+        ("blk.3.attn_output.weight", "F16"),
+        ("blk.3.attn_output.bias", "F32"),
+        ("token_embd.weight", "F16"),
+        ("output.bias", "F32"),
+    ]

@@ -19,15 +19,10 @@ from finetune.assets.paths import asset
 from finetune.data.tokenizer import build_gptj_tokenizer
 from finetune.errors import RunFailed
 from finetune.export.hf_files import tokenizer_for
-from finetune.export.verify import _check_eos
-from finetune.export.write import (
-    ExportInfo,
-    finish_export,
-    fresh_stage,
-    reference_outputs,
-    verify_export,
-    write_model,
-)
+from finetune.export.proof import reference_outputs, verify_export
+from finetune.export.run_info import RunInfo
+from finetune.export.verify import check_eos
+from finetune.export.write import finish_export, staged, write_model
 from finetune.gptj.load import draw, meta_model
 
 TEXTS = [
@@ -143,15 +138,13 @@ def test_verification_finds_an_export_that_pools_another_token(tmp_path):
         parameter.data = draw(name, tuple(parameter.shape), config, 0)
     texts = [tokenizer(text)["input_ids"] for text in TEXTS if text]
     reference = reference_outputs(module, texts, "classify", 50256, torch.device("cpu"))
-    stage, shapes = (
-        fresh_stage(target),
-        {name: tuple(p.shape) for name, p in module.named_parameters()},
-    )
-    assert write_model(module.named_parameters(), shapes, "fp32", stage, 1.0) is None
-    info = ExportInfo(
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    info = RunInfo(
         "x", "classify", "", "fp32", {"problem": "single_label", "labels": ["a", "b", "c"]}
     )
-    figures = finish_export(stage, target, tokenizer, config, info, "full", reference)
+    with staged(target) as stage:
+        assert write_model(module.named_parameters(), shapes, "fp32", stage, 1.0) is None
+        figures = finish_export(stage, "full", tokenizer, config, info, reference)
     assert figures["verified"] and figures["pads"]
     assert (
         set(figures["padded_max_difference"]) == {"left", "right"}
@@ -165,5 +158,5 @@ def test_verification_finds_an_export_that_pools_another_token(tmp_path):
     with pytest.raises(RunFailed, match="not equal to the trained model"):
         verify_export(target, reference)
     with pytest.raises(ValueError, match="the tokenizer gives"):
-        _check_eos(tokenizer, [[*texts[0], 50256]])  # writes no eos
-    _check_eos(AutoTokenizer.from_pretrained(target), [[*texts[0], 50256]])
+        check_eos(tokenizer, [[*texts[0], 50256]])  # writes no eos
+    check_eos(AutoTokenizer.from_pretrained(target), [[*texts[0], 50256]])

@@ -22,6 +22,7 @@ from finetune.export import phi
 
 SHAPES = {
     "rotary part": {"rotary_dim": 12},
+    "rotary share that floats round down": {"rotary_dim": 58, "n_embd": 200, "n_head": 2},
     "rotary whole head, own n_inner": {"rotary_dim": 16, "n_inner": 96},
 }
 
