@@ -32,6 +32,7 @@ from finetune.export.run_info import RunInfo
 from finetune.inference.answer import answer_questions, classify_text
 from finetune.inference.sample import Sampling
 from finetune.inference.speaker import load_speaker
+from finetune.process import LAUNCHER_VARIABLES
 from tests.conftest import ROOT
 from tests.export.test_export_matrix import AUTO, exported
 
@@ -415,6 +416,8 @@ def test_lm_eval_with_its_own_hf_model_and_ours(find_run, local_task, monkeypatc
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    for name in LAUNCHER_VARIABLES:  # with those of an earlier call, lm-eval joins a group
+        monkeypatch.delenv(name, raising=False)
     run = find_run("lm", "lora")
     folder = exported(run, "adapter")
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
