@@ -75,13 +75,13 @@ def check_form(config: GPTJConfig, head: str, proven: bool = False) -> None:
     Raises:
         UserError: it is no language model, or a package is missing.
     """
+    phi.check_form(config, head)
     if head != "lm":
         raise UserError(
             "GGUF files hold language models; this one has another head",
             "kind",
             "Use kind=phi (or convert to=phi): a classifier opens as PhiForSequenceClassification.",
         )
-    phi.check_form(config, head)
     library()
     if proven and find_spec("xllamacpp") is None:
         raise UserError(

@@ -14,7 +14,10 @@ from finetune.errors import UserError
 
 PROVEN = "this export, reopened in a fresh process"
 READ = "the engine's sources were read; it was not run"
-TESTED = "this project's tests, on another export"
+TESTED = (
+    "this project's tests, on another export; wants a tokenizer with a token for each row of the "
+    "vocabulary, as GPT-J's own has"
+)
 HERE = "this project's own model and tests"
 LLAMA_CPP = "llama.cpp, on which it is built; it was not run itself"
 
@@ -158,19 +161,19 @@ def check_kind(name: str, adapter: AdapterConfig) -> Kind:
             "kind",
             "Use kind=adapter.",
         )
-    if name == "phi_adapter" and (not isinstance(adapter, LoraConfig) or adapter.dora):
-        named = "dora" if isinstance(adapter, LoraConfig) else type(adapter).__name__
-        raise no_counterpart(named.removesuffix("Config").lower())
+    if name == "phi_adapter":
+        words = type(adapter).__name__.removesuffix("Config").lower()
+        if isinstance(adapter, LoraConfig):
+            words = "dora" if adapter.dora else ""
+            if adapter.modules_to_save:
+                words = f"lora with whole modules ({', '.join(adapter.modules_to_save)})"
+        if words:
+            raise UserError(
+                f"an adapter of kind {words} has no counterpart for a base in Phi's form",
+                "kind",
+                "Use kind=phi, which merges it into a whole model.",
+            )
     return kind
-
-
-def no_counterpart(adapter: str) -> UserError:
-    """Return the error for an adapter that cannot be used with a base in Phi's form."""
-    return UserError(
-        f"an adapter of kind {adapter} has no counterpart for a base in Phi's form",
-        "kind",
-        "Use kind=phi, which merges it into a whole model.",
-    )
 
 
 def serving_command(kind: str, head: str, folder: str, base: str) -> str:

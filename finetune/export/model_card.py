@@ -15,6 +15,16 @@ from finetune.export.kinds import KINDS, PROVEN, PYTHON
 from finetune.export.run_info import RunInfo
 
 REPO = re.compile(r"^[\w.-]+/[\w.-]+$")
+TEMPLATE = (
+    "messages = [{'role': 'user', 'content': '...'}]",
+    "ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)",
+)
+SCORING = (
+    "messages = [{'role': 'user', 'content': '...'}, {'role': 'assistant', 'content': '...'}]",
+    "batch = tokenizer.apply_chat_template(messages, return_tensors='pt', return_dict=True)",
+    "reward = model(**batch).logits[0, 0]",
+)
+"""Of a reward model, which scores a conversation with its answer."""
 NOT_REOPENED = "this export was not reopened; see below"
 
 
@@ -63,15 +73,9 @@ def model_card(kind: str, info: RunInfo, figures: dict[str, Any], origin: str = 
         snippet = loading_lines(info, spec.whole, base, revision)
         lines += ["", "## Loading", "", "```python", *snippet, "```"]
     if spec.form != "gguf" and info.task.get("template_text"):
-        lines += [
-            "",
-            "The tokenizer carries the template that training used:",
-            "",
-            "```python",
-            "messages = [{'role': 'user', 'content': '...'}]",
-            "ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)",
-            "```",
-        ]
+        snippet = TEMPLATE if info.head == "lm" else SCORING
+        lines += ["", "The tokenizer carries the template that training used:", ""]
+        lines += ["```python", *snippet, "```"]
         lines += ["", f"It gives {figures['chat_template']}."] if "chat_template" in figures else []
     if info.head != "lm":
         batches = (

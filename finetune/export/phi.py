@@ -27,7 +27,6 @@ from torch import Tensor
 from transformers import GPTJConfig
 
 from finetune.errors import UserError, command, setting
-from finetune.export.kinds import no_counterpart
 from finetune.files import read_json, read_object, write_json
 from finetune.gptj.load import Weights, evenly_spaced
 
@@ -59,7 +58,7 @@ def check_form(config: GPTJConfig, head: str) -> None:
     """
     if head not in ARCHITECTURES:
         raise UserError(
-            "Phi has no head for question answering",
+            "Phi has no head for question answering, and GGUF files are in Phi's form",
             "kind",
             "Use kind=merged or kind=adapter, which open in transformers.",
         )
@@ -170,15 +169,7 @@ def adapter_config(values: dict[str, Any], base: str) -> dict[str, Any]:
     Args:
         values: adapter_config.json for GPT-J.
         base: path or hub id of the base in Phi's form.
-
-    Raises:
-        UserError: the adapter is no LoRA, or has parts that are not re-ordered here.
     """
-    kind = values["peft_type"]
-    if kind != "LORA" or values.get("use_dora") or values.get("lora_bias"):
-        raise no_counterpart("DoRA" if values.get("use_dora") else kind)
-    if values.get("modules_to_save"):
-        raise no_counterpart(f"LoRA with whole modules ({', '.join(values['modules_to_save'])})")
     targets = sorted(MODULES[target] for target in values["target_modules"])
     return values | {
         "target_modules": targets,
@@ -235,6 +226,8 @@ def check_base(base: str | None, trained_on: Path, config: GPTJConfig) -> Path:
             f"Make it once, and name it with base=BASE-phi: {make}",
         )
     folder = Path(base).expanduser().absolute()
+    if not folder.is_dir():
+        raise UserError(f"there is no directory {folder}", "base", f"Make it with: {make}")
     if read_object(folder / "config.json").get("model_type") != "phi":
         raise UserError("this is not a model in Phi's form", str(folder), f"Make it with: {make}")
     ours, theirs = Weights(trained_on), Weights(folder)

@@ -11,7 +11,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -91,6 +90,8 @@ def verify_model(folder: Path, weights: RunWeights, dtype: str) -> dict[str, Any
 
 def peft_merge(weights: RunWeights, name: str) -> Tensor:
     """Return one tensor of the base, merged with its adapter by peft in fp32 if it has one."""
+    import peft  # takes seconds, and only merged models are compared in this way
+
     base = weights.base(name)
     module, _, leaf = name.rpartition(".")
     prefix = f"{PREFIX}{module}."

@@ -147,6 +147,6 @@ def evaluate_command(run_dir: Any) -> str:
 def generate_command(export: Path, task: str) -> str:
     """Return the command that generates with an export, with the settings that its task takes."""
     words = {"qa": 'question="..." context="..."', "instruct": 'chat=true prompt="..."'}
-    words["preference"] = words["instruct"]
+    words |= {"preference": words["instruct"], "reward": "prompts=ANSWERS.jsonl"}
     program = command(["python", "launch/generate.py", setting("model", export)])
     return program + " " + words.get(task, 'prompt="..."')

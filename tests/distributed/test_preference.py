@@ -220,26 +220,34 @@ def test_a_run_and_its_exports_evaluate_alike(root, pocket_gptj):
     """Adapters against their base, and whole models against the one that they were tuned from."""
     from finetune.cli.app import main
 
+    exports = {"dpo-lora": ["merged"], "dpo-full": ["full"], "reward-lora": ["merged", "adapter"]}
     wanted = {}
     argvs = []
-    for name, kind in (("dpo-lora", "merged"), ("dpo-full", "full"), ("reward-lora", "merged")):
-        run, out = root / f"{name}-1", root / f"{name}-{kind}"
+    for name, kinds in exports.items():
+        run = root / f"{name}-1"
         wanted[name] = metrics(run, "eval")[-1]
-        assert main("export", [f"run={run}", f"kind={kind}", f"out={out}"]) == 0
-        argvs.append([f"model={out}", f"data.eval={root}/eval.jsonl", "batch=3"])
         argvs.append([f"run={run}", f"out={root}/{name}-run"])
+        for kind in kinds:
+            out = root / f"{name}-{kind}"
+            assert main("export", [f"run={run}", f"kind={kind}", f"out={out}"]) == 0
+            argvs.append([f"model={out}", f"data.eval={root}/eval.jsonl", "batch=3"])
     evaluate(1, argvs)
     for folder in root.glob("*/eval.json"):
         found, name = json.loads(folder.read_text()), folder.parent.name.rsplit("-", 1)[0]
         for key in ("loss", "accuracy", "margin", "chosen_reward", "kl"):
             if key in wanted[name]:
                 assert found[key] == pytest.approx(wanted[name][key], rel=1e-3, abs=1e-5), folder
-    assert len(list(root.glob("*/eval.json"))) == 6
+    assert len(list(root.glob("*/eval.json"))) == 7
 
 
 def test_a_reward_model_opens_as_a_classifier_of_one_output(root):
-    """In plain transformers, with the tokenizer's own eos and padding: the rewards of predictions.jsonl."""
+    """In plain transformers, with the tokenizer's own eos and padding: the rewards of predictions.jsonl.
+
+    launch/generate.py gives the same for rows with an answer.
+    """
     import transformers
+
+    from finetune.cli.app import main
 
     export = root / "reward-lora-merged"
     model = transformers.AutoModelForSequenceClassification.from_pretrained(export).eval()
@@ -273,3 +281,28 @@ def test_a_reward_model_opens_as_a_classifier_of_one_output(root):
             found = model(**batch).logits[:, 0].tolist()
         wanted = [json.loads(lines[i])[f"{side}_reward"] for i in fitting]
         assert found == pytest.approx(wanted, abs=1e-4)
+
+    # `wanted` is that of the rejected answers.
+    asked, answers = root / "asked.jsonl", root / "answers.jsonl"
+    asked.write_text(
+        "".join(
+            json.dumps({"prompt": rows[i]["prompt"], "completion": rows[i]["rejected"]}) + "\n"
+            for i in fitting
+        )
+    )
+    for kind in ("merged", "adapter"):
+        words = [f"model={root}/reward-lora-{kind}", f"prompts={asked}", f"out={answers}"]
+        assert main("generate", words) == 0
+        values = [json.loads(line)["value"] for line in answers.read_text().splitlines()]
+        assert values == pytest.approx(wanted, abs=1e-4)
+
+    # The model card's own lines.
+    card = (export / "README.md").read_text()
+    scope = {"model": model, "tokenizer": tokenizer}
+    row = rows[fitting[0]]
+    lines = card.split("```python\n")[2].split("```")[0]
+    exec(
+        lines.replace("'...'", repr(row["prompt"]), 1).replace("'...'", repr(row["rejected"])),
+        scope,
+    )
+    assert float(scope["reward"]) == pytest.approx(wanted[0], abs=1e-4)

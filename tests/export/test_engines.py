@@ -78,8 +78,10 @@ def test_the_whole_model_opens_as_phi(find_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_classifier_opens_as_phi(find_run, tmp_path):
+def test_a_classifier_opens_as_phi(find_run, phi_base, tmp_path):
     run = find_run("classify", "lora")
+    adapted = exported(run, "phi_adapter", tmp_path / "adapter", f"base={phi_base}")
+    assert adapted["verified"] and adapted["max_difference"] < 1e-4
     figures = exported(run, "phi", tmp_path / "phi", "dtype=fp32")
     assert figures["verified"] and set(figures["padded_max_difference"]) == {"left", "right"}
     model = AutoModelForSequenceClassification.from_pretrained(str(tmp_path / "phi"))
@@ -168,6 +170,7 @@ def test_a_gguf_file_is_proven_by_llama_cpp(find_run, tmp_path):
         ("lm", "full", "phi_adapter", [], "trained every weight"),
         ("lm", "ia3", "phi_adapter", [], "an adapter of kind ia3 has no counterpart"),
         ("lm", "dora", "phi_adapter", [], "Use kind=phi"),
+        ("lm", "lora", "phi_adapter", ["base=/nowhere"], "there is no directory /nowhere"),
         ("lm", "lora", "onnx", [], "kind = onnx is unknown"),
     ],
 )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
+import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     GPTJConfig,
@@ -17,8 +18,10 @@ from transformers import (
     PhiForSequenceClassification,
 )
 
+from finetune.config import Ia3Config, LoraConfig
 from finetune.errors import UserError
-from finetune.export import phi
+from finetune.export import gguf_file, phi
+from finetune.export.kinds import check_kind
 
 SHAPES = {
     "rotary part": {"rotary_dim": 12},
@@ -82,13 +85,15 @@ def test_classifier_on_padded_batches():
     torch.testing.assert_close(logits, wanted, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_a_lora_carries_over(tmp_path, rslora):
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_rslora": True}, {"layers_to_transform": [1], "layers_pattern": "h"}]
+)
+def test_a_lora_carries_over(tmp_path, changes):
     base = gptj("rotary part")
     other = in_phi_form(base, PhiForCausalLM, "lm")
     config = base.config
-    settings = LoraConfig(
-        task_type="CAUSAL_LM", r=4, use_rslora=rslora, target_modules=list(phi.MODULES)
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=list(phi.MODULES), **changes
     )
     adapted = get_peft_model(base, settings)
     for name, parameter in adapted.named_parameters():
@@ -111,16 +116,26 @@ def test_a_lora_carries_over(tmp_path, rslora):
     assert not torch.allclose(plain, wanted, rtol=0.1)
 
 
-@pytest.mark.parametrize("values", [{"peft_type": "IA3"}, {"peft_type": "LORA", "use_dora": True}])
-def test_other_adapters_are_refused_and_named(values):
-    with pytest.raises(UserError, match="kind=phi"):
-        phi.adapter_config(values, "there")
+@pytest.mark.parametrize(
+    ("adapter", "named"),
+    [
+        (Ia3Config(), "ia3"),
+        (LoraConfig(dora=True), "dora"),
+        (LoraConfig(modules_to_save=["wte", "ln_f"]), r"whole modules \(wte, ln_f\)"),
+    ],
+)
+def test_other_adapters_are_refused_and_named(adapter, named):
+    with pytest.raises(UserError, match=f"{named}(.|\n)*kind=phi"):
+        check_kind("phi_adapter", adapter)
+    assert check_kind("phi", adapter).whole
 
 
 def test_heads_and_activations_without_a_counterpart_are_refused():
     config = GPTJConfig()
-    with pytest.raises(UserError, match="question answering"):
+    with pytest.raises(UserError, match=r"question answering(.|\n)*kind=merged"):
         phi.check_form(config, "qa")
+    with pytest.raises(UserError, match=r"question answering(.|\n)*kind=merged"):
+        gguf_file.check_form(config, "qa")
     with pytest.raises(UserError, match="activation_function = relu"):
         phi.check_form(GPTJConfig(activation_function="relu"), "lm")
     phi.check_form(config, "classify")
