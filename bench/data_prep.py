@@ -26,6 +26,7 @@ from workload import machine
 
 from finetune.data.cache import build_store
 from finetune.data.encode_clm import TextEncoder
+from finetune.data.mixture import DataSource
 from finetune.data.packing import stream_blocks
 from finetune.data.sources import read
 from finetune.data.tokenizer import load_tokenizer
@@ -34,7 +35,9 @@ BLOCK = 2048
 
 
 def ours(file: Path, folder: Path, tokenizer) -> int:
-    store = build_store(str(file), "train", TextEncoder(tokenizer, "text", None), cache_dir=folder)
+    store = build_store(
+        [DataSource(str(file))], TextEncoder(tokenizer, "text", None), cache_dir=folder
+    )
     stream_blocks(store.offsets, BLOCK)
     return store.stats["tokens"]
 

@@ -156,6 +156,7 @@ def rows_of(case: Case, data: Path, model: Path, file: Path) -> Path:
     from finetune.data.batches import Order
     from finetune.data.cache import build_store
     from finetune.data.columns import open_store
+    from finetune.data.mixture import DataSource
     from finetune.data.tokenizer import load_tokenizer
     from finetune.tasks.build import build_task
 
@@ -163,12 +164,12 @@ def rows_of(case: Case, data: Path, model: Path, file: Path) -> Path:
     cfg = compose_train([f"recipe={recipe}", f"task.max_length={case.length}"])
     task = build_task(cfg.task, load_tokenizer(str(model)), not case.ragged)
     store = open_store(
-        build_store(str(data), "train", task.encoder(), cache_dir=file.parent / "cache").path
+        build_store([DataSource(str(data))], task.encoder(), cache_dir=file.parent / "cache").path
     )
     task.prepare(store, None)
     rows = task.rows(store)
     # Packed rows in the order that our run takes them, so that the first losses can be compared; examples as they come.
-    ours_first = Order(len(rows), 0, shuffle=True)
+    ours_first = Order([len(rows)], 0, shuffle=True)
     order = (
         range(len(rows)) if case.ragged else [ours_first[position] for position in range(len(rows))]
     )

@@ -26,6 +26,7 @@ from finetune.config import (
     TaskConfig,
     metrics_of,
 )
+from finetune.data.mixture import source_problems
 from finetune.errors import UserError, problems_error
 from finetune.planning.job import accumulation, sharding_problems
 from finetune.planning.shape import WHOLE_MODULES, adapted_layers, target_modules
@@ -132,7 +133,7 @@ def task_problems(task: TaskConfig, metric: str | None = None) -> Iterator[UserE
     """Yield the problems of one task section.
 
     Args:
-        metric: train.metric, which evaluations of the task must have.
+        metric: train.metric, METRIC or SET/METRIC, which evaluations of the task must have.
     """
     yield from value_problems(task, "task.")
     yield from _broken(_task_rules(task, metric))
@@ -148,6 +149,7 @@ def _config_problems(cfg: Config, world_size: int, cuda: bool) -> Iterator[UserE
     yield from value_problems(cfg)
     yield from _broken([*_task_rules(cfg.task, cfg.train.metric), *_rules(cfg)])
     yield from sharding_problems(cfg, cuda)
+    yield from source_problems(cfg.data)
 
     # Rules that are written down where they are needed, and raise their problem.
     train, adapter, task = cfg.train, cfg.adapter, cfg.task
@@ -187,7 +189,9 @@ def _known_encoding(name: str) -> None:
 
 def _rules(cfg: Config) -> list[Rule]:
     train, checkpoint, betas = cfg.train, cfg.checkpoint, cfg.optim.betas
-    evaluates = bool(cfg.data.eval and train.eval_every)
+    evaluates = bool(cfg.data.evaluates and train.eval_every)
+    eval_set = (train.metric or "").rpartition("/")[0]
+    sets = list(map(str, cfg.data.eval)) if isinstance(cfg.data.eval, dict) else []
     allowed = [name for name in WHOLE_MODULES if name != "lm_head" or cfg.task.head == "lm"]
     whole = getattr(cfg.adapter, "modules_to_save", [])
     unknown = ", ".join(name for name in whole if name not in allowed)
@@ -249,6 +253,12 @@ def _rules(cfg: Config) -> list[Rule]:
             "Try train.sample_prompts=[The].",
         ),
         (
+            eval_set and eval_set not in sets,
+            f"train.metric = {train.metric}, and there is no evaluation set {eval_set}",
+            "",
+            f"Choose from {', '.join(sets) or 'names, as in data.eval={web: a.jsonl}'}.",
+        ),
+        (
             train.early_stopping and not evaluates,
             "train.early_stopping needs data.eval and train.eval_every",
             "",
@@ -272,10 +282,11 @@ def _rules(cfg: Config) -> list[Rule]:
 def _task_rules(task: TaskConfig, metric: str | None) -> list[Rule]:
     # An unknown task.problem has no metrics, and is a problem of its own.
     metrics = metrics_of(task)
+    own_metric = (metric or "").rpartition("/")[2]
     problem = getattr(task, "problem", "")
     rules: list[Rule] = [
         (
-            metric and metrics and metric not in metrics,
+            own_metric and metrics and own_metric not in metrics,
             f"train.metric = {metric} is no metric of "
             + (f"task.problem={problem}" if problem else "this task"),
             "",

@@ -11,16 +11,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune import config as schema
 from finetune.config import KINDS, Literals, all_keys, schema_keys
-from finetune.errors import BESIDE, UserError, command, hydra_quoted, setting
+from finetune.errors import BESIDE, UserError, command, hydra_quoted
 
 ROOT = BESIDE
 CONF, RECIPES = ROOT / "conf", ROOT / "recipes"
@@ -187,25 +189,22 @@ def settle(composed: Composed) -> schema.Config:
     if cfg.name == "custom" and composed.choices.get("recipe"):
         cfg.name = str(composed.choices["recipe"])
     _settle_length(cfg.train, composed.overrides)
-    for key in ("data.train", "data.eval"):
-        spec = getattr(cfg.data, key.removeprefix("data.")) or ""
-        if spec[:1] + spec[-1:] == "[]" and "," in spec and not glob.glob(spec):
-            files = ",".join(map(unquoted, split_values(spec[1:-1])))
-            raise UserError(
-                "several files stand without brackets", key, f"Try {command([setting(key, files)])}"
-            )
     if composed.choices.get("debug") and not _has_own_data(cfg, composed.overrides):
         train, held_out = SHIPPED_DATA[type(cfg.task)]
         cfg.data.train = train
         if not any(word.split("=")[0] == "data.eval" for word in composed.overrides):
             cfg.data.eval = held_out
+    # Rows to hold out that were typed replace a recipe's evaluation data.
+    typed = {word.lstrip("+").split("=")[0] for word in composed.overrides}
+    if cfg.data.eval_rows and "data.eval_rows" in typed and "data.eval" not in typed:
+        cfg.data.eval = None
     return cfg
 
 
 def _has_own_data(cfg: schema.Config, overrides: list[str]) -> bool:
     """Tell whether there is training data: given by the user, or the recipe's if available."""
     typed = any(word.lstrip("+").split("=")[0] in ("data", "data.train") for word in overrides)
-    if typed or not cfg.data.train:
+    if typed or not isinstance(cfg.data.train, str):
         return bool(cfg.data.train)
     path = Path(cfg.data.train).expanduser()
     is_file = (
@@ -261,9 +260,10 @@ def strip_launcher_arguments(argv: list[str]) -> list[str]:
 #     Text, list[Text]   free text, taken literally: quotes, null and ${...} have no special meaning
 #     str, list[str]     names and paths: quotes around the whole value are removed, null unsets an
 #                        Optional one, and ${key} or ${oc.env:NAME} is interpolated as in Hydra
+#     Sources            a path, read as str is, or in brackets lists and dicts of paths and numbers
 #
 # Everything else (numbers, choices of groups, Any) is left to Hydra.
-TEXT_TYPE = re.compile(r"(Optional\[)?(list\[)?(str|Text)\]*")
+TEXT_TYPE = re.compile(r"(Optional\[)?(list\[)?(str|Text|Sources)\]*")
 SETTING = re.compile(r"(\+{0,2})([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
 """`key=value`, with Hydra's + for keys that are to be added; not `~key`, `group@package=` and flags."""
 
@@ -271,6 +271,8 @@ SETTING = re.compile(r"(\+{0,2})([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
 HYDRA_ESCAPE = re.compile(r"\\([\\()\[\]{}:=, \t])")
 QUOTED = re.compile(r"\s*(?:'((?:\\.|[^'\\])*)'|\"((?:\\.|[^\"\\])*)\")\s*(?=,|\Z)", re.DOTALL)
 """A quoted item of a list, up to the comma behind it."""
+NESTED = re.compile(r"\s*(\[.*\]\s*|\{.*|\[\s*\{.*)", re.DOTALL)
+"""A list or dict of sources, also one whose brackets do not come out even; `[ab]*.jsonl` is a pattern."""
 REFERENCE = re.compile(r"\$\{([\w.]+)(:|\})")
 
 
@@ -284,13 +286,20 @@ class Reading:
     """A list of texts."""
     optional: bool
     """null unsets it."""
+    nested: bool = False
+    """Typed as Sources: a value in brackets is a list or a dict."""
 
 
 @cache
 def text_settings(node: type) -> dict[str, Reading]:
     """Map the dotted key of every text setting in a program's schema to its reading rules."""
     return {
-        key: Reading(matched[3] == "Text", bool(matched[2]), bool(matched[1]))
+        key: Reading(
+            matched[3] == "Text",
+            bool(matched[2]),
+            bool(matched[1]) or matched[3] == "Sources",
+            matched[3] == "Sources",
+        )
         for key, _, item in schema_keys(node)
         if (matched := TEXT_TYPE.fullmatch(str(item.type)))
     }
@@ -314,6 +323,9 @@ def hydra_words(words: list[str], node: type, literals: Literals) -> list[str]:
             read.append(word)
             continue
         sign, key, value = setting_.groups()
+        if readings[key].nested and NESTED.fullmatch(value):
+            read.append(f"{sign}{key}={_nested_for_hydra(_read_nested(key, value))}")
+            continue
         text = read_text(key, value, readings[key])
         if text is None:
             shown = "null"
@@ -337,6 +349,37 @@ def _for_hydra(text: str, reading: Reading, keys: set[str], literals: Literals) 
         )
     )
     return hydra_quoted(text if refers else literals.aside(text))
+
+
+def _read_nested(key: str, value: str) -> Any:
+    """Parse a list or dict in Hydra's grammar, or else as yaml, which takes paths with any characters.
+
+    Raises:
+        UserError: it is neither.
+    """
+    try:
+        return OverridesParser.create().parse_override(f"{key}={value}").value()
+    except HydraException:
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            reason = str(error).replace("\n", " ")
+            raise UserError(
+                f"the brackets of {value} do not come out even, or it is no list or dict ({reason})",
+                key,
+                f"Try {key}='[{{path: a.jsonl, weight: 2}}, {{path: b.jsonl, weight: 1}}]'",
+            ) from None
+
+
+def _nested_for_hydra(value: Any) -> str:
+    """Write a parsed list or dict in Hydra's grammar, with every text in quotes."""
+    if isinstance(value, dict):
+        keys = [re.sub(r"([^\w.-])", r"\\\1", str(key)) for key in value]
+        items = map(_nested_for_hydra, value.values())
+        return f"{{{','.join(map(':'.join, zip(keys, items, strict=True)))}}}"
+    if isinstance(value, list):
+        return f"[{','.join(map(_nested_for_hydra, value))}]"
+    return hydra_quoted(value) if isinstance(value, str) else json.dumps(value)
 
 
 def read_text(key: str, value: str, reading: Reading) -> str | list[str] | None:

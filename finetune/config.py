@@ -28,6 +28,9 @@ GPTJ_POSITIONS = 2048
 Text = str
 """Type of settings that hold somebody's words, such as prompts: the command line gives them as they are typed."""
 
+Sources = Any
+"""Type of settings that name data: a path as it is typed, or a list or dict of sources (finetune/data/mixture.py)."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -135,6 +138,12 @@ class Attention(Enum):
 class OnBadRow(Enum):
     error = "error"
     skip = "skip"
+
+
+class WeightBy(Enum):
+    auto = "auto"
+    tokens = "tokens"
+    rows = "rows"
 
 
 class Quotes(Enum):
@@ -275,10 +284,19 @@ class RewardConfig(PairConfig):
 
 @dataclass
 class DataConfig:
-    train: Optional[str] = None
-    """File, glob, directory, several of these with commas, `datasets` folder or hub id; `asset:NAME` ships with the project."""
-    eval: Optional[str] = None
-    """As `train`; null: no evaluation."""
+    train: Sources = None
+    """File, glob, directory, several of these with commas, `datasets` folder or hub id; `asset:NAME` ships with the
+    project. A mixture of several: [{path: a.jsonl, weight: 2}, {path: b.jsonl, weight: 1}], each with split, config,
+    epochs, max_rows and name where it needs them."""
+    eval: Sources = None
+    """As `train`; several sets with metrics of their own: {web: a.jsonl, law: b.jsonl}; a number such as 0.02: this share
+    of the training rows is held out and never trained on; null: no evaluation."""
+    eval_rows: Optional[int] = bounded(None, at_least=1, suggest=500)
+    """Hold this many training rows out for evaluation, in place of `eval`."""
+    max_rows: Optional[int] = bounded(None, at_least=1, suggest=1000)
+    """Read only the first rows of each source, this many; null: all."""
+    weight_by: WeightBy = WeightBy.auto
+    """What the weights of a mixture are shares of: tokens, rows, or auto: what the task's loss counts."""
     split: str = "train"
     """Split that is read of a hub id or `datasets` folder for training."""
     eval_split: str = "validation"
@@ -298,6 +316,11 @@ class DataConfig:
     """Folder of the tokenised cache; null: ~/.cache/finetune-gptj."""
     preview: int = bounded(0, at_least=0)
     """Print this many decoded examples with the scored tokens marked, then go on."""
+
+    @property
+    def evaluates(self) -> bool:
+        """Tell whether there are evaluation data, of their own or held out of training."""
+        return bool(self.eval or self.eval_rows)
 
 
 @dataclass
@@ -674,11 +697,11 @@ def best_metric(task: TaskConfig, name: str | None) -> tuple[str, str]:
     """Return (metric, "min" or "max") by which the best evaluation is chosen.
 
     Args:
-        name: train.metric; None: the task's own.
+        name: train.metric, METRIC or SET/METRIC; None: the task's own.
     """
     metrics = metrics_of(task)
     name = name or next(iter(metrics))
-    return name, metrics[name]
+    return name, metrics[name.rpartition("/")[2]]
 
 
 @dataclass(frozen=True)

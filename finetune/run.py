@@ -18,7 +18,7 @@ from finetune.checkpointing.format import find_resume
 from finetune.checkpointing.train_state import TrainState
 from finetune.compose import recipe_config
 from finetune.config import Config, best_metric, plain_config
-from finetune.data.batches import Order, StepBatches
+from finetune.data.batches import StepBatches
 from finetune.errors import EXIT_DONE, EXIT_PREEMPTED
 from finetune.export.end_of_run import export_trained, take_best
 from finetune.export.proof import reference_texts
@@ -95,7 +95,8 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
         cfg = replace(
             cfg, run_dir=str(run_dir), train=replace(cfg.train, micro_batch=plan.micro_batch)
         )
-        length = run_length(cfg.train, len(inputs.rows))
+        order = inputs.order(cfg.seed)
+        length = run_length(cfg.train, order.n)
         texts = reference_texts(inputs.train)
         world.on_main(lambda: run_files.save_config(cfg, inputs.about(), texts, run_dir))
         for note in notes_before_training(cfg, plan, length, world.device):
@@ -124,9 +125,7 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
                 probe(engine, inputs, plan.micro_batch, plan.accumulation)
 
         # 4. Checkpoints: continue from one, or start at step 0.
-        checkpoints = run_files.open_checkpoints(
-            cfg, inputs.train.fingerprint, sharding, world, run_dir
-        )
+        checkpoints = run_files.open_checkpoints(cfg, inputs.identity, sharding, world, run_dir)
         state = TrainState()
         if resume_from:
             state = checkpoints.restore(engine, resume_from, length.steps)
@@ -146,7 +145,7 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
         # 5. Trainer: the loop, its batches and its rates.
         batches = StepBatches(
             inputs.collate,
-            Order(len(inputs.rows), cfg.seed, shuffle=True),
+            order,
             global_batch=cfg.train.global_batch,
             micro_batch=plan.micro_batch,
             world_size=world.size,
@@ -181,6 +180,7 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
             checkpoints,
             listeners,
             world,
+            drawn=inputs.drawn(cfg.seed) if len(inputs.sources) > 1 else None,
             sample=sample if task.head == "lm" and cfg.train.sample_every else None,
             meter=meter,
             stop=guard.stop,

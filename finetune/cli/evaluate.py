@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from finetune import dist, process
 from finetune.assets.paths import resolve
-from finetune.check import room_problems
+from finetune.check import room_problems, value_problems
 from finetune.cli.schemas import EvaluateConfig
 from finetune.compose import Composed, recipe_config
 from finetune.config import DataConfig, Dtype, ModelConfig, TaskConfig
-from finetune.data.cache import build_store
-from finetune.data.columns import Store, open_store
-from finetune.data.sources import data_notes, file_options
+from finetune.data.mixture import evaluation_text, source_problems
+from finetune.data.sources import data_notes
 from finetune.data.tokenizer import load_tokenizer, token_limit
 from finetune.dist import World
 from finetune.errors import EXIT_DONE, UserError, figure
@@ -43,7 +43,8 @@ from finetune.reporting.redact import redact_text
 from finetune.reporting.terminal import silence_libraries, summary_table
 from finetune.tasks.build import build_task
 from finetune.tasks.preference import PreferenceTask
-from finetune.training.evaluate import evaluate_with
+from finetune.training.evaluate import EvalSet, combined, evaluate_set
+from finetune.training.inputs import encode_sources, evaluation_sets
 from finetune.training.references import reference_logps, reference_name
 
 TOO_LARGE = (
@@ -179,7 +180,11 @@ def subject_of_export(cfg: EvaluateConfig, typed_keys: set[str], world: World) -
 def retyped(section: Any, typed: Any, group: str, typed_keys: Iterable[str]) -> Any:
     """Return a section of a trained model's settings, with the keys that were typed replaced."""
     names = {key.removeprefix(f"{group}.") for key in typed_keys if key.startswith(f"{group}.")}
-    return replace(section, **{n: getattr(typed, n) for n in names if hasattr(section, n)})
+    # Evaluation data that were typed replace rows that the run held out, and the other way round.
+    kept = {"eval": "eval_rows", "eval_rows": "eval"} if group == "data" else {}
+    cleared = {other: None for name, other in kept.items() if name in names and other not in names}
+    given = {n: getattr(typed, n) for n in names if hasattr(section, n)}
+    return replace(section, **cleared, **given)
 
 
 def evaluate_task(cfg: EvaluateConfig, subject: Subject, target: Path, world: World) -> None:
@@ -192,37 +197,30 @@ def evaluate_task(cfg: EvaluateConfig, subject: Subject, target: Path, world: Wo
     tokenizer = load_tokenizer(subject.tokenizer)
     task = build_task(settings, tokenizer, cfg.packing)
     task.prepare(None, subject.about)
-    if not data.eval:
+    if not data.evaluates:
         raise UserError("no evaluation data is given", "data.eval", "Pass data.eval=FILE.")
-    spec = data.eval
+    for problem in (*value_problems(data, "data."), *source_problems(data)):
+        raise problem
     limit = token_limit(tokenizer, shape.vocab_size, TOO_LARGE)
-    path = world.on_main(
-        lambda: (
-            build_store(
-                resolve(spec),
-                data.eval_split,
-                task.encoder(),
-                on_bad_row=data.on_bad_row.value,
-                max_bad_rows=data.max_bad_rows,
-                config=data.config,
-                options=file_options(data),
-                limit=limit,
-                cache_dir=Path(data.cache_dir).expanduser() if data.cache_dir else None,
-            ).path
-        )
-    )
-    store = open_store(path)
+    encoded = partial(encode_sources, data=data, task=task, limit=limit, world=world)
+    sets = evaluation_sets(data, task, None, encoded)
 
     reference = task.reference or subject.base
     if task.needs_reference and reference:
         folder = local_folder(ModelConfig(path=reference))
-        add_reference(folder, cfg, subject, task, [store], world)
+        add_reference(folder, cfg, subject, task, sets.values(), world)
     trained = subject.load()
     if world.device.type == "cpu":
         process.keep_freed_memory()
-    metrics, predictions = evaluate_with(trained.module, task, store, world, cfg.batch)
-    for name in ("bad_rows", "bad_row_messages") if store.stats["bad_rows"] else ():
-        metrics[name] = store.stats[name]
+    results = {
+        name: evaluate_set(trained.module, task, part, world, cfg.batch)
+        for name, part in sets.items()
+    }
+    metrics = combined({name: values for name, (values, _) in results.items()})
+    stats = [part.store.stats for part in sets.values()]
+    if bad_rows := sum(part["bad_rows"] for part in stats):
+        metrics["bad_rows"] = bad_rows
+        metrics["bad_row_messages"] = [m for part in stats for m in part["bad_row_messages"]]
     notes = world.on_main(lambda: data_notes(data)["eval"])
     if notes:
         metrics["data_notes"] = notes
@@ -231,14 +229,18 @@ def evaluate_task(cfg: EvaluateConfig, subject: Subject, target: Path, world: Wo
 
     for note in notes:
         print(f"eval data: {note}")
-    shown = redact_text(spec, "data.eval")
+    shown = redact_text(evaluation_text(data) or "", "data.eval")
     suite = {k: v for k, v in read_object(target / "eval.json").items() if k == "lm_eval"}
     write_json(target / "eval.json", {"data": shown, **metrics, **suite})
-    if predictions is not None:
-        rows = "".join(dumps(row) + "\n" for row in predictions)
-        write_atomic(target / "predictions.jsonl", rows)
+    if all(predictions is not None for _, predictions in results.values()):
+        rows = [
+            dumps(({"set": name} if name else {}) | row) + "\n"
+            for name, (_, predictions) in results.items()
+            for row in predictions or ()
+        ]
+        write_atomic(target / "predictions.jsonl", "".join(rows))
     plain = {k: v for k, v in metrics.items() if not isinstance(v, (dict, list))}
-    groups = [metrics.get(group) or {} for group in ("subsets", "per_class")]
+    groups = [metrics.get(group) or {} for group in ("sets", "subsets", "per_class")]
     print_metrics(
         f"evaluation of {shown}",
         [(name, figure(value)) for name, value in plain.items()]
@@ -252,7 +254,7 @@ def add_reference(
     cfg: EvaluateConfig,
     subject: Subject,
     task: PreferenceTask,
-    stores: list[Store],
+    sets: Iterable[EvalSet],
     world: World,
 ) -> None:
     """Compute the log-probabilities of the reference model in `folder`. Collective."""
@@ -260,9 +262,9 @@ def add_reference(
     if not cfg.dtype:
         reference.module = readable(reference.module, subject.dtype, world.device)
     name = world.on_main(lambda: reference_name(folder, reference.dtype))
-    for store in stores:
-        task.references[store.fingerprint] = reference_logps(
-            reference.module, task, store, world, cfg.batch, name
+    for part in sets:
+        task.references[part.store.fingerprint] = reference_logps(
+            reference.module, task, part.store, world, cfg.batch, name
         )
 
 
@@ -298,7 +300,8 @@ def evaluate_suite(cfg: EvaluateConfig, subject: Subject, target: Path, world: W
 
 
 def figures(metrics: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {figure(value)}" for name, value in metrics.items())
+    plain = {name: value for name, value in metrics.items() if not isinstance(value, (dict, list))}
+    return ", ".join(f"{name} {figure(value)}" for name, value in plain.items())
 
 
 def print_metrics(title: str, rows: list[tuple[str, str]], target: Path) -> None:

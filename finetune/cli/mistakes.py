@@ -290,8 +290,7 @@ ABSENT = {
         ),
         (
             ("max_train_samples", "max_eval_samples", "max_samples"),
-            "A part of the data cannot be chosen: write the rows into a file of their own, e.g. "
-            "head -n 1000 train.jsonl > part.jsonl, or train for fewer steps: train.steps=100.",
+            "data.max_rows=1000 reads only the first rows of the training and the evaluation data.",
         ),
         (
             (
@@ -301,7 +300,7 @@ ABSENT = {
                 "val_set_size",
                 "test_size",
             ),
-            "Evaluation data are not split off: write the rows into a file of their own and give it as data.eval=FILE. "
+            "data.eval=0.02 holds out a share of the training rows, data.eval_rows=500 a number of them. "
             "data.eval_split names the split of a hub id or `datasets` folder.",
         ),
         (

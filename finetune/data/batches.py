@@ -8,7 +8,7 @@ device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, Full, Queue
 from threading import Event, Thread
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 Batch = dict[str, Any]
+PASS_SEED = 0x9E3779B97F4A7C15
+"""Distance between the seeds of the sources' own passes, far beyond any seed that a user gives."""
 POLL_SECONDS = 0.1
 """How often a thread that waits for the queue looks whether it has been closed."""
 
@@ -143,21 +145,85 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 class Order:
     """The sequence at each position of a run: a pure function of seed, epoch and position.
 
-    Keeps the permutation of the epoch it was asked for last.
+    An epoch draws `counts[i]` sequences of source i: whole passes, and where these do not come out
+    even the next ones of an endless row of shuffled passes, so that over the epochs every sequence of
+    a source is drawn equally often. Two sources of 2 and 3 sequences, of which an epoch draws 3 and 3:
+
+        source 0 is 0 1, source 1 is 2 3 4      epoch 0 holds 0 1 2 3 4 and 1, epoch 1 0 1 2 3 4 and 0
+
+    Keeps the epoch it was asked for last.
+
+    Args:
+        sizes: sequences of each source; the sequences are numbered through all of them.
+        counts: how many of each an epoch draws; None: each once.
     """
 
-    def __init__(self, n: int, seed: int, shuffle: bool):
-        assert n > 0
-        self.n, self.seed, self.shuffle = n, seed, shuffle
-        self._epoch, self._permutation = -1, np.empty(0, np.int64)
+    def __init__(
+        self, sizes: Sequence[int], seed: int, shuffle: bool, counts: Sequence[int] | None = None
+    ):
+        self.sizes, self.counts = list(sizes), list(counts or sizes)
+        assert min(self.sizes) > 0 and min(self.counts) > 0
+        self.n, self.seed, self.shuffle = sum(self.counts), seed, shuffle
+        self._epoch, self._sequences = -1, np.empty(0, np.int64)
 
     def __getitem__(self, position: int) -> int:
         epoch, index = divmod(position, self.n)
-        if not self.shuffle:
-            return index
-        if epoch != self._epoch:
-            self._epoch, self._permutation = epoch, permutation(self.seed, epoch, self.n)
-        return int(self._permutation[index])
+        return int(self.epoch(epoch)[index])
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """Return the sequences of one epoch in order, (n,) int64."""
+        if epoch == self._epoch:
+            return self._sequences
+        drawn, first = [], 0
+        for source, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
+            passes, rest = divmod(count, size)
+            drawn.append(np.tile(np.arange(first, first + size), passes))
+            if rest:
+                begin, end = epoch * rest, (epoch + 1) * rest
+                shuffled = [
+                    permutation(self.seed + PASS_SEED * (source + 1), number, size)
+                    for number in range(begin // size, -(-end // size))
+                ]
+                begin %= size
+                drawn.append(first + np.concatenate(shuffled)[begin : begin + rest])
+            first += size
+        self._epoch, self._sequences = epoch, np.concatenate(drawn)
+        if self.shuffle:
+            self._sequences = self._sequences[permutation(self.seed, epoch, self.n)]
+        return self._sequences
+
+
+class Drawn:
+    """Sequences and tokens of each source among the first positions of an order.
+
+    Counts on from the position it was asked for last, and anew for an earlier one.
+
+    Args:
+        names: of the sources.
+        tokens: of every sequence.
+    """
+
+    def __init__(self, order: Order, names: Sequence[str], tokens: np.ndarray):
+        self.order, self.names, self.tokens = order, names, tokens
+        self._ends = np.cumsum(order.sizes)
+        self._position, self._counts = 0, np.zeros((2, len(names)), np.int64)
+
+    def until(self, position: int) -> dict[str, dict[str, int]]:
+        """Return `sequences` and `tokens` of each source at positions before this one."""
+        if position < self._position:
+            self._position, self._counts = 0, np.zeros_like(self._counts)
+        while self._position < position:
+            epoch, start = divmod(self._position, self.order.n)
+            end = min(self.order.n, start + position - self._position)
+            sequences = self.order.epoch(epoch)[start:end]
+            source = np.searchsorted(self._ends, sequences, side="right")
+            for row, weights in zip(self._counts, (None, self.tokens[sequences]), strict=True):
+                row += np.bincount(source, weights, len(self.names)).astype(np.int64)
+            self._position += end - start
+        return {
+            name: {"sequences": int(sequences), "tokens": int(tokens)}
+            for name, sequences, tokens in zip(self.names, *self._counts, strict=True)
+        }
 
 
 def step_positions(

@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from finetune.data.cache_builder import Counts, Meter, Progress, check_bad_rows, encode_rows
 from finetune.data.columns import FORMAT, META, ColumnWriter, Encoder, Store, store_fault
+from finetune.data.mixture import DataSource
 from finetune.data.sources import Source, open_source
 from finetune.data.tokenizer import TokenLimit
 from finetune.data.utf8 import DEFAULTS, FileOptions
@@ -48,14 +50,12 @@ DISK_FAULTS = {
 
 
 def build_store(
-    spec: str,
-    split: str,
+    sources: Sequence[DataSource],
     encoder: Encoder,
     *,
     cache_dir: Path | None = None,
     on_bad_row: str = "error",
     max_bad_rows: int = 100,
-    config: str | None = None,
     options: FileOptions = DEFAULTS,
     progress: Progress | None = None,
     limit: TokenLimit | None = None,
@@ -63,6 +63,7 @@ def build_store(
     """Open the store of these data under this encoder, building it if the cache does not have it.
 
     Args:
+        sources: their examples stand one source behind the other in the store.
         limit: rejects ids that the model has no embedding row for, naming the row of the first one.
 
     Raises:
@@ -70,9 +71,10 @@ def build_store(
             faulty file, no example at all, or a disk that is full or not writable.
     """
     assert on_bad_row in ("error", "skip")
-    source = open_source(spec, split, config, options)
+    opened = [(s, open_source(s.path, s.split, s.config, options)) for s in sources]
     columns = {name: [column.kind, column.dtype] for name, column in encoder.columns.items()}
-    parts = [FORMAT, source.identity, encoder.fingerprint(), columns, on_bad_row]
+    identities = [[source.identity, named.max_rows] for named, source in opened]
+    parts = [FORMAT, identities, encoder.fingerprint(), columns, on_bad_row]
     fingerprint = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
     folder = (Path(cache_dir) if cache_dir else default_cache_dir()) / fingerprint[:16]
     if store_fault(folder) is None:
@@ -99,8 +101,8 @@ def build_store(
         temporary.mkdir()
         try:
             counts = Counts(on_bad_row, max_bad_rows)
-            meta = {"fingerprint": fingerprint, "spec": spec}
-            _write_store(temporary, source, encoder, counts, meta, progress, limit)
+            meta = {"fingerprint": fingerprint, "spec": ", ".join(s.path for s in sources)}
+            _write_store(temporary, opened, encoder, counts, meta, progress, limit)
             os.replace(temporary, folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -146,26 +148,30 @@ def default_cache_dir() -> Path:
 
 def _write_store(
     folder: Path,
-    source: Source,
+    sources: list[tuple[DataSource, Source]],
     encoder: Encoder,
     counts: Counts,
     meta: dict[str, Any],
     progress: Progress | None,
     limit: TokenLimit | None,
 ) -> None:
-    """Encode a source into the files of a store; `meta` is the beginning of its meta.json."""
+    """Encode sources into the files of a store; `meta` is the beginning of its meta.json."""
     started = time.monotonic()
     writer = ColumnWriter(folder, encoder.columns)
-    meter = Meter(source.total_bytes, writer, progress)
+    meter = Meter(sum(source.total_bytes for _, source in sources), writer, progress)
+    parts: list[dict[str, int]] = []
     try:
-        encode_rows(source, encoder, counts, writer, meter, limit)
-        if writer.examples == 0:
-            shown = "".join(f"\n  {message}" for message in counts.bad_row_messages)
-            bad = f", {counts.bad_rows} bad rows:{shown}" if counts.bad_rows else ""
-            raise UserError(
-                f"no example is left to train on ({counts.documents} empty rows or rows of weight 0{bad})",
-                meta["spec"],
-            )
+        for named, source in sources:
+            before = writer.examples, counts.documents, writer.tokens
+            encode_rows(source, encoder, counts, writer, meter, limit, named.max_rows)
+            after = writer.examples, counts.documents, writer.tokens
+            names = ("examples", "documents", "tokens")
+            parts.append({k: b - a for k, a, b in zip(names, before, after, strict=True)})
+            if not parts[-1]["examples"]:
+                shown = "".join(f"\n  {message}" for message in counts.bad_row_messages)
+                bad = f", {counts.bad_rows} bad rows:{shown}" if counts.bad_rows else ""
+                empty = f"{parts[-1]['documents']} empty rows or rows of weight 0"
+                raise UserError(f"no example is left to train on ({empty}{bad})", named.path)
         sizes = writer.close()
     except BaseException:
         writer.abandon()
@@ -174,6 +180,7 @@ def _write_store(
         "columns": {name: asdict(column) for name, column in encoder.columns.items()},
         "names": {name: list(table) for name, table in writer.names.items()},
         "sizes": sizes,
+        "sources": parts,
         "stats": {
             "documents": counts.documents,
             "left_out": counts.left_out,

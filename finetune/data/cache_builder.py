@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 from finetune.data.batches import Prefetch
@@ -89,13 +90,14 @@ def encode_rows(
     writer: ColumnWriter,
     meter: Meter,
     limit: TokenLimit | None = None,
+    max_rows: int | None = None,
 ) -> None:
-    """Pass all rows of a source through the encoder to the writer.
+    """Pass the rows of a source, or the first `max_rows`, through the encoder to the writer.
 
     Raises:
         UserError: a bad row that ends the build, or a token beyond `limit`, whatever is done with bad rows.
     """
-    reader = Prefetch(_batches(source, meter), QUEUED_BATCHES, "store-reader")
+    reader = Prefetch(_batches(source, meter, max_rows), QUEUED_BATCHES, "store-reader")
     written: deque[Future] = deque()
     try:
         # Converting lists of ids to arrays would cost the encoder a third of its time.
@@ -126,12 +128,12 @@ def encode_rows(
         reader.close()
 
 
-def _batches(source: Source, meter: Meter) -> Iterator[list[Row]]:
+def _batches(source: Source, meter: Meter, max_rows: int | None) -> Iterator[list[Row]]:
     """Yield the rows in batches of about `BATCH_BYTES`; an error comes behind the rows before it."""
     batch: list[Row] = []
     size = 0
     try:
-        for row in source.rows(meter.count):
+        for row in islice(source.rows(meter.count), max_rows):
             batch.append(row)
             size += 0 if isinstance(row, UserError) else _text_size(row[1])
             if size >= BATCH_BYTES or len(batch) >= BATCH_ROWS:

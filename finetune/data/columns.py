@@ -18,7 +18,7 @@ from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, Union
 
@@ -27,7 +27,7 @@ import numpy as np
 from finetune.errors import UserError
 from finetune.files import read_json
 
-FORMAT = 1
+FORMAT = 2
 """Part of a store's fingerprint: with a new layout, old caches are built again."""
 META = "meta.json"
 KINDS = ("token", "scalar", "category", "blob")
@@ -63,7 +63,7 @@ class Encoder(Protocol):
     """Encoder of rows into examples. `encode` is called from one thread at a time."""
 
     columns: dict[str, Column]
-    """Always with the token column `ids`."""
+    """Always with the token column `ids`; those of data to hold rows out of with `text` too (`fields.TEXT`)."""
 
     def fingerprint(self) -> str:
         """Return a string that changes with everything that changes the examples."""
@@ -87,6 +87,8 @@ class Store:
         self.stats: dict[str, Any] = meta["stats"]
         self.fingerprint: str = meta["fingerprint"]
         self.spec: str = meta["spec"]
+        self.sources: list[dict[str, int]] = meta["sources"]
+        """Of each source in turn: the number of its `examples`, `documents` and `tokens`."""
         self.offsets = open_array(self.path / "offsets.bin", "int64")
         self._names: dict[str, list[str]] = meta["names"]
         self.column = lru_cache(None)(self._column)
@@ -105,6 +107,11 @@ class Store:
         """Return the bytes of one example in a blob column."""
         offsets = open_array(self.path / f"{name}.offsets.bin", "int64")
         return self.column(name)[offsets[example] : offsets[example + 1]].tobytes()
+
+    @property
+    def bounds(self) -> list[int]:
+        """The first example of each source, and the number of examples."""
+        return [0, *accumulate(source["examples"] for source in self.sources)]
 
     def place(self, example: int) -> str:
         """Return the origin of an example: file:line if the store knows it, else its number."""

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Union, cast
 
 from finetune.config import ClassifyConfig
 from finetune.data.columns import Column, Example
-from finetune.data.fields import counts, digest, encode_texts, parsed_cell, shown, text_field
+from finetune.data.fields import TEXT, counts, digest, encode_texts, parsed_cell, shown, text_field
 from finetune.data.formats import json_type
 from finetune.data.sources import MISSING, field_error, get_field
 from finetune.data.tokenizer import TextTokenizer, ids_dtype
@@ -53,7 +53,7 @@ TRUTHS = ({"false": False, "true": True}, {"no": False, "yes": True}, {"0": Fals
 
 
 class ClassifyEncoder:
-    """Encoder of rows to the columns `ids`, `label`, `where` and `cut`.
+    """Encoder of rows to the columns `ids`, `label`, `where`, `cut` and `text`.
 
     `label` is a category or a number, `where` is file:line, and `cut` counts the tokens lost.
 
@@ -83,6 +83,7 @@ class ClassifyEncoder:
             "label": label,
             "where": Column("blob", "uint8"),
             "cut": Column("scalar", "int32"),
+            "text": TEXT,
         }
         self._texts = TextTokenizer(tokenizer)
         self._eos = cast(int, tokenizer.eos_token_id)

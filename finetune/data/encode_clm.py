@@ -11,7 +11,7 @@ import hashlib
 from typing import TYPE_CHECKING, cast
 
 from finetune.data.columns import Column, Example
-from finetune.data.fields import counts, encode_texts
+from finetune.data.fields import TEXT, counts, encode_texts
 from finetune.data.formats import json_type
 from finetune.data.sources import MISSING, field_error, get_field
 from finetune.data.tokenizer import TextTokenizer, ids_dtype
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class TextEncoder:
-    """Encode documents to the columns `ids` (with a closing eos) and `subset`."""
+    """Encode documents to the columns `ids` (with a closing eos), `subset` and `text`."""
 
     def __init__(
         self,
@@ -37,6 +37,7 @@ class TextEncoder:
         self.columns = {
             "ids": Column("token", ids_dtype(tokenizer)),
             "subset": Column("category", "int32"),
+            "text": TEXT,
         }
         self._texts = TextTokenizer(tokenizer)
         self._eos = cast(int, tokenizer.eos_token_id)

@@ -20,6 +20,7 @@ as there is room for. Packing is done elsewhere (`packing`).
 
 from __future__ import annotations
 
+import json
 from itertools import accumulate
 from typing import TYPE_CHECKING, cast
 
@@ -27,7 +28,7 @@ import numpy as np
 
 from finetune.config import InstructConfig
 from finetune.data.columns import Column, Example
-from finetune.data.fields import digest, encode_texts, shown
+from finetune.data.fields import TEXT, digest, encode_texts, shown, text_hash
 from finetune.data.instruct_rows import Scored, conversation
 from finetune.data.instruct_template import RENDER_FAULTS, Message, Template
 from finetune.data.tokenizer import TextTokenizer, ids_dtype
@@ -39,12 +40,13 @@ if TYPE_CHECKING:
 
 Turn = tuple[list[int], list[int], list[bool]]
 """Ids of a prompt, and of its completion with eos, of which those are scored."""
-Pieces = tuple[list[str], list[Scored]]
-"""Texts of prompts and completions in turn, and which of the completions, or of their characters, are scored."""
+Pieces = tuple[list[str], list[Scored], int]
+"""Texts of prompts and completions in turn; which of the completions, or of their characters, are scored; the hash of
+the conversation, whatever the template."""
 
 
 class InstructEncoder:
-    """Encoder of rows to the columns `ids`, `scored`, `cut` and `where`.
+    """Encoder of rows to the columns `ids`, `scored`, `cut`, `where` and `text`.
 
     `scored` is 1 where the token is a target; `cut` counts the tokens lost on the left.
     """
@@ -56,6 +58,7 @@ class InstructEncoder:
             "scored": Column("token", "uint8"),
             "cut": Column("scalar", "int32"),
             "where": Column("blob", "uint8"),
+            "text": TEXT,
         }
         self._texts = TextTokenizer(tokenizer)
         self._eos = cast(int, tokenizer.eos_token_id)
@@ -104,11 +107,12 @@ class InstructEncoder:
                 at = text.find(kept)
                 mark = [inner[0]] * at + inner + [inner[-1]] * (len(text) - at - len(kept))
             marks.append(mark)
-        return pieces, (pieces, marks)
+        said = text_hash(json.dumps([[m["role"], m["content"]] for m in messages]))
+        return pieces, (pieces, marks, said)
 
     def _examples(self, where: str, ids: list[list[int]], read: Pieces) -> list[Example]:
         # Prompt and completion of every scored turn; others are part of the next prompt.
-        pieces, marks = read
+        pieces, marks, said = read
         turns: list[Turn] = []
         prompt: list[int] = []
         for prompt_ids, completion, text, mark in zip(
@@ -156,6 +160,7 @@ class InstructEncoder:
                     "scored": flags,
                     "cut": max(0, begin - covered),
                     "where": where.encode("utf-8", "backslashreplace"),
+                    "text": said,
                 }
             )
             covered = end

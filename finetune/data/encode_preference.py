@@ -23,6 +23,7 @@ ms-swift, OpenAI) are recognised by their fields:
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,7 +32,7 @@ import numpy as np
 from finetune.config import InstructConfig, PairConfig, RewardConfig
 from finetune.data.columns import Column, Example
 from finetune.data.encode_instruct import refuse_eos
-from finetune.data.fields import counts, digest, encode_texts, parsed_cell
+from finetune.data.fields import TEXT, counts, digest, encode_texts, parsed_cell, text_hash
 from finetune.data.instruct_rows import SCORED, check_order, question, turns_of, with_system
 from finetune.data.instruct_template import Message, Template
 from finetune.data.sources import MISSING, field_error, get_field
@@ -51,10 +52,11 @@ ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 class PreferenceEncoder:
-    """Encoder of rows to the columns `ids`, `scored`, `prompt`, `split`, `margin`, `cut`, `where`.
+    """Encoder of rows to the columns `ids`, `scored`, `prompt`, `split`, `margin`, `cut`, `where`,
+    `text`.
 
     `prompt` and `split` are the tokens of the prompt and of the first document; `margin` is the
-    reward model's, else 0; `cut` counts the prompt's lost tokens.
+    reward model's, else 0; `cut` counts the prompt's lost tokens; `text` is the hash of the prompt.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class PreferenceEncoder:
             "margin": Column("scalar", "float32"),
             "cut": Column("scalar", "int32"),
             "where": Column("blob", "uint8"),
+            "text": TEXT,
         }
         self._texts = TextTokenizer(tokenizer)
         self._eos = cast(int, tokenizer.eos_token_id)
@@ -119,11 +122,13 @@ class PreferenceEncoder:
             unscored = sum(message["role"] == "assistant" for message in messages[:shared])
             texts += pieces
             sides.append((len(pieces), unscored))
-        return texts, (sides, margin)
+        # Pairs with the same prompt stay together where rows are held out.
+        asked = [[message["role"], message["content"]] for message in both[0][:shared]]
+        return texts, (sides, margin, text_hash(json.dumps(asked)))
 
     def _example(self, where: str, ids: list[list[int]], read: tuple) -> list[Example]:
         # The ids of each document, and which of them are the answer's.
-        sides, margin = read
+        sides, margin, prompt_hash = read
         documents, prompt = [], 0
         for pieces, unscored in sides:
             own, ids = ids[:pieces], ids[pieces:]
@@ -155,6 +160,7 @@ class PreferenceEncoder:
                 "margin": margin,
                 "cut": cut,
                 "where": where.encode("utf-8", "backslashreplace"),
+                "text": prompt_hash,
             }
         ]
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from finetune.config import QaConfig
 from finetune.data.columns import Column, Example, PartlyBad
-from finetune.data.fields import counts, digest
+from finetune.data.fields import TEXT, counts, digest, text_hash
 from finetune.data.qa_rows import Question, questions
 from finetune.data.tokenizer import TextTokenizer, ids_dtype
 from finetune.data.utf8 import SKIP
@@ -41,7 +41,7 @@ class QaEncoder:
     Columns: `ids`; `char_start`, `char_end` of every token in the context, 0 elsewhere;
     `context_at`, the first context token; `start`, `end`, the targets, all counted from the
     example's first token; `window`, its number within the question; `answers`, how many the
-    question has; `question`, JSON with id, where, context and answers, in its window 0 only.
+    question has; `text`, the hash of the context; `question`, JSON with id, where, context and answers, in its window 0 only.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, cfg: QaConfig):
@@ -56,6 +56,7 @@ class QaEncoder:
             "end": scalar,
             "window": scalar,
             "answers": scalar,
+            "text": TEXT,
             "question": Column("blob", "uint8"),
         }
         self._texts = TextTokenizer(tokenizer)
@@ -113,6 +114,8 @@ class QaEncoder:
             "context": question.context,
             "answers": [text for _, text in question.answers],
         }
+        # The questions of a context stay together where rows are held out.
+        text = text_hash(question.context)
         examples: list[Example] = []
         for number, begin in enumerate(window_starts(len(context.ids), room, stride)):
             ids, chars = context.ids[begin : begin + room], offsets[begin : begin + room]
@@ -130,6 +133,7 @@ class QaEncoder:
                     "end": end,
                     "window": number,
                     "answers": len(spans),
+                    "text": text,
                     "question": b""
                     if number
                     else json.dumps(description, ensure_ascii=False).encode(),

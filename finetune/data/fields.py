@@ -12,11 +12,20 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from finetune.data.columns import Example
+from finetune.data.columns import Column, Example
 from finetune.data.formats import json_type
 from finetune.data.sources import MISSING, field_error, get_field
 from finetune.data.utf8 import FIX, SKIP
 from finetune.errors import UserError
+
+TEXT = Column("scalar", "uint64")
+"""Column `text`: `text_hash` of what an example was made of, for rows that are held out and for duplicates."""
+
+
+def text_hash(text: str) -> int:
+    """Return 64 bits that are the same for the same text, on every machine."""
+    data = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def encode_texts(
@@ -25,7 +34,7 @@ def encode_texts(
     tokenize: Callable[[list[str]], list[list[int]]],
     build: Callable[[str, list[list[int]], Any], list[Example]],
 ) -> list[list[Example] | UserError]:
-    """Encode a batch of rows with one call of the tokenizer.
+    """Encode a batch of rows with one call of the tokenizer; examples get the hash of their row's texts.
 
     Args:
         read: returns the texts of (place, record) and whatever else `build` needs; None leaves the
@@ -49,9 +58,12 @@ def encode_texts(
     for at, where, texts, rest in readings:
         own = [next(ids) for _ in texts]
         try:
-            results[at] = build(where, own, rest)
+            examples = build(where, own, rest)
         except UserError as error:
             results[at] = error
+            continue
+        text = text_hash("\n".join(texts))
+        results[at] = [{"text": text} | example for example in examples]
     return results
 
 

@@ -162,20 +162,20 @@ def notes_on(files: Files, training: bool) -> list[str]:
     return notes
 
 
-def shared(train: Files, held_out: Files) -> list[str]:
+def shared(train: list[Path], held_out: list[Path]) -> list[str]:
     """Return a note if evaluation files are also training files, by path or by content."""
-    trained = set(train.paths)
+    trained = set(train)
     same = {
         path
-        for group in _same_content([*train.paths, *held_out.paths])
+        for group in _same_content([*train, *held_out])
         if trained & set(group)
         for path in group
     }
-    both = [path for path in held_out.paths if path in trained or path in same]
+    both = [path for path in held_out if path in trained or path in same]
     if not both:
         return []
     return [
-        f"trained on as well: {len(both)} of {_count(held_out.paths)}, {_names(both)}; "
+        f"trained on as well: {len(both)} of {_count(held_out)}, {_names(both)}; "
         "figures on these rows tell how well the model remembers them, not how well it does on new ones"
     ]
 

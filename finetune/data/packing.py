@@ -12,6 +12,7 @@ here, and segments of one sequence never attend to each other. Three documents a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,6 +149,47 @@ class _OpenSequences:
                 self._by_room[left].append(some)
                 self._any[left] = True
         return placed
+
+
+def pack_chosen(
+    pack: Callable[[np.ndarray], Sequences], offsets: np.ndarray, chosen: np.ndarray | None
+) -> Sequences:
+    """Pack some examples of a store as if no others stood between them; None: all of them.
+
+    Args:
+        pack: one of the policies, with its length.
+        chosen: indices of examples, ascending.
+    """
+    if chosen is None:
+        return pack(offsets)
+    offsets = np.asarray(offsets)
+    starts = offsets[chosen]
+    own = np.concatenate([[0], np.cumsum(offsets[chosen + 1] - starts)])
+    packed = pack(own)
+    return Sequences(
+        packed.starts + (starts - own[:-1])[packed.examples],
+        packed.lengths,
+        chosen[packed.examples],
+        packed.pointers,
+    )
+
+
+def joined(parts: list[Sequences]) -> Sequences:
+    """Return the sequences of several packings of one store, one packing behind the other."""
+    firsts = np.cumsum([0, *(len(part.starts) for part in parts)])
+    pointers = [part.pointers[:-1] + first for part, first in zip(parts, firsts[:-1], strict=True)]
+    return Sequences(
+        np.concatenate([part.starts for part in parts]),
+        np.concatenate([part.lengths for part in parts]),
+        np.concatenate([part.examples for part in parts]),
+        np.concatenate([*pointers, firsts[-1:]]),
+    )
+
+
+def sequence_tokens(sequences: Sequences) -> np.ndarray:
+    """Return the number of tokens of each sequence, (R,) int64."""
+    ends = np.concatenate([[0], np.cumsum(sequences.lengths, dtype=np.int64)])
+    return np.diff(ends[sequences.pointers])
 
 
 def efficiency(sequences: Sequences, max_length: int) -> float:

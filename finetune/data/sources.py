@@ -37,6 +37,7 @@ from finetune.data.files import (
 )
 from finetune.data.formats import Reader, Row, jsonl_rows, parquet_rows, txt_rows
 from finetune.data.large_json import json_rows
+from finetune.data.mixture import DataSource, eval_sources, train_sources
 from finetune.data.utf8 import DEFAULTS, FileOptions
 from finetune.errors import UserError, command, setting
 
@@ -136,19 +137,23 @@ def data_notes(data: DataConfig) -> dict[str, list[str]]:
 
     Only files on this machine are opened.
     """
-    train = None
-    with suppress(
-        UserError
-    ):  # an evaluation may come long after the training, whose data may be gone by then
-        train = _local_files(data.train)
-    held_out = _local_files(data.eval)
-    notes: dict[str, list[str]] = {
-        "train": notes_on(train, training=True) if train else [],
-        "eval": notes_on(held_out, training=False) if held_out else [],
+    training, evaluation = train_sources(data), eval_sources(data)
+    trained: list[Files] = []
+    # An evaluation may come long after the training, whose data may be gone by then.
+    with suppress(UserError):
+        trained = _local_files(training)
+    held_out = _local_files(evaluation)
+    notes = {
+        "train": [note for files in trained for note in notes_on(files, training=True)],
+        "eval": [note for files in held_out for note in notes_on(files, training=False)],
     }
-    if train and held_out:
-        notes["eval"] += shared(train, held_out)
-    elif data.eval and data.train == data.eval and data.split == data.eval_split:
+    elsewhere = {(source.path, source.split) for source in training}
+    if trained and held_out:
+        notes["eval"] += shared(
+            [path for files in trained for path in files.paths],
+            [path for files in held_out for path in files.paths],
+        )
+    elif any((source.path, source.split) in elsewhere for source in evaluation):
         notes["eval"].append(
             "trained on as well: all of it; figures on these rows tell how well the model remembers "
             "them, not how well it does on new ones"
@@ -156,10 +161,14 @@ def data_notes(data: DataConfig) -> dict[str, list[str]]:
     return notes
 
 
-def _local_files(spec: str | None) -> Files | None:
-    if not spec or hub_datasets.is_saved_dataset(Path(os.path.expanduser(resolve(spec)))):
-        return None
-    return find_files(spec)
+def _local_files(sources: list[DataSource]) -> list[Files]:
+    """Return the files of every source that consists of plain files on this machine."""
+    plain = [
+        source.path
+        for source in sources
+        if not hub_datasets.is_saved_dataset(Path(os.path.expanduser(resolve(source.path))))
+    ]
+    return [files for path in plain if (files := find_files(path))]
 
 
 def get_field(record: dict, field: str) -> Any:

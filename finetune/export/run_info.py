@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from finetune.config import (
 )
 from finetune.data.instruct_rows import conversation
 from finetune.data.instruct_template import Message
+from finetune.data.mixture import evaluation_text, train_sources, training_text
 from finetune.data.sources import open_source
 from finetune.errors import UserError
 from finetune.gptj.load import local_folder
@@ -72,7 +73,10 @@ def describe_run(
     """
     base = base_name(cfg.model, run_dir)
     drawn = cfg.model.init is Init.random
-    data = {"training data": cfg.data.train, "evaluation data": cfg.data.eval}
+    data = {
+        "training data": training_text(cfg.data),
+        "evaluation data": evaluation_text(cfg.data),
+    }
     start = {"began from the adapter": getattr(cfg.adapter, "start", None)}
     return RunInfo(
         name=cfg.name,
@@ -104,10 +108,12 @@ def base_name(cfg: ModelConfig, run_dir: Path) -> str:
 def real_conversations(task: TaskConfig, data: DataConfig) -> list[list[Message]]:
     """Return the first conversations of the training data; none if it can no longer be read."""
     conversations: list[list[Message]] = []
-    if not isinstance(task, InstructConfig) or not isinstance(data.train, str):
+    if not isinstance(task, InstructConfig):
         return conversations
     try:
-        for row in islice(open_source(data.train, data.split, data.config).rows(), CHAT_ROWS):
+        sources = [open_source(s.path, s.split, s.config) for s in train_sources(data)]
+        each = -(-CHAT_ROWS // max(1, len(sources)))
+        for row in chain.from_iterable(islice(source.rows(), each) for source in sources):
             try:
                 read = None if isinstance(row, UserError) else conversation(row[1], row[0], task)
             except UserError:  # left out of training too

@@ -155,7 +155,7 @@ def build_job(cfg: Config, machine: Machine, shape: ModelShape, world_size: int)
         optimizer=cfg.optim.name,
         quantize=cfg.model.quantize,
         quantize_double=cfg.model.quantize_double,
-        eval_tokens=eval_tokens if cfg.data.eval else 0,
+        eval_tokens=eval_tokens if cfg.data.evaluates else 0,
         checkpoints_kept=cfg.checkpoint.keep + 1 if cfg.checkpoint.every else int(full),
         weights_kept=cfg.checkpoint.final is FinalCheckpoint.weights and not cfg.checkpoint.every,
     )

@@ -45,9 +45,9 @@ def metrics_text(record: dict[str, Any]) -> str:
 
 
 def evaluation_text(record: dict[str, Any]) -> str:
-    """Format an evaluation, with one line per subset or class if there are any."""
+    """Format an evaluation, with one line per set, subset or class if there are any."""
     lines = [f"eval at step {record.get('step')}: {metrics_text(record)}"]
-    groups = record.get("subsets") or record.get("per_class") or {}
+    groups = record.get("sets") or record.get("subsets") or record.get("per_class") or {}
     width = max((len(str(name)) for name in groups), default=0)
     for name, metrics in groups.items():
         if isinstance(metrics, dict):

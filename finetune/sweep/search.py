@@ -145,7 +145,9 @@ def build_goal(cfg: SweepConfig, job: Config) -> Goal:
         raise problem
     metric, end = cfg.metric, DIRECTIONS.get(cfg.metric, "")
     if metric == "auto":
-        metric, end = best_metric(job.task, job.train.metric) if job.data.eval else ("loss", "min")
+        metric, end = (
+            best_metric(job.task, job.train.metric) if job.data.evaluates else ("loss", "min")
+        )
     # Keys of evaluations that are no metrics to rank by, such as the values of a single class.
     end = end or ("max" if any(word in metric for word in HIGHER) else "min")
     return Goal(metric, cfg.direction == "maximize" or (cfg.direction == "auto" and end == "max"))

@@ -49,7 +49,8 @@ class Task(ABC):
         """Collect from the training data what the head needs (label names), or use `previous`."""
 
     @abstractmethod
-    def rows(self, store: Store) -> Sequences: ...
+    def rows(self, store: Store, chosen: np.ndarray | None = None) -> Sequences:
+        """Pack the store's examples into sequences; `chosen`: only these, indices ascending."""
 
     def collate(self, store: Store, rows: Sequences, indices: list[int]) -> Batch:
         return lm_batch(store, rows, indices)

@@ -39,7 +39,7 @@ from finetune.data.encode_classify import (
     sort_names,
     unseen,
 )
-from finetune.data.packing import Sequences, one_per_sequence
+from finetune.data.packing import Sequences, one_per_sequence, pack_chosen
 from finetune.errors import UserError
 from finetune.tasks.base import Batch, Columns, Model, Task, cut_note, flat_inputs
 from finetune.tasks.classify_metrics import (
@@ -143,14 +143,14 @@ class ClassifyTask(Task):
         counts = np.bincount(self._targets(train), minlength=len(self.names))
         return [len(train) / (len(counts) * n) if n else 0.0 for n in counts.tolist()]
 
-    def rows(self, store: Store) -> Sequences:
+    def rows(self, store: Store, chosen: np.ndarray | None = None) -> Sequences:
         """Return rows of one example each.
 
         Raises:
             UserError: the data has a label that the head has no output for.
         """
         self._targets(store)
-        return one_per_sequence(store.offsets)
+        return pack_chosen(one_per_sequence, store.offsets, chosen)
 
     def collate(self, store: Store, rows: Sequences, indices: list[int]) -> Batch:
         """Build a flat batch with each example's pooled position, target and weight.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from finetune.config import ClmConfig
 from finetune.data.columns import IGNORE, Encoder, Store
 from finetune.data.encode_clm import TextEncoder
-from finetune.data.packing import Sequences, document_chunks, stream_blocks
+from finetune.data.packing import Sequences, document_chunks, pack_chosen, stream_blocks
 from finetune.tasks.base import Batch, Columns, Model, Task, flat_inputs
 
 
@@ -47,9 +48,9 @@ class ClmTask(LmTask):
             self.tokenizer, self.cfg.text_field, self.cfg.subset_field, self.cfg.weight_field
         )
 
-    def rows(self, store: Store) -> Sequences:
+    def rows(self, store: Store, chosen: np.ndarray | None = None) -> Sequences:
         cut = stream_blocks if self.packing else document_chunks
-        return cut(store.offsets, self.cfg.max_length)
+        return pack_chosen(partial(cut, max_length=self.cfg.max_length), store.offsets, chosen)
 
     def metrics(self, store: Store, columns: Columns) -> tuple[dict[str, Any], list | None]:
         total = lm_metrics(columns["loss"].sum(), columns["tokens"].sum())

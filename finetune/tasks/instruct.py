@@ -7,15 +7,17 @@ the same form as in training.
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
+
+import numpy as np
 
 from finetune.check import refuse_task
 from finetune.config import InstructConfig, PairConfig
 from finetune.data.columns import Encoder, Store
 from finetune.data.encode_instruct import InstructEncoder, prompt_ids
 from finetune.data.instruct_template import Message, Template, load_template
-from finetune.data.packing import Sequences, best_fit, one_per_sequence
+from finetune.data.packing import Sequences, best_fit, one_per_sequence, pack_chosen
 from finetune.tasks.base import Columns, Task, cut_note
 from finetune.tasks.clm import LmTask, lm_metrics
 
@@ -66,10 +68,9 @@ class InstructTask(TemplateTask, LmTask):
     def encoder(self) -> Encoder:
         return InstructEncoder(self.tokenizer, self.cfg, self.template)
 
-    def rows(self, store: Store) -> Sequences:
-        if self.packing:
-            return best_fit(store.offsets, self.cfg.max_length)
-        return one_per_sequence(store.offsets)
+    def rows(self, store: Store, chosen: np.ndarray | None = None) -> Sequences:
+        pack = partial(best_fit, max_length=self.cfg.max_length)
+        return pack_chosen(pack if self.packing else one_per_sequence, store.offsets, chosen)
 
     def metrics(self, store: Store, columns: Columns) -> tuple[dict[str, Any], list | None]:
         """Return loss and perplexity, and each example's source, loss and number of scored tokens."""

@@ -35,7 +35,14 @@ from finetune.config import PairConfig, PreferenceConfig
 from finetune.data.collate import lm_batch
 from finetune.data.columns import IGNORE, Encoder, Store
 from finetune.data.encode_preference import PreferenceEncoder
-from finetune.data.packing import Sequences, best_fit, one_per_sequence, ranges, split_pairs
+from finetune.data.packing import (
+    Sequences,
+    best_fit,
+    one_per_sequence,
+    pack_chosen,
+    ranges,
+    split_pairs,
+)
 from finetune.dist import World
 from finetune.tasks.base import Batch, Columns, Model, cut_note, flat_inputs, to_device
 from finetune.tasks.instruct import TemplateTask
@@ -56,9 +63,9 @@ class PairTask(TemplateTask):
     def encoder(self) -> Encoder:
         return PreferenceEncoder(self.tokenizer, self.cfg, self.template)
 
-    def rows(self, store: Store) -> Sequences:
+    def rows(self, store: Store, chosen: np.ndarray | None = None) -> Sequences:
         pack = partial(best_fit, max_length=2 * self.cfg.max_length)
-        packed = (pack if self.packing else one_per_sequence)(store.offsets)
+        packed = pack_chosen(pack if self.packing else one_per_sequence, store.offsets, chosen)
         return split_pairs(packed, store.column("split"))
 
     def notes(self, store: Store) -> list[str]:

@@ -28,7 +28,7 @@ from finetune.config import QaConfig
 from finetune.data.collate import lm_batch
 from finetune.data.columns import Encoder, Store
 from finetune.data.encode_qa import SEPARATOR, QaEncoder
-from finetune.data.packing import Sequences, one_per_sequence
+from finetune.data.packing import Sequences, one_per_sequence, pack_chosen
 from finetune.tasks.base import Batch, Columns, Model, Task, flat_inputs
 from finetune.tasks.squad_metrics import best_threshold, score, score_v1, summarise
 
@@ -56,8 +56,8 @@ class QaTask(Task):
         elif train is not None:
             self.unanswerable = bool((train.column("answers") == 0).any())
 
-    def rows(self, store: Store) -> Sequences:
-        return one_per_sequence(store.offsets)
+    def rows(self, store: Store, chosen: np.ndarray | None = None) -> Sequences:
+        return pack_chosen(one_per_sequence, store.offsets, chosen)
 
     def collate(self, store: Store, rows: Sequences, indices: list[int]) -> Batch:
         """Build a flat batch with each example's slots (among tokens) and targets (among slots).
@@ -113,6 +113,7 @@ class QaTask(Task):
         questions = [
             answered(store, int(example), {name: values[a:b] for name, values in columns.items()})
             for example, (a, b) in zip(first_windows, pairwise(bounds), strict=True)
+            if a < b  # the others are not evaluated
         ]
         answerable = [bool(question["answers"]) for question in questions]
         may_be_silent = self.unanswerable or not all(answerable)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from finetune.data.batches import eval_batches
 from finetune.data.columns import Store
+from finetune.data.packing import Sequences
 from finetune.dist import World
 from finetune.tasks.base import Columns, Model, Task, to_device
 
@@ -18,15 +20,24 @@ class Interrupted(Exception):
     """Raised when an evaluation was not finished."""
 
 
+@dataclass
+class EvalSet:
+    """Examples of a store that are evaluated together."""
+
+    store: Store
+    rows: Sequences
+    """They alone, packed."""
+
+
 def evaluate(
     model: Model,
     task: Task,
-    store: Store,
+    sets: dict[str, EvalSet],
     world: World,
     batch: int,
     go_on: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
-    """Compute metrics of `model` on a store, the same for any number of ranks. Collective.
+    """Compute metrics of `model` on evaluation sets, the same for any number of ranks. Collective.
 
     Args:
         model: must be in evaluation mode.
@@ -36,19 +47,42 @@ def evaluate(
     Raises:
         Interrupted: `go_on` returned False.
     """
-    return evaluate_with(model, task, store, world, batch, go_on)[0]
+    return combined(
+        {
+            name: evaluate_set(model, task, part, world, batch, go_on)[0]
+            for name, part in sets.items()
+        }
+    )
 
 
-def evaluate_with(
+def combined(metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the metrics of the only set; of several the means, each set's as SET/METRIC, and all under `sets`."""
+    if len(metrics) == 1 and "" in metrics:
+        return metrics[""]
+    # A metric that a set does not have, such as the correlation of constants, has no mean.
+    first = next(iter(metrics.values()))
+    named = [name for name, value in first.items() if isinstance(value, (int, float))]
+    columns = {name: [one[name] for one in metrics.values()] for name in named}
+    means = {
+        name: None if None in values else sum(values) / len(values)
+        for name, values in columns.items()
+    }
+    if "tokens" in means:
+        means["tokens"] = sum(columns["tokens"])
+    each = {f"{of}/{name}": one[name] for of, one in metrics.items() for name in named}
+    return means | each | {"sets": metrics}
+
+
+def evaluate_set(
     model: Model,
     task: Task,
-    store: Store,
+    part: EvalSet,
     world: World,
     batch: int,
     go_on: Callable[[], bool] | None = None,
 ) -> tuple[dict[str, Any], list | None]:
-    """Evaluate as `evaluate` does; also return rank 0's predictions, if the task makes any."""
-    rows, parts = task.rows(store), []
+    """Evaluate one set as `evaluate` does; also return rank 0's predictions, if the task makes any."""
+    store, rows, parts = part.store, part.rows, []
     with torch.no_grad():
         for indices in eval_batches(len(rows), batch, world.size, world.rank):
             parts.append(

@@ -6,21 +6,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from finetune.assets.paths import resolve
 from finetune.check import length_problems
-from finetune.config import GPTJ_POSITIONS, Config, Init, OptimName, Quantize
+from finetune.config import (
+    GPTJ_POSITIONS,
+    Config,
+    DataConfig,
+    Init,
+    OptimName,
+    Quantize,
+    WeightBy,
+)
+from finetune.data.batches import Drawn, Order
 from finetune.data.cache import build_store
 from finetune.data.columns import Store, open_store
-from finetune.data.packing import Sequences, efficiency
+from finetune.data.fields import digest
+from finetune.data.mixture import (
+    DataSource,
+    draws,
+    eval_sources,
+    held_out_amount,
+    hold_out,
+    train_sources,
+)
+from finetune.data.packing import Sequences, efficiency, joined, sequence_tokens
 from finetune.data.sources import data_notes, file_options, open_source
-from finetune.data.tokenizer import load_tokenizer, token_limit
+from finetune.data.tokenizer import TokenLimit, load_tokenizer, token_limit
 from finetune.dist import World
 from finetune.errors import UserError
 from finetune.gptj.adapter_start import start_problems, start_task
@@ -30,6 +51,7 @@ from finetune.reporting.terminal import Phase
 from finetune.tasks.base import Batch, Task
 from finetune.tasks.build import build_task
 from finetune.tasks.preview import preview
+from finetune.training.evaluate import EvalSet
 
 TOO_LARGE = (
     "Take the model's own tokenizer (leave model.tokenizer out), or GPT-J's, which reads such marks as text: "
@@ -40,19 +62,46 @@ TOO_LARGE = (
 
 
 @dataclass
+class TrainSource:
+    """One source of the training data, without the examples that are held out."""
+
+    name: str
+    examples: int
+    tokens: int
+    rows: int
+    """Sequences that its examples are packed into."""
+    drawn: int
+    """Sequences that an epoch draws of it."""
+
+
+@dataclass
 class Inputs:
     tokenizer: Any
     task: Task
     train: Store
-    eval: Store | None
     rows: Sequences
-    """Which training examples share a row."""
+    """Which training examples share a row, source by source."""
+    sources: list[TrainSource]
+    eval: dict[str, EvalSet]
+    """Evaluation sets by name; the only one has the name "", and there may be none."""
+    identity: str
+    """Changes with the training data, the rows held out of them, and the mixture."""
     notes: dict[str, list[str]]
     """What is remarkable about the files, and what encoding did to the data (texts cut), by train and eval."""
 
     def collate(self, indices: list[int]) -> Batch:
         """Return these rows of the training data as one numpy batch."""
         return self.task.collate(self.train, self.rows, indices)
+
+    def order(self, seed: int) -> Order:
+        """Return the order in which rows are trained on."""
+        counts = [source.drawn for source in self.sources]
+        return Order([source.rows for source in self.sources], seed, shuffle=True, counts=counts)
+
+    def drawn(self, seed: int) -> Drawn:
+        """Return the counter of what each source has given to the training so far."""
+        names = [source.name for source in self.sources]
+        return Drawn(self.order(seed), names, sequence_tokens(self.rows))
 
     def about(self) -> dict[str, Any]:
         """Return what the head learned from the data, for evaluation and export."""
@@ -61,10 +110,26 @@ class Inputs:
 
     def statistics(self, max_length: int) -> dict[str, Any]:
         """Return the content of data_stats.json."""
-        train = {"rows": len(self.rows), "packing_efficiency": efficiency(self.rows, max_length)}
-        found = {"train": self.train.stats | train | {"notes": self.notes["train"]}}
-        if self.eval:
-            found["eval"] = self.eval.stats | {"notes": self.notes["eval"]}
+        train = self.train.stats | {
+            "examples": sum(source.examples for source in self.sources),
+            "tokens": sum(source.tokens for source in self.sources),
+            "rows": len(self.rows),
+            "packing_efficiency": efficiency(self.rows, max_length),
+            "notes": self.notes["train"],
+        }
+        if len(self.sources) > 1:
+            train["sources"] = {
+                s.name: asdict(s) | {"tokens_per_epoch": round(s.tokens * s.drawn / s.rows)}
+                for s in self.sources
+            }
+        found = {"train": train}
+        for name, part in self.eval.items():
+            own = {"notes": [] if len(found) > 1 else self.notes["eval"]}
+            if part.store is self.train:
+                own |= {"rows": len(part.rows), "tokens": int(part.rows.lengths.sum())}
+            else:
+                own = part.store.stats | own
+            found[f"eval {name}".strip()] = own
         return found
 
 
@@ -94,59 +159,143 @@ def prepare_inputs(
         )
         for prompt in cfg.train.sample_prompts:
             limit.check(encode(prompt), "train.sample_prompts")
+    encoded = partial(
+        encode_sources, data=cfg.data, task=task, limit=limit, world=world, phase=phase
+    )
 
-    def encoded(spec: str, split: str) -> Store:
-        def build() -> Path:
-            with phase(f"tokenising {spec}") as shown:
-
-                def progress(done: float, total: float, tokens: int) -> None:
-                    shown.total = total
-                    shown.update(done)
-
-                store = build_store(
-                    resolve(spec),
-                    split,
-                    task.encoder(),
-                    on_bad_row=cfg.data.on_bad_row.value,
-                    cache_dir=Path(cfg.data.cache_dir).expanduser() if cfg.data.cache_dir else None,
-                    max_bad_rows=cfg.data.max_bad_rows,
-                    config=cfg.data.config,
-                    options=file_options(cfg.data),
-                    progress=progress if shown else None,
-                    limit=limit,
-                )
-            return store.path
-
-        return open_store(world.on_main(build))
-
-    train = encoded(cfg.data.train, cfg.data.split)
+    # Encode the sources into one store, and pack what of each is not held out.
+    sources = train_sources(cfg.data)
+    train = encoded(sources)
     # An adapter that is trained on keeps the order of its labels.
     task.prepare(train, start_task(cfg.adapter) if task.head == "classify" else None)
-    held_out = encoded(cfg.data.eval, cfg.data.eval_split) if cfg.data.eval else None
-    rows = task.rows(train)
+    held = held_out(train, cfg.data)
+    chosen = [
+        start + np.flatnonzero(~held[start:end]) if held is not None else np.arange(start, end)
+        for start, end in pairwise(train.bounds)
+    ]
+    for source, examples in zip(sources, chosen, strict=True):
+        if not len(examples):
+            raise UserError(
+                "every row of this source has the text of a row that is held out for evaluation",
+                source.path,
+                "Leave the source out, or give evaluation data of their own: data.eval=FILE.",
+            )
+    packed = [
+        task.rows(train, None if len(examples) == len(train) else examples) for examples in chosen
+    ]
+    tokens = [int(rows.lengths.sum(dtype=np.int64)) for rows in packed]
+    sizes, by = [len(rows) for rows in packed], cfg.data.weight_by
+    if by is WeightBy.auto:
+        by = WeightBy.tokens if task.head == "lm" else WeightBy.rows
+    drawn = draws(sources, sizes, tokens, [len(examples) for examples in chosen], by)
+    parts = [
+        TrainSource(source.name, len(examples), *counts)
+        for source, examples, *counts in zip(sources, chosen, tokens, sizes, drawn, strict=True)
+    ]
+    identity = train.fingerprint
+    if held is not None or drawn != sizes or len(sources) > 1:
+        identity = digest(identity, held_out_amount(cfg.data), sizes, drawn)
+    evaluated = evaluation_sets(cfg.data, task, train, encoded)
+    rows = joined(packed)
     if cfg.data.preview:
         say(preview(task, train, rows, tokenizer, cfg.data.preview))
 
     # Tell what is remarkable about the files, and what encoding left out or cut.
     notes = world.on_main(lambda: data_notes(cfg.data))
-    for name, store in (("train", train), ("eval", held_out)):
-        if store is None:
-            continue
+    stores = {"train": train} | {
+        f"eval {name}".strip(): part.store
+        for name, part in evaluated.items()
+        if part.store is not train
+    }
+    for name, store in stores.items():
+        own = notes["train" if store is train else "eval"]
+        if store is not train:
+            own += overlap_note(store, train, own)
         # Stores of older versions do not count rows without an example.
         if left_out := store.stats.get("left_out", 0):
-            notes[name].append(
+            own.append(
                 f"{left_out:,} of {store.stats['documents']:,} rows are empty or left out by their "
                 "own mark"
             )
-        notes[name] += task.notes(store)
-        for line in notes[name]:
+        own += task.notes(store)
+        for line in own:
             say(f"{name} data: {line}")
         if bad := store.stats["bad_rows"]:
             say(
                 f"{name} data: {bad} bad row{'s' if bad > 1 else ''} left out; "
                 f"{store.stats['bad_row_messages'][0]}"
             )
-    return Inputs(tokenizer, task, train, held_out, rows, notes)
+    return Inputs(tokenizer, task, train, rows, parts, evaluated, identity, notes)
+
+
+def encode_sources(
+    sources: list[DataSource],
+    data: DataConfig,
+    task: Task,
+    limit: TokenLimit | None,
+    world: World,
+    phase: Callable[[str], AbstractContextManager[Phase | None]] = lambda name: nullcontext(),
+) -> Store:
+    """Return the store of some sources, one behind the other; rank 0 builds it. Collective."""
+
+    def build() -> Path:
+        with phase(f"tokenising {', '.join(source.path for source in sources)}") as shown:
+
+            def progress(done: float, total: float, tokens: int) -> None:
+                shown.total = total
+                shown.update(done)
+
+            store = build_store(
+                sources,
+                task.encoder(),
+                on_bad_row=data.on_bad_row.value,
+                cache_dir=Path(data.cache_dir).expanduser() if data.cache_dir else None,
+                max_bad_rows=data.max_bad_rows,
+                options=file_options(data),
+                progress=progress if shown else None,
+                limit=limit,
+            )
+        return store.path
+
+    return open_store(world.on_main(build))
+
+
+def held_out(train: Store, data: DataConfig) -> np.ndarray | None:
+    """Return which examples of the training data are evaluated and not trained on, (N,) bool; None: none is."""
+    amount = held_out_amount(data)
+    if amount is None:
+        return None
+    windows = train.column("window") if "window" in train.columns else np.zeros(len(train))
+    return hold_out(np.asarray(train.column("text")), windows == 0, train.bounds, amount)
+
+
+def evaluation_sets(
+    data: DataConfig, task: Task, train: Store | None, encoded: Callable[[list[DataSource]], Store]
+) -> dict[str, EvalSet]:
+    """Return the evaluation sets by name, "" where there is only one. Collective.
+
+    Args:
+        train: the store of the training data; None: it is encoded where rows are held out of it.
+        encoded: sources -> their store.
+    """
+    if held_out_amount(data) is not None:
+        store = encoded(train_sources(data)) if train is None else train
+        return {"": EvalSet(store, task.rows(store, np.flatnonzero(held_out(store, data))))}
+    sources = eval_sources(data)
+    named = isinstance(data.eval, list) or (isinstance(data.eval, dict) and "path" not in data.eval)
+    stores = {source.name if named else "": encoded([source]) for source in sources}
+    return {name: EvalSet(store, task.rows(store)) for name, store in stores.items()}
+
+
+def overlap_note(store: Store, train: Store, notes: list[str]) -> list[str]:
+    """Return a note on evaluation rows whose texts are trained on, unless `notes` has one on their files."""
+    both = int(np.isin(store.column("text"), train.column("text")).sum())
+    if not both or any(note.startswith("trained on as well") for note in notes):
+        return []
+    return [
+        f"trained on as well: the texts of {both:,} of {len(store):,} examples; figures on these tell how well "
+        "the model remembers them, not how well it does on new ones"
+    ]
 
 
 # Check up front that the configured data and weights exist, and that the model is long enough.
@@ -180,16 +329,16 @@ def absent(cfg: Config, download: bool) -> Iterator[UserError]:
     known = positions()
     too_long = list(length_problems(cfg, known or GPTJ_POSITIONS))
     yield from too_long
-    for key, spec, split in (
-        ("data.train", data.train, data.split),
-        ("data.eval", data.eval, data.eval_split),
-    ):
-        if spec:
-            options = file_options(data)
+    for key, read in (("data.train", train_sources), ("data.eval", eval_sources)):
+        try:
+            sources = read(data)
+        except UserError:
+            continue  # reported by `check`
+        for source in sources:
             yield from problem(
-                partial(open_source, spec, split, data.config, options),
+                partial(open_source, source.path, source.split, source.config, file_options(data)),
                 key,
-                FETCHED.get(str(Path(spec).parent), ""),
+                FETCHED.get(str(Path(source.path).parent), ""),
             )
     fetch, needs_weights = download and not too_long, model.init is Init.pretrained
     yield from problem(lambda: refuse_pointers(local_folder(model, fetch), needs_weights))

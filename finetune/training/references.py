@@ -61,7 +61,8 @@ def add_references(
         )
     )
     engine.train(False)
-    for store in [inputs.train, *([inputs.eval] if inputs.eval else [])]:
+    stores = [inputs.train, *(part.store for part in inputs.eval.values())]
+    for store in {store.fingerprint: store for store in stores}.values():
         task.references[store.fingerprint] = reference_logps(
             engine, task, store, world, cfg.train.eval_batch, name, beat
         )

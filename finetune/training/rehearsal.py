@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from finetune.data.packing import Sequences
+from finetune.data.packing import Sequences, sequence_tokens
 from finetune.sharding.engine import Engine
 from finetune.tasks.base import to_device
 from finetune.training.inputs import Inputs
@@ -17,8 +17,7 @@ from finetune.training.inputs import Inputs
 
 def longest_rows(rows: Sequences, count: int) -> list[int]:
     """Return `count` row indices, longest first in tokens; repeated if there are fewer rows."""
-    tokens = np.diff(np.concatenate([[0], np.cumsum(rows.lengths, dtype=np.int64)])[rows.pointers])
-    order = np.argsort(-tokens, kind="stable")[:count].tolist()
+    order = np.argsort(-sequence_tokens(rows), kind="stable")[:count].tolist()
     return (order * -(-count // len(order)))[:count]
 
 

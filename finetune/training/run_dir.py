@@ -87,9 +87,13 @@ def save_config(cfg: Config, about: dict[str, Any], texts: list[list[int]], run_
     (run_dir / "config.yaml").write_text(to_yaml(values), encoding="utf-8")
 
 
-def wherever(path: str | None) -> str | None:
-    """Make a local path or pattern absolute; leave hub ids and shipped assets as they are."""
-    if not path or path.startswith("asset:"):
+def wherever(path: Any) -> Any:
+    """Make a local path or pattern absolute, also those in lists and dicts; leave hub ids and assets as they are."""
+    if isinstance(path, list):
+        return [wherever(item) for item in path]
+    if isinstance(path, dict):  # of a source, only its path names a file
+        return {k: wherever(v) if k == "path" or "path" not in path else v for k, v in path.items()}
+    if not isinstance(path, str) or not path or path.startswith("asset:"):
         return path
     local = os.path.abspath(os.path.expanduser(path))
     return local if os.path.exists(local) or glob.glob(local, recursive=True) else path
@@ -168,7 +172,11 @@ def final_result(
         "best_step": state.best_step or None,
         "skipped_steps": state.skipped,
         "bad_rows": inputs.train.stats["bad_rows"],
-        "bad_eval_rows": inputs.eval.stats["bad_rows"] if inputs.eval else 0,
+        "bad_eval_rows": sum(
+            part.store.stats["bad_rows"]
+            for part in inputs.eval.values()
+            if part.store is not inputs.train
+        ),
         "data_notes": inputs.notes,
         **facts,
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from finetune.config import Config, Dtype
+from finetune.data.mixture import training_text
 from finetune.data.packing import efficiency
 from finetune.dist import World
 from finetune.errors import gib
@@ -36,6 +37,21 @@ def notes_before_training(
         )
 
 
+def mixture_rows(inputs: Inputs) -> Iterator[tuple[str, str]]:
+    """Yield a row of the summary for each source of a mixture, and one for rows that are held out."""
+    epoch = sum(source.drawn for source in inputs.sources)
+    for source in inputs.sources if len(inputs.sources) > 1 else ():
+        yield (
+            f"  {source.name}",
+            f"{source.examples:,} examples, {source.tokens:,} tokens, {source.rows:,} rows; an epoch draws "
+            f"{source.drawn:,} ({source.drawn / epoch:.1%})",
+        )
+    for part in inputs.eval.values():
+        if part.store is inputs.train:
+            kept = sum(source.examples for source in inputs.sources)
+            yield "held out", f"{len(part.store) - kept:,} of {len(part.store):,} examples"
+
+
 def print_summary(
     cfg: Config,
     run_dir: Path,
@@ -53,7 +69,9 @@ def print_summary(
         optimizer_bytes: of every rank.
     """
     store, rows = inputs.train, inputs.rows
-    tokens = len(store.column("ids")) / len(rows) * cfg.train.global_batch
+    drawn = sum(source.drawn for source in inputs.sources)
+    tokens = sum(s.drawn * s.tokens / s.rows for s in inputs.sources) / drawn
+    tokens *= cfg.train.global_batch
     share = 100 * parameters["trainable"] / parameters["total"]
     attention = pick_attention(
         cfg.model.attention.value, world.device.type, DTYPES[cfg.model.dtype.value]
@@ -84,10 +102,11 @@ def print_summary(
             ("trained", f"{parameters['trainable']:,} parameters ({share:.2f}%)"),
             (
                 "data",
-                f"{cfg.data.train}  {store.stats['documents']:,} records, "
-                f"{store.stats['tokens']:,} tokens, {len(rows):,} rows, "
+                f"{training_text(cfg.data)}  {store.stats['documents']:,} records, "
+                f"{sum(source.tokens for source in inputs.sources):,} tokens, {len(rows):,} rows, "
                 f"{100 * efficiency(rows, cfg.task.max_length):.1f}% filled",
             ),
+            *mixture_rows(inputs),
             (
                 "batch",
                 f"{plan.micro_batch} micro x {ranks} x {plan.accumulation} accumulation = "

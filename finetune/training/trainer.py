@@ -31,8 +31,7 @@ from finetune.config import (
     OptimConfig,
     TrainConfig,
 )
-from finetune.data.batches import StepBatches, step_positions
-from finetune.data.columns import Store
+from finetune.data.batches import Drawn, StepBatches, step_positions
 from finetune.dist import World, seed_for
 from finetune.errors import RunFailed, who_stopped
 from finetune.planning import machine
@@ -40,7 +39,7 @@ from finetune.planning.shape import ModelShape
 from finetune.reporting.callbacks import Callback
 from finetune.sharding.engine import Engine
 from finetune.tasks.base import Batch, Task, to_device
-from finetune.training.evaluate import Interrupted, evaluate
+from finetune.training.evaluate import EvalSet, Interrupted, evaluate
 from finetune.training.hang_watch import spike
 from finetune.training.mfu import peak_flops
 from finetune.training.schedule import learning_rate
@@ -85,7 +84,8 @@ class Trainer:
     """Run a task's optimizer steps.
 
     Args:
-        eval_store: encoded evaluation data; None: no evaluation.
+        eval_sets: evaluation data by name; {}: no evaluation.
+        drawn: counter of what each source has given; None: there is one source.
         sample: (seed=...) -> a continuation of each of train.sample_prompts, collective; None: no
             samples.
         meter: rates of the steps.
@@ -99,11 +99,12 @@ class Trainer:
         engine: Engine,
         task: Task,
         batches: StepBatches,
-        eval_store: Store | None,
+        eval_sets: dict[str, EvalSet],
         checkpoints: Checkpoints,
         callbacks: Callback,
         world: World,
         *,
+        drawn: Drawn | None,
         sample: Callable[..., list[str]] | None,
         meter: StepMeter,
         stop: StopRequest,
@@ -116,7 +117,8 @@ class Trainer:
         total_steps: int,
     ):
         self.engine, self.task, self.world = engine, task, world
-        self.batches, self.eval_store, self.sample = batches, eval_store, sample
+        self.batches, self.eval_sets, self.sample = batches, eval_sets, sample
+        self.drawn = drawn
         self.checkpoints, self.callbacks = checkpoints, callbacks
         self.meter, self.stop, self.beat = meter, stop, beat
         self.train, self.optim, self.checkpoint = train, optim, checkpoint
@@ -135,9 +137,9 @@ class Trainer:
                 written.
         """
         self.saved_step = self.checkpoints.newest()
-        state.owes_evaluation &= self.eval_store is not None
+        state.owes_evaluation &= bool(self.eval_sets)
         if state.owes_evaluation or (
-            self.eval_store and self.train.eval_at_start and state.step == 0
+            self.eval_sets and self.train.eval_at_start and state.step == 0
         ):
             self._evaluate(state)
         self.engine.train()
@@ -245,6 +247,10 @@ class Trainer:
                 "skipped_steps": state.skipped,
                 **rates.arithmetic,
             }
+            if self.drawn:
+                *_, end = self.batches.layout
+                position = state.step * self.train.global_batch
+                record["sources"] = self.drawn.until(min(position, end or position))
             self.callbacks.train_step(record | ({"spike": True} if jumped else {}))
 
     def _after_step(self, state: TrainState, save_now: bool) -> None:
@@ -254,9 +260,7 @@ class Trainer:
         steps. The checkpoint records the evaluation as pending until it is marked as done.
         """
         last = state.step == self.total_steps
-        evaluates = self.eval_store is not None and (
-            last or _every(state.step, self.train.eval_every)
-        )
+        evaluates = bool(self.eval_sets) and (last or _every(state.step, self.train.eval_every))
         if save_now or _every(state.step, self.checkpoint.every):
             state.owes_evaluation = evaluates
             self.save(state)
@@ -284,11 +288,10 @@ class Trainer:
             faults.point("eval.batch")
             return not self.world.sum([bool(self.stop)])[0]
 
-        assert self.eval_store is not None
         self.engine.train(False)
         try:
             metrics = evaluate(
-                self.engine, self.task, self.eval_store, self.world, self.train.eval_batch, go_on
+                self.engine, self.task, self.eval_sets, self.world, self.train.eval_batch, go_on
             )
         except Interrupted:
             state.owes_evaluation = True

@@ -18,6 +18,7 @@ from toy_encoder import ToyEncoder
 from finetune.data import utf8
 from finetune.data.cache import build_store
 from finetune.data.encode_clm import TextEncoder
+from finetune.data.mixture import DataSource
 from finetune.data.sources import read
 from finetune.errors import UserError
 
@@ -284,11 +285,11 @@ def test_an_empty_file_is_a_bad_row(tmp_path, toy, kind):
         f"{path}: the file holds no record"
     )
     with pytest.raises(UserError, match=r"(?s)no example is left.*the file holds no record"):
-        build_store(str(path), "train", toy, on_bad_row="skip")
+        build_store([DataSource(str(path))], toy, on_bad_row="skip")
     (tmp_path / "all" / "good.jsonl").write_bytes(GOOD)
     with pytest.raises(UserError, match="the file holds no record"):
-        build_store(str(tmp_path / "all"), "train", toy)
-    store = build_store(str(tmp_path / "all"), "train", toy, on_bad_row="skip")
+        build_store([DataSource(str(tmp_path / "all"))], toy)
+    store = build_store([DataSource(str(tmp_path / "all"))], toy, on_bad_row="skip")
     assert (
         len(store) == 1
         and store.stats["bad_rows"] == 1
@@ -358,7 +359,7 @@ def test_an_unreadable_file(tmp_path, toy):
     if os.access(path, os.R_OK):
         pytest.skip("root reads everything")
     with pytest.raises(UserError, match="cannot be read"):
-        build_store(str(path), "train", toy)
+        build_store([DataSource(str(path))], toy)
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +383,7 @@ def text_encoder(tokenizer):
 def test_missing_and_wrongly_typed_text(tmp_path, text_encoder, record, problem):
     (tmp_path / "a.jsonl").write_bytes(GOOD + json.dumps(record).encode() + b"\n" + GOOD)
     with pytest.raises(UserError, match=problem):
-        build_store(str(tmp_path / "a.jsonl"), "train", text_encoder)
+        build_store([DataSource(str(tmp_path / "a.jsonl"))], text_encoder)
 
 
 def mixed(tmp_path, bad: int):
@@ -392,13 +393,13 @@ def mixed(tmp_path, bad: int):
 
 
 def test_bad_rows_are_skipped_and_counted(tmp_path, toy):
-    store = build_store(mixed(tmp_path, 7), "train", toy, on_bad_row="skip")
+    store = build_store([DataSource(mixed(tmp_path, 7))], toy, on_bad_row="skip")
     assert store.stats["bad_rows"] == 8 and store.stats["documents"] == 8 == len(store)
     with pytest.raises(
         UserError, match=r"(?s)8 bad rows, more than data.max_bad_rows=7.*a.jsonl:2: "
     ):
         build_store(
-            mixed(tmp_path, 7), "train", toy, on_bad_row="skip", max_bad_rows=7
+            [DataSource(mixed(tmp_path, 7))], toy, on_bad_row="skip", max_bad_rows=7
         )  # also from the cache
     assert (
         len(store.stats["bad_row_messages"]) == 5
@@ -410,7 +411,7 @@ def test_too_many_bad_rows_end_the_build(tmp_path, toy):
     with pytest.raises(
         UserError, match=r"(?s)4 bad rows, more than data.max_bad_rows=3.*a.jsonl:2: .*a.jsonl:4: "
     ):
-        build_store(mixed(tmp_path, 7), "train", toy, on_bad_row="skip", max_bad_rows=3)
+        build_store([DataSource(mixed(tmp_path, 7))], toy, on_bad_row="skip", max_bad_rows=3)
     assert not list((tmp_path / "cache").glob("*[!k]"))
 
 
@@ -420,7 +421,7 @@ def test_the_first_bad_row_in_order_is_raised(tmp_path, toy):
         GOOD + b'{"other": 1}\n' + b"oops\n"
     )  # the encoder's row stands before the parser's
     with pytest.raises(UserError, match=r"a.jsonl:2: no text"):
-        build_store(str(path), "train", toy)
+        build_store([DataSource(str(path))], toy)
 
 
 def test_only_bad_or_empty_rows(tmp_path, toy):
@@ -429,14 +430,14 @@ def test_only_bad_or_empty_rows(tmp_path, toy):
     with pytest.raises(
         UserError, match=r"(?s)no example is left.*3 bad rows.*a.jsonl:1: broken JSON"
     ):
-        build_store(str(path), "train", toy, on_bad_row="skip")
+        build_store([DataSource(str(path))], toy, on_bad_row="skip")
     path.write_bytes(b'{"text": ""}\n')
     with pytest.raises(UserError, match=r"no example is left to train on .1 empty row"):
-        build_store(str(path), "train", ToyEncoder())
+        build_store([DataSource(str(path))], ToyEncoder())
 
 
 def test_a_truncated_file_is_a_fault_even_when_rows_are_skipped(tmp_path, toy):
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(zstandard.compress(NOISE)[:-3000])
     with pytest.raises(UserError, match="the zstd stream is truncated"):
-        build_store(str(path), "train", toy, on_bad_row="skip")
+        build_store([DataSource(str(path))], toy, on_bad_row="skip")

@@ -14,7 +14,7 @@ def batches(collate=lambda rows: {"rows": rows}, n=10, **changes):
     values = dict(
         global_batch=4, micro_batch=1, world_size=2, rank=0, start_step=0, end_step=6, prefetch=2
     )
-    return StepBatches(collate, Order(n, 0, True), **{**values, **changes})
+    return StepBatches(collate, Order([n], 0, True), **{**values, **changes})
 
 
 def rows_of(steps):

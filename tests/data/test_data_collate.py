@@ -11,15 +11,15 @@ from toy_encoder import EOS, ToyEncoder, write_jsonl
 from finetune.data.cache import build_store
 from finetune.data.collate import lm_batch
 from finetune.data.columns import IGNORE
+from finetune.data.mixture import DataSource
 from finetune.data.packing import best_fit, document_chunks, one_per_sequence, stream_blocks
 
 
 def store_of(tmp_path, texts, columns=("ids", "scored", "weight", "subset", "answer")):
     encoder = ToyEncoder(f"toy {columns}")
     encoder.columns = {name: encoder.columns[name] for name in columns}
-    return build_store(
-        str(write_jsonl(tmp_path / "d.jsonl", [{"text": text} for text in texts])), "train", encoder
-    )
+    file = write_jsonl(tmp_path / "d.jsonl", [{"text": text} for text in texts])
+    return build_store([DataSource(str(file))], encoder)
 
 
 def ids(text: str) -> list[int]:

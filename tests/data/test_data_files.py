@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from finetune.config import DataConfig
 from finetune.data.cache import build_store
+from finetune.data.mixture import DataSource
 from finetune.data.sources import data_notes, field_error, read
 from finetune.data.utf8 import FileOptions
 from finetune.errors import UserError
@@ -336,6 +337,8 @@ def test_a_wrong_encoding_is_refused(tmp_path):
 
 def test_the_way_of_reading_is_part_of_the_cache(tmp_path, toy):
     (tmp_path / "a.csv").write_text('text\nplain\n"quoted"\n')
-    plain = build_store(str(tmp_path / "a.csv"), "train", toy)
-    as_text = build_store(str(tmp_path / "a.csv"), "train", toy, options=FileOptions(quotes="text"))
+    plain = build_store([DataSource(str(tmp_path / "a.csv"))], toy)
+    as_text = build_store(
+        [DataSource(str(tmp_path / "a.csv"))], toy, options=FileOptions(quotes="text")
+    )
     assert plain.path != as_text.path and len(as_text.column("ids")) == len(plain.column("ids")) + 2

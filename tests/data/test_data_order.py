@@ -25,7 +25,7 @@ def test_negative_and_large_seeds_are_seeds_too():
 
 
 def test_order_crosses_the_epoch_boundary_and_can_go_back():
-    order = Order(5, seed=3, shuffle=True)
+    order = Order([5], seed=3, shuffle=True)
     rows = [order[position] for position in range(15)]
     assert [sorted(rows[i : i + 5]) for i in (0, 5, 10)] == [list(range(5))] * 3
     assert rows == [int(index) for epoch in range(3) for index in permutation(3, epoch, 5)]
@@ -33,7 +33,7 @@ def test_order_crosses_the_epoch_boundary_and_can_go_back():
 
 
 def test_order_without_shuffling_is_the_files_order():
-    order = Order(3, seed=9, shuffle=False)
+    order = Order([3], seed=9, shuffle=False)
     assert [order[position] for position in range(7)] == [0, 1, 2, 0, 1, 2, 0]
 
 

@@ -18,6 +18,7 @@ from toy_encoder import EOS, ToyEncoder, write_jsonl
 from finetune.data import cache_builder
 from finetune.data.cache import build_store, default_cache_dir
 from finetune.data.columns import open_store
+from finetune.data.mixture import DataSource
 from finetune.errors import UserError
 
 RECORDS = [{"text": "aBc/dE"}, {"text": ""}, {"text": "xyz"}, {"text": "d"}]
@@ -29,7 +30,7 @@ def spec(tmp_path):
 
 
 def test_columns(spec, toy):
-    store = build_store(spec, "train", toy)
+    store = build_store([DataSource(spec)], toy)
     assert len(store) == 4
     assert store.offsets.tolist() == [0, 4, 7, 11, 13]
     assert store.column("ids").tolist() == [
@@ -61,7 +62,7 @@ def test_columns(spec, toy):
 
 
 def test_stats(spec, toy):
-    stats = build_store(spec, "train", toy).stats
+    stats = build_store([DataSource(spec)], toy).stats
     assert stats.pop("seconds") >= 0
     assert stats == {
         "documents": 4,
@@ -78,7 +79,7 @@ def test_stats(spec, toy):
 def test_lengths_histogram_has_power_of_two_bins(tmp_path, toy):
     texts = ["x" * (length - 1) for length in (2, 3, 4, 5, 8, 9, 1024, 1025)]
     spec = str(write_jsonl(tmp_path / "l.jsonl", [{"text": text} for text in texts]))
-    assert build_store(spec, "train", toy).stats["lengths"] == {
+    assert build_store([DataSource(spec)], toy).stats["lengths"] == {
         "2": 1,
         "4": 2,
         "8": 2,
@@ -91,28 +92,27 @@ def test_lengths_histogram_has_power_of_two_bins(tmp_path, toy):
 def test_batches_are_cut_by_size_and_keep_the_order(tmp_path, toy, monkeypatch):
     monkeypatch.setattr(cache_builder, "BATCH_BYTES", 50)
     texts = [chr(97 + i % 26) * (1 + i % 7) for i in range(500)]
-    store = build_store(
-        str(write_jsonl(tmp_path / "d.jsonl", [{"text": t} for t in texts])), "train", toy
-    )
+    file = write_jsonl(tmp_path / "d.jsonl", [{"text": t} for t in texts])
+    store = build_store([DataSource(str(file))], toy)
     assert toy.batches > 20
     assert "".join(map(chr, store.column("ids"))) == "".join(text + "\0" for text in texts)
 
 
 def test_the_second_build_encodes_nothing(spec):
     first, second = ToyEncoder(), ToyEncoder()
-    path = build_store(spec, "train", first).path
-    assert build_store(spec, "train", second).path == path
+    path = build_store([DataSource(spec)], first).path
+    assert build_store([DataSource(spec)], second).path == path
     assert (first.batches, second.batches) == (1, 0)
     assert path.parent == default_cache_dir()
     assert (
         open_store(path).column("ids").tolist()
-        == build_store(spec, "train", second).column("ids").tolist()
+        == build_store([DataSource(spec)], second).column("ids").tolist()
     )
 
 
 def test_what_invalidates_the_cache(spec, tmp_path):
     def path(encoder=None, **options):
-        return build_store(spec, "train", encoder or ToyEncoder(), **options).path
+        return build_store([DataSource(spec)], encoder or ToyEncoder(), **options).path
 
     def rewrite(records):
         write_jsonl(Path(spec), records)
@@ -143,7 +143,7 @@ def test_default_cache_dir(monkeypatch):
 
 @pytest.mark.parametrize("damage", ["short", "long", "gone", "meta", "no meta"])
 def test_a_damaged_cache_is_built_again_with_one_line(spec, toy, damage, caplog):
-    path = build_store(spec, "train", toy).path
+    path = build_store([DataSource(spec)], toy).path
     expected = bytes(open_store(path).column("ids"))
     if damage in ("short", "long"):
         os.truncate(path / "ids.bin", 3 if damage == "short" else 999)
@@ -154,13 +154,13 @@ def test_a_damaged_cache_is_built_again_with_one_line(spec, toy, damage, caplog)
     with pytest.raises(UserError, match="not a complete token cache"):
         open_store(path)
     with caplog.at_level(logging.INFO):
-        assert bytes(build_store(spec, "train", toy).column("ids")) == expected
+        assert bytes(build_store([DataSource(spec)], toy).column("ids")) == expected
     assert len(caplog.records) == 1 and "is damaged" in caplog.text
 
 
 def test_progress_ends_with_everything(spec, toy):
     calls = []
-    build_store(spec, "train", toy, progress=lambda *values: calls.append(values))
+    build_store([DataSource(spec)], toy, progress=lambda *values: calls.append(values))
     size = os.path.getsize(spec)
     assert calls[-1] == (size, size, 13) and len(calls) <= 3
 
@@ -168,20 +168,20 @@ def test_progress_ends_with_everything(spec, toy):
 def test_a_failure_leaves_nothing_behind(spec, toy, tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "encode", lambda batch: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        build_store(spec, "train", toy)
+        build_store([DataSource(spec)], toy)
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def test_an_id_that_does_not_fit_its_type_is_noticed(tmp_path, toy):
     spec = str(write_jsonl(tmp_path / "d.jsonl", [{"text": "\U0001f600"}]))
     with pytest.raises(OverflowError):
-        build_store(spec, "train", toy)
+        build_store([DataSource(spec)], toy)
 
 
 def test_a_cache_dir_that_is_a_file(spec, toy, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"(?s)token cache cannot be written.*data.cache_dir="):
-        build_store(spec, "train", toy, cache_dir=tmp_path / "file" / "sub")
+        build_store([DataSource(spec)], toy, cache_dir=tmp_path / "file" / "sub")
 
 
 SCRIPT = """
@@ -190,6 +190,7 @@ sys.path[:0] = [{tests!r}, {root!r}]
 from pathlib import Path
 from toy_encoder import ToyEncoder
 from finetune.data.cache import build_store
+from finetune.data.mixture import DataSource
 from finetune.errors import UserError
 
 class Slow(ToyEncoder):
@@ -202,7 +203,7 @@ limit = int(sys.argv[4])
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 try:
-    store = build_store(sys.argv[1], "train", Slow())
+    store = build_store([DataSource(sys.argv[1])], Slow())
     print(len(store), store.path)
 except UserError as error:
     sys.exit(str(error))
@@ -262,6 +263,6 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
 
 
 def test_meta_is_readable_json(spec, toy):
-    meta = json.loads((build_store(spec, "train", toy).path / "meta.json").read_text())
+    meta = json.loads((build_store([DataSource(spec)], toy).path / "meta.json").read_text())
     assert meta["columns"]["ids"] == {"kind": "token", "dtype": "uint16"}
     assert meta["sizes"]["ids.bin"] == 26 and meta["spec"] == spec

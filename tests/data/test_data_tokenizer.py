@@ -12,6 +12,7 @@ from finetune.assets.paths import asset, resolve
 from finetune.data import tokenizer as tokenizer_module
 from finetune.data.cache import build_store
 from finetune.data.encode_clm import TextEncoder
+from finetune.data.mixture import DataSource
 from finetune.data.tokenizer import (
     TextTokenizer,
     build_gptj_tokenizer,
@@ -113,18 +114,18 @@ def test_a_token_without_a_row_is_named_with_its_line(marked, tmp_path, on_bad_r
     spec = str(write_jsonl(tmp_path / "x.jsonl", [{"text": "hello"}, {"text": "<|im_end|> hello"}]))
     words = r"x.jsonl:2: .*'<\|im_end\|>' has id 50401, and the model's embedding has 50400 rows(.|\n)*Try another."
     with pytest.raises(UserError, match=words):
-        build_store(spec, "train", encoder, on_bad_row=on_bad_row, limit=limit)
-    build_store(spec, "train", encoder, on_bad_row=on_bad_row)  # as for a larger embedding
+        build_store([DataSource(spec)], encoder, on_bad_row=on_bad_row, limit=limit)
+    build_store([DataSource(spec)], encoder, on_bad_row=on_bad_row)  # as for a larger embedding
     with pytest.raises(UserError, match=r"x.jsonl, example 2 of 2: .*has id 50401"):
-        build_store(spec, "train", encoder, on_bad_row=on_bad_row, limit=limit)
+        build_store([DataSource(spec)], encoder, on_bad_row=on_bad_row, limit=limit)
 
 
 def test_a_large_tokenizer_is_fine_where_its_tokens_do_not_occur(marked, tmp_path):
     encoder, limit = TextEncoder(marked, "text", None), token_limit(marked, 50400, "")
     spec = str(write_jsonl(tmp_path / "x.jsonl", [{"text": "hello"}, {"text": "im_end"}]))
     assert (
-        len(build_store(spec, "train", encoder, limit=limit))
-        == len(build_store(spec, "train", encoder, limit=limit))
+        len(build_store([DataSource(spec)], encoder, limit=limit))
+        == len(build_store([DataSource(spec)], encoder, limit=limit))
         == 2
     )
 
@@ -146,8 +147,7 @@ def test_documents_end_with_eos_and_know_their_subset(tokenizer, tmp_path):
         {"text": "a<|endoftext|>b", "meta": {"pile_set_name": None}},
     ]
     store = build_store(
-        str(write_jsonl(tmp_path / "d.jsonl", records)),
-        "train",
+        [DataSource(str(write_jsonl(tmp_path / "d.jsonl", records)))],
         TextEncoder(tokenizer, "text", "meta.pile_set_name"),
     )
     assert store.column("ids").tolist() == [

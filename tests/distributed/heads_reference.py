@@ -15,6 +15,7 @@ from finetune.compose import compose_train
 from finetune.config import HEADS
 from finetune.data.batches import permutation
 from finetune.data.cache import build_store
+from finetune.data.mixture import DataSource
 from finetune.data.tokenizer import load_tokenizer
 from finetune.gptj import adapters
 from finetune.gptj.load import build_model
@@ -34,7 +35,7 @@ def train(overrides: list[str], step_loss=None) -> tuple[list[float], list[float
     cfg = compose_train(overrides)
     tokenizer = load_tokenizer(cfg.model.path)
     task = build_task(cfg.task, tokenizer, packing=False)
-    store = build_store(cfg.data.train, "train", task.encoder())
+    store = build_store([DataSource(cfg.data.train)], task.encoder())
     task.prepare(store, None)
     model, base = _model(cfg, task), _model(cfg, task, trained=False)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -10,6 +10,7 @@ from task_setup import Made
 
 from finetune.data import encode_classify, encode_instruct, encode_preference, encode_qa
 from finetune.data.cache import build_store
+from finetune.data.mixture import DataSource
 from finetune.data.tokenizer import TextTokenizer, load_tokenizer
 from finetune.tasks.build import build_task
 
@@ -49,12 +50,14 @@ def make(tokenizer, tmp_path):
         task = build_task(cfg, tokenizer, packing)
         if previous:
             task.prepare(None, previous)
-        store = build_store(write("train", records), "train", task.encoder(), on_bad_row=on_bad_row)
+        store = build_store(
+            [DataSource(write("train", records))], task.encoder(), on_bad_row=on_bad_row
+        )
         if not previous:
             task.prepare(store, None)
         if eval_records is not None:
             store = build_store(
-                write("eval", eval_records), "train", task.encoder(), on_bad_row=on_bad_row
+                [DataSource(write("eval", eval_records))], task.encoder(), on_bad_row=on_bad_row
             )
         return Made(task, store, task.rows(store))
 

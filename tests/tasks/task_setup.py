@@ -15,7 +15,7 @@ from finetune.data.columns import Store
 from finetune.data.packing import Sequences
 from finetune.gptj.model import MODELS, copy_config
 from finetune.tasks.base import to_device
-from finetune.training.evaluate import evaluate_with
+from finetune.training.evaluate import EvalSet, evaluate_set
 
 CPU = torch.device("cpu")
 EOS = 50256
@@ -31,7 +31,11 @@ class Made:
     def example(self, i: int) -> dict[str, list]:
         """The i-th example's token columns and scalars, as lists."""
         a, b = self.store.offsets[i : i + 2]
-        columns = {n: c for n, c in self.store.columns.items() if c.kind in ("token", "scalar")}
+        columns = {
+            n: c
+            for n, c in self.store.columns.items()
+            if n != "text" and c.kind in ("token", "scalar")
+        }
         return {
             name: self.store.column(name)[a:b].tolist()
             if column.kind == "token"
@@ -121,8 +125,8 @@ def evaluate_on(size: int, model, made: Made, batch: int = 2):
     shared, barrier, found = {}, threading.Barrier(size), [None] * size
 
     def run(rank):
-        world = Rank(rank, size, shared, barrier)
-        found[rank] = evaluate_with(model, made.task, made.store, world, batch)
+        world, part = Rank(rank, size, shared, barrier), EvalSet(made.store, made.rows)
+        found[rank] = evaluate_set(model, made.task, part, world, batch)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
     for thread in threads:

@@ -8,6 +8,7 @@ import pytest
 
 from finetune.config import ClassifyConfig, ClmConfig, InstructConfig, QaConfig
 from finetune.data.cache import build_store
+from finetune.data.mixture import DataSource
 from finetune.errors import UserError
 from finetune.tasks.build import build_task
 
@@ -332,8 +333,8 @@ def test_bad_rows_stop_the_build_or_are_counted(tokenizer, tmp_path):
     path.write_text('{"prompt": "Hi", "completion": "x"}\n{"prompt": "Hi", "completion": ""}\n')
     encoder = build_task(InstructConfig(), tokenizer, True).encoder()
     with pytest.raises(UserError, match=r"data.jsonl:2: field 'completion' is empty"):
-        build_store(str(path), "train", encoder)
-    store = build_store(str(path), "train", encoder, on_bad_row="skip")
+        build_store([DataSource(str(path))], encoder)
+    store = build_store([DataSource(str(path))], encoder, on_bad_row="skip")
     assert len(store) == 1 and store.stats["bad_rows"] == 1
 
 

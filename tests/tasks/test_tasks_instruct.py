@@ -13,6 +13,7 @@ from finetune.assets.paths import resolve
 from finetune.config import InstructConfig
 from finetune.data.cache import build_store
 from finetune.data.encode_instruct import windows
+from finetune.data.mixture import DataSource
 from finetune.data.packing import efficiency
 from finetune.errors import UserError
 from finetune.tasks.build import build_task
@@ -408,7 +409,9 @@ def test_the_template_travels_with_the_description(make, tokenizer, tmp_path):
 def test_real_rows_fill_97_percent_of_the_positions(tokenizer, tmp_path):
     for max_length in (512, 1024):
         task = build_task(InstructConfig(max_length=max_length), tokenizer, True)
-        store = build_store(resolve("asset:data/instruct/train.jsonl"), "train", task.encoder())
+        store = build_store(
+            [DataSource(resolve("asset:data/instruct/train.jsonl"))], task.encoder()
+        )
         rows = task.rows(store)
         assert efficiency(rows, max_length) >= 0.97
         assert sorted(rows.examples.tolist()) == list(range(len(store)))

@@ -16,6 +16,7 @@ from task_setup import EOS, NEWLINE, assert_same_gradients, evaluate_on, models
 from finetune.config import QaConfig
 from finetune.data.cache import build_store
 from finetune.data.encode_qa import token_span, window_starts
+from finetune.data.mixture import DataSource
 from finetune.errors import UserError
 from finetune.tasks.build import build_task
 from finetune.tasks.preview import preview
@@ -172,7 +173,7 @@ def test_spans_and_window_starts():
 
 def test_every_answer_of_the_shipped_data_is_found_again(tokenizer):
     task = build_task(QaConfig(max_length=512, stride=128), tokenizer, False)
-    store = build_store("asset:data/qa/eval.json", "train", task.encoder())
+    store = build_store([DataSource("asset:data/qa/eval.json")], task.encoder())
     starts, ends, context = (store.column(n) for n in ("char_start", "char_end", "context_at"))
     found, text = 0, ""
     for i in range(len(store)):

@@ -62,6 +62,7 @@ def build_report(
         "evaluations": tables.evaluations(run),
         "later": tables.later(run),
         "groups": tables.groups(run),
+        "sources": tables.sources(run),
         "confusion": tables.confusion(run),
         "data": sections(run.data),
         "samples": tables.samples(run),

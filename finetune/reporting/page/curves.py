@@ -16,6 +16,11 @@ def curves(run: RunFiles) -> list[Chart]:
         Series(name.replace("_", " "), column(evals, name), color, "dots")
         for color, name in enumerate(("accuracy", "f1", "exact_match"), 1)
     ]
+    sets = dict.fromkeys(str(name) for record in evals for name in record.get("sets") or ())
+    apart = [
+        Series(name, column(evals, f"{name}/loss"), 3 + i % 2, "dots")
+        for i, name in enumerate(sets)
+    ]
     loss = _with_average("training", column(train, "loss"))
     norm = _with_average("before clipping", column(train, "grad_norm"))
     rate = _with_average("all ranks", column(train, "tokens_per_second"))
@@ -27,7 +32,7 @@ def curves(run: RunFiles) -> list[Chart]:
         for color, side in enumerate(("chosen", "rejected"), 1)
     ]
     charts = [
-        Chart("Loss", [*loss, Series("evaluation", column(evals, "loss"), 2, "dots")]),
+        Chart("Loss", [*loss, Series("evaluation", column(evals, "loss"), 2, "dots"), *apart]),
         Chart("Evaluation", shares, "share"),
         Chart("Perplexity", [Series("evaluation", column(evals, "perplexity"), 2, "dots")]),
         Chart("Margin", [*margin, Series("evaluation", column(evals, "margin"), 2, "dots")]),

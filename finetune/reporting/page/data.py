@@ -5,7 +5,7 @@
                           or {"edges": [n + 1 numbers], "counts": [n numbers]}, or a list of lengths,
                "tokens_by_name": {column: {"ArXiv": tokens}}  or "subsets": {"ArXiv": tokens or {"tokens": n}},
                "notes": [text], "bad_row_messages": [text], any other number or text},
-     "eval": {...}}
+     "eval": {...} or of several sets "eval NAME": {...}}
 
 A flat object is read as `train`. Every key is optional. Computes shares, not statistics.
 """
@@ -19,7 +19,7 @@ from typing import Any
 from finetune.reporting.metrics_log import is_number
 
 SHOWN_APART = ("lengths", "subsets", "tokens_by_name", "notes", "bad_row_messages")
-SIZES = ("tokens", "documents", "rows", "count", "share")
+SIZES = ("tokens_per_epoch", "tokens", "documents", "rows", "count", "share")
 """Keys that may hold the size of a subset, the first one wins."""
 
 
@@ -44,7 +44,11 @@ class DataSection:
 
 def sections(data: dict[str, Any]) -> list[DataSection]:
     """Return what the page says about training and evaluation data."""
-    parts = {name: data[name] for name in ("train", "eval") if isinstance(data.get(name), dict)}
+    parts = {
+        name: part
+        for name, part in data.items()
+        if name.split(" ")[0] in ("train", "eval") and isinstance(part, dict)
+    }
     if not parts and data:
         parts = {"train": data}
     shown = []
@@ -55,7 +59,7 @@ def sections(data: dict[str, Any]) -> list[DataSection]:
             if key not in SHOWN_APART and isinstance(value, (str, int, float, bool))
         ]
         by_column = [names for names in (part.get("tokens_by_name") or {}).values() if names]
-        subsets = part.get("subsets") or (by_column[0] if by_column else {})
+        subsets = part.get("sources") or part.get("subsets") or (by_column[0] if by_column else {})
         sizes = {}
         for subset, size in subsets.items() if isinstance(subsets, dict) else ():
             if isinstance(size, dict):

@@ -144,7 +144,7 @@ def criterion(runs: list[RunFiles]) -> str:
 def best_of(values: list[Any], metric: str) -> int | None:
     """Return the index of a metric's best value, the first of equal ones; None if there is no number."""
     numbers = list(filter(is_number, values))
-    better = max if DIRECTIONS.get(metric) == "max" else min
+    better = max if DIRECTIONS.get(metric.rpartition("/")[2]) == "max" else min
     return values.index(better(numbers)) if numbers else None
 
 
@@ -183,12 +183,12 @@ def numbers_of(values: Any) -> dict[str, float]:
 
 
 def groups_of(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the metrics of an evaluation by subset or class; {} if it has none."""
-    return record.get("subsets") or record.get("per_class") or {}
+    """Return the metrics of an evaluation by set, subset or class; {} if it has none."""
+    return record.get("sets") or record.get("subsets") or record.get("per_class") or {}
 
 
 def groups(run: RunFiles) -> Table | None:
-    """Return subsets or classes at the last evaluation that has them.
+    """Return sets, subsets or classes at the last evaluation that has them.
 
     Each has the change of its loss since the first such evaluation.
     """
@@ -197,8 +197,9 @@ def groups(run: RunFiles) -> Table | None:
         return None
     first, last = groups_of(grouped[0]), groups_of(grouped[-1])
     rows_of = {str(name): row for name, row in last.items() if isinstance(row, dict)}
-    names = list(dict.fromkeys(key for row in rows_of.values() for key in row))
-    head = ["subset" if grouped[-1].get("subsets") else "class"]
+    names = list(dict.fromkeys(key for row in rows_of.values() for key in numbers_of(row)))
+    kinds = {"sets": "set", "subsets": "subset"}
+    head = [next((kind for key, kind in kinds.items() if grouped[-1].get(key)), "class")]
     head += [name.replace("_", " ") for name in names]
     rows = [[name, *(figure(row.get(key)) for key in names)] for name, row in rows_of.items()]
     if len(grouped) > 1 and "loss" in names:
@@ -207,6 +208,24 @@ def groups(run: RunFiles) -> Table | None:
             old, new = numbers_of(first.get(name)).get("loss"), numbers_of(row).get("loss")
             cells.append("-" if old is None or new is None else f"{new - old:+.4f}")
     return Table(head, rows, note=f"step {grouped[-1]['step']:,}")
+
+
+def sources(run: RunFiles) -> Table | None:
+    """Return what each source of a mixture has given to the training so far."""
+    last = next((record for record in reversed(run.train) if record.get("sources")), {})
+    given = {str(name): numbers_of(counts) for name, counts in (last.get("sources") or {}).items()}
+    total = sum(counts.get("tokens", 0) for counts in given.values())
+    rows = [
+        [
+            name,
+            figure(counts.get("sequences")),
+            figure(counts.get("tokens")),
+            f"{counts.get('tokens', 0) / total:.1%}" if total else "-",
+        ]
+        for name, counts in given.items()
+    ]
+    head = ["source", "sequences", "tokens", "of all tokens"]
+    return Table(head, rows, note=f"until step {last['step']:,}") if rows else None
 
 
 def memory(run: RunFiles) -> Memory | None:

@@ -1,0 +1,70 @@
+"""A mixture goes on bitwise after a resume, across epochs, and is the same at one rank and at two."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.ranks import losses, metrics, run_cases
+
+STEPS, CUT = 8, 3
+
+
+@pytest.mark.slow
+def test_a_mixture_resumes_bitwise_and_does_not_depend_on_the_ranks(
+    pocket_gptj: Path, unequal_documents: Path, tmp_path: Path
+):
+    lines = unequal_documents.read_text().splitlines(keepends=True)
+    small, large = tmp_path / "small.jsonl", tmp_path / "large.jsonl"
+    small.write_text("".join(lines[:20]))
+    large.write_text("".join(lines[20:]))
+
+    def words(run: Path, *more: str) -> list[str]:
+        return [
+            "recipe=clm_pile",
+            f"model.path={pocket_gptj}",
+            "model.dtype=fp32",
+            f"data.train=[{{path: {small}, weight: 2}}, {{path: {large}, weight: 1}}]",
+            "data.eval=0.1",
+            f"run_dir={run}",
+            "task.max_length=128",
+            f"train.steps={STEPS}",
+            "train.global_batch=8",
+            "train.micro_batch=2",
+            "train.eval_every=4",
+            f"checkpoint.every={CUT}",
+            "checkpoint.keep=5",
+            "export.enabled=false",
+            "zero=stage1",
+            *more,
+        ]
+
+    two, one, resumed = tmp_path / "two", tmp_path / "one", tmp_path / "resumed"
+    run_cases(2, [words(two)])
+    shutil.copytree(two, resumed)
+    for later in (resumed / "checkpoints").glob("step-*"):
+        if int(later.name[5:]) > CUT:
+            shutil.rmtree(later)
+    run_cases(2, [words(resumed)])
+    run_cases(1, [words(one)])
+
+    def sources(run: Path) -> list[dict]:
+        return [record["sources"] for record in metrics(run)]
+
+    assert losses(resumed) == losses(two)
+    assert metrics(resumed, "eval")[-1]["loss"] == metrics(two, "eval")[-1]["loss"]
+    assert losses(one) == pytest.approx(losses(two), rel=1e-5)
+    assert sources(one) == sources(two) == sources(resumed)
+    # Two thirds of the tokens are the small file's, of which an epoch has several passes.
+    stats = json.loads((two / "data_stats.json").read_text())
+    assert sum(part["drawn"] for part in stats["train"]["sources"].values()) < STEPS * 8
+    given = {name: counts["tokens"] for name, counts in sources(two)[-1].items()}
+    assert sum(given.values()) == metrics(two)[-1]["tokens"]
+    assert given["small.jsonl"] / sum(given.values()) == pytest.approx(2 / 3, abs=0.05)
+    assert "Sources trained on" in (two / "report.html").read_text()
+    # Other weights are another order: refused, and told.
+    with pytest.raises(AssertionError, match="data: was"):
+        run_cases(1, [words(one, f"data.train=[{small},{large}]", "train.steps=9")])
