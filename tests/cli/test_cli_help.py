@@ -98,11 +98,11 @@ MISTYPED = {
     "quickstart": "Write recipe=quickstart.",
     "optim.lr=(1": "\"optim.lr='(1'\"",
     "optim.lr=1e-3,5e-3": "python launch/train.py -m recipe=quickstart optim.lr=1e-3,5e-3",
-    "data.validation_split=0.1": "data.eval=FILE",
+    "data.validation_split=0.1": "data.eval=0.02",
     "special_tokens=[a]": "the vocabulary stays the checkpoint's",
     "data.streaming=true": "There is nothing to switch on",
     "load_in_4bit=true": "model.quantize=nf4",
-    "max_train_samples=10": "head -n 1000",
+    "max_train_samples=10": "data.max_rows=1000",
     "metric_for_best_model=accuracy": "Did you mean train.metric?",
 }
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from finetune.cli.app import compose_config
+from finetune.cli.evaluate import run as evaluate
 from tests.distributed.ranks import losses, metrics, run_cases
 
 STEPS, CUT = 8, 3
@@ -65,6 +67,11 @@ def test_a_mixture_resumes_bitwise_and_does_not_depend_on_the_ranks(
     assert sum(given.values()) == metrics(two)[-1]["tokens"]
     assert given["small.jsonl"] / sum(given.values()) == pytest.approx(2 / 3, abs=0.05)
     assert "Sources trained on" in (two / "report.html").read_text()
+    # The rows that a run held out are found again, on any ranks.
+    assert evaluate(compose_config([f"run={one}"], "evaluate")) == 0
+    again = json.loads((one / "eval.json").read_text())
+    assert again["loss"] == pytest.approx(metrics(one, "eval")[-1]["loss"], rel=1e-6)
+    assert again["tokens"] == metrics(one, "eval")[-1]["tokens"]
     # Other weights are another order: refused, and told.
     with pytest.raises(AssertionError, match="data: was"):
         run_cases(1, [words(one, f"data.train=[{small},{large}]", "train.steps=9")])

@@ -19,7 +19,7 @@ from finetune.training.inputs import Inputs, prepare_inputs
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst", "json", "csv", "parquet", "txt")
-RECIPES = ("clm_pile_lora", "instruct_lora", "classify_lora", "qa_lora")
+RECIPES = ("clm_pile_lora", "instruct_lora", "classify_lora", "qa_lora", "preference_lora")
 
 
 def rows(recipe: str, first: int, n: int) -> list[dict]:
@@ -30,6 +30,8 @@ def rows(recipe: str, first: int, n: int) -> list[dict]:
         return [{"prompt": text, "completion": "yes"} for text in texts]
     if recipe == "classify_lora":
         return [{"text": text, "label": ["even", "odd"][i % 2]} for i, text in enumerate(texts)]
+    if recipe == "preference_lora":
+        return [{"prompt": text, "chosen": "yes", "rejected": "no"} for text in texts]
     answers = {"text": ["number"], "answer_start": [0]}
     return [{"context": text, "question": "What?", "answers": answers} for text in texts]
 
