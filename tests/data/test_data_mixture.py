@@ -95,7 +95,6 @@ def test_evaluation_data_are_files_named_sets_or_a_share():
         (dict(train=[]), "no source is named"),
         (dict(train="a", eval="1.5"), "data.eval = 1.5 is neither a share"),
         (dict(train="a", eval="b", eval_rows=3), "both name evaluation data"),
-        (dict(train="a", max_rows=0), "data.max_rows = 0 must be at least 1"),
     ],
 )
 def test_what_is_no_source_is_told(data, problem):
