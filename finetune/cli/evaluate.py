@@ -239,7 +239,8 @@ def evaluate_task(cfg: EvaluateConfig, subject: Subject, target: Path, world: Wo
             for row in predictions or ()
         ]
         write_atomic(target / "predictions.jsonl", "".join(rows))
-    plain = {k: v for k, v in metrics.items() if not isinstance(v, (dict, list))}
+    # The figures of each set stand in a row of their own.
+    plain = {k: v for k, v in metrics.items() if not isinstance(v, (dict, list)) and "/" not in k}
     groups = [metrics.get(group) or {} for group in ("sets", "subsets", "per_class")]
     print_metrics(
         f"evaluation of {shown}",

@@ -15,6 +15,9 @@ from finetune.data.packing import Sequences
 from finetune.dist import World
 from finetune.tasks.base import Columns, Model, Task, to_device
 
+COUNTS = ("tokens", "examples", "questions", "pairs")
+"""Figures of an evaluation that say how much was evaluated."""
+
 
 class Interrupted(Exception):
     """Raised when an evaluation was not finished."""
@@ -56,7 +59,10 @@ def evaluate(
 
 
 def combined(metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the metrics of the only set; of several the means, each set's as SET/METRIC, and all under `sets`."""
+    """Return the metrics of the only set; of several the means, each set's as SET/METRIC, and all under `sets`.
+
+    Counts are sums.
+    """
     if len(metrics) == 1 and "" in metrics:
         return metrics[""]
     # A metric that a set does not have, such as the correlation of constants, has no mean.
@@ -67,8 +73,7 @@ def combined(metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
         name: None if None in values else sum(values) / len(values)
         for name, values in columns.items()
     }
-    if "tokens" in means:
-        means["tokens"] = sum(columns["tokens"])
+    means |= {name: sum(columns[name]) for name in COUNTS if name in columns}
     each = {f"{of}/{name}": one[name] for of, one in metrics.items() for name in named}
     return means | each | {"sets": metrics}
 
