@@ -13,9 +13,11 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from finetune.config import SweepConfig
 from finetune.errors import UserError
@@ -24,6 +26,7 @@ from finetune.process import free_port
 
 Slot = tuple[str, int]
 """Host and GPU on it."""
+ONE_NODE = "Start it once, on one node: python launch/train.py -m sweep.hostfile=HOSTFILE ..."
 
 
 @dataclass(frozen=True)
@@ -73,175 +76,134 @@ def build_pool(cfg: SweepConfig) -> Pool:
         UserError: there are fewer devices than the concurrent jobs need, or other nodes cannot be
             reached from here.
     """
-    extra = tuple(shlex.split(cfg.launcher))
-    hosts = _launched() if _chosen(cfg) == () else None
-    gpus = gpu_free_bytes()
-    if cfg.hostfile or gpus or (hosts and set(hosts) != {"localhost"}):
-        return Pool(
-            [
-                replace(place, options=(*place.options, *extra))
-                for place in _gpu_places(cfg, hosts, len(gpus))
-            ]
-        )
-    ranks = (
-        cfg.gpus_per_job
-        or cfg.num_gpus
-        or (len(hosts["localhost"]) if hosts else _torchrun_ranks())
-    )
-    options = ("--num_gpus", str(ranks)) if ranks else ()
-    return Pool([Place((*options, *extra), cores) for cores in _core_shares(cfg.parallel)])
+    extra, at_once = shlex.split(cfg.launcher), cfg.parallel
+    options = [
+        str(word)
+        for name in ("num_gpus", "num_nodes", "include", "exclude", "hostfile")
+        if (value := getattr(cfg, name))
+        for word in (f"--{name}", value)
+    ]
+    hosts = None if options else launched_hosts()
+    elsewhere = hosts is not None and set(hosts) != {"localhost"}
+    gpus = len(gpu_free_bytes())
 
+    # CPUs: each job has its own cores; with fewer cores than jobs, some share one.
+    if not (cfg.hostfile or gpus or elsewhere):
+        ranks = cfg.gpus_per_job or cfg.num_gpus
+        ranks = ranks or (len(hosts["localhost"]) if hosts else torchrun_ranks())
+        launcher = (*(("--num_gpus", str(ranks)) if ranks else ()), *extra)
+        cores = sorted(os.sched_getaffinity(0))
+        shares = [cores[n::at_once] or [cores[n % len(cores)]] for n in range(at_once)]
+        return Pool([Place(launcher, frozenset(share if at_once > 1 else ())) for share in shares])
 
-def _gpu_places(cfg: SweepConfig, hosts: dict[str, list[int]] | None, here: int) -> Iterator[Place]:
-    if cfg.parallel == 1 and not cfg.gpus_per_job and hosts is None:
-        yield Place(_chosen(cfg))
-        return
-    slots = _slots(cfg, hosts, here)
-    each = cfg.gpus_per_job or len(slots) // cfg.parallel
-    if each < 1 or each * cfg.parallel > len(slots):
+    # One job at a time on all GPUs: the launcher finds them by the options as they were typed.
+    if at_once == 1 and not cfg.gpus_per_job and hosts is None:
+        return Pool([Place((*options, *extra))])
+
+    # GPUs, in equal shares.
+    slots = gpu_slots(cfg, hosts, gpus)
+    each = cfg.gpus_per_job or len(slots) // at_once
+    if each < 1 or each * at_once > len(slots):
         raise UserError(
-            f"{cfg.parallel} jobs at once on {cfg.gpus_per_job or 'at least 1'} GPU(s) each need more than "
-            f"the {len(slots)} GPU(s) of this sweep",
+            f"{at_once} jobs at once on {cfg.gpus_per_job or 'at least 1'} GPU(s) each need more "
+            f"than the {len(slots)} GPU(s) of this sweep",
             "sweep.parallel",
             f"Try sweep.parallel={max(1, len(slots) // (cfg.gpus_per_job or 1))}.",
         )
-    for n in range(cfg.parallel):
-        yield Place(_include(slots[n * each : (n + 1) * each], cfg, hosts), explicit=True)
+    hostfile = cfg.hostfile
+    if hosts and elsewhere:
+        # The next launcher reads the hosts of the one that started this process from a file.
+        with tempfile.NamedTemporaryFile("w", prefix="sweep-hosts-", delete=False) as file:
+            file.writelines(f"{host} slots={max(ids) + 1}\n" for host, ids in hosts.items())
+        hostfile = file.name
+    places = []
+    for n in range(at_once):
+        by_host: dict[str, list[str]] = {}
+        for host, slot in slots[n * each : (n + 1) * each]:
+            by_host.setdefault(host, []).append(str(slot))
+        names = "@".join(f"{host}:{','.join(ids)}" for host, ids in by_host.items())
+        where = ("--hostfile", hostfile) if hostfile else ()
+        places.append(Place((*where, "--include", names, *extra), explicit=True))
+    return Pool(places)
 
 
-def _include(
-    slots: list[Slot], cfg: SweepConfig, hosts: dict[str, list[int]] | None
-) -> tuple[str, ...]:
-    by_host: dict[str, list[int]] = {}
-    for host, slot in slots:
-        by_host.setdefault(host, []).append(slot)
-    names = "@".join(f"{host}:{','.join(map(str, ids))}" for host, ids in by_host.items())
-    hostfile = cfg.hostfile or (
-        _write_hostfile(hosts) if hosts and set(hosts) != {"localhost"} else None
-    )
-    return (*(("--hostfile", hostfile) if hostfile else ()), "--include", names)
+def gpu_slots(cfg: SweepConfig, hosts: dict[str, list[int]] | None, here: int) -> list[Slot]:
+    """Return every GPU of the sweep, host by host.
 
-
-def _slots(cfg: SweepConfig, hosts: dict[str, list[int]] | None, here: int) -> list[Slot]:
-    """Return every GPU of the sweep, host by host."""
-    if hosts is None:
-        hosts = _hostfile(cfg.hostfile) if cfg.hostfile else {"localhost": _visible(here)}
-        chosen = _parse(cfg.include, hosts)
-        dropped = _parse(cfg.exclude, hosts)
-        hosts = {
-            host: [
-                i
-                for i in (chosen.get(host, []) if chosen else ids)
-                if i not in dropped.get(host, [])
-            ]
-            for host, ids in hosts.items()
-        }
-    nodes = list(hosts.items())[: cfg.num_nodes or None]
-    return [(host, slot) for host, ids in nodes for slot in ids[: cfg.num_gpus or None]]
-
-
-def _parse(text: str | None, hosts: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Parse `worker-0@worker-1:0,2` as DeepSpeed does."""
-    found: dict[str, list[int]] = {}
-    for part in (text or "").split("@") if text else []:
-        host, _, ids = part.partition(":")
-        if host not in hosts:
-            raise UserError(
-                f"there is no host '{host}'", "sweep.include", f"Known: {', '.join(hosts)}."
-            )
-        found[host] = [int(i) for i in ids.split(",")] if ids else hosts[host]
-    return found
-
-
-def _hostfile(path: str) -> dict[str, list[int]]:
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(
-            f"cannot be read: {error.strerror}", path, "One host a line: worker-0 slots=8."
-        ) from None
-    found = re.findall(
-        r"^(?!#)(\S+)\s+slots=(\d+)", "\n".join(line.strip() for line in lines), re.M
-    )
-    return {host: list(range(int(slots))) for host, slots in found}
-
-
-def _write_hostfile(hosts: dict[str, list[int]]) -> str:
-    """Write the hosts of the launcher that started this process to a temporary hostfile.
-
-    It is for the next launcher.
+    Args:
+        hosts: those of the launcher that started this process; None: there is none.
+        here: GPUs of this machine.
     """
-    import tempfile
+    if hosts is None and cfg.hostfile:
+        try:
+            text = Path(cfg.hostfile).expanduser().read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"cannot be read: {error.strerror}",
+                cfg.hostfile,
+                "One host a line: worker-0 slots=8.",
+            ) from None
+        lines = re.findall(r"^\s*([^#\s]\S*)\s+slots=(\d+)", text, re.MULTILINE)
+        hosts = {host: list(range(int(slots))) for host, slots in lines}
+    elif hosts is None:
+        visible = [i.strip() for i in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+        numbered = all(i.isdigit() for i in visible)
+        hosts = {"localhost": [int(i) for i in visible] if numbered else list(range(here))}
 
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="sweep-hosts-", delete=False, encoding="utf-8"
-    ) as file:
-        file.writelines(f"{host} slots={max(ids) + 1}\n" for host, ids in hosts.items())
-    return file.name
+    # Named devices, written as DeepSpeed reads them: worker-0@worker-1:0,2.
+    named: dict[str, dict[str, list[int]]] = {"include": {}, "exclude": {}}
+    for option, chosen in named.items():
+        for part in (getattr(cfg, option) or "").split("@"):
+            host, _, ids = part.partition(":")
+            if host and host not in hosts:
+                raise UserError(
+                    f"there is no host '{host}'", f"sweep.{option}", f"Known: {', '.join(hosts)}."
+                )
+            if host:
+                chosen[host] = [int(i) for i in ids.split(",")] if ids else hosts[host]
+    hosts = named["include"] or hosts
+    nodes = [
+        (host, [i for i in ids if i not in named["exclude"].get(host, [])])
+        for host, ids in hosts.items()
+    ]
+    return [
+        (host, slot)
+        for host, ids in nodes[: cfg.num_nodes or None]
+        for slot in ids[: cfg.num_gpus or None]
+    ]
 
 
-def _chosen(cfg: SweepConfig) -> tuple[str, ...]:
-    """Return the options that name devices, as typed."""
-    options = (
-        ("--num_gpus", cfg.num_gpus),
-        ("--num_nodes", cfg.num_nodes),
-        ("--include", cfg.include),
-        ("--exclude", cfg.exclude),
-        ("--hostfile", cfg.hostfile),
-    )
-    return tuple(str(word) for name, value in options if value for word in (name, value))
-
-
-def _launched() -> dict[str, list[int]] | None:
+def launched_hosts() -> dict[str, list[int]] | None:
     """Return hosts and slots of the DeepSpeed launcher that started this process, or None.
 
     Raises:
         UserError: it was started on each node by hand, so other nodes cannot be reached from here.
     """
     try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
-    except OSError:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
         return None
-    info = next(
-        (word.partition("=")[2] for word in words if word.startswith("--world_info=")), None
-    )
+    start = "--world_info="
+    info = next((word.removeprefix(start) for word in words if word.startswith(start)), None)
     if info is None:
         return None
     hosts = json.loads(base64.urlsafe_b64decode(info))
     if len(hosts) > 1 and "SSH_CONNECTION" not in os.environ:
         raise UserError(
-            "a sweep over several nodes starts its jobs by ssh, and this one was started with --no_ssh",
-            remedy="Start it once, on one node: python launch/train.py -m sweep.hostfile=HOSTFILE ...",
+            "a sweep over several nodes starts its jobs by ssh, and this one was started with "
+            "--no_ssh",
+            remedy=ONE_NODE,
         )
     return hosts
 
 
-def _torchrun_ranks() -> int | None:
+def torchrun_ranks() -> int | None:
+    """Return the processes that torchrun started on this node, or None.
+
+    Raises:
+        UserError: it started others on other nodes.
+    """
     ranks, here = os.environ.get("WORLD_SIZE"), os.environ.get("LOCAL_WORLD_SIZE")
     if ranks and here and ranks != here:
-        raise UserError(
-            "a sweep under torchrun runs on one node",
-            remedy="Start it once, on one node: python launch/train.py -m sweep.hostfile=HOSTFILE ...",
-        )
+        raise UserError("a sweep under torchrun runs on one node", remedy=ONE_NODE)
     return int(ranks) if ranks else None
-
-
-def _visible(count: int) -> list[int]:
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    ids = [name.strip() for name in names.split(",")] if names else []
-    return (
-        [int(name) for name in ids]
-        if ids and all(name.isdigit() for name in ids)
-        else list(range(count))
-    )
-
-
-def _core_shares(parallel: int) -> list[frozenset[int]]:
-    """Return disjoint shares of the cores that this process may use.
-
-    With fewer cores than jobs, some jobs share one.
-    """
-    cores = sorted(os.sched_getaffinity(0))
-    if parallel == 1:
-        return [frozenset()]
-    return [frozenset(cores[n::parallel] or [cores[n % len(cores)]]) for n in range(parallel)]

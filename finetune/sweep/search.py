@@ -13,7 +13,7 @@ from finetune.errors import UserError
 from finetune.files import read_object
 from finetune.sweep import space as spaces
 from finetune.sweep.job import DONE, FAILED, PRUNED, STOPPED, Job
-from finetune.sweep.space import Interval, Parameter, Space
+from finetune.sweep.space import Interval, Space
 
 HIGHER = ("accuracy", "f1", "exact_match", "precision", "recall", "correlation")
 
@@ -53,9 +53,9 @@ class Goal:
     def rank(self, job: Job) -> tuple[bool, float]:
         """Return a sort key that puts finished jobs first, best first."""
         value = self.value(job) if job.status == DONE else None
-        return job.status != DONE, float(
-            "inf"
-        ) if value is None else -value if self.maximize else value
+        if value is None:
+            return job.status != DONE, math.inf
+        return False, -value if self.maximize else value
 
 
 class Search(Protocol):
@@ -116,30 +116,30 @@ def build_search(cfg: SweepConfig, space: Space, goal: Goal, folder: Path) -> Se
     """Build the strategy that `cfg` names.
 
     Raises:
-        UserError: an unknown strategy, nothing to draw from, or Optuna is not installed.
+        UserError: nothing to draw from, or Optuna is not installed.
     """
-    if cfg.strategy == "grid":
-        return Listed(
-            _unique([(space.words(chosen), chosen) for chosen in spaces.grid(space)]), folder
-        )
-    if not space.parameters:
+    if cfg.strategy != "grid" and not space.parameters:
         raise UserError(
             "there is nothing to vary",
             "sweep.space",
             "Try optim.lr='tag(log,interval(1e-5,1e-3))'.",
         )
-    if cfg.strategy == "random":
-        chosen = [spaces.draw(space, cfg.seed, n) for n in range(cfg.trials)]
-        return Listed(_unique([(space.words(one), one) for one in chosen]), folder)
-
-    return Study(cfg, space, goal, folder)
+    if cfg.strategy == "optuna":
+        return Study(cfg, space, goal, folder)
+    random = (spaces.draw(space, cfg.seed, n) for n in range(cfg.trials))
+    chosen = spaces.grid(space) if cfg.strategy == "grid" else list(random)
+    # A choice between few values may be drawn twice.
+    jobs = [(space.words(one), one) for one in chosen]
+    return Listed(
+        list({tuple(sorted(words)): (words, one) for words, one in jobs}.values()), folder
+    )
 
 
 def build_goal(cfg: SweepConfig, job: Config) -> Goal:
     """Build the goal of a sweep whose jobs are like `job`.
 
     Raises:
-        UserError: an unknown direction, or a train.metric that the task does not have.
+        UserError: the task does not have this train.metric.
     """
     for problem in task_problems(job.task, job.train.metric):
         raise problem
@@ -151,11 +151,6 @@ def build_goal(cfg: SweepConfig, job: Config) -> Goal:
     # Keys of evaluations that are no metrics to rank by, such as the values of a single class.
     end = end or ("max" if any(word in metric for word in HIGHER) else "min")
     return Goal(metric, cfg.direction == "maximize" or (cfg.direction == "auto" and end == "max"))
-
-
-def _unique(jobs: list[tuple[list[str], dict[str, str]]]) -> list[tuple[list[str], dict[str, str]]]:
-    """Drop duplicates, since a choice between few values may be drawn twice."""
-    return list({tuple(sorted(words)): (words, chosen) for words, chosen in jobs}.values())
 
 
 # Optuna: each job is a trial of a study that lives in SWEEP/study.log and survives any crash.
@@ -172,42 +167,62 @@ class Study:
         """Open the study of a sweep, or create it.
 
         Raises:
-            UserError: Optuna is missing, or the pruner is unknown.
+            UserError: Optuna is missing.
         """
-        self.optuna = _optuna()
+        try:
+            import optuna
+            from optuna.storages import JournalStorage
+            from optuna.storages.journal import JournalFileBackend
+        except ImportError:
+            raise UserError(
+                "Optuna is not installed",
+                "sweep=optuna",
+                "pip install -e '.[sweep]'  (or sweep=random, which needs nothing)",
+            ) from None
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.space, self.goal, self.folder, self.total = space, goal, folder, cfg.trials
-        self.asked: dict[int, Any] = {}
-        self.distributions = {
-            parameter.key: self._distribution(parameter) for parameter in space.parameters
+        self.prune_after, self.states = cfg.prune_after, optuna.trial.TrialState
+
+        kinds = optuna.distributions
+        self.distributions: dict[str, Any] = {}
+        for parameter in space.parameters:
+            if isinstance(parameter, Interval):
+                kind = kinds.IntDistribution if parameter.whole else kinds.FloatDistribution
+                low, high = parameter.low, parameter.high
+                ends = (int(low), int(high)) if parameter.whole else (low, high)
+                self.distributions[parameter.key] = kind(*ends, log=parameter.log)
+            else:
+                self.distributions[parameter.key] = kinds.CategoricalDistribution(parameter.values)
+        pruners = {
+            "median": optuna.pruners.MedianPruner(n_startup_trials=0),
+            "halving": optuna.pruners.SuccessiveHalvingPruner(),
+            "none": optuna.pruners.NopPruner(),
         }
-        self.study = self.optuna.create_study(
-            storage=_storage(folder / FILE),
+        self.study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(folder / FILE))),
             study_name="sweep",
             load_if_exists=True,
             direction="maximize" if goal.maximize else "minimize",
             # The same seed would repeat the first draws after each restart.
-            sampler=self.optuna.samplers.TPESampler(
+            sampler=optuna.samplers.TPESampler(
                 seed=cfg.seed + len(list(folder.glob("*/job.json"))),
                 n_startup_trials=max(1, min(10, cfg.trials // 3)),
             ),
-            pruner=self._pruner(cfg),
+            pruner=pruners[cfg.pruner],
         )
-        self.jobs = [self._job(trial) for trial in self.study.trials if self._is_whole(trial)]
+
+        # Jobs of an earlier attempt. A crash inside `ask` leaves a trial without some of its values,
+        # which never became a job.
+        self.jobs: list[Job] = []
+        for trial in self.study.trials:
+            if set(trial.params) == set(self.distributions):
+                self.jobs.append(self._job(trial))
+            elif trial.state == self.states.RUNNING:
+                self.study.tell(trial.number, state=self.states.FAIL)
         for job in self.jobs:
             job.load()
-            self._settle(job)
+            self.ended(job)
         self.again = [job for job in self.jobs if job.status not in (DONE, FAILED, PRUNED)]
-
-    def _is_whole(self, trial: Any) -> bool:
-        """Tell whether a trial has all of its values.
-
-        A crash inside `ask` leaves a trial without some of them; such a trial never became a job.
-        """
-        if set(trial.params) == set(self.distributions):
-            return True
-        if trial.state == self.optuna.trial.TrialState.RUNNING:
-            self.study.tell(trial.number, state=self.optuna.trial.TrialState.FAIL)
-        return False
 
     def earlier(self) -> list[Job]:
         return self.jobs
@@ -217,84 +232,35 @@ class Study:
             return self.again.pop(0)
         if len(self.jobs) >= self.total:
             return None
-        trial = self.study.ask(self.distributions)
-        self.asked[trial.number] = trial
-        job = self._job(trial)
+        job = self._job(self.study.ask(self.distributions))
         self.jobs.append(job)
         return job
 
     def should_prune(self, job: Job, records: list[dict]) -> bool:
-        if job.number not in self.asked:
-            self.asked[job.number] = self.optuna.trial.Trial(
-                self.study, self.study.trials[job.number]._trial_id
-            )
-        trial = self.asked[job.number]
-        known = self.study.trials[job.number].intermediate_values
+        from optuna.trial import Trial
+
+        trials = self.study.trials
+        trial, known = trials[job.number], trials[job.number].intermediate_values
+        running = Trial(self.study, trial._trial_id)
         for step, value in self.goal.reports(records):
             if step not in known:
-                trial.report(value, step)
-        return trial.should_prune()
+                running.report(value, step)
+        done = sum(trial.state == self.states.COMPLETE for trial in trials)
+        return done >= self.prune_after and running.should_prune()
 
     def ended(self, job: Job) -> None:
-        self._settle(job)
-
-    def _settle(self, job: Job) -> None:
-        """Tell the study how a job ended, unless it knows already."""
-        states = self.optuna.trial.TrialState
-        if self.study.trials[job.number].state != states.RUNNING:
+        """Tell the study how a job ended, unless it knows already or the job goes on later."""
+        if self.study.trials[job.number].state != self.states.RUNNING:
             return
         value = self.goal.value(job)
         if job.status == DONE and value is not None:
             self.study.tell(job.number, value)
         elif job.status == PRUNED:
-            self.study.tell(job.number, state=states.PRUNED)
+            self.study.tell(job.number, state=self.states.PRUNED)
         elif job.status in (DONE, FAILED):
-            self.study.tell(job.number, state=states.FAIL)
+            self.study.tell(job.number, state=self.states.FAIL)
 
     def _job(self, trial: Any) -> Job:
         chosen = {key: str(value) for key, value in trial.params.items()}
-        return Job(
-            trial.number,
-            self.folder / str(trial.number),
-            self.space.words(chosen),
-            chosen,
-            status=STOPPED,
-        )
-
-    def _distribution(self, parameter: Parameter) -> Any:
-        kinds = self.optuna.distributions
-        if not isinstance(parameter, Interval):
-            return kinds.CategoricalDistribution(parameter.values)
-        if parameter.whole:
-            return kinds.IntDistribution(int(parameter.low), int(parameter.high), log=parameter.log)
-        return kinds.FloatDistribution(parameter.low, parameter.high, log=parameter.log)
-
-    def _pruner(self, cfg: SweepConfig) -> Any:
-        pruners = self.optuna.pruners
-        if cfg.pruner == "median":
-            return pruners.MedianPruner(n_startup_trials=cfg.prune_after)
-        if cfg.pruner == "halving":
-            return pruners.SuccessiveHalvingPruner(bootstrap_count=cfg.prune_after)
-        if cfg.pruner == "none":
-            return pruners.NopPruner()
-        raise UserError(f"'{cfg.pruner}' is none of median, halving, none", "sweep.pruner")
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError:
-        raise UserError(
-            "Optuna is not installed",
-            "sweep=optuna",
-            "pip install -e '.[sweep]'  (or sweep=random, which needs nothing)",
-        ) from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna
-
-
-def _storage(path: Path) -> Any:
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    return JournalStorage(JournalFileBackend(str(path)))
+        folder = self.folder / str(trial.number)
+        return Job(trial.number, folder, self.space.words(chosen), chosen, status=STOPPED)

@@ -60,11 +60,8 @@ class Space:
 
 def settings_words(words: list[str]) -> tuple[list[str], list[str]]:
     """Split the command line into (words of the sweep itself, words of its jobs)."""
-    own = [word for word in words if key_of(word) == "sweep" or key_of(word).startswith("sweep.")]
-    jobs = [
-        word for word in words if not (key_of(word) == "sweep" or key_of(word).startswith("sweep."))
-    ]
-    return own, jobs
+    own = [word for word in words if key_of(word).split(".")[0] == "sweep"]
+    return own, [word for word in words if word not in own]
 
 
 def key_of(word: str) -> str:
@@ -112,18 +109,17 @@ def draw(space: Space, seed: int, n: int) -> dict[str, str]:
 
     It is a pure function of the seed and n, so that a resumed sweep draws the same jobs.
     """
-    source = random.Random(f"{seed}/{n}")
-    return {parameter.key: _draw(parameter, source) for parameter in space.parameters}
-
-
-def _draw(parameter: Parameter, source: random.Random) -> str:
-    if isinstance(parameter, Choice):
-        return source.choice(parameter.values)
-    if parameter.log:
-        value = math.exp(source.uniform(math.log(parameter.low), math.log(parameter.high)))
-    else:
-        value = source.uniform(parameter.low, parameter.high)
-    return str(round(value)) if parameter.whole else f"{value:.4g}"
+    source, drawn = random.Random(f"{seed}/{n}"), {}
+    for parameter in space.parameters:
+        if isinstance(parameter, Choice):
+            drawn[parameter.key] = source.choice(parameter.values)
+            continue
+        if parameter.log:
+            value = math.exp(source.uniform(math.log(parameter.low), math.log(parameter.high)))
+        else:
+            value = source.uniform(parameter.low, parameter.high)
+        drawn[parameter.key] = str(round(value)) if parameter.whole else f"{value:.4g}"
+    return drawn
 
 
 def _texts(word: str) -> Parameter | None:

@@ -177,7 +177,8 @@ def test_optuna_prunes_survives_a_kill_and_counts_each_trial_once(tmp_path):
     )
 
 
-def test_a_hopeless_job_is_stopped_early(tmp_path):
+@pytest.mark.parametrize("pruner", ["median", "halving"])
+def test_a_hopeless_job_is_stopped_early(pruner, tmp_path):
     """Two good jobs end at once; the third is far worse and would take a minute."""
     from finetune.config import SweepConfig
     from finetune.sweep.job import DONE, PRUNED
@@ -187,7 +188,7 @@ def test_a_hopeless_job_is_stopped_early(tmp_path):
     def reports(loss: float) -> list[dict]:
         return [{"kind": "eval", "step": step, "loss": loss} for step in (1, 2)]
 
-    cfg = SweepConfig(strategy="optuna", trials=4, prune_after=2)
+    cfg = SweepConfig(strategy="optuna", trials=4, prune_after=2, pruner=pruner)
     study = Study(cfg, read_space(["optim.lr=interval(0.1,1)"], {}), Goal("loss", False), tmp_path)
     for loss in (1.0, 2.0):
         job = study.next()

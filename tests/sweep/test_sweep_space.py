@@ -214,11 +214,8 @@ def test_jobs_over_the_hosts_of_a_hostfile(monkeypatch, tmp_path):
 
 def test_the_launcher_that_started_us_says_which_devices(monkeypatch):
     info = base64.urlsafe_b64encode(json.dumps({"localhost": [2, 3]}).encode()).decode()
-    monkeypatch.setattr(
-        pools.Path, "read_text", lambda self: f"python\0--world_info={info}\0train.py"
-    )
-    assert pools._launched() == {"localhost": [2, 3]}
-    monkeypatch.setattr(pools, "_launched", lambda: {"localhost": [2, 3]})
+    words = ["python", f"--world_info={info}", "train.py"]
+    monkeypatch.setattr(pools.psutil.Process, "cmdline", lambda self: words)
     assert options(monkeypatch, 4) == [("--include", "localhost:2,3")]
     assert options(monkeypatch, 4, parallel=2) == [
         ("--include", "localhost:2"),
