@@ -26,7 +26,7 @@ class Sharding:
     offload_optimizer: Offload = Offload.none
     offload_params: Offload = Offload.none
     nvme_folder: Path | None = None
-    """Where nvme offload keeps this run's states and weights."""
+    """Folder in which nvme offload keeps this run's states and weights."""
     largest_tensor: int = 0
     """Elements of the model's largest weight: a buffer between nvme and host must hold a rank's part of it."""
 

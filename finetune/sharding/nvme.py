@@ -21,7 +21,7 @@ COMPILING = "compiling DeepSpeed's op for nvme offload, once, about two minutes"
 
 
 def run_folder(nvme_path: str | None, run_dir: Path) -> Path | None:
-    """This run's folder under zero.nvme_path, the same whenever it is started.
+    """Return this run's folder under zero.nvme_path, the same whenever it is started.
 
     DeepSpeed names its files by rank and parameter alone: two runs in one folder would overwrite each other's states.
     """
@@ -34,16 +34,22 @@ def run_folder(nvme_path: str | None, run_dir: Path) -> Path | None:
 def prepare(
     folder: Path, world: World, phase: Callable[[str], AbstractContextManager] = nullcontext
 ) -> None:
-    """An empty folder on every node, and the op at hand; its compile is announced. Collective.
+    """Make an empty folder and load the op on every node; its compile is announced. Collective.
 
     Raises:
         UserError: the folder cannot be made, or the op cannot be built.
     """
+    problem = None
     with phase(COMPILING) if world.main and OP not in built_ops() else nullcontext():
-        problem = _try(folder) if world.local_rank == 0 else None
-    found = next((error for error in world.gather(problem) if error), None)
-    if found:
-        raise found
+        if world.local_rank == 0:
+            try:
+                make_empty(folder)
+                load_op()
+            except UserError as error:
+                problem = error
+    for error in world.gather(problem):
+        if error:
+            raise error
 
 
 def clear(folder: Path | None, world: World) -> None:
@@ -52,18 +58,31 @@ def clear(folder: Path | None, world: World) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _try(folder: Path) -> UserError | None:
+def make_empty(folder: Path) -> None:
+    """Make the run's folder, without what a killed run left in it.
+
+    Raises:
+        UserError: it cannot be made.
+    """
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # a killed run's
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     except OSError as error:
-        return UserError(
+        raise UserError(
             f"nvme offload cannot use this folder: {error.strerror}",
             f"zero.nvme_path={folder.parent}",
             "Name a folder on a local disk that you may write to.",
-        )
+        ) from None
+
+
+def load_op() -> None:
+    """Load DeepSpeed's op, and compile it if it has not been.
+
+    Raises:
+        UserError: it cannot be built, or a killed compile left a lock that would be waited for.
+    """
     for lock in find_stale_locks(op=OP):
-        return UserError(
+        raise UserError(
             f"a compile of DeepSpeed's async_io op was killed and left its lock: {lock}",
             "zero.nvme_path",
             f"Remove it and start again: rm {lock}",
@@ -77,15 +96,14 @@ def _try(folder: Path) -> UserError | None:
             if able:
                 builder.load(verbose=False)
     except (RuntimeError, OSError, ImportError) as error:
-        return UserError(
+        raise UserError(
             f"DeepSpeed's async_io op cannot be built: {str(error).splitlines()[0]}",
             "zero.nvme_path",
             "python launch/doctor.py tells what is missing. Or try zero.offload_optimizer=cpu.",
-        )
+        ) from None
     if not able:
-        return UserError(
+        raise UserError(
             "nvme offload needs libaio, with its headers",
             "zero.nvme_path",
             "Try apt install libaio-dev, or zero.offload_optimizer=cpu.",
         )
-    return None

@@ -14,8 +14,10 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
+
+import psutil
 
 UNSEEN_SECONDS = 1800.0
 """Age at which a lock counts as stale when its holder might be out of sight; no op compiles that long."""
@@ -33,7 +35,6 @@ NETWORK_FILESYSTEMS = (
     "virtiofs",
     "wekafs",
 )
-PROC = Path("/proc")
 
 
 def extension_folders() -> list[Path]:
@@ -65,63 +66,31 @@ def find_stale_locks(min_age_seconds: float = 2.0, op: str = "*") -> list[Path]:
     locks = [lock for folder in extension_folders() for lock in sorted(folder.glob(f"{op}/lock"))]
     if not locks:
         return []
-    held = _open_files()
-    return [lock for lock in locks if _is_stale(lock, held, min_age_seconds)]
+    held = set()
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):  # another user's process, or one that has ended
+            held.add(os.readlink(descriptor))
+    mounts = [(part.mountpoint, part.fstype) for part in psutil.disk_partitions(all=True)]
 
-
-def _is_stale(lock: Path, held: set[str], min_age_seconds: float) -> bool:
-    try:
-        status = lock.stat()
-    except FileNotFoundError:
-        return False
-    if os.path.realpath(lock) in held:
-        return False
-    visible = PROC.is_dir() and (os.geteuid() in (0, status.st_uid)) and not _on_network(lock)
-    return time.time() - status.st_mtime >= (min_age_seconds if visible else UNSEEN_SECONDS)
-
-
-def _open_files() -> set[str]:
-    """Return paths of files named `lock` that are open in any process that we may inspect."""
-    found = set()
-    for entry in PROC.glob("[0-9]*/fd/*") if PROC.is_dir() else ():
-        try:
-            target = os.readlink(entry)
-        except OSError:
-            continue
-        if target.endswith("/lock"):
-            found.add(target)
-    return found
-
-
-def _on_network(path: Path) -> bool:
-    """Tell whether other machines may hold files open here.
-
-    Decided by the file system of the longest mount point above `path`.
-    """
-    try:
-        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
-    except OSError:
-        return False
-    real = os.path.realpath(path)
-    above = [
-        (len(point), kind)
-        for point, kind in mounts
-        if real == point or real.startswith(point.rstrip("/") + "/")
-    ]
-    return bool(above) and max(above)[1].startswith(NETWORK_FILESYSTEMS)
-
-
-# Silence library output while the live display is active.
-class _Nowhere(io.StringIO):
-    """A stdout that discards its text; rich finds the real one as `rich_proxied_file`."""
-
-    def __init__(self):
-        super().__init__()
-        self.rich_proxied_file = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+    stale = []
+    for lock in locks:
+        real = Path(os.path.realpath(lock))
+        above = [(len(point), kind) for point, kind in mounts if real.is_relative_to(point)]
+        on_network = bool(above) and max(above)[1].startswith(NETWORK_FILESYSTEMS)
+        with suppress(FileNotFoundError):  # its compile has just ended
+            status = lock.stat()
+            visible = os.geteuid() in (0, status.st_uid) and not on_network
+            age = time.time() - status.st_mtime
+            if str(real) not in held and age >= (min_age_seconds if visible else UNSEEN_SECONDS):
+                stale.append(lock)
+    return stale
 
 
 @contextmanager
 def hushed() -> Iterator[None]:
     """Drop the output of `print` in this context; DeepSpeed reports its builds on every rank."""
-    with redirect_stdout(_Nowhere()):
+    nowhere = io.StringIO()
+    # Where rich finds the real one, so that a live display goes on.
+    nowhere.rich_proxied_file = getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # type: ignore[attr-defined]
+    with redirect_stdout(nowhere):
         yield

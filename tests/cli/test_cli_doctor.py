@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,7 +113,11 @@ def test_a_fresh_lock_is_left_alone(lock: Path):
 
 
 def test_only_age_counts_where_the_holder_may_be_out_of_sight(lock: Path, monkeypatch):
-    monkeypatch.setattr(ops, "_on_network", lambda path: True)
+    mounts = [
+        SimpleNamespace(mountpoint="/", fstype="ext4"),
+        SimpleNamespace(mountpoint=str(lock.parents[1]), fstype="nfs4"),
+    ]
+    monkeypatch.setattr(ops.psutil, "disk_partitions", lambda all: mounts)
     assert find_stale_locks() == []
     age(lock, 7200)
     assert find_stale_locks() == [lock]
