@@ -10,30 +10,24 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from functools import partial
 
 from finetune import dist, process
 from finetune.check import check
 from finetune.checkpointing.format import find_resume
-from finetune.checkpointing.train_state import TrainState
 from finetune.compose import recipe_config
 from finetune.config import Config, best_metric, plain_config
 from finetune.data.batches import StepBatches
-from finetune.errors import EXIT_DONE, EXIT_PREEMPTED
 from finetune.export.end_of_run import export_trained, take_best
 from finetune.export.proof import reference_texts
 from finetune.export.run_info import base_name
-from finetune.gptj import adapters
 from finetune.inference.sample import sample_texts
 from finetune.reporting import metrics_log
-from finetune.reporting.callbacks import CallbackList, RunInfo
-from finetune.reporting.environment import environment
-from finetune.reporting.page.build import Report, build_report
+from finetune.reporting.callbacks import CallbackList
+from finetune.reporting.page.build import Report
 from finetune.reporting.redact import refuse_secrets
 from finetune.reporting.terminal import Display, silence_libraries
 from finetune.reporting.trackers import build_trackers
-from finetune.sharding import deepspeed_config, nvme
-from finetune.sharding.engine import Engine, build_module, connect_deepspeed
+from finetune.sharding.engine import build_engine, connect_deepspeed
 from finetune.training import run_dir as run_files
 from finetune.training.guard import Guard
 from finetune.training.inputs import absent, prepare_inputs
@@ -41,7 +35,7 @@ from finetune.training.references import add_references, reference_folder
 from finetune.training.rehearsal import probe
 from finetune.training.schedule import run_length
 from finetune.training.sharding_plan import plan_run, sharding_of
-from finetune.training.summary import notes_before_training, print_summary
+from finetune.training.summary import notes_before_training, print_summary, run_info
 from finetune.training.trainer import Result, StepMeter, Trainer
 
 
@@ -54,7 +48,7 @@ def run(cfg: Config, words: list[str]) -> int:
     world = dist.connect(cfg.train.threads, cfg.train.hang_timeout)
     result = run_in(world, cfg, words)
     dist.disconnect()
-    return EXIT_PREEMPTED if result.status == "preempted" else EXIT_DONE
+    return result.exit_code
 
 
 def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
@@ -71,15 +65,13 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
 
     # Everything that observes the run, on rank 0. The metrics come first: the page reads their file.
     display = Display() if world.main else None
-    listeners = CallbackList([])
+    report, listeners = Report(run_dir, recipe_config), CallbackList([])
     if display:
-        report = Report(run_dir, recipe_config)
-        trackers = build_trackers(cfg.tracker)
-        listeners = CallbackList([metrics_log.MetricsLog(run_dir), display, report, *trackers])
+        observers = [metrics_log.MetricsLog(run_dir), display, report]
+        listeners = CallbackList([*observers, *build_trackers(cfg.tracker)])
     say = listeners.message
-    rebuild_page = partial(build_report, run_dir, picture=False, recipe_of=recipe_config)
 
-    with Guard(cfg, words, world, run_dir, display, listeners, rebuild_page) as guard:
+    with Guard(cfg, words, world, run_dir, display, listeners, report.rebuild) as guard:
         resume_from = world.on_main(lambda: find_resume(cfg.resume, run_dir, say))
 
         # 1. Plan: ZeRO stage, offload and micro-batch that fit, before hours of tokenising.
@@ -104,17 +96,10 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
 
         # 3. Engine: the model with its adapter, sharded by DeepSpeed.
         sharding = sharding_of(plan, cfg.zero.nvme_path, run_dir)
-        connect_deepspeed(world, guard.phase)
-        if sharding.on_nvme and sharding.nvme_folder:
-            nvme.prepare(sharding.nvme_folder, world, guard.phase)
-        ds_config = deepspeed_config.build(cfg, sharding, world.size, world.device.type == "cuda")
+        connect_deepspeed(world, guard.phase, sharding.nvme_folder if sharding.on_nvme else None)
         with guard.phase(f"loading {cfg.model.path}"):
-            module = build_module(
-                cfg, task.head, task.num_labels, base_name(cfg.model, run_dir), ds_config, world
-            )
-            parameters = adapters.count(module)
-            lr_ratio = getattr(cfg.adapter, "lr_ratio", 1.0)
-            engine = Engine(module, ds_config, cfg.optim, world, lr_ratio)
+            base = base_name(cfg.model, run_dir)
+            engine = build_engine(cfg, task.head, task.num_labels, base, sharding, world)
         if world.device.type == "cpu":
             process.keep_freed_memory()
         if task.reference:
@@ -126,21 +111,18 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
 
         # 4. Checkpoints: continue from one, or start at step 0.
         checkpoints = run_files.open_checkpoints(cfg, inputs.identity, sharding, world, run_dir)
-        state = TrainState()
-        if resume_from:
-            state = checkpoints.restore(engine, resume_from, length.steps)
+        state = checkpoints.restore(engine, resume_from, length.steps)
         metric, direction = best_metric(cfg.task, cfg.train.metric)
         if state.rank_by(metric):
-            say(
-                f"evaluations are ranked by {metric} now; the best one counts from step {state.step}"
-            )
+            since = f"the best one counts from step {state.step}"
+            say(f"evaluations are ranked by {metric} now; {since}")
         checkpoints.require_room(engine, cfg.checkpoint.every > 0, cfg.checkpoint.final)
         optimizer_bytes = world.gather(engine.optimizer_bytes()["total"])
         if world.main:
             last_step = state.step if resume_from else -1
             metrics_log.truncate_run(run_dir, last_step, state.owes_evaluation)
             listeners.restore(state.callbacks)
-            print_summary(cfg, run_dir, world, plan, length, parameters, optimizer_bytes, inputs)
+            print_summary(cfg, world, plan, length, engine, optimizer_bytes, inputs)
 
         # 5. Trainer: the loop, its batches and its rates.
         batches = StepBatches(
@@ -162,16 +144,19 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
             cfg.model.dtype.value,
             world,
         )
-        sample = partial(
-            sample_texts,
-            engine.module,
-            inputs.tokenizer,
-            cfg.train.sample_prompts,
-            cfg.train.sample_tokens,
-            device=world.device,
-            encode=getattr(task, "prompt_ids", None),
-            agree=world.broadcast,
-        )
+
+        def sample(seed: int) -> list[str]:
+            return sample_texts(
+                engine.module,
+                inputs.tokenizer,
+                cfg.train.sample_prompts,
+                cfg.train.sample_tokens,
+                seed,
+                world.device,
+                encode=getattr(task, "prompt_ids", None),
+                agree=world.broadcast,
+            )
+
         trainer = Trainer(
             engine,
             task,
@@ -192,21 +177,8 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
             seed=cfg.seed,
             total_steps=length.steps,
         )
-        about = environment(world.size, world.device)
         listeners.start(
-            RunInfo(
-                run_dir,
-                cfg.name,
-                length.steps,
-                start_step=state.step,
-                config=plain_config(cfg),
-                parameters=parameters,
-                world_size=world.size,
-                resumed=state.step > 0,
-                plan=plan.to_json(),
-                data=inputs.statistics(cfg.task.documents * cfg.task.max_length),
-                extra=about | {"overrides": words, "ranks_per_node": world.local_size},
-            )
+            run_info(cfg, words, world, plan, length, engine, inputs, start_step=state.step)
         )
 
         # 6. Training.
@@ -218,23 +190,21 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
         if exported:
             with guard.phase("exporting, and verifying in a fresh process"):
                 if cfg.checkpoint.best:
-                    best_step = state.best_step
-                    exported = take_best(
-                        engine, checkpoints, result, best_step, run_dir, world, say
-                    )
+                    step = state.best_step
+                    exported = take_best(engine, checkpoints, result, step, run_dir, world, say)
                 export_trained(cfg, engine, inputs, exported, run_dir, world, say)
 
         # 8. Result.
         if world.main and result.status == "done":
             checkpoints.keep_at_end(cfg.checkpoint.final, [result.step, state.best_step])
-        stopped_by = guard.stop.reason or "another rank"
+        preempted = result.status == "preempted"
         facts = {
             "optimizer_bytes_per_rank": optimizer_bytes,
             "start_host_bytes": guard.start_host_bytes,
             "zero_stage": sharding.stage,
             "checkpoint": cfg.checkpoint.final.value if result.status == "done" else "full",
             "best_metric": metric,
-            "stopped_by": stopped_by if result.status == "preempted" else None,
+            "stopped_by": (guard.stop.reason or "another rank") if preempted else None,
             "wall_seconds": time.perf_counter() - started,
         }
         final = run_files.final_result(result, exported, state, inputs, world, facts)

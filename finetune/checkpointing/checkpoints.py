@@ -407,12 +407,17 @@ class Checkpoints:
             stamp = time.strftime("%Y%m%d-%H%M%S")
             os.replace(self.folder, self.folder.with_name(f"{self.folder.name}-before-{stamp}"))
 
-    def restore(self, engine, folder: Path, end_step: int) -> TrainState:
+    def restore(self, engine, folder: Path | None, end_step: int) -> TrainState:
         """Load a verified checkpoint of any world size and stage, and continue from it.
+
+        Args:
+            folder: of the checkpoint; None: start at step 0.
 
         Raises:
             UserError: it is another run's, or holds weights alone and the run has steps left.
         """
+        if folder is None:
+            return TrainState()
         saved = read_state(folder)
         self._check_identity(saved, folder)
         if not saved.get("moments", True) and saved["state"]["step"] < end_step:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ from finetune.gptj import adapters
 from finetune.gptj.adapter_start import load_start, start_folder
 from finetune.gptj.adapters import parameter_groups
 from finetune.gptj.load import build_model
-from finetune.sharding import partitions
+from finetune.sharding import deepspeed_config, nvme, partitions
+from finetune.sharding.deepspeed_config import Sharding
 from finetune.sharding.deepspeed_patches import (
     deepspeed,
     read_once,
@@ -44,18 +46,22 @@ def compiles_first(world: World) -> bool:
 
 
 def connect_deepspeed(
-    world: World, phase: Callable[[str], AbstractContextManager] = nullcontext
+    world: World,
+    phase: Callable[[str], AbstractContextManager] = nullcontext,
+    nvme_folder: Path | None = None,
 ) -> None:
-    """Initialise DeepSpeed's communication; its first use on a CPU compiles an op, in a phase.
+    """Initialise DeepSpeed's communication and its nvme offload, which may compile ops. Collective.
 
     Only a stale lock of that op stops the run, which needs no other: the optimizer is torch's, and
     nvme offload checks its own op.
 
     Args:
         phase: context, by name, that shows the user of rank 0 that something takes long.
+        nvme_folder: on the local disk of each node, for states or weights; None: there are none.
 
     Raises:
         RunFailed: a lock left by a killed compile would make this wait forever.
+        UserError: nvme offload does not work here.
     """
     if world.device.type == "cpu":
         for lock in world.on_main(lambda: find_stale_locks(op=OP)):
@@ -69,6 +75,8 @@ def connect_deepspeed(
         )
         world.barrier()
     unlink_shared_memory(world.rank)
+    if nvme_folder:
+        nvme.prepare(nvme_folder, world, phase)
 
 
 def partitioned_build(config: dict, world: World) -> AbstractContextManager | None:
@@ -159,6 +167,20 @@ def build_module(
     if isinstance(cfg.adapter, PeftConfig) and cfg.adapter.start:
         load_start(module, start_folder(cfg.adapter.start), partial(place_partitioned, world))
     return module
+
+
+def build_engine(
+    cfg: Config,
+    head: str,
+    num_labels: int | None,
+    base_name: str,
+    sharding: Sharding,
+    world: World,
+) -> Engine:
+    """Build the model and the engine around it, as a run trains it; see `build_module`."""
+    ds_config = deepspeed_config.build(cfg, sharding, world.size, world.device.type == "cuda")
+    module = build_module(cfg, head, num_labels, base_name, ds_config, world)
+    return Engine(module, ds_config, cfg.optim, world, getattr(cfg.adapter, "lr_ratio", 1.0))
 
 
 class Engine:

@@ -1,4 +1,4 @@
-"""Summary printed before a run's first step: notes, and a table with the batch as an equation."""
+"""Words before a run's first step: notes, a table for people, and facts for its callbacks."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from pathlib import Path
 
 import torch
 
-from finetune.config import Config, Dtype
+from finetune.config import Config, Dtype, plain_config
 from finetune.data.mixture import training_text
 from finetune.data.packing import efficiency
 from finetune.dist import World
 from finetune.errors import gib
+from finetune.gptj import adapters
 from finetune.gptj.attention import pick_attention
 from finetune.gptj.load import DTYPES
 from finetune.planning.choose import Plan
+from finetune.reporting.callbacks import RunInfo
+from finetune.reporting.environment import environment
 from finetune.reporting.terminal import summary_table
+from finetune.sharding.engine import Engine
 from finetune.training.inputs import Inputs
 from finetune.training.mfu import SLOW_BF16, emulates_bf16
 from finetune.training.schedule import Length, warmup_note
@@ -52,23 +56,53 @@ def mixture_rows(inputs: Inputs) -> Iterator[tuple[str, str]]:
             yield "held out", f"{len(part.store) - kept:,} of {len(part.store):,} examples"
 
 
-def print_summary(
+def run_info(
     cfg: Config,
-    run_dir: Path,
+    words: list[str],
     world: World,
     plan: Plan,
     length: Length,
-    parameters: dict[str, int],
+    engine: Engine,
+    inputs: Inputs,
+    start_step: int,
+) -> RunInfo:
+    """Collect what is known about a run just before its first step, for its callbacks.
+
+    Args:
+        words: the k=v words of the command line.
+    """
+    return RunInfo(
+        Path(str(cfg.run_dir)),
+        cfg.name,
+        length.steps,
+        start_step=start_step,
+        config=plain_config(cfg),
+        parameters=adapters.count(engine.module),
+        world_size=world.size,
+        resumed=start_step > 0,
+        plan=plan.to_json(),
+        data=inputs.statistics(cfg.task.documents * cfg.task.max_length),
+        extra=environment(world.size, world.device)
+        | {"overrides": words, "ranks_per_node": world.local_size},
+    )
+
+
+def print_summary(
+    cfg: Config,
+    world: World,
+    plan: Plan,
+    length: Length,
+    engine: Engine,
     optimizer_bytes: list[int],
     inputs: Inputs,
 ) -> None:
     """Print every derived number of the run once, in a short table.
 
     Args:
-        parameters: `total` and `trainable`.
         optimizer_bytes: of every rank.
     """
     store, rows = inputs.train, inputs.rows
+    parameters = adapters.count(engine.module)
     drawn = sum(source.drawn for source in inputs.sources)
     tokens = sum(s.drawn * s.tokens / s.rows for s in inputs.sources) / drawn
     tokens *= cfg.train.global_batch
@@ -93,7 +127,7 @@ def print_summary(
     summary_table(
         f"finetune {cfg.name}",
         [
-            ("run_dir", str(run_dir)),
+            ("run_dir", str(cfg.run_dir)),
             (
                 "model",
                 f"{cfg.model.path}  {parameters['total']:,} parameters, {cfg.model.dtype.value}, "

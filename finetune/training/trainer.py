@@ -33,7 +33,7 @@ from finetune.config import (
 )
 from finetune.data.batches import Drawn, StepBatches, step_positions
 from finetune.dist import World, seed_for
-from finetune.errors import RunFailed, who_stopped
+from finetune.errors import EXIT_DONE, EXIT_PREEMPTED, RunFailed, who_stopped
 from finetune.planning import machine
 from finetune.planning.shape import ModelShape
 from finetune.reporting.callbacks import Callback
@@ -61,6 +61,11 @@ class Result:
     tokens: int
     seconds: float
     tokens_per_second: float
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the process; 75 tells a scheduler to start the same command again."""
+        return EXIT_PREEMPTED if self.status == "preempted" else EXIT_DONE
 
 
 class Counts(NamedTuple):

@@ -97,16 +97,18 @@ class Report(Callback):
         about = {"world_size": run.world_size, "total_steps": run.total_steps, **redact(run.extra)}
         # The page's "continue" command is made of these words, which `check` has found free of secrets.
         write_json(run.run_dir / ENVIRONMENT, about | {"overrides": overrides})
-        self._rebuild()
+        self.rebuild()
 
     def train_step(self, record: dict[str, Any]) -> None:
-        self._rebuild()
+        if time.monotonic() - self.built >= REBUILD_SECONDS:
+            self.rebuild()
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        self._rebuild()
+        self.train_step(record)
 
-    def _rebuild(self) -> None:
-        if self.run_dir is not None and time.monotonic() - self.built >= REBUILD_SECONDS:
+    def rebuild(self) -> None:
+        """Build the page now, from what the run has written so far, without the picture."""
+        if self.run_dir is not None:
             build_report(self.run_dir, picture=False, recipe_of=self.recipe_of)
             self.built = time.monotonic()
 
