@@ -68,12 +68,19 @@ class Guard:
     def __enter__(self) -> Guard:
         # Signals wait until a stopped run can be reported.
         stop_signals.hold()
-        self.world.on_main(self._take_over)
+
+        def take_over() -> None:
+            self._lock.take(self.callbacks.message)
+            if self.cfg.resume != "never":
+                refuse_finished(self.run_dir)
+            (self.run_dir / metrics_log.RESULT).unlink(missing_ok=True)
+
+        self.world.on_main(take_over)
         self.stop = StopRequest(
             self.run_dir, watch_files=self.world.main, max_time=self.cfg.train.max_time
         )
         self._failures = RankFailures(self.run_dir, self.world)
-        self._host_watch = HostWatch(self._host_runs_out)
+        self._host_watch = HostWatch(lambda free: self._cut_off(self.memory.host_runs_out(free)))
         self._host_watch.__enter__()
         try:
             stop_signals.deliver()
@@ -82,13 +89,6 @@ class Guard:
             self.__exit__(type(error), error, error.__traceback__)
             raise
         return self
-
-    def _take_over(self) -> None:
-        """Lock the run directory and remove the outcome of the run before."""
-        self._lock.take(self.callbacks.message)
-        if self.cfg.resume != "never":
-            refuse_finished(self.run_dir)
-        (self.run_dir / metrics_log.RESULT).unlink(missing_ok=True)
 
     def __exit__(
         self,
@@ -134,7 +134,9 @@ class Guard:
         timeout, rank = self.cfg.train.hang_timeout, self.world.rank
         with (
             self.phase(name, shown),
-            HangWatch(timeout, self.run_dir, rank, self._hangs) as self._hang_watch,
+            HangWatch(
+                timeout, self.run_dir, rank, lambda text: self._cut_off(RunFailed(text))
+            ) as self._hang_watch,
         ):
             yield
 
@@ -151,12 +153,6 @@ class Guard:
         """Report progress to the hang watch."""
         if self._hang_watch:
             self._hang_watch.beat()
-
-    def _hangs(self, text: str) -> None:
-        self._cut_off(RunFailed(text))
-
-    def _host_runs_out(self, free: int) -> None:
-        self._cut_off(self.memory.host_runs_out(free))
 
     def _cut_off(self, error: RunFailed) -> None:
         """Write the result and the last message of a rank that a watch thread is about to end."""

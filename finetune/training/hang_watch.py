@@ -19,7 +19,7 @@ SPIKE_WINDOW, SPIKE_LEAST = 32, 16
 SPIKE_WIDTHS, SPIKE_FLOOR = 6.0, 0.02
 POLL_SECONDS = 1.0
 OTHERS_SECONDS = 5.0
-"""What a rank waits after its dump, so that the others, which began the step a little later, dump theirs."""
+"""Wait of a rank after its dump, so that the others, which began the step a little later, dump theirs."""
 STUCK_SECONDS = 30.0
 """After the timeout, for a thread that never lets Python run: then the C-level timer dumps and ends."""
 
@@ -52,11 +52,8 @@ class HangWatch:
     """
 
     def __init__(self, timeout: float, run_dir: Path, rank: int, on_hang: Callable[[str], None]):
-        self.timeout, self.file, self.on_hang = (
-            timeout,
-            run_dir / f"stacks-rank-{rank:05d}.txt",
-            on_hang,
-        )
+        self.timeout, self.on_hang = timeout, on_hang
+        self.file = run_dir / f"stacks-rank-{rank:05d}.txt"
         self._last = time.monotonic()
         self._closed = threading.Event()
 
@@ -85,12 +82,13 @@ class HangWatch:
             )
 
     def _watch(self) -> None:
-        while not self._closed.wait(min(POLL_SECONDS, self.timeout / 4)):
-            if time.monotonic() - self._last > self.timeout:
-                self._end()
-
-    def _end(self) -> None:
-        text = f"no step for {self.timeout:g} seconds (train.hang_timeout); what every thread was doing: {self.file}"
+        while time.monotonic() - self._last <= self.timeout:
+            if self._closed.wait(min(POLL_SECONDS, self.timeout / 4)):
+                return
+        text = (
+            f"no step for {self.timeout:g} seconds (train.hang_timeout); what every thread was "
+            f"doing: {self.file}"
+        )
         faulthandler.dump_traceback(self._out, all_threads=True)
         self._out.flush()
         stacks = self.file.read_text(encoding="utf-8", errors="replace")

@@ -44,25 +44,23 @@ RESERVE_SHARE, RESERVE_BYTES = 0.01, 192 * 2**20
 """Host memory left, as a share of the node's and in bytes, below which the kernel is about to kill."""
 
 
-class _Use(NamedTuple):
+class Use(NamedTuple):
     """Memory of the GPU or the host when it ran out, in bytes."""
 
     on_gpu: bool
+    asked: int
+    """Requested by the allocation that failed; 0 if unknown."""
     total: int
     free: int
     mine: int
     """Held by this rank."""
-    asked: int
-    """Requested by the allocation that failed; 0 if unknown."""
 
 
-def _gpu_use(asked: int) -> _Use:
-    free, total = torch.cuda.mem_get_info()
-    return _Use(True, total, free, torch.cuda.memory_reserved(), asked)
-
-
-def _host_use(asked: int) -> _Use:
-    return _Use(False, host_total_bytes(), host_free_bytes(), machine.host_bytes(), asked)
+def measure_use(on_gpu: bool, asked: int = 0) -> Use:
+    if on_gpu:
+        free, total = torch.cuda.mem_get_info()
+        return Use(True, asked, total, free, torch.cuda.memory_reserved())
+    return Use(False, asked, host_total_bytes(), host_free_bytes(), machine.host_bytes())
 
 
 class OutOfMemory:
@@ -85,62 +83,54 @@ class OutOfMemory:
             return error
         match = ASKED.search(str(error))
         asked = int(float(match[1]) * UNITS[match[2]]) if match else 0
-        return self._failed(_gpu_use(asked) if on_gpu else _host_use(asked))
+        return self._failed(measure_use(on_gpu, asked))
 
     def host_runs_out(self, free: int) -> RunFailed:
         """Return the error for host memory of which only `free` bytes are left."""
-        return self._failed(_host_use(0), f"only {gib(free)} of host memory is left")
+        return self._failed(measure_use(on_gpu=False), f"only {gib(free)} of host memory is left")
 
-    def _failed(self, use: _Use, about: str = "") -> RunFailed:
-        plan = self.plan
-        where = "GPU" if use.on_gpu else "host"
-        lines = [about or f"out of {where} memory"]
+    def _failed(self, use: Use, about: str = "") -> RunFailed:
+        """Compare the memory that was held with the plan, and look for options that need less."""
+        lines = [about or f"out of {'GPU' if use.on_gpu else 'host'} memory"]
         if use.asked:
             lines[0] += (
-                f": {gib(use.asked)} more were asked for, {gib(use.free)} of {gib(use.total)} are free"
+                f": {gib(use.asked)} more were asked for, {gib(use.free)} of {gib(use.total)} are "
+                "free"
             )
-        if plan is not None:
-            lines.append(_compared(plan, use))
+        if self.plan is not None:
+            lines.append(compared(self.plan, use))
+
+        # The room that this run has: the whole memory without what other programs hold.
         held = use.mine * (1 if use.on_gpu else self.world.local_size)
         others = max(0, use.total - use.free - held)
+        room = use.total - others
         if 0 < use.asked < use.free and not use.on_gpu:
-            lines.append(
-                "there is enough, but a limit of this account or container refuses it (see ulimit -a)"
-            )
             room = held
-        else:
-            room = use.total - others
-            if others > use.total / 10:
-                lines.append(f"other programs hold {gib(others)} of it")
+            lines.append(
+                "there is enough, but a limit of this account or container refuses it (see "
+                "ulimit -a)"
+            )
+        elif others > use.total / 10:
+            lines.append(f"other programs hold {gib(others)} of it")
 
+        # Predicted needs are scaled by the factor by which the prediction for this run was too low.
         remedies = []
-        if plan is not None:
-            # Predicted needs are scaled by the factor by which the prediction for this run was too low.
-            predicted = plan.chosen.gpu_bytes if use.on_gpu else plan.chosen.host_bytes
+        if self.plan is not None:
+            chosen = self.plan.chosen
+            predicted = chosen.gpu_bytes if use.on_gpu else chosen.host_bytes
             factor = max(1.0, (held + use.asked) / max(predicted, 1))
             limit = min(int(room / factor), predicted - 1)
-            smaller = after_overflow(
-                self.cfg,
-                plan,
-                gpu_bytes=limit if use.on_gpu else None,
-                host_bytes=None if use.on_gpu else limit,
-            )
-            commands = [
-                f"  {self._command(overrides)}   # {numbers}"
-                for overrides, numbers in smaller[:SHOWN]
-            ]
-            remedies = (
-                ["Predicted to fit, by what was measured here:", *commands]
-                if commands
-                else [
-                    "Nothing smaller on this machine is predicted to fit: more GPUs, or more memory, "
-                    "are needed."
+            limits = {"gpu_bytes" if use.on_gpu else "host_bytes": limit}
+            smaller = after_overflow(self.cfg, self.plan, **limits)[:SHOWN]
+            remedies = [f"  {self._command(words)}   # {numbers}" for words, numbers in smaller]
+            remedies.insert(0, "Predicted to fit, by what was measured here:")
+            if not smaller:
+                remedies = [
+                    "Nothing smaller on this machine is predicted to fit: more GPUs, or more "
+                    "memory, are needed."
                 ]
-            )
-        saved = "Checkpoints are safe; the same command goes on from the newest."
-        return RunFailed(
-            "\n  ".join(lines), f"while {self.activity}", "\n  ".join([*remedies, saved])
-        )
+        remedies.append("Checkpoints are safe; the same command goes on from the newest.")
+        return RunFailed("\n  ".join(lines), f"while {self.activity}", "\n  ".join(remedies))
 
     def _command(self, overrides: str) -> str:
         """Return the command of this run with `overrides` in place of the words they replace."""
@@ -157,7 +147,7 @@ class OutOfMemory:
         return train_command([*kept, *new], None if another else self.run_dir, launcher)
 
 
-def _compared(plan: Plan, use: _Use) -> str:
+def compared(plan: Plan, use: Use) -> str:
     """Compare the predicted parts with the memory that the rank holds."""
     chosen, whose = plan.chosen, "rank"
     if use.on_gpu:

@@ -17,6 +17,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch.distributed as torch_dist
 
 from finetune.dist import World, disconnect
@@ -37,6 +38,7 @@ LOST = (
     "failed to send",
     "TCPStore",
 )
+"""Words of errors that only say that another rank cannot be reached."""
 
 
 class RankFailures:
@@ -55,7 +57,10 @@ class RankFailures:
         """
         if self.world.size == 1:
             return error
-        if _is_lost_connection(error):
+        lost = isinstance(error, (torch_dist.DistError, ConnectionError)) or (
+            isinstance(error, RuntimeError) and any(word in str(error) for word in LOST)
+        )
+        if lost and not isinstance(error, UserError):
             return self._cause() or error
         if isinstance(error, UserError):
             self.write(error.render(), error.exit_code)
@@ -99,9 +104,9 @@ class RankFailures:
                 kind = RunFailed if record["exit_code"] == EXIT_FAILED else UserError
                 return kind(f"rank {record['rank']} ended first: {record['text']}")
             if dead:
+                named = [(rank, *self.processes[rank]) for rank in dead]
                 who = ", ".join(
-                    f"rank {rank} (process {self.processes[rank][1]} on {self.processes[rank][0]})"
-                    for rank in dead
+                    f"rank {rank} (process {pid} on {host})" for rank, host, pid in named
                 )
                 return RunFailed(
                     f"{who} was killed and left no word",
@@ -112,19 +117,11 @@ class RankFailures:
         return None
 
     def _gone(self, rank: int) -> bool:
+        """Tell whether the process of another rank on this machine has ended."""
         host, pid = self.processes[rank]
         if rank == self.world.rank or host != socket.gethostname():
             return False
         try:
-            return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
-        except OSError:
+            return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        except psutil.NoSuchProcess:
             return True
-
-
-def _is_lost_connection(error: BaseException) -> bool:
-    """Tell whether an error only says that another rank cannot be reached."""
-    if isinstance(error, UserError):
-        return False
-    return isinstance(error, (torch_dist.DistError, ConnectionError)) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in LOST)
-    )

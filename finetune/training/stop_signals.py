@@ -14,8 +14,10 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from finetune.errors import Preempted
 
@@ -79,11 +81,9 @@ class StopRequest:
         self._before = {}
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        launcher = _launcher()
-        if launcher:
-            self._watcher = threading.Thread(
-                target=self._watch, args=(launcher,), daemon=True, name="launcher-watch"
-            )
+        self._launcher = find_launcher()
+        if self._launcher:
+            self._watcher = threading.Thread(target=self._watch, daemon=True, name="launcher-watch")
             self._watcher.start()
         elif LAUNCHER_VARIABLE in os.environ:
             self._launcher_died()
@@ -139,9 +139,9 @@ class StopRequest:
         if first and not self._training:
             raise Preempted(self.reason)
 
-    def _watch(self, launcher: list[int]) -> None:
+    def _watch(self) -> None:
         while not self._closed.wait(POLL_SECONDS):
-            if _ancestors(len(launcher)) != launcher:
+            if ancestors(len(self._launcher)) != self._launcher:
                 self._launcher_died()
                 return
 
@@ -150,30 +150,20 @@ class StopRequest:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _ancestors(depth: int) -> list[int]:
-    """Return the process ids of parent, grandparent, ...; 1 or 0 where an ancestor has died."""
-    found, pid = [], os.getpid()
-    for _ in range(depth):
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-        except (OSError, IndexError, ValueError):
-            pid = 0
-        found.append(pid)
-        if pid <= 1:
-            break
-    return found
+def ancestors(depth: int) -> list[psutil.Process]:
+    """Return parent, grandparent, ... of this process, as far as they live."""
+    with suppress(psutil.NoSuchProcess):  # one has died just now
+        return psutil.Process().parents()[:depth]
+    return []
 
 
-def _launcher() -> list[int]:
-    """Return the process ids of the launcher above this process.
-
-    [launch.py, deepspeed] or [torchrun]; empty without a launcher.
-    """
-    parents = _ancestors(2)
+def find_launcher() -> list[psutil.Process]:
+    """Return the launcher above this process: [launch.py, deepspeed], [torchrun], or nothing."""
+    above = ancestors(2)
     try:
-        command = Path(f"/proc/{parents[0]}/cmdline").read_bytes()
-    except OSError:
+        command = " ".join(above[0].cmdline())
+    except (IndexError, psutil.Error):
         return []
-    if b"deepspeed" in command:
-        return parents
-    return parents[:1] if b"torchrun" in command or b"torch.distributed" in command else []
+    if "deepspeed" in command:
+        return above
+    return above[:1] if "torchrun" in command or "torch.distributed" in command else []
