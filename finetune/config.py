@@ -224,13 +224,13 @@ class ClassifyConfig(TaskConfig):
     labels: Optional[list[str]] = None
     """Label names in the order of the head's outputs; null: collected from the training data, sorted."""
     label_separator: Optional[str] = None
-    """What stands between the labels of a multi-label cell such as `a,b`: comma, semicolon, pipe, space, tab, or any
+    """Separator of the labels in a multi-label cell such as `a,b`: comma, semicolon, pipe, space, tab, or any
     other text; null: cells are arrays."""
     class_weights: Any = None
     """Loss weight of each class, a list; balanced: examples / (classes x examples of the class), from the training data;
     null: all 1."""
     truncation: str = choice("head", ("head", "head_tail"))
-    """What a too long text keeps: head, or head_tail (half from either end)."""
+    """Part of a too long text that is kept: head, or head_tail (half from either end)."""
 
 
 @dataclass
@@ -267,7 +267,7 @@ class PreferenceConfig(PairConfig):
     loss: str = choice("dpo", PREFERENCE_LOSSES)
     """dpo, ipo, kto (against the reference model), orpo or simpo (without one)."""
     beta: float = bounded(0.1, above=0)
-    """How far the reference model holds the trained one; of orpo, the weight of the odds ratio; of simpo, the scale of
+    """Pull of the reference model on the trained one; of orpo, the weight of the odds ratio; of simpo, the scale of
     the rewards (its paper takes 2 to 10)."""
     label_smoothing: float = bounded(0.0, at_least=0, below=0.5)
     """dpo and simpo: share of the preferences that are taken to be wrong, 0 to 0.5."""
@@ -386,9 +386,9 @@ class ZeroConfig:
     stage: Union[int, str] = choice("auto", ("auto", 0, 1, 2, 3))
     """0 to 3, or auto: the planner takes the fastest that fits."""
     offload_optimizer: Offload = Offload.none
-    """Where optimizer states and master weights live."""
+    """Place of optimizer states and master weights: none is the device itself, else cpu or nvme."""
     offload_params: Offload = Offload.none
-    """Where the weights live (stage 3)."""
+    """Place of the weights (stage 3): none is the device itself, else cpu or nvme."""
     nvme_path: Optional[str] = None
     """Folder on a fast local disk for nvme offload."""
     bucket_elements: int = bounded(50_000_000, at_least=1)
@@ -491,7 +491,7 @@ class CheckpointConfig:
     background: Union[bool, str] = choice("auto", ("auto", True, False))
     """true: train on while a copy is written; false: wait; auto: where the optimizer states are on GPUs."""
     final: FinalCheckpoint = FinalCheckpoint.full
-    """What is kept when the run is done: full, to train on from it; weights, a third of the size, to evaluate and export
+    """Kept when the run is done: full, to train on from it; weights, a third of the size, to evaluate and export
     again; none. A run that is stopped always keeps a full checkpoint."""
 
 
@@ -585,7 +585,7 @@ class ExportConfig:
     push_to_hub: Optional[str] = None
     """ORG/NAME: upload the verified export to the Hugging Face hub, with the token of `hf auth login` or HF_TOKEN."""
     hub_private: bool = True
-    """Whether a hub repository that is made now is private."""
+    """Make a new hub repository private."""
     hub_base: Optional[str] = None
     """Hub id of the model that an uploaded adapter belongs to, where it lies in a folder here."""
 
@@ -603,13 +603,13 @@ class SweepConfig:
     strategy: str = choice("grid", ("grid", "random", "optuna"))
     """grid: every combination; random: `trials` drawn from the seed; optuna: `trials` chosen from what came before."""
     space: dict[str, str] = field(default_factory=dict)
-    """What varies besides the command line: key -> values in Hydra's sweep grammar, e.g. optim.lr: "1e-5,3e-5"."""
+    """Settings that vary besides those of the command line: key -> values in Hydra's sweep grammar, e.g. optim.lr: "1e-5,3e-5"."""
     dir: Optional[str] = None
-    """Where a sweep lives (-m); null: multirun/<YYYYmmdd-HHMMSS>. Given again, finished jobs are not repeated."""
+    """Folder of a sweep (-m); null: multirun/<YYYYmmdd-HHMMSS>. Given again, finished jobs are not repeated."""
     on_failure: str = choice("continue", ("continue", "stop"))
     """continue with the next job, or stop."""
     metric: str = "auto"
-    """What is compared: a key of the last evaluation; auto: train.metric, or the training loss without evaluation."""
+    """Figure that ranks jobs: a key of the last evaluation; auto: train.metric, or the training loss without evaluation."""
     direction: str = choice("auto", ("auto", "minimize", "maximize"))
     """minimize or maximize; auto: by the metric's name."""
     trials: int = bounded(20, at_least=1)
@@ -643,7 +643,7 @@ class Config:
     name: str = "custom"
     """Name of the recipe; part of the default run_dir."""
     run_dir: Optional[str] = None
-    """Where the run lives; null: runs/<recipe>/<YYYYmmdd-HHMMSS>."""
+    """Folder of the run; null: runs/<recipe>/<YYYYmmdd-HHMMSS>."""
     seed: int = 0
     """Everything random derives from it."""
     resume: str = "auto"

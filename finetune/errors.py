@@ -1,4 +1,4 @@
-"""What programs say to people: the one exception that a user should see, exit codes, numbers, and commands to paste."""
+"""Words of programs to people: the one exception that a user should see, exit codes, numbers, and commands to paste."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ Batch = dict[str, Any]
 PASS_SEED = 0x9E3779B97F4A7C15
 """Distance between the seeds of the sources' own passes, far beyond any seed that a user gives."""
 POLL_SECONDS = 0.1
-"""How often a thread that waits for the queue looks whether it has been closed."""
+"""Seconds after which a thread that waits for the queue looks whether it has been closed."""
 
 
 class StepBatches:

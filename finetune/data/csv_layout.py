@@ -1,4 +1,4 @@
-"""How a csv or tsv file is written, and what its columns hold: enough to tell its rows from lines of text in one cell.
+"""Layout of a csv or tsv file and of its columns: enough to tell its rows from lines of text in one cell.
 
 Reads nothing and knows no row (`csv_file`).
 """

@@ -42,7 +42,7 @@ SEPARATOR = "\n"
 """Between the texts of a pair."""
 
 LAST_TOKEN = "the last token that is not padding"
-"""How plain transformers pools, as a checkpoint that was not trained here says in its description."""
+"""Pooling of plain transformers, named in the description of a checkpoint that was not trained here."""
 
 FLOAT32_MAX = 3.4028234663852886e38
 """Regression targets are fp32."""

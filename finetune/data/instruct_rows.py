@@ -57,7 +57,7 @@ SCORED = "scored"
 
 
 Scored = Union[bool, list[bool]]
-"""Whether a turn is scored; or which characters of its content are."""
+"""Mark of a turn that is scored or not, or one for each character of its content."""
 
 
 def conversation(

@@ -87,7 +87,7 @@ class Template:
             ) from None
         self.pieces(TRIALS[2], "task.template")
         self.chat_template = self._chat_template()
-        """What an export carries: rendered whole, it writes the pieces in turn, with eos behind every completion."""
+        """The template of an export: rendered whole, it writes the pieces in turn, with eos behind every completion."""
 
     def pieces(self, messages: list[Message], where: str) -> list[str]:
         """Return prompt and completion in turn, ending with a prompt if the assistant is next.

@@ -55,7 +55,7 @@ READERS: dict[str, Reader] = {
     known: FORMATS[re.sub(r"\.(gz|zst)$", "", known)] for known in SUFFIXES
 }
 MISSING = object()
-"""What `get_field` returns for an absent field."""
+"""Result of `get_field` for an absent field."""
 READING = "files-2"
 """Part of a source's identity: when files are read in another way, old caches are built again."""
 

@@ -41,7 +41,7 @@ FIX = f"Fix the row, {SKIP}"
 
 @dataclass(frozen=True)
 class FileOptions:
-    """How the text of data files is read, where a file does not say so itself."""
+    """Options for reading the text of data files that do not describe themselves."""
 
     encoding: str = "utf-8"
     """Python's name of it."""

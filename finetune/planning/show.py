@@ -40,7 +40,7 @@ README_COLUMNS: dict[str, dict[str, Any]] = {
     "LoRA on int8": {"gib": (12,), "adapter": LoraConfig(), "quantize": Quantize.int8},
     "LoRA on nf4": {"gib": (8,), "adapter": LoraConfig(), "quantize": Quantize.nf4},
 }
-"""What is trained -> memories of a GPU, in GB, and arguments of `plan_6b`."""
+"""Kind of training -> memories of a GPU, in GB, and arguments of `plan_6b`."""
 README_HOST_GIB = 256
 COLOURS = {
     "weights": "#4c78a8",

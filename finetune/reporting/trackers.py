@@ -51,7 +51,7 @@ COMET_OFF = (
     "auto_param_logging",
     "auto_metric_logging",
 )
-"""What Comet would collect by itself: code, remotes and command lines may hold secrets."""
+"""Collections of Comet's own that are off: code, remotes and command lines may hold secrets."""
 
 
 def build_trackers(cfg: TrackerConfig) -> list[Callback]:
@@ -223,7 +223,7 @@ class MlflowTracker(Callback):
         self.run_id: str | None = None
         self.client: Any = None
         self.folder: Path | None = None
-        """Where an offline run's files are; None with a server."""
+        """Folder of an offline run's files; None with a server."""
 
     def state(self) -> dict[str, Any]:
         return {"run_id": self.run_id} if self.run_id else {}

@@ -36,7 +36,7 @@ class Task(ABC):
     num_labels: int | None = None
     """Outputs of a classification head; None elsewhere."""
     needs_reference: bool = False
-    """Whether the loss reads what a reference model makes of the data."""
+    """The loss reads what a reference model makes of the data."""
     reference: str | None = None
     """Folder of the reference model; None: the trained one without its adapter."""
     figures: dict[str, Tensor] = {}  # noqa: RUF012 - never written to

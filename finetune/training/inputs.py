@@ -58,7 +58,7 @@ TOO_LARGE = (
     "model.tokenizer=asset:tokenizer; or give the model the rows: model.resize_token_embeddings(len(tokenizer)) in "
     "transformers, saved as another model.path."
 )
-"""What to do about a tokenizer that has more entries than the embedding has rows."""
+"""Remedy for a tokenizer that has more entries than the embedding has rows."""
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Inputs:
     identity: str
     """Changes with the training data, the rows held out of them, and the mixture."""
     notes: dict[str, list[str]]
-    """What is remarkable about the files, and what encoding did to the data (texts cut), by train and eval."""
+    """Remarks on the files, and on what encoding did to the data (texts cut), by train and eval."""
 
     def collate(self, indices: list[int]) -> Batch:
         """Return these rows of the training data as one numpy batch."""

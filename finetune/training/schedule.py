@@ -68,7 +68,7 @@ def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
 # How long a run is: steps, epochs, or whichever ends first.
 @dataclass
 class Length:
-    """How long a run is."""
+    """Length of a run."""
 
     steps: int
     """Optimizer steps."""
