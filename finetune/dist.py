@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
@@ -171,16 +172,10 @@ def disconnect() -> None:
 def use_cores(threads: int, local_size: int) -> None:
     """Use `threads` CPU threads, or this process's share of the cores that the job may use."""
     process.one_arena()
-    mine = os.sched_getaffinity(0)
-    torch.set_num_threads(threads or max(1, len(mine) // (1 if _bound(mine) else local_size)))
-
-
-def _bound(mine: set[int]) -> bool:
-    """Tell whether the launcher (deepspeed --bind_cores_to_rank) has bound this rank to cores."""
-    try:
-        return mine < os.sched_getaffinity(os.getppid())
-    except OSError:
-        return False
+    mine, bound = os.sched_getaffinity(0), False
+    with suppress(OSError):  # deepspeed --bind_cores_to_rank has given this rank cores of its own
+        bound = mine < os.sched_getaffinity(os.getppid())
+    torch.set_num_threads(threads or max(1, len(mine) // (1 if bound else local_size)))
 
 
 def seed_for(seed: int, position: int) -> None:

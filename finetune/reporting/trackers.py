@@ -19,7 +19,6 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,9 @@ from finetune.reporting.metrics_log import is_number
 from finetune.reporting.redact import redact, redact_words
 
 log = logging.getLogger("finetune")
+NO_KEY = (
+    "%s knows no API key (%s): logging offline; the end of the run says where, and how to upload it"
+)
 MLFLOW_VALUE = 6000
 """Characters of a parameter that MLflow takes."""
 COMET_OFF = (
@@ -109,7 +111,19 @@ class TensorboardTracker(Callback):
             self.writer.close()
 
 
-class WandbTracker(Callback):
+class RemoteTracker(Callback):
+    """Base class of trackers that give a run an id, by which a resumed run continues it."""
+
+    run_id: str | None = None
+
+    def state(self) -> dict[str, Any]:
+        return {"run_id": self.run_id} if self.run_id else {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.run_id = state["run_id"]
+
+
+class WandbTracker(RemoteTracker):
     """One wandb run per run directory.
 
     The API key comes from the environment or `wandb login`, never from a config.
@@ -118,16 +132,17 @@ class WandbTracker(Callback):
     def __init__(self, cfg: WandbConfig):
         self.cfg = cfg
         self.wandb = _require("wandb")
-        self.run_id: str | None = None
         self.run: Any = None
         self.run_dir = Path()
         self.evaluations: list[dict[str, float]] = []
 
     def state(self) -> dict[str, Any]:
-        return {"run_id": self.run_id, "evaluations": list(self.evaluations)} if self.run_id else {}
+        known = super().state()
+        return known | {"evaluations": list(self.evaluations)} if known else {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.run_id, self.evaluations = state["run_id"], list(state.get("evaluations", []))
+        super().restore(state)
+        self.evaluations = list(state.get("evaluations", []))
 
     def start(self, run: RunInfo) -> None:
         self.run_dir = run.run_dir
@@ -154,8 +169,12 @@ class WandbTracker(Callback):
                 silent=True,
             ),
         }
-        with _redacted_argv():
+        # wandb stores the command line as it finds it.
+        argv, sys.argv = sys.argv, [*sys.argv[:1], *redact_words(sys.argv[1:])]
+        try:
             self.run = self.wandb.init(**{k: v for k, v in options.items() if v is not None})
+        finally:
+            sys.argv = argv
         self.run_id = self.run.id
         # `step` is a figure like any other: wandb's own counter only grows, so steps that a resumed
         # run repeats would be refused.
@@ -169,10 +188,7 @@ class WandbTracker(Callback):
         """
         mode = os.environ.get("WANDB_MODE") or self.cfg.mode
         if mode == "online" and not self.wandb.api.api_key:
-            log.warning(
-                "wandb knows no API key (WANDB_API_KEY, or wandb login): logging offline; the end of "
-                "the run says where, and how to upload it"
-            )
+            log.warning(NO_KEY, "wandb", "WANDB_API_KEY, or wandb login")
             return "offline"
         return mode
 
@@ -214,22 +230,15 @@ class WandbTracker(Callback):
             _tell_offline("wandb", files, f"to upload them: wandb sync {shlex.quote(files)}")
 
 
-class MlflowTracker(Callback):
+class MlflowTracker(RemoteTracker):
     """One MLflow run per run directory, on a server or in run_dir/mlruns."""
 
     def __init__(self, cfg: MlflowConfig):
         self.cfg = cfg
         self.mlflow = _require("mlflow", pip="mlflow-skinny")
-        self.run_id: str | None = None
         self.client: Any = None
         self.folder: Path | None = None
         """Folder of an offline run's files; None with a server."""
-
-    def state(self) -> dict[str, Any]:
-        return {"run_id": self.run_id} if self.run_id else {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.run_id = state["run_id"]
 
     def start(self, run: RunInfo) -> None:
         uri = self.cfg.uri or os.environ.get("MLFLOW_TRACKING_URI")
@@ -329,7 +338,7 @@ class TrackioTracker(Callback):
             )
 
 
-class CometTracker(Callback):
+class CometTracker(RemoteTracker):
     """One Comet experiment per run directory.
 
     The API key comes from the environment or Comet's own file, never from a config.
@@ -339,24 +348,14 @@ class CometTracker(Callback):
         self.cfg = cfg
         os.environ.setdefault("COMET_DISABLE_AUTO_LOGGING", "1")
         self.comet = _require("comet_ml", tracker="comet")
-        self.key: str | None = None
         self.experiment: Any = None
         self.folder = Path()
         self.offline = False
 
-    def state(self) -> dict[str, Any]:
-        return {"key": self.key} if self.key else {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.key = state["key"]
-
     def start(self, run: RunInfo) -> None:
         self.offline = self.cfg.offline
         if not self.offline and not self.comet.get_config("comet.api_key"):
-            log.warning(
-                "Comet knows no API key (COMET_API_KEY, or comet login): logging offline; the end of "
-                "the run says where, and how to upload it"
-            )
+            log.warning(NO_KEY, "Comet", "COMET_API_KEY, or comet login")
             self.offline = True
         self.folder = run.run_dir / "comet"
         quiet = dict.fromkeys(COMET_OFF, False)
@@ -364,8 +363,8 @@ class CometTracker(Callback):
             workspace=self.cfg.workspace,
             project_name=self.cfg.project,
             online=not self.offline,
-            mode="get" if self.key else "create",
-            experiment_key=self.key,
+            mode="get" if self.run_id else "create",
+            experiment_key=self.run_id,
             experiment_config=self.comet.ExperimentConfig(
                 name=f"{run.name}/{run.run_dir.name}",
                 offline_directory=str(self.folder),
@@ -373,7 +372,7 @@ class CometTracker(Callback):
                 **quiet,
             ),
         )
-        self.key = self.experiment.get_key()
+        self.run_id = self.experiment.get_key()
         self.experiment.log_parameters(flat_settings(run.config))
 
     def train_step(self, record: dict[str, Any]) -> None:
@@ -435,14 +434,3 @@ def _require(package: str, tracker: str = "", pip: str = "") -> Any:
             f"tracker=[{tracker or package}]",
             f"pip install {pip or package}  (or leave the tracker out)",
         ) from None
-
-
-@contextlib.contextmanager
-def _redacted_argv() -> Iterator[None]:
-    """Redact sys.argv meanwhile: wandb stores the command line as it finds it."""
-    argv = sys.argv
-    sys.argv = [*argv[:1], *redact_words(argv[1:])]
-    try:
-        yield
-    finally:
-        sys.argv = argv

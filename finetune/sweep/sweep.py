@@ -108,7 +108,17 @@ class _Sweep:
             while self.running or more:
                 more = not self.stopping and self._start_some()
                 for job in list(self.running):
-                    self._watch(job)
+                    new = job.read_metrics()
+                    if job.poll():
+                        self.running.remove(job)
+                        self.pool.give_back(job.place)
+                        self.search.ended(job)
+                        self.view.ended(job)
+                        self._write()
+                    elif new and not (job.pruning or self.stopping):
+                        job.pruning = self.search.should_prune(job, new)
+                        if job.pruning:
+                            job.stop()
                 self.view.show(self.jobs, self.running, self.search.total)
                 if self.running:
                     time.sleep(POLL_SECONDS)
@@ -148,18 +158,6 @@ class _Sweep:
             self.view.started(job)
             self._write()
         return True
-
-    def _watch(self, job: Job) -> None:
-        new = job.read_metrics()
-        if job.poll():
-            self.running.remove(job)
-            self.pool.give_back(job.place)
-            self.search.ended(job)
-            self.view.ended(job)
-            self._write()
-        elif new and not job.pruning and not self.stopping and self.search.should_prune(job, new):
-            job.pruning = True
-            job.stop()
 
     def _handle(self, number: int, frame: Any) -> None:
         """First signal: the jobs save and end, for the next start to go on. Second: they end at once."""
