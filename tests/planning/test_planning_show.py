@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from finetune.config import FullConfig, LoraConfig
-from finetune.planning.show import align, draw, plan_6b, readme_table, render_table
+from finetune.planning.show import align, draw, render_table
+from tools.readme_table import plan_6b, readme_table
 
 
 def test_table_shows_every_option_and_marks_the_chosen_one() -> None:
