@@ -77,50 +77,41 @@ def register(words: Iterable[str] = (), program: str = "train", node: type = sch
             the recipe's settings of its own kind are dropped: `recipe=classify_lora adapter=full`
             has no use for a rank.
     """
-    _register_schemas(program, node)
-    _register_recipes()
+    _register_all(program, node)
     typed = dict(word.split("=", 1) for word in words if "=" in word)
     for path in RECIPES.glob("**/*.yaml"):
-        if path.stem == typed.get("recipe"):
-            _store_recipe(path, _fitting(OmegaConf.load(path), typed))
+        if path.stem != typed.get("recipe"):
+            continue
+        recipe = OmegaConf.load(path)
+        own = chosen_options(recipe)
+        for group in recipe.keys() & KINDS.keys():
+            kind = option_kind(group, typed.get(group))
+            if kind and option_kind(group, own.get(f"override /{group}")) not in (None, kind):
+                shared = {item.name for item in fields(KINDS[group][kind].__base__)}  # type: ignore[arg-type]
+                recipe[group] = {
+                    key: value for key, value in recipe[group].items() if key in shared
+                }
+        ConfigStore.instance().store(
+            group="recipe", name=path.stem, node=recipe, package="_global_"
+        )
 
 
 @cache
-def _register_schemas(program: str, node: type) -> None:
+def _register_all(program: str, node: type) -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=schema.Config)
     store.store(name=f"{program}_schema", node=node)
     for group, kinds in KINDS.items():
         for name, kind in kinds.items():
             store.store(group=f"schema/{group}", name=name, node=kind)
+    for path in RECIPES.glob("**/*.yaml"):
+        store.store(group="recipe", name=path.stem, node=OmegaConf.load(path), package="_global_")
 
 
-@cache
-def _register_recipes() -> None:
-    for path in sorted(RECIPES.glob("**/*.yaml")):
-        _store_recipe(path, OmegaConf.load(path))
-
-
-def _store_recipe(path: Path, node: Any) -> None:
-    ConfigStore.instance().store(group="recipe", name=path.stem, node=node, package="_global_")
-
-
-def _fitting(recipe: Any, typed: dict[str, str]) -> Any:
-    """Drop a recipe's keys that the kinds chosen on the command line do not share with its own."""
-    entries = recipe.get("defaults", [])
-    own = {
-        key.removeprefix("override /"): value
-        for entry in entries
-        if not isinstance(entry, str)
-        for key, value in entry.items()
-    }
-    for group in KINDS:
-        kind = option_kind(group, typed.get(group))
-        recipe_kind = option_kind(group, own.get(group))
-        if kind and recipe_kind and kind != recipe_kind and group in recipe:
-            shared = {f.name for f in fields(KINDS[group][kind].__base__)}  # type: ignore[arg-type]
-            recipe[group] = {key: value for key, value in recipe[group].items() if key in shared}
-    return recipe
+def chosen_options(config: Any) -> dict[str, str]:
+    """Map the groups in a yaml's list of defaults to their options."""
+    entries = [entry for entry in config.get("defaults", []) if not isinstance(entry, str)]
+    return {str(group): option for entry in entries for group, option in entry.items()}
 
 
 def option_kind(group: str, option: str | None) -> str | None:
@@ -128,11 +119,7 @@ def option_kind(group: str, option: str | None) -> str | None:
     file = CONF / group / f"{option}.yaml"
     if not option or not file.is_file():
         return None
-    key = f"/schema/{group}@_here_"
-    entries = [
-        entry for entry in OmegaConf.load(file).get("defaults", []) if not isinstance(entry, str)
-    ]
-    return next((entry[key] for entry in entries if key in entry), None)
+    return chosen_options(OmegaConf.load(file)).get(f"/schema/{group}@_here_")
 
 
 def compose_words(
@@ -152,7 +139,15 @@ def compose_words(
     """
     register(overrides, program, node)
     GlobalHydra.instance().clear()
-    _refuse_additions(overrides, program, node)
+
+    # `+key=value` would add a key that nothing reads.
+    known = {*all_keys(node), "recipe"}
+    for word in overrides:
+        key = word.lstrip("+").split("=")[0]
+        added = word.startswith("+") and "@" not in key and key not in known
+        if added and not (CONF / key).is_dir():
+            raise CompositionError("there is no such key", overrides, program, key)
+
     literals = Literals()
     words = [*hydra_words(overrides, node, literals), *implied]
     try:
@@ -225,20 +220,6 @@ def _settle_length(train: schema.TrainConfig, overrides: list[str]) -> None:
         train.epochs = None
     if "train.epochs" in typed and "train.steps" not in typed and train.epochs is not None:
         train.steps = None
-
-
-def _refuse_additions(overrides: list[str], program: str, node: type) -> None:
-    """Reject `+key=value`, which adds a key that nothing reads, and secrets given as settings."""
-    known = {*all_keys(node), "recipe"}
-    for word in overrides:
-        key = word.lstrip("+").split("=")[0]
-        if (
-            word.startswith("+")
-            and "@" not in key
-            and key not in known
-            and not (CONF / key).is_dir()
-        ):
-            raise CompositionError("there is no such key", overrides, program, key)
 
 
 def strip_launcher_arguments(argv: list[str]) -> list[str]:
