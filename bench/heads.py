@@ -1,4 +1,4 @@
-"""What each head learns on the shipped tiny GPT-J and data, beside what costs nothing: a table.
+"""Table of what each head learns on the shipped tiny GPT-J and data, beside what costs nothing.
 
     OMP_NUM_THREADS=2 python bench/heads.py [--only classify-lora,qa-full] [--out bench/results/heads.json]
 
@@ -158,7 +158,7 @@ def _trivial(labels: dict[str, list]) -> dict:
 
 
 def baselines() -> dict:
-    """What costs nothing, on the evaluation data; the base model's loss is in each run's first evaluation."""
+    """Score what costs nothing on the evaluation data; the base model's loss is in each run's first evaluation."""
     labels = {
         name: [
             json.loads(line)["label"]

@@ -66,7 +66,7 @@ def make(folder: Path, layers: int, layout: str) -> Path:
 
 
 def load(model: str, stage: int) -> None:
-    """What one rank does; prints its figures."""
+    """Load as one rank and print its figures."""
     from finetune import dist
     from finetune.compose import compose_train
     from finetune.planning import machine as memory_watch

@@ -106,7 +106,7 @@ def ours(case: Case, model: Path, data: Path, folder: Path, steps: int) -> dict:
 
 
 def peer_spec(kind: str, case: Case, model: Path, rows: Path, folder: Path, steps: int) -> Path:
-    """What bench/peer_trainer.py is told: a json file in `folder`."""
+    """Write the orders of bench/peer_trainer.py: a json file in `folder`."""
     micro = case.micro if kind == "trl" or not case.ragged else case.padded_micro
     spec = {
         "peer": kind,

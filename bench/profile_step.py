@@ -1,4 +1,4 @@
-"""Where the time of one training step goes: torch's profiler over a few steps of this project's own engine.
+"""Profile of one training step: torch's profiler over a few steps of this project's own engine.
 
     python bench/profile_step.py [--model DIR] [--length 1024] [--micro 2] [--stage 2] [--lora] [--steps 3] [k=v ...]
 

@@ -1,4 +1,4 @@
-"""How long a save stops training: waiting for the disk, or only for a copy.
+"""Seconds for which a save stops training: waiting for the disk, or only for a copy.
 
     python bench/save_pause.py --dir DIR [--gib 1] [--repeat 3] [--out bench/results/save_pause.json]
 

@@ -111,7 +111,7 @@ def plan_jobs(args: argparse.Namespace) -> list[dict]:
 
 
 def attempts(jobs: list[dict], folder: Path, first: int) -> list[dict]:
-    """What each attempt was hit by and left behind, in a few words."""
+    """Describe what each attempt was hit by and left behind, in a few words."""
     found = run_jobs(jobs, folder / f"attempts-{first:03d}", timeout=3600)
     told = []
     for job in jobs:

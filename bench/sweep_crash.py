@@ -97,7 +97,7 @@ def small_eval(folder: Path) -> Path:
 
 
 def wait_for_steps(folder: Path, jobs: int) -> None:
-    """Until the `jobs`-th job has logged a step."""
+    """Wait until the `jobs`-th job has logged a step."""
     while sum((p.parent / "metrics.jsonl").exists() for p in folder.glob("*/job.json")) < jobs:
         time.sleep(0.2)
 
@@ -111,7 +111,7 @@ def statuses(folder: Path) -> dict[str, str]:
 
 
 def describe(folder: Path, job: dict) -> dict:
-    """How often the job was launched, and the steps it logged."""
+    """Count the launches of the job, and list the steps it logged."""
     run = folder / str(job["job"])
     lines = (
         (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []

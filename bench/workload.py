@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: a GPT-J of a given size, its data, the machine, and how programs are started."""
+"""Parts that the speed benchmarks share: a GPT-J of a given size, its data, the machine, and how programs are started."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def fast_dtype() -> str:
 
 
 def machine() -> dict:
-    """Where and with what a result was measured."""
+    """Describe the machine and the software of a measurement."""
     versions = {}
     for name in PACKAGES:
         try:

@@ -46,7 +46,7 @@ class Archive:
 
 @dataclass(frozen=True)
 class Target:
-    """What one NAME of the command builds, from which archives, and where to by default."""
+    """Parts that one NAME of the command builds, from which archives, and their default folder."""
 
     archives: tuple[Archive, ...]
     build: Callable[[build.Members], build.Files]

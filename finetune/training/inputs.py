@@ -80,12 +80,12 @@ class Inputs:
     task: Task
     train: Store
     rows: Sequences
-    """Which training examples share a row, source by source."""
+    """Training examples that share a row, source by source."""
     sources: list[TrainSource]
     eval: dict[str, EvalSet]
     """Evaluation sets by name; the only one has the name "", and there may be none."""
     identity: str
-    """Changes with the training data, the rows held out of them, and the mixture."""
+    """A name that changes with the training data, the rows held out of them, and the mixture."""
     notes: dict[str, list[str]]
     """Remarks on the files, and on what encoding did to the data (texts cut), by train and eval."""
 
