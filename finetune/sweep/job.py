@@ -38,6 +38,8 @@ WAITING, RUNNING, DONE, FAILED, PRUNED, STOPPED = (
 )
 OUTPUT, RECORD = "output.log", "job.json"
 PR_SET_PDEATHSIG = 1
+SAVING_SECONDS = 120.0
+"""Longest wait for processes of an earlier attempt that still save."""
 
 
 @dataclass
@@ -186,9 +188,9 @@ class Job:
         return True
 
 
-def wait_for_earlier(job: Job, say: Callable[[str], None], seconds: float = 120.0) -> None:
+def wait_for_earlier(job: Job, say: Callable[[str], None]) -> None:
     """Wait while processes of an earlier attempt still save into this run directory."""
-    deadline, said = time.monotonic() + seconds, False
+    deadline, said = time.monotonic() + SAVING_SECONDS, False
     run_dir = setting("run_dir", job.run_dir)
     while time.monotonic() < deadline and any(
         run_dir in _cmdline(process) for process in psutil.process_iter()

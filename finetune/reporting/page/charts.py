@@ -89,14 +89,14 @@ def smooth(points: list[Point]) -> list[Point]:
     return averaged
 
 
-def thin(points: list[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """Reduce a curve to about `limit` points.
+def thin(points: list[Point]) -> list[Point]:
+    """Reduce a curve to about `MAX_POINTS` points.
 
     The lowest and highest point of each stretch are kept, so that no spike disappears.
     """
-    if len(points) <= limit:
+    if len(points) <= MAX_POINTS:
         return points
-    size = math.ceil(len(points) / (limit / 2))
+    size = math.ceil(len(points) / (MAX_POINTS / 2))
     kept = {points[0], points[-1]}
     for begin in range(0, len(points), size):
         chunk = points[begin : begin + size]
