@@ -124,27 +124,21 @@ def run_suite(
             "Without a network only tasks with local data work: task_dir=FOLDER.",
         ) from None
     assert results is not None
+    rows = results["results"]
     samples = {task: counts["effective"] for task, counts in results["n-samples"].items()}
+    settings = {"version": lm_eval.__version__, "fewshot": fewshot, "limit": limit, "chat": chat}
     return {
-        # lm-eval's names are "metric,filter", of which the filter "none" says nothing.
-        "tasks": {
-            task: {
-                key.removesuffix(",none"): value
-                for key, value in row.items()
-                if key not in SKIPPED and isinstance(value, (int, float))
-            }
-            for task, row in results["results"].items()
-        },
-        "settings": {
-            task: {
-                "version": lm_eval.__version__,
-                "fewshot": fewshot,
-                "limit": limit,
-                "chat": chat,
-                "samples": samples.get(task),
-            }
-            for task in results["results"]
-        },
+        "tasks": {task: figures(row) for task, row in rows.items()},
+        "settings": {task: settings | {"samples": samples.get(task)} for task in rows},
+    }
+
+
+def figures(row: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of one task; lm-eval names them "metric,filter", mostly "metric,none"."""
+    return {
+        key.removesuffix(",none"): value
+        for key, value in row.items()
+        if key not in SKIPPED and isinstance(value, (int, float))
     }
 
 
