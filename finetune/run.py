@@ -12,10 +12,9 @@ import time
 from dataclasses import replace
 
 from finetune import dist, process
-from finetune.check import check
 from finetune.checkpointing.format import find_resume
 from finetune.compose import recipe_config
-from finetune.config import Config, best_metric, plain_config
+from finetune.config import Config, best_metric
 from finetune.data.batches import StepBatches
 from finetune.export.end_of_run import export_trained, take_best
 from finetune.export.proof import reference_texts
@@ -24,13 +23,12 @@ from finetune.inference.sample import sample_texts
 from finetune.reporting import metrics_log
 from finetune.reporting.callbacks import CallbackList
 from finetune.reporting.page.build import Report
-from finetune.reporting.redact import refuse_secrets
 from finetune.reporting.terminal import Display, silence_libraries
 from finetune.reporting.trackers import build_trackers
 from finetune.sharding.engine import build_engine, connect_deepspeed
 from finetune.training import run_dir as run_files
 from finetune.training.guard import Guard
-from finetune.training.inputs import absent, prepare_inputs
+from finetune.training.inputs import prepare_inputs, refuse_problems
 from finetune.training.references import add_references, reference_folder
 from finetune.training.rehearsal import probe
 from finetune.training.schedule import run_length
@@ -58,9 +56,7 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
     """
     started = time.perf_counter()
     silence_libraries(cfg.verbose, world.rank)
-    # Secrets are refused first and alone, as the other problems may repeat a setting's value.
-    world.on_main(lambda: refuse_secrets(plain_config(cfg), "the configuration"))
-    world.on_main(lambda: check(cfg, world.size, world.device.type == "cuda", absent))
+    world.on_main(lambda: refuse_problems(cfg, world))
     run_dir = run_files.make_run_dir(cfg.run_dir, cfg.name, world)
 
     # Everything that observes the run, on rank 0. The metrics come first: the page reads their file.

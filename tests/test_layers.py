@@ -41,7 +41,7 @@ ARROWS = {
     "inference": "assets config data dist errors export files gptj process tasks",
     "sweep": "check compose config errors files planning process reporting reporting.page",
     # top
-    "run": "check checkpointing compose config data dist export inference process reporting reporting.page sharding training",
+    "run": "checkpointing compose config data dist export inference process reporting reporting.page sharding training",
     "cli": "assets check checkpointing compose config data dist errors export files gptj inference planning process reporting "
     "reporting.page run sharding sweep tasks training",
 }

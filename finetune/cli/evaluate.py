@@ -148,8 +148,6 @@ def subject_of_run(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> S
 def subject_of_export(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> Subject:
     """Build the subject from an export or another GPT-J, with its own task unless one was typed."""
     folder = Path(resolve(str(cfg.export_dir))).expanduser().absolute()
-    if not folder.is_dir():
-        raise UserError(f"there is no directory {folder}", "model", "Pass model=RUN_DIR/export.")
     about = read_about(folder, cfg.base)
     settings = typed_task(about["settings"])
     if type(settings) is not type(cfg.task):

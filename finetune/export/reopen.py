@@ -224,9 +224,11 @@ def read_about(folder: Path, base: str | None = None) -> dict[str, Any]:
         the adapter was trained on.
 
     Raises:
-        UserError: neither an export nor a GPT-J; an export for other engines; an adapter whose base
-            is unknown, missing or changed.
+        UserError: no directory; neither an export nor a GPT-J; an export for other engines; an adapter
+            whose base is unknown, missing or changed.
     """
+    if not folder.is_dir():
+        raise UserError(f"there is no directory {folder}", "model", "Pass model=RUN_DIR/export.")
     adapter_file = folder / "adapter_config.json"
     is_adapter = adapter_file.is_file()
     if base and not is_adapter:
@@ -439,8 +441,6 @@ def load_export(
             CPU that emulates bf16.
         base: as for `read_about`.
     """
-    if not folder.is_dir():
-        raise UserError(f"there is no directory {folder}", "model", "Pass model=RUN_DIR/export.")
     about = read_about(folder, base)
     precision = dtype or Dtype(about["dtype"])
     is_adapter = (folder / "adapter_config.json").is_file()

@@ -120,8 +120,6 @@ def load_speaker(
 
     # The tokenizer and the task come from small files, so that wrong prompts are refused first.
     folder = Path(resolve(export_dir)).expanduser().absolute()
-    if not folder.is_dir():
-        raise UserError(f"there is no directory {folder}", "model", "Pass model=RUN_DIR/export.")
     about = read_about(folder, base)
     if note := foreign_note(about):
         print(note, file=sys.stderr)

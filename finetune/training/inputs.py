@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from finetune.assets.paths import resolve
-from finetune.check import length_problems
+from finetune.check import check, length_problems
 from finetune.config import (
     GPTJ_POSITIONS,
     Config,
@@ -26,6 +26,7 @@ from finetune.config import (
     OptimName,
     Quantize,
     WeightBy,
+    plain_config,
 )
 from finetune.data.batches import Drawn, Order
 from finetune.data.cache import build_store
@@ -47,6 +48,7 @@ from finetune.errors import UserError
 from finetune.gptj.adapter_start import start_problems, start_task
 from finetune.gptj.load import local_folder, refuse_pointers, tokenizer_of
 from finetune.planning.shape import load_shape
+from finetune.reporting.redact import refuse_secrets
 from finetune.reporting.terminal import Phase
 from finetune.tasks.base import Batch, Task
 from finetune.tasks.build import build_task
@@ -296,6 +298,17 @@ def overlap_note(store: Store, train: Store, notes: list[str]) -> list[str]:
         f"trained on as well: the texts of {both:,} of {len(store):,} examples; figures on these tell how well "
         "the model remembers them, not how well it does on new ones"
     ]
+
+
+def refuse_problems(cfg: Config, world: World) -> None:
+    """Check the whole configuration before anything is read or written; on rank 0.
+
+    Raises:
+        UserError: a secret among the settings, alone, as other problems may repeat it; or all other
+            problems.
+    """
+    refuse_secrets(plain_config(cfg), "the configuration")
+    check(cfg, world.size, world.device.type == "cuda", absent)
 
 
 # Check up front that the configured data and weights exist, and that the model is long enough.
