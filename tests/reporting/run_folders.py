@@ -63,15 +63,14 @@ DATA = {
         "rows": 2353,
         "packing_efficiency": 0.9974,
         "skipped_rows": 3,
-        "lengths": {
-            "edges": [50 * i for i in range(31)],
-            "counts": [round(400 * math.exp(-(((i - 6) / 5) ** 2)) + 12) for i in range(30)],
-        },
-        "subsets": {
-            "Pile-CC": {"tokens": 520_331, "documents": 800},
-            "ArXiv": {"tokens": 340_000, "documents": 90},
-            "PubMed Abstracts": {"tokens": 244_000, "documents": 70},
-            "<b>Odd & ends</b>": {"tokens": 100_000},
+        "lengths": {str(2**k): 40 * k for k in range(4, 11)},
+        "tokens_by_name": {
+            "subset": {
+                "Pile-CC": 520_331,
+                "ArXiv": 340_000,
+                "PubMed Abstracts": 244_000,
+                "<b>Odd & ends</b>": 100_000,
+            }
         },
     },
     "eval": {"documents": 92, "tokens": 61_020, "rows": 120},

@@ -452,17 +452,17 @@ def test_the_average_neither_lags_nor_leaves_the_data():
     assert smooth([(0.0, 3.0)]) == [(0.0, 3.0)]
 
 
-def test_data_statistics_in_their_shapes():
-    (part,) = sections(
-        {
-            "documents": 3,
-            "tokens": 900,
-            "lengths": {"64": 2, "256": 1},
-            "seconds": 0.123,
-            "tokens_by_name": {"subset": {"ArXiv": 600, "Pile-CC": 300}},
-            "bad_row_messages": ["a.jsonl:3: bad"],
-        }
-    )
+def test_data_statistics():
+    statistics = {
+        "documents": 3,
+        "tokens": 900,
+        "lengths": {"64": 2, "256": 1},
+        "seconds": 0.123,
+        "tokens_by_name": {"subset": {"ArXiv": 600, "Pile-CC": 300}},
+        "bad_row_messages": ["a.jsonl:3: bad"],
+    }
+    mixture = {"sources": {"web": {"tokens_per_epoch": 1}, "law": {"tokens_per_epoch": 3}}}
+    part, evaluation = sections({"train": statistics, "eval news": mixture})
     assert [(bar.name, bar.value) for bar in part.lengths] == [
         ("33 to 64", 2),
         ("65 to 128", 0),
@@ -473,10 +473,8 @@ def test_data_statistics_in_their_shapes():
         ("Pile-CC", 0.33),
     ]
     assert ("documents", "3") in part.facts and part.complaints == ["a.jsonl:3: bad"]
-    train, evaluation = sections(
-        {"train": {"lengths": [1, 2, 3, 100]}, "eval": {"lengths": "odd", "subsets": []}}
-    )
-    assert sum(bar.value for bar in train.lengths) == 4 and evaluation.lengths == []
+    assert evaluation.name == "eval news" and evaluation.lengths == []
+    assert [(bar.name, bar.share) for bar in evaluation.subsets] == [("law", 0.75), ("web", 0.25)]
     assert sections({}) == []
 
 
