@@ -179,47 +179,33 @@ def recipe_config(name: str) -> schema.Config | None:
 
 
 def settle(composed: Composed) -> schema.Config:
-    """Settle what needs the whole command line: run name, steps or epochs, a debug run's data."""
-    cfg = composed.config
+    """Settle what needs the whole command line: run name, steps or epochs, evaluation data."""
+    cfg, typed = composed.config, {word.lstrip("+").split("=")[0] for word in composed.overrides}
+    train, data = cfg.train, cfg.data
     if cfg.name == "custom" and composed.choices.get("recipe"):
         cfg.name = str(composed.choices["recipe"])
-    _settle_length(cfg.train, composed.overrides)
-    if composed.choices.get("debug") and not _has_own_data(cfg, composed.overrides):
-        train, held_out = SHIPPED_DATA[type(cfg.task)]
-        cfg.data.train = train
-        if not any(word.split("=")[0] == "data.eval" for word in composed.overrides):
-            cfg.data.eval = held_out
-    # Rows to hold out that were typed replace a recipe's evaluation data.
-    typed = {word.lstrip("+").split("=")[0] for word in composed.overrides}
-    if cfg.data.eval_rows and "data.eval_rows" in typed and "data.eval" not in typed:
-        cfg.data.eval = None
-    return cfg
 
-
-def _has_own_data(cfg: schema.Config, overrides: list[str]) -> bool:
-    """Tell whether there is training data: given by the user, or the recipe's if available."""
-    typed = any(word.lstrip("+").split("=")[0] in ("data", "data.train") for word in overrides)
-    if typed or not isinstance(cfg.data.train, str):
-        return bool(cfg.data.train)
-    path = Path(cfg.data.train).expanduser()
-    is_file = (
-        path.suffix in DATA_SUFFIXES
-        and not glob.has_magic(cfg.data.train)
-        and not cfg.data.train.startswith("asset:")
-    )
-    return path.exists() or not is_file
-
-
-def _settle_length(train: schema.TrainConfig, overrides: list[str]) -> None:
-    """Let the length that the user typed, steps or epochs, override the recipe's other one.
-
-    Otherwise the recipe's value could end the run early.
-    """
-    typed = {word.lstrip("+").split("=")[0] for word in overrides}
+    # Of steps and epochs, the one that was typed counts: a recipe's other one could end the run early.
     if "train.steps" in typed and "train.epochs" not in typed and train.steps is not None:
         train.epochs = None
     if "train.epochs" in typed and "train.steps" not in typed and train.epochs is not None:
         train.steps = None
+
+    # A debug run has shipped data in place of none, or of a recipe's file that is not on this machine.
+    if composed.choices.get("debug"):
+        absent = not data.train
+        if isinstance(data.train, str) and not {"data", "data.train"} & typed:
+            path, asset = Path(data.train).expanduser(), data.train.startswith("asset:")
+            is_file = path.suffix in DATA_SUFFIXES and not asset and not glob.has_magic(data.train)
+            absent = absent or (is_file and not path.exists())
+        if absent:
+            data.train, held_out = SHIPPED_DATA[type(cfg.task)]
+            data.eval = data.eval if "data.eval" in typed else held_out
+
+    # Rows to hold out that were typed replace a recipe's evaluation data.
+    if data.eval_rows and "data.eval_rows" in typed and "data.eval" not in typed:
+        data.eval = None
+    return cfg
 
 
 def strip_launcher_arguments(argv: list[str]) -> list[str]:

@@ -21,7 +21,7 @@ from transformers import (
 from finetune.check import check, planning_problems
 from finetune.cli.app import compose_config
 from finetune.cli.help import first_comment
-from finetune.compose import RECIPES, _has_own_data, compose_train
+from finetune.compose import RECIPES, compose_train, compose_words, settle
 from finetune.config import SCHEDULES, OptimConfig
 from finetune.errors import UserError
 from finetune.training.inputs import absent
@@ -254,10 +254,10 @@ def test_any_recipe_takes_any_adapter(name, adapter):
 )
 def test_debug_replaces_only_a_recipe_s_file_that_is_not_there(train, kept):
     """Globs, directories and hub ids are the recipe's own business: were they replaced, nobody would notice."""
-    own = compose_train(["recipe=quickstart"])
-    own.data.train = train
-    assert _has_own_data(own, ["recipe=quickstart"]) == kept
-    assert _has_own_data(own, [f"data.train={train}"])
+    for words, stays in (["recipe=quickstart"], kept), ([f"data.train={train}"], True):
+        composed = compose_words([*words, "debug=tiny"])
+        composed.config.data.train = train
+        assert (settle(composed).data.train == train) == stays
 
 
 def test_any_recipe_takes_any_task():
