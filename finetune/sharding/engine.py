@@ -29,7 +29,10 @@ from finetune.sharding import deepspeed_config, nvme, partitions
 from finetune.sharding.deepspeed_config import Sharding
 from finetune.sharding.deepspeed_patches import (
     deepspeed,
+    let_the_norm_tell,
+    norms_of_parts,
     read_once,
+    step_at_once,
     take_norms_by_rows,
     unlink_shared_memory,
 )
@@ -219,6 +222,8 @@ class Engine:
         """DeepSpeed's optimizer around it, with the master weights; at stage 0 in fp32 the same."""
         read_once(module)
         take_norms_by_rows(self.wrapper)
+        let_the_norm_tell(self.wrapper)
+        step_at_once(self.wrapper)
         partitions.set_adam_step(self, 0)
 
     def __call__(self, **inputs) -> Tensor:
@@ -281,8 +286,7 @@ class Engine:
         moments.
         """
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        self._norm = float(norm)
+        self._norm = float(norms_of_parts(gradients).norm(dtype=torch.float64))
         if not math.isfinite(self._norm):
             self._ds.zero_grad()
             self._dropped += 1

@@ -2,91 +2,124 @@
 
 from __future__ import annotations
 
+import json
 import os
-import subprocess
-import sys
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from torch import nn
-
-from finetune.process import free_port
-from finetune.sharding import deepspeed_patches
-from tests.distributed.ranks import ROOT
-
-ENGINE = """
-import os, sys
-from pathlib import Path
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from finetune import dist
-from finetune.config import OptimConfig
-from finetune.sharding import engine as module
-without = sys.argv[1]
-if without:
-    setattr(module, without, lambda *_: None)
 
-class Wide(TorchDispatchMode):
-    "The largest number of fp64 elements in one tensor."
-    largest = 0
+from finetune.sharding import deepspeed_patches
+from tests.distributed.ranks import on_ranks
+
+TENSORS = 60
+
+
+class Counter(TorchDispatchMode):
+    """Operations, and the largest number of fp64 elements in one tensor."""
+
+    operations = largest = 0
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
+        self.operations += 1
         if isinstance(out, torch.Tensor) and out.dtype == torch.float64:
-            Wide.largest = max(Wide.largest, out.numel())
+            self.largest = max(self.largest, out.numel())
         return out
 
-world = dist.connect(1)
-module.connect_deepspeed(world)
-config = {
-    "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "train_batch_size": 1,
-    "gradient_clipping": 1.0, "bf16": {"enabled": True}, "fp16": {"enabled": False},
-    "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True,
-    "zero_force_ds_cpu_optimizer": False,
-}
-engine = module.Engine(torch.nn.Linear(64, 512).bfloat16(), config, OptimConfig(), world)
-loss = engine(input=torch.ones(1, 64, dtype=torch.bfloat16)).float().sum()
-with Wide():
-    engine.backward(loss, 1.0)
-    engine.step(1e-3)
-port = os.environ["MASTER_PORT"]
-left = list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
-print("FIGURES", Wide.largest, len(left))
-for path in left:
-    path.unlink()
-dist.disconnect()
-"""
 
+def measure(without: str, stage: int, file: Path) -> None:
+    """Take three steps of an engine, the second with a gradient that is not finite."""
+    from finetune import dist
+    from finetune.config import OptimConfig
+    from finetune.sharding import engine as module
 
-def figures(without: str = "") -> tuple[int, int]:
-    """Run a step of an engine: elements of the largest fp64 tensor, and shared buffers left."""
-    names = {name: "1" for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")}
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    done = subprocess.run(
-        [sys.executable, "-c", ENGINE, without],
-        cwd=ROOT,
-        env=os.environ | names | ranks | {"MASTER_PORT": str(free_port())},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    line = next((x for x in done.stdout.splitlines() if x.startswith("FIGURES")), None)
-    assert line, done.stderr[-3000:]
-    largest, left = line.split()[1:]
-    return int(largest), int(left)
+    if without:
+        setattr(module, without, lambda *_: None)
+    world = dist.connect(1)
+    module.connect_deepspeed(world)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": 1,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False},
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    torch.manual_seed(0)
+    small = [nn.Linear(8, 8, bias=False) for _ in range(TENSORS)]
+    model = nn.Sequential(nn.Linear(64, 512), nn.Linear(512, 8), *small).bfloat16()
+    engine = module.Engine(model, config, OptimConfig(), world)
+    norms = []
+    for factor in (1.0, float("nan"), 1.0):
+        loss = engine(input=torch.ones(1, 64, dtype=torch.bfloat16)).float().square().sum()
+        engine.backward(loss * factor, 1.0)
+        with Counter() as counter:
+            engine.step(1e-2)
+        norms.append(engine.grad_norm())
+    port = os.environ["MASTER_PORT"]
+    left = list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
+    for path in left:
+        path.unlink()
+    found = {
+        "operations": counter.operations,
+        "fp64": counter.largest,
+        "left": len(left),
+        "norms": [norm for norm in norms if norm == norm],
+        "skipped": engine.skipped,
+        "weights": [float(p.double().sum()) for p in model.parameters()],
+    }
+    file.write_text(json.dumps(found))
+    dist.disconnect()
 
 
 @pytest.fixture(scope="module")
-def patched() -> tuple[int, int]:
-    return figures()
+def figures(tmp_path_factory: pytest.TempPathFactory):
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+
+    def of(without: str = "", stage: int = 2) -> dict[str, Any]:
+        if (without, stage) not in found:
+            file = tmp_path_factory.mktemp("figures") / "figures.json"
+            on_ranks(1, measure, without, stage, file)
+            found[without, stage] = json.loads(file.read_text())
+        return found[without, stage]
+
+    return of
 
 
-def test_no_gradient_is_converted_to_fp64(patched):
+def test_no_gradient_is_converted_to_fp64(figures):
     elements = 64 * 512
-    assert patched[0] < elements / 100 and figures("take_norms_by_rows")[0] >= elements
+    assert figures()["fp64"] < elements / 100
+    assert figures("take_norms_by_rows")["fp64"] >= elements
 
 
-def test_no_shared_memory_is_left(patched):
-    assert patched[1] == 0 and figures("unlink_shared_memory")[1] == 1
+def test_no_shared_memory_is_left(figures):
+    assert figures()["left"] == 0 and figures("unlink_shared_memory")["left"] == 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"), [(0, "step_at_once"), (1, "let_the_norm_tell"), (2, "take_norms_by_rows")]
+)
+def test_a_step_of_many_small_tensors_is_few_operations(figures, stage, name):
+    """With the same weights, norms and skipped steps as DeepSpeed's own."""
+    ours, theirs = figures(stage=stage), figures(name, stage)
+    assert ours["operations"] < theirs["operations"] - TENSORS
+    assert ours["skipped"] == theirs["skipped"] == 1 and len(ours["norms"]) == 2
+    assert ours["norms"] == pytest.approx(theirs["norms"], rel=1e-5)
+    assert ours["weights"] == pytest.approx(theirs["weights"], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_operations_of_a_step(figures, stage):
+    """At stage 0 the memory of each gradient, and a few for all of them."""
+    assert figures(stage=stage)["operations"] < (2 if stage == 0 else 8) * TENSORS
 
 
 def test_a_weight_that_is_listed_twice_is_read_once():

@@ -18,17 +18,11 @@ CUT, STEPS = 4, 24
 CPU, PARAMS = "zero.offload_optimizer=cpu", "zero.offload_params=cpu"
 CHAIN = [
     (2, "zero=stage1"),
-    (2, "zero=stage2"),
     (2, "zero=stage3"),
     (2, "zero=stage2"),
-    (2, "zero=stage1"),
-    (2, "zero=stage0"),
     (1, "zero=stage0"),
-    (2, "zero=stage2"),
     (2, "zero=stage2", CPU),
-    (2, "zero=stage2"),
     (1, "zero=stage3"),
-    (2, "zero=stage3", CPU),
     (2, "zero=stage3", CPU, PARAMS),
     (4, "zero=stage3"),
     (2, "zero=stage0"),

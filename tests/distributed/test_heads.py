@@ -14,7 +14,7 @@ import pytest
 from finetune.assets.paths import asset
 from finetune.process import free_port
 from tests.distributed import heads_reference
-from tests.distributed.ranks import ROOT, losses, metrics, run_cases
+from tests.distributed.ranks import ROOT, evaluate, losses, metrics, run_cases
 
 STEPS, BATCH, EVALUATED = 6, 8, 13
 LORA = ["adapter=lora", "adapter.targets=all-linear", "adapter.rank=4"]
@@ -174,15 +174,6 @@ def test_evaluation_in_training_is_the_same_on_one_rank_and_two(root, name):
         "questions": sum(len(p["qas"]) for a in questions for p in a["paragraphs"]),
     }
     assert counted is None or alone[counted] == expected[counted]
-
-
-def evaluate(ranks: int, argvs: list[list[str]]) -> None:
-    """`launch/evaluate.py` with each list of words, one after another in one group of processes."""
-    code = (
-        "import json, sys; from finetune.cli.app import main\n"
-        "sys.exit(max(main('evaluate', words) for words in json.loads(sys.argv[1])))"
-    )
-    start(ranks, ["-c", code, json.dumps(argvs)])
 
 
 def start(ranks: int, words: list[str]) -> list[str]:

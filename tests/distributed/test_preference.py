@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 
 from finetune.assets.paths import asset
 from tests.distributed import heads_reference
-from tests.distributed.ranks import losses, metrics, run_cases
-from tests.distributed.test_heads import evaluate
+from tests.distributed.ranks import evaluate, losses, metrics, run_cases
 from tests.distributed.test_resume import branch
 from tests.peft_reference import run_peft
 

@@ -299,18 +299,7 @@ def snapshot(run_dir: Path) -> dict:
 def main(jobs_file: Path, results_file: Path) -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     rename(LAUNCHER, HIDDEN)
-    import matplotlib.pyplot  # noqa: F401
-    import peft  # noqa: F401
-    import transformers.models.gptj.modeling_gptj  # noqa: F401
-
-    import finetune.run
-    import finetune.training.inputs
-    from finetune.data.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(None)
-    finetune.training.inputs.load_tokenizer = lambda name: (
-        tokenizer
-    )  # it takes a second, and no test here is about it
+    import tests.warm  # noqa: F401
 
     results = []
     for number, job in enumerate(json.loads(jobs_file.read_text())):
