@@ -63,6 +63,17 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the processes that prove an export, which saves the seconds that imports take."""
+    from types import SimpleNamespace
+
+    from finetune.export import proof
+    from tests.forked import run_forked
+
+    monkeypatch.setattr(proof, "subprocess", SimpleNamespace(run=run_forked))
+
+
 @pytest.fixture(scope="session")
 def small_gptj(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a two-layer fp32 GPT-J with the real vocabulary, saved by transformers."""

@@ -215,7 +215,7 @@ def test_where_an_adapter_goes_on_the_reference_is_what_it_was(root, pocket_gptj
     assert abs(second["chosen_reward"]) > 1e-3
 
 
-def test_a_run_and_its_exports_evaluate_alike(root, pocket_gptj):
+def test_a_run_and_its_exports_evaluate_alike(root, pocket_gptj, forked):
     """Adapters against their base, and whole models against the one that they were tuned from."""
     from finetune.cli.app import main
 

@@ -43,6 +43,8 @@ TEXTS = [
     "Local man insists that he is fine " * 3,
 ]
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 
 @pytest.fixture(scope="module")
 def merged(find_run):

@@ -33,15 +33,11 @@ OUT = f"out-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
 
 
 def exported(run: Path, kind: str, *words: str) -> Path:
+    """Export by the program, once for all tests."""
     out = run / "-".join([OUT, kind, *(word.split("=")[1] for word in words)])
-    assert (
-        export(
-            compose_config(
-                [f"run={run}", f"kind={kind}", f"out={out}", "verify=tensors", *words], "export"
-            )
-        )
-        == 0
-    )
+    if not out.exists():
+        line = [f"run={run}", f"kind={kind}", f"out={out}", "verify=tensors", *words]
+        assert export(compose_config(line, "export")) == 0
     return out
 
 
@@ -94,9 +90,11 @@ def figures(runs, cases) -> dict[str, dict]:
         for kind in kinds:
             row[kind] = difference(exported(run, kind), case.head, ids, wanted)
         row["engine"] = difference(run / "export", case.head, ids, wanted)
-        half = reopened(exported(run, kinds[-1], "dtype=bf16"), case.head, torch.bfloat16).float()
-        spread = wanted.std() if wanted.numel() > 2 else wanted.abs().mean()
-        row["bf16"] = float((outputs(half, case.head, ids) - wanted).abs().mean() / spread)
+        if case.head == "lm" or len(cases) > 20:
+            folder = exported(run, kinds[-1], "dtype=bf16")
+            half = reopened(folder, case.head, torch.bfloat16).float()
+            spread = wanted.std() if wanted.numel() > 2 else wanted.abs().mean()
+            row["bf16"] = float((outputs(half, case.head, ids) - wanted).abs().mean() / spread)
         base = reopened_base(run, case.head, ids)
         row["moved"] = None if base is None else float((wanted - base).abs().max())
         found[case.name] = row
@@ -132,7 +130,8 @@ def test_every_export_equals_what_was_trained(figures):
 @pytest.mark.slow
 def test_bf16_is_rounding_and_nothing_else(figures):
     """bf16 has 8 bits: an error of 2^-9 in each weight, which sums leave at that size."""
-    assert {name: row["bf16"] for name, row in figures.items() if row["bf16"] > 0.02} == {}
+    found = {name: row["bf16"] for name, row in figures.items() if "bf16" in row}
+    assert found and {name: value for name, value in found.items() if value > 0.02} == {}
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
 from transformers import GPTJConfig, GPTJForCausalLM
 
 from finetune.assets.paths import asset
@@ -17,17 +17,17 @@ from finetune.config import ModelConfig
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import UserError
 from finetune.export.gguf_file import parts, write_gguf
+from finetune.export.proof import verify_export
 from finetune.gptj.load import Weights, read_config
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 
-ROOT = Path(__file__).resolve().parents[2]
 TEXT = "Return the money, said the people of the United States to the Congress, and the"
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory) -> tuple[Path, list[int], list[int]]:
+def reference() -> tuple[dict[str, Tensor], list[int], list[int]]:
     """Outputs of plain transformers, the text's ids, and the next 24 greedy tokens."""
     folder = asset("gptj_tiny")
     model = GPTJForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
@@ -35,9 +35,8 @@ def reference(tmp_path_factory) -> tuple[Path, list[int], list[int]]:
     with torch.no_grad():
         outputs = model(ids).logits[0].float()
         text = model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=50256)
-    file = tmp_path_factory.mktemp("reference") / "reference.safetensors"
-    save_file({"ids.0": ids[0], "outputs.0": outputs.contiguous()}, file)
-    return file, ids[0].tolist(), text[0, ids.shape[1] :].tolist()
+    saved = {"ids.0": ids[0], "outputs.0": outputs.contiguous()}
+    return saved, ids[0].tolist(), text[0, ids.shape[1] :].tolist()
 
 
 def write(file: Path, dtype: str) -> Path:
@@ -54,21 +53,16 @@ def write(file: Path, dtype: str) -> Path:
     ("dtype", "most", "bytes_each"),
     [("f32", 1e-3, 4), ("f16", 5e-3, 2), ("bf16", 0.05, 2), ("q8_0", 0.2, 1.0625)],
 )
-def test_llama_cpp_gives_the_same_log_probabilities(tmp_path, reference, dtype, most, bytes_each):
+def test_llama_cpp_gives_the_same_log_probabilities(
+    tmp_path, reference, forked, dtype, most, bytes_each
+):
     file = write(tmp_path / "model.gguf", dtype)
     (tmp_path / "finetune.json").write_text(json.dumps({"dtype": dtype}))
     weights = Weights(asset("gptj_tiny"))
     values = sum(torch.Size(weights.shape(name)).numel() for name in weights.files)
     assert file.stat().st_size == pytest.approx(values * bytes_each, rel=0.25, abs=2.5e6)
-    done = subprocess.run(
-        [sys.executable, "-m", "finetune.export.verify", str(tmp_path), str(reference[0])],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=True,
-    )
-    figures = json.loads(done.stdout.splitlines()[-1])
-    assert figures["equal"] and figures["mean_logprob_difference"] <= most
+    figures = verify_export(tmp_path, reference[0])
+    assert figures["verified"] and figures["mean_logprob_difference"] <= most
     assert figures["positions"] == 16 and figures["token_agreement"] >= 0.9
 
 

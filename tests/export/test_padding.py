@@ -129,7 +129,7 @@ def test_language_models_may_pad_with_their_eos():
 
 
 @pytest.mark.slow
-def test_verification_finds_an_export_that_pools_another_token(tmp_path):
+def test_verification_finds_an_export_that_pools_another_token(tmp_path, forked):
     """Alone every text is right; only batches show it."""
     config = GPTJConfig(**NUMBERS, vocab_size=50257, pad_token_id=50256)
     tokenizer, target = gpt2("<|endoftext|>"), tmp_path / "export"

@@ -16,6 +16,8 @@ from tests.distributed.ranks import metrics, run_cases
 
 FORMATS = ("nf4", "int8")
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 
 @pytest.fixture(scope="module")
 def runs(pocket_gptj: Path, unequal_documents: Path, tmp_path_factory) -> Path:
