@@ -1,4 +1,4 @@
-"""Write a verified export: `python launch/export.py run=RUN kind=adapter|merged|full [out=DIR]`."""
+"""Write a verified export: `python launch/export.py run=RUN kind=adapter|merged|full|phi|phi_adapter|gguf`."""
 
 import sys
 from pathlib import Path

@@ -60,12 +60,13 @@ USAGE = {
         ],
     ),
     "export": Usage(
-        "Write a run's adapter or model in Hugging Face layout, reopen it and prove it equal.",
-        "python launch/export.py run=RUN kind=adapter|merged|full [out=DIR] [key=value ...]",
+        "Write a run's adapter or model in Hugging Face layout, or for another engine; reopen and prove it.",
+        "python launch/export.py run=RUN kind=adapter|merged|full|phi|phi_adapter|gguf [key=value ...]",
         [
             "python launch/export.py run=runs/quickstart/20260101-120000 kind=merged",
             "python launch/export.py run=runs/clm_pile/20260101-120000/checkpoints/step-00000500 kind=full out=model",
             "python launch/export.py run=runs/quickstart/20260101-120000 kind=merged dtype=fp16",
+            "python launch/export.py run=runs/quickstart/20260101-120000 kind=gguf dtype=q8_0",
         ],
     ),
     "generate": Usage(
@@ -87,15 +88,19 @@ USAGE = {
             "python launch/serve.py model=runs/q/1/export port=8001 max_tokens=256",
             "python launch/serve.py model=runs/i/1/export host=0.0.0.0 port=8080",
         ],
-        ["Any host but this machine's own needs a token in the environment variable SERVE_TOKEN."],
+        [
+            "Any host but this machine's own needs a token in the environment variable SERVE_TOKEN.",
+            "One text is generated at a time. For many users: kind=phi with vLLM, kind=gguf with llama.cpp.",
+        ],
     ),
     "convert": Usage(
-        "Convert a checkpoint to sharded safetensors or to mesh-transformer-jax's form.",
+        "Convert a checkpoint to sharded safetensors, mesh-transformer-jax's form, Phi's form or GGUF.",
         "python launch/convert.py source=DIR target=DIR [key=value ...]",
         [
             "python launch/convert.py source=gpt-j-6b target=gpt-j-6b-bf16 dtype=bf16",
             "python launch/convert.py source=step_383500 target=gpt-j-6b-jax config=6B_roto_256.json",
             "python launch/convert.py source=runs/p/1/export target=slim/step_10 to=jax",
+            "python launch/convert.py source=gpt-j-6b target=gpt-j-6b-phi to=phi",
         ],
     ),
     "doctor": Usage(

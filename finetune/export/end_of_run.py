@@ -143,7 +143,7 @@ def export_engine(
             error = write_model(tensors, shapes, info.dtype, folder, cfg.max_shard_gib)
         errors = [e for e in world.gather(str(error) if error else None) if e]
         if errors:
-            raise RunFailed(f"the export could not be written: {errors[0]}", str(target), remedy)
+            raise RunFailed(f"could not be written: {errors[0]}", str(target), remedy)
 
         def finish() -> dict[str, Any]:
             with stack:

@@ -128,7 +128,12 @@ KINDS = {
                 "ollama create {name} -f THIS_FOLDER/Modelfile && ollama run {name}",
                 LLAMA_CPP,
             ),
-            Engine("LM Studio", "copy model.gguf to its models folder", LLAMA_CPP),
+            Engine(
+                "LM Studio",
+                "mkdir -p ~/.lmstudio/models/mine/{name} && "
+                "cp THIS_FOLDER/model.gguf ~/.lmstudio/models/mine/{name}/",
+                LLAMA_CPP,
+            ),
         ),
     ),
 }

@@ -111,7 +111,7 @@ def fresh_process(module: str, words: list[str], where: str) -> str:
     if done.returncode != 0 or not lines:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         killed = " (killed: not enough memory?)" if done.returncode < 0 else ""
-        raise RunFailed(f"{module} could not open it{killed}: {reason}", where)
+        raise RunFailed(f"{module} failed{killed}: {reason}", where)
     return lines[-1]
 
 

@@ -65,7 +65,10 @@ def staged(
         os.replace(stage, target)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise RunFailed(f"the export could not be written: {error}", str(target), remedy) from None
+        # numpy tells how much of an array it wrote, not why it stopped there.
+        short = isinstance(error, OSError) and error.errno is None
+        reason = f"No space left on device ({error})" if short else error
+        raise RunFailed(f"could not be written: {reason}", str(target), remedy) from None
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 

@@ -88,6 +88,10 @@ class Weights:
                 }
 
     def _handle(self, file: Path):
+        # Pages that were read stay resident for as long as a file is mapped.
+        if self._touched > MAPPED_BYTES:
+            self._open = {f: handle for f, handle in self._open.items() if f in self._whole}
+            self._touched = 0
         if file not in self._open:
             if _in_memory(file):  # it is read whole: one such file at a time
                 self._open.clear()
@@ -95,13 +99,6 @@ class Weights:
         return self._open[file]
 
     def __getitem__(self, name: str) -> Tensor:
-        if (
-            self._touched > MAPPED_BYTES
-        ):  # pages that were read stay resident for as long as a file is mapped
-            self._open = {
-                file: handle for file, handle in self._open.items() if file in self._whole
-            }
-            self._touched = 0
         handle = self._handle(self.files[name])
         stored = self._stored[name]
         tensor = handle[stored] if isinstance(handle, dict) else handle.get_tensor(stored)  # type: ignore[union-attr]
@@ -114,7 +111,10 @@ class Weights:
             places = evenly_spaced(self.shape(name)[0])
         handle, stored = self._handle(self.files[name]), self._stored[name]
         source = handle[stored] if isinstance(handle, dict) else handle.get_slice(stored)  # type: ignore[union-attr]
-        return torch.cat([source[place : place + 1] for place in places])
+        rows = torch.cat([source[place : place + 1] for place in places])
+        # The kernel maps the neighbourhood of what is read, at worst all of the tensor.
+        self._touched += prod(self.shape(name)) * rows.element_size()
+        return rows
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name in self._shapes:

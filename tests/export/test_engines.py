@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,19 @@ from finetune.cli.export import run as export
 from finetune.cli.generate import run as generate
 from finetune.cli.serve import run as serve
 from finetune.errors import RunFailed, UserError
-from finetune.export import gguf_file
+from finetune.export import gguf_file, proof
+from finetune.export.write import staged
+
+CHAT = """import json, sys, xllamacpp
+p = xllamacpp.CommonParams(); p.model.path = sys.argv[1]; p.n_ctx = 256
+p.n_parallel = 1; p.warmup = False; p.verbosity = 0; p.use_jinja = True
+request = {"messages": json.loads(sys.argv[2]), "max_tokens": 4, "temperature": 0, "logprobs": True}
+answer = xllamacpp.Server(p).handle_chat_completions(request)
+print(answer if isinstance(answer, str) else json.dumps(answer))
+"""
+"""Answers to a conversation by llama.cpp: python -c CHAT FILE.gguf MESSAGES."""
+
+pytestmark = pytest.mark.usefixtures("forked")
 
 
 def exported(run: Path, kind: str, out: Path, *words: str) -> dict:
@@ -156,6 +169,26 @@ def test_a_gguf_file_is_proven_by_llama_cpp(find_run, tmp_path):
     assert (tmp_path / "gguf" / "Modelfile").read_text().startswith("FROM ./model.gguf\n")
     assert "ollama create" in (tmp_path / "gguf" / "README.md").read_text()
     assert figures["files"].keys() == {"model.gguf"}
+
+    # A conversation is put into the file's own template, as the export's tokenizer does.
+    messages = [{"role": "user", "content": "Name a colour."}]
+    tokenizer = AutoTokenizer.from_pretrained(str(run / "export"))
+    batch = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    model = AutoModelForCausalLM.from_pretrained(str(run / "export"), dtype=torch.float32)
+    wanted = model.generate(**batch, max_new_tokens=4, do_sample=False)[0].tolist()
+    done = subprocess.run(
+        [sys.executable, "-c", CHAT, str(tmp_path / "gguf/model.gguf"), json.dumps(messages)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answer = json.loads(done.stdout.splitlines()[-1])
+    count = answer["usage"]["prompt_tokens"]
+    assert count == batch["input_ids"].shape[1]
+    tokens = [token["id"] for token in answer["choices"][0]["logprobs"]["content"]]
+    assert tokens == wanted[count:]
 
 
 @pytest.mark.slow
@@ -335,6 +368,21 @@ def test_a_disk_that_fills_leaves_nothing(find_run, tmp_path, full_disk, kind):
     with pytest.raises(RunFailed, match=r"could not be written: .*File too large") as caught:
         exported(find_run("lm", "lora"), kind, tmp_path / "out", "verify=none")
     assert "out=DIR" in str(caught.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_in_the_proof_is_named(find_run, tmp_path, full_disk, monkeypatch):
+    monkeypatch.setattr(proof, "subprocess", subprocess)  # a process that inherits the limit
+    with pytest.raises(RunFailed, match=r"reference_process failed: .*File too large"):
+        exported(find_run("lm", "lora"), "adapter", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_write_that_falls_short_is_a_full_disk(tmp_path):
+    """numpy's error, from which the operating system's reason is missing."""
+    with pytest.raises(RunFailed, match="No space left"), staged(tmp_path / "out"):
+        raise OSError("4096 requested and 2296 written")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("form", ["hf", "phi", "gguf"])
