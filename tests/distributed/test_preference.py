@@ -194,6 +194,20 @@ def test_resume_is_bitwise(root, pocket_gptj):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_a_run_of_two_ranks_goes_on_alone_at_another_stage(root, pocket_gptj):
+    names = ("dpo-full", "reward-lora")
+    elsewhere = {name: branch(root / f"{name}-2", f"{name}-elsewhere") for name in names}
+    run_cases(
+        1,
+        [
+            [*overrides(root, pocket_gptj, name, 1), f"run_dir={run}"]
+            for name, run in elsewhere.items()
+        ],
+    )
+    for name, run in elsewhere.items():
+        assert losses(run) == pytest.approx(losses(root / f"{name}-2"), rel=2e-5), name
+
+
 def tensors(run: Path) -> dict[str, torch.Tensor]:
     found = {}
     for file in (run / f"checkpoints/step-{STEPS:08d}").glob("optim-*.safetensors"):
