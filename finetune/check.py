@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import (
+    GENERATED,
     GPTJ_POSITIONS,
     ClassifyConfig,
     Config,
@@ -190,7 +191,8 @@ def _known_encoding(name: str) -> None:
 def _rules(cfg: Config) -> list[Rule]:
     train, checkpoint, betas = cfg.train, cfg.checkpoint, cfg.optim.betas
     evaluates = bool(cfg.data.evaluates and train.eval_every)
-    eval_set = (train.metric or "").rpartition("/")[0]
+    eval_set, _, own_metric = (train.metric or "").rpartition("/")
+    generates = GENERATED.keys() <= metrics_of(cfg.task).keys()
     sets = list(map(str, cfg.data.eval)) if isinstance(cfg.data.eval, dict) else []
     allowed = [name for name in WHOLE_MODULES if name != "lm_head" or cfg.task.head == "lm"]
     whole = getattr(cfg.adapter, "modules_to_save", [])
@@ -257,6 +259,31 @@ def _rules(cfg: Config) -> list[Rule]:
             f"train.metric = {train.metric}, and there is no evaluation set {eval_set}",
             "",
             f"Choose from {', '.join(sets) or 'names, as in data.eval={web: a.jsonl}'}.",
+        ),
+        (
+            generates and own_metric in GENERATED and not cfg.eval.generate,
+            f"train.metric = {train.metric} is a metric of generated answers",
+            "",
+            "Try eval.generate=32.",
+        ),
+        (
+            cfg.eval.generate and not generates,
+            f"eval.generate = {cfg.eval.generate}: only task=clm and task=instruct generate text",
+            "",
+            "Try eval.generate=0.",
+        ),
+        (
+            cfg.eval.generate and not cfg.data.evaluates,
+            f"eval.generate = {cfg.eval.generate} needs evaluation data",
+            "data.eval",
+            "Try data.eval=FILE, or data.eval=0.02.",
+        ),
+        (
+            cfg.eval.generate and cfg.eval.generate_tokens >= cfg.task.max_length,
+            f"eval.generate_tokens = {cfg.eval.generate_tokens} leaves task.max_length = "
+            f"{cfg.task.max_length} no room for a prompt",
+            "",
+            f"Try eval.generate_tokens={max(1, cfg.task.max_length // 2)}.",
         ),
         (
             train.early_stopping and not evaluates,

@@ -480,6 +480,15 @@ class TrainConfig:
 
 
 @dataclass
+class EvalConfig:
+    generate: int = bounded(0, at_least=0)
+    """Prompts of each evaluation set that every evaluation answers greedily (task clm and instruct), for exact_match,
+    rouge1, rouge2, rougeL, bleu and chrf against the reference answers; 0: none. Needs pip install -e '.[eval]'."""
+    generate_tokens: int = bounded(64, at_least=1)
+    """Longest answer in tokens; prompts have at most task.max_length without these."""
+
+
+@dataclass
 class CheckpointConfig:
     every: int = bounded(0, at_least=0)
     """Optimizer steps between checkpoints; 0: only at the end and when the run is stopped."""
@@ -659,6 +668,7 @@ class Config:
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
@@ -667,9 +677,11 @@ class Config:
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
+GENERATED = dict.fromkeys(("exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf"), "max")
+"""Metrics of generated answers, which only evaluations with eval.generate have."""
 METRICS = {
-    "clm": {"loss": "min", "perplexity": "min"},
-    "instruct": {"loss": "min", "perplexity": "min"},
+    "clm": {"loss": "min", "perplexity": "min", **GENERATED},
+    "instruct": {"loss": "min", "perplexity": "min", **GENERATED},
     "single_label": {"accuracy": "max", "f1": "max", "loss": "min"},
     "multi_label": {"f1": "max", "micro_f1": "max", "accuracy": "max", "loss": "min"},
     "regression": {"mse": "min", "pearson": "max", "loss": "min"},

@@ -19,7 +19,7 @@ from finetune.data.batches import StepBatches
 from finetune.export.end_of_run import export_trained, take_best
 from finetune.export.proof import reference_texts
 from finetune.export.run_info import base_name
-from finetune.inference.sample import sample_texts
+from finetune.inference.sample import Sampling, continue_flat, sample_texts
 from finetune.reporting import metrics_log
 from finetune.reporting.callbacks import CallbackList
 from finetune.reporting.page.build import Report
@@ -27,6 +27,7 @@ from finetune.reporting.terminal import Display, silence_libraries
 from finetune.reporting.trackers import build_trackers
 from finetune.sharding.engine import build_engine, connect_deepspeed
 from finetune.training import run_dir as run_files
+from finetune.training.answers import Answers
 from finetune.training.guard import Guard
 from finetune.training.inputs import prepare_inputs, refuse_problems
 from finetune.training.references import add_references, reference_folder
@@ -153,6 +154,18 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
                 agree=world.broadcast,
             )
 
+        def answer(prompts: list[list[int]]) -> list[list[int]]:
+            return continue_flat(
+                engine.module,
+                inputs.tokenizer,
+                prompts,
+                Sampling(cfg.eval.generate_tokens, temperature=0.0),
+                world.device,
+                agree=world.broadcast if engine.stage == 3 else list,
+            )
+
+        count, longest = cfg.eval.generate, cfg.eval.generate_tokens
+        answers = Answers(answer, count, longest, together=engine.stage == 3)
         trainer = Trainer(
             engine,
             task,
@@ -163,6 +176,7 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
             world,
             drawn=inputs.drawn(cfg.seed) if len(inputs.sources) > 1 else None,
             sample=sample if task.head == "lm" and cfg.train.sample_every else None,
+            answers=answers if cfg.eval.generate else None,
             meter=meter,
             stop=guard.stop,
             beat=guard.beat,

@@ -233,6 +233,7 @@ AXOLOTL = {
     "evals_per_epoch": "train.eval_every",
     "saves_per_epoch": "checkpoint.every",
     "early_stopping_patience": "train.early_stopping",
+    "eval_max_new_tokens": "eval.generate_tokens",
     "dataset_prepared_path": "data.cache_dir",
     "wandb_project": "tracker.wandb.project",
     "wandb_entity": "tracker.wandb.entity",
@@ -242,6 +243,7 @@ AXOLOTL = {
     "max_steps": "train.steps",
 }
 LLAMA_FACTORY = {
+    "predict_with_generate": "eval.generate",
     "model_name_or_path": "model.path",
     "dataset": "data.train",
     "eval_dataset": "data.eval",

@@ -52,6 +52,9 @@ class Callback:
 
     def sample(self, step: int, prompt: str, text: str) -> None: ...
 
+    def answers(self, step: int, rows: list[dict[str, str]]) -> None:
+        """Take an evaluation's answers: prompt, text, reference, and the set if there are several."""
+
     def checkpoint(self, step: int, path: str) -> None: ...
 
     def finish(self, result: dict[str, Any]) -> None: ...
@@ -82,6 +85,7 @@ class CallbackList(Callback):
     train_step = partialmethod(_forward, "train_step")
     evaluation = partialmethod(_forward, "evaluation")
     sample = partialmethod(_forward, "sample")
+    answers = partialmethod(_forward, "answers")
     checkpoint = partialmethod(_forward, "checkpoint")
     finish = partialmethod(_forward, "finish")
     message = partialmethod(_forward, "message")

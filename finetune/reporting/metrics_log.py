@@ -36,6 +36,10 @@ class MetricsLog(Callback):
     def sample(self, step: int, prompt: str, text: str) -> None:
         self._append(SAMPLES, {"step": step, "prompt": prompt, "text": text})
 
+    def answers(self, step: int, rows: list[dict[str, str]]) -> None:
+        for row in rows:
+            self._append(SAMPLES, {"kind": "eval", "step": step, **row})
+
     def finish(self, result: dict[str, Any]) -> None:
         for file in self.files.values():
             file.close()

@@ -10,6 +10,7 @@ from finetune.errors import clock, command, figure, gib, number, setting, who_st
 EVAL_METRICS = (
     *("loss", "perplexity", "accuracy", "f1", "micro_f1", "exact_match", "mse", "pearson"),
     *("margin", "chosen_reward", "rejected_reward", "kl"),
+    *("rouge1", "rouge2", "rougeL", "bleu", "chrf"),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,16 @@ from finetune.tasks.base import Batch, Columns, Model, Task, flat_inputs
 
 class LmTask(Task):
     """A task whose loss is the sum of cross-entropy over scored tokens."""
+
+    cfg: Any
+    tokenizer: Any
+
+    @abstractmethod
+    def question(self, store: Store, example: int, max_tokens: int) -> tuple[list[int], list[int]]:
+        """Return the ids of a prompt for the model and of its reference answer; empty if there is none.
+
+        Prompt and `max_tokens` generated tokens do not exceed task.max_length.
+        """
 
     def count(self, batch: Batch) -> int:
         return int((batch["labels"] != IGNORE).sum())
@@ -51,6 +62,13 @@ class ClmTask(LmTask):
     def rows(self, store: Store, chosen: np.ndarray | None = None) -> Sequences:
         cut = stream_blocks if self.packing else document_chunks
         return pack_chosen(partial(cut, max_length=self.cfg.max_length), store.offsets, chosen)
+
+    def question(self, store: Store, example: int, max_tokens: int) -> tuple[list[int], list[int]]:
+        """Cut a document in two: its first half is continued."""
+        begin, end = store.offsets[example : example + 2].tolist()
+        ids = store.column("ids")[begin : end - 1].tolist()  # without eos
+        half = min(len(ids) // 2, self.cfg.max_length - max_tokens)
+        return ids[:half], ids[half : half + max_tokens]
 
     def metrics(self, store: Store, columns: Columns) -> tuple[dict[str, Any], list | None]:
         total = lm_metrics(columns["loss"].sum(), columns["tokens"].sum())

@@ -72,6 +72,15 @@ class InstructTask(TemplateTask, LmTask):
         pack = partial(best_fit, max_length=self.cfg.max_length)
         return pack_chosen(pack if self.packing else one_per_sequence, store.offsets, chosen)
 
+    def question(self, store: Store, example: int, max_tokens: int) -> tuple[list[int], list[int]]:
+        """Ask for the last answer of a conversation; what is too long is cut from the prompt's left."""
+        begin, end = store.offsets[example : example + 2].tolist()
+        ids = store.column("ids")[begin:end].tolist()
+        unscored = np.flatnonzero(store.column("scored")[begin:end] == 0)
+        start = int(unscored[-1]) + 1 if len(unscored) else len(ids)
+        prompt = ids[max(0, start - self.cfg.max_length + max_tokens) : start]
+        return prompt, [token for token in ids[start:] if token != self.tokenizer.eos_token_id]
+
     def metrics(self, store: Store, columns: Columns) -> tuple[dict[str, Any], list | None]:
         """Return loss and perplexity, and each example's source, loss and number of scored tokens."""
         predictions = [

@@ -14,6 +14,7 @@ from finetune.data.columns import Store
 from finetune.data.packing import Sequences
 from finetune.dist import World
 from finetune.tasks.base import Columns, Model, Task, to_device
+from finetune.training.answers import Answers
 
 COUNTS = ("tokens", "examples", "questions", "pairs")
 """Figures of an evaluation that say how much was evaluated."""
@@ -39,8 +40,11 @@ def evaluate(
     world: World,
     batch: int,
     go_on: Callable[[], bool] | None = None,
-) -> dict[str, Any]:
+    answers: Answers | None = None,
+) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """Compute metrics of `model` on evaluation sets, the same for any number of ranks. Collective.
+
+    Also return the generated answers of `answers`.
 
     Args:
         model: must be in evaluation mode.
@@ -50,12 +54,22 @@ def evaluate(
     Raises:
         Interrupted: `go_on` returned False.
     """
-    return combined(
-        {
-            name: evaluate_set(model, task, part, world, batch, go_on)[0]
-            for name, part in sets.items()
-        }
-    )
+
+    def after_batch() -> None:
+        if go_on and not go_on():
+            raise Interrupted
+
+    metrics, rows = dict[str, dict[str, Any]](), list[dict[str, str]]()
+    for name, part in sets.items():
+        metrics[name], _ = evaluate_set(model, task, part, world, batch, go_on)
+        if answers:
+            examples = np.unique(part.rows.examples)
+            scores, answered = answers.evaluate(
+                task, part.store, examples, world, batch, after_batch
+            )
+            metrics[name] |= scores
+            rows += [({"set": name} if name else {}) | row for row in answered]
+    return combined(metrics), rows
 
 
 def combined(metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:

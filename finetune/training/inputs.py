@@ -369,6 +369,13 @@ def absent(cfg: Config, download: bool) -> Iterator[UserError]:
                 f"{key} = {value.value}",
                 f"Install it: pip install -e '.[quant]', or try {key}={usual.value}.",
             )
+    for package in ("rouge_score", "sacrebleu") if cfg.eval.generate else ():
+        if not find_spec(package):
+            yield UserError(
+                f"metrics of generated answers need {package}, which is not installed",
+                f"eval.generate = {cfg.eval.generate}",
+                "Install it: pip install -e '.[eval]', or try eval.generate=0.",
+            )
     folder = Path(resolve(model.tokenizer or ".")).expanduser()
     if str(folder).startswith("/") and not folder.is_dir():
         yield UserError(

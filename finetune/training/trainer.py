@@ -39,6 +39,7 @@ from finetune.planning.shape import ModelShape
 from finetune.reporting.callbacks import Callback
 from finetune.sharding.engine import Engine
 from finetune.tasks.base import Batch, Task, to_device
+from finetune.training.answers import Answers
 from finetune.training.evaluate import EvalSet, Interrupted, evaluate
 from finetune.training.hang_watch import spike
 from finetune.training.mfu import peak_flops
@@ -93,6 +94,7 @@ class Trainer:
         drawn: counter of what each source has given; None: there is one source.
         sample: (seed=...) -> a continuation of each of train.sample_prompts, collective; None: no
             samples.
+        answers: generation of answers in evaluations; None: none.
         meter: rates of the steps.
         beat: called after every step, evaluated batch and save, for the hang watch.
         best: the metric that ranks evaluations, and "min" or "max".
@@ -111,6 +113,7 @@ class Trainer:
         *,
         drawn: Drawn | None,
         sample: Callable[..., list[str]] | None,
+        answers: Answers | None,
         meter: StepMeter,
         stop: StopRequest,
         beat: Callable[[], None],
@@ -123,7 +126,7 @@ class Trainer:
     ):
         self.engine, self.task, self.world = engine, task, world
         self.batches, self.eval_sets, self.sample = batches, eval_sets, sample
-        self.drawn = drawn
+        self.drawn, self.answers = drawn, answers
         self.checkpoints, self.callbacks = checkpoints, callbacks
         self.meter, self.stop, self.beat = meter, stop, beat
         self.train, self.optim, self.checkpoint = train, optim, checkpoint
@@ -295,8 +298,14 @@ class Trainer:
 
         self.engine.train(False)
         try:
-            metrics = evaluate(
-                self.engine, self.task, self.eval_sets, self.world, self.train.eval_batch, go_on
+            metrics, answers = evaluate(
+                self.engine,
+                self.task,
+                self.eval_sets,
+                self.world,
+                self.train.eval_batch,
+                go_on,
+                self.answers,
             )
         except Interrupted:
             state.owes_evaluation = True
@@ -313,6 +322,7 @@ class Trainer:
         else:
             state.without_gain += 1
         self.callbacks.evaluation({"kind": "eval", "step": state.step, **metrics})
+        self.callbacks.answers(state.step, answers)
         if self.saved_step == state.step:
             state.callbacks = self.world.broadcast(self.callbacks.state())
             self.checkpoints.mark_evaluated(state)

@@ -37,6 +37,9 @@ def test_a_mixture_resumes_bitwise_and_does_not_depend_on_the_ranks(
             "train.global_batch=8",
             "train.micro_batch=2",
             "train.eval_every=4",
+            "eval.generate=3",
+            "eval.generate_tokens=6",
+            "train.metric=chrf",
             f"checkpoint.every={CUT}",
             "checkpoint.keep=5",
             "export.enabled=false",
@@ -67,6 +70,16 @@ def test_a_mixture_resumes_bitwise_and_does_not_depend_on_the_ranks(
     assert sum(given.values()) == metrics(two)[-1]["tokens"]
     assert given["small.jsonl"] / sum(given.values()) == pytest.approx(2 / 3, abs=0.05)
     assert "Sources trained on" in (two / "report.html").read_text()
+    # So are generated answers, of which a resumed run has each once.
+    answers = [json.loads(line) for line in (two / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in answers] == [4] * 3 + [8] * 3
+    assert all(
+        (run / "samples.jsonl").read_text() == (two / "samples.jsonl").read_text()
+        for run in (one, resumed)
+    )
+    best = json.loads((two / "result.json").read_text())
+    chrf = {record["step"]: record["chrf"] for record in metrics(two, "eval")}
+    assert best["best_metric"] == "chrf" and chrf[best["best_step"]] == max(chrf.values())
     # The rows that a run held out are found again, on any ranks.
     assert evaluate(compose_config([f"run={one}"], "evaluate")) == 0
     again = json.loads((one / "eval.json").read_text())

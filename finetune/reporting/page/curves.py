@@ -14,7 +14,7 @@ def curves(run: RunFiles) -> list[Chart]:
     train, evals = run.train, run.evals
     shares = [
         Series(name.replace("_", " "), column(evals, name), color, "dots")
-        for color, name in enumerate(("accuracy", "f1", "exact_match"), 1)
+        for color, name in enumerate(("accuracy", "f1", "exact_match", "rougeL"), 1)
     ]
     sets = dict.fromkeys(str(name) for record in evals for name in record.get("sets") or ())
     apart = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ PARTS = ("process", "weights", "gradients", "optimizer", "activations", "logits"
 """Parts of a prediction, by the number of their colour."""
 NOT_SETTINGS = ("run_dir", "name")
 ABSENT = "-"
+ANSWERS = 10
+"""Generated answers of one evaluation that the page shows."""
 Rows = list[tuple[str, str]]
 
 
@@ -268,15 +271,21 @@ def memory(run: RunFiles) -> Memory | None:
 
 
 def samples(run: RunFiles) -> list[dict[str, str]]:
-    """Return the samples, newest first."""
-    return [
-        {
-            "step": str(record.get("step", "?")),
-            "prompt": str(record.get("prompt", "")),
-            "text": str(record.get("text", "")),
-        }
-        for record in reversed(run.samples)
-    ]
+    """Return the samples, newest first, and of the answers of each evaluation the first few."""
+    shown, answers = [], Counter[int]()
+    for record in run.samples:
+        answers[record.get("step", 0)] += "reference" in record
+        if "reference" in record and answers[record.get("step", 0)] > ANSWERS:
+            continue
+        shown.append(
+            {
+                "step": str(record.get("step", "?")),
+                "prompt": str(record.get("prompt", "")),
+                "text": str(record.get("text", "")),
+                "reference": str(record.get("reference", "")),
+            }
+        )
+    return shown[::-1]
 
 
 def flat(value: Any, prefix: str = "") -> Rows:
