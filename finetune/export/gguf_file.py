@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ NORMAL, CONTROL = 1, 3
 """Token types of the specification: text, and a mark that text never yields."""
 BLOCK = 32
 """Values of a row that q8_0 stores with one scale."""
+PIECE = 2**22
+"""Values that are converted at once."""
 
 
 def check_dtype(dtype: str | None, form: str, setting: str) -> None:
@@ -159,8 +162,23 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for _, value, kind in parts(tensors, config, dtype):
-        writer.write_tensor_data(gguf.quants.quantize(value.float().numpy(), kind))
+        pieces = quantized(value, kind)
+        first = next(pieces)
+        whole = np.empty((math.prod(value.shape[:-1]), *first.shape[1:]), first.dtype)
+        end = 0
+        for piece in chain([first], pieces):
+            whole[end : end + len(piece)] = piece
+            end += len(piece)
+        writer.write_tensor_data(whole)
     writer.close()
+
+
+def quantized(value: Tensor, kind: Any) -> Iterator[np.ndarray]:
+    """Yield a tensor's rows in the precision of the file, some at a time: in fp32 all would take
+    twice the memory of the tensor."""
+    rows = value.reshape(-1, value.shape[-1])
+    for piece in rows.split(max(1, PIECE // rows.shape[1])):
+        yield library().quants.quantize(piece.float().numpy(), kind)
 
 
 def compare(
@@ -175,8 +193,13 @@ def compare(
     written = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     for target, value, kind in parts(tensors, config, dtype):
         tensor = written.pop(target, None)
-        wanted = gguf.quants.quantize(value.float().numpy(), kind)
-        if tensor is None or tensor.data.tobytes() != wanted.tobytes():
+        found = b"" if tensor is None else tensor.data.reshape(-1).view(np.uint8)
+        end, same = 0, tensor is not None
+        for piece in quantized(value, kind):
+            wanted = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+            same = same and np.array_equal(found[end : end + len(wanted)], wanted)
+            end += len(wanted)
+        if not same or end != len(found):
             raise RunFailed(
                 f"{target} read back from the target is not what was written",
                 str(file),
