@@ -21,11 +21,14 @@ from finetune.config import (
     Config,
     FinalCheckpoint,
     FullConfig,
+    LoraConfig,
     PreferenceConfig,
     QaConfig,
     Quantize,
     TaskConfig,
     metrics_of,
+    own_tokens,
+    template_tokens,
 )
 from finetune.data.mixture import source_problems
 from finetune.errors import UserError, problems_error
@@ -148,7 +151,7 @@ def refuse_task(task: TaskConfig) -> None:
 
 def _config_problems(cfg: Config, world_size: int, cuda: bool) -> Iterator[UserError]:
     yield from value_problems(cfg)
-    yield from _broken([*_task_rules(cfg.task, cfg.train.metric), *_rules(cfg)])
+    yield from _broken([*_task_rules(cfg.task, cfg.train.metric), *_rules(cfg), *_token_rules(cfg)])
     yield from sharding_problems(cfg, cuda)
     yield from source_problems(cfg.data)
 
@@ -302,6 +305,47 @@ def _rules(cfg: Config) -> list[Rule]:
             "checkpoint.final=none and export.enabled=false leave nothing of the trained model",
             "",
             "Try checkpoint.final=weights.",
+        ),
+    ]
+
+
+def _token_rules(cfg: Config) -> list[Rule]:
+    """Rules of the task's own tokens, as far as they need no tokenizer."""
+    tokens, adapter = cfg.task.tokens, cfg.adapter
+    repeated = sorted({name for name in tokens if tokens.count(name) > 1})
+    wrong = [name for name in tokens if not name.strip() or name != name.strip()]
+    kind = type(adapter).__name__.removesuffix("Config").lower()
+    trained = bool(own_tokens(cfg.task))
+    rows_of_head = cfg.task.head == "lm" and "lm_head" not in getattr(
+        adapter, "modules_to_save", ()
+    )
+    key, other = "task.tokens", "task.tokens=[]"
+    if template_tokens(cfg.task):
+        key, other = "task.template=chatml", "another task.template, such as chat"
+    return [
+        (
+            repeated,
+            f"task.tokens has {', '.join(repeated)} more than once",
+            "",
+            "Name each token once.",
+        ),
+        (
+            wrong,
+            f"task.tokens: {next(iter(wrong), '')!r} is empty, or begins or ends with a space",
+            "",
+            "Try task.tokens=['<|tool|>'].",
+        ),
+        (
+            trained and not isinstance(adapter, (FullConfig, LoraConfig)),
+            f"tokens of your own have rows to train, which peft combines with LoRA and not with {kind}",
+            key,
+            f"Try adapter=lora, adapter=full, or {other}.",
+        ),
+        (
+            trained and getattr(adapter, "dora", False) and rows_of_head,
+            "tokens of your own train rows of the head, and DoRA would rescale all of them",
+            key,
+            f"Try adapter.dora=false, adapter.modules_to_save=[lm_head], or {other}.",
         ),
     ]
 

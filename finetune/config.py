@@ -188,6 +188,9 @@ class TaskConfig:
     """Sequence length in tokens."""
     weight_field: Optional[str] = "weight"
     """Record field with a row's training weight, 1 (takes part, as rows without it) or 0 (left out); null: no field."""
+    tokens: list[str] = field(default_factory=list)
+    """Tokens of your own, such as [<think>,</think>]: names for spare rows of the vocabulary (GPT-J has 143), which are
+    trained beside a LoRA or with all weights. task.template=chatml brings its two by itself."""
 
 
 @dataclass
@@ -203,7 +206,7 @@ class InstructConfig(TaskConfig):
     format: str = choice("auto", ("auto", "prompt", "messages", "alpaca", "sharegpt"))
     """Row layout: auto, prompt, messages, alpaca or sharegpt."""
     template: str = "alpaca"
-    """Prompt template: a name from finetune/data/templates, or a file with a Jinja chat template."""
+    """Prompt template: alpaca, chat, chatml or plain, or a file with a Jinja chat template."""
     prompt_field: str = "prompt"
     """Record field with the prompt (format prompt)."""
     completion_field: str = "completion"
@@ -244,6 +247,20 @@ class QaConfig(TaskConfig):
     """Start and end candidates that decoding combines."""
     null_threshold: float = 0.0
     """SQuAD v2: answer nothing when the null score beats the best span by more than this (logits)."""
+
+
+TEMPLATE_TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>")}
+"""Shipped template -> the tokens of its own that it is written with; the last one ends turns."""
+
+
+def template_tokens(task: TaskConfig) -> tuple[str, ...]:
+    """Return the tokens that the task's template brings."""
+    return TEMPLATE_TOKENS.get(getattr(task, "template", ""), ())
+
+
+def own_tokens(task: TaskConfig) -> list[str]:
+    """Return the tokens whose rows are trained: those of the template, then the others of `task.tokens`."""
+    return list(dict.fromkeys((*template_tokens(task), *task.tokens)))
 
 
 PREFERENCE_LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo")

@@ -95,8 +95,8 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
         sharding = sharding_of(plan, cfg.zero.nvme_path, run_dir)
         connect_deepspeed(world, guard.phase, sharding.nvme_folder if sharding.on_nvme else None)
         with guard.phase(f"loading {cfg.model.path}"):
-            base = base_name(cfg.model, run_dir)
-            engine = build_engine(cfg, task.head, task.num_labels, base, sharding, world)
+            base, tokens = base_name(cfg.model, run_dir), list(inputs.tokens.values())
+            engine = build_engine(cfg, task.head, task.num_labels, base, sharding, world, tokens)
         if world.device.type == "cpu":
             process.keep_freed_memory()
         if task.reference:

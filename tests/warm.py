@@ -15,6 +15,7 @@ from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
 import finetune.run
 import finetune.training.inputs
 from finetune.compose import recipe_config
+from finetune.config import own_tokens
 from finetune.data.tokenizer import load_tokenizer
 from finetune.reporting.page import picture
 
@@ -23,6 +24,9 @@ for recipe in ("clm_pile", "instruct_lora", "classify_lora", "qa_lora", "prefere
 
 # GPT-J's tokenizer takes a second to load, and curves.png half a second to draw: tests/data and tests/reporting have
 # tests of them.
-finetune.training.inputs.load_tokenizer = cache(load_tokenizer)
-finetune.training.inputs.load_tokenizer(None)
+plain = cache(load_tokenizer)
+finetune.training.inputs.load_tokenizer = lambda path, task: (
+    load_tokenizer(path, task) if own_tokens(task) else plain(path)
+)
+plain(None)
 picture.curves_png = lambda charts, title: b""

@@ -123,7 +123,8 @@ def subject_of_run(cfg: EvaluateConfig, typed_keys: set[str], world: World) -> S
     about, head = about_of_run(folder), config.task.head
 
     def load() -> Trained:
-        module = load_run(config, checkpoint, head, about.get("num_labels"), world.device)
+        labels, tokens = about.get("num_labels"), about.get("tokens", {}).values()
+        module = load_run(config, checkpoint, head, labels, world.device, tokens=tokens)
         if not cfg.dtype:
             module = readable(module, config.model.dtype, world.device)
         return Trained(module, head, config.model.dtype.value, config.model.path, about, {})
@@ -192,7 +193,7 @@ def evaluate_task(cfg: EvaluateConfig, subject: Subject, target: Path, world: Wo
     shape = load_shape(str(subject.model))
     for problem in room_problems(settings.max_length, subject.virtual_tokens, shape.n_positions):
         raise problem
-    tokenizer = load_tokenizer(subject.tokenizer)
+    tokenizer = load_tokenizer(subject.tokenizer, settings)
     task = build_task(settings, tokenizer, cfg.packing)
     task.prepare(None, subject.about)
     if not data.evaluates:
@@ -280,7 +281,7 @@ def evaluate_suite(cfg: EvaluateConfig, subject: Subject, target: Path, world: W
         raise UserError("suite=lm_eval runs in one process", "suite", "Start it with plain python.")
     results = run_suite(
         trained.module,
-        load_tokenizer(subject.tokenizer),
+        load_tokenizer(subject.tokenizer, subject.settings),
         list(cfg.tasks),
         cfg.task_dir,
         fewshot=cfg.fewshot,

@@ -17,7 +17,7 @@ from torch import Tensor
 from finetune.checkpointing.format import read_state
 from finetune.cli.schemas import ExportAppConfig
 from finetune.compose import Composed
-from finetune.config import Init
+from finetune.config import Init, own_tokens
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import EXIT_DONE, UserError
 from finetune.export import gguf_file, phi
@@ -58,7 +58,7 @@ def run(composed: Composed) -> int:
     assert app.run and app.kind
     run_dir, checkpoint = checkpoint_of(Path(app.run).expanduser().absolute())
     cfg = load_config(run_dir)
-    kind = check_kind(app.kind, cfg.adapter)
+    kind = check_kind(app.kind, cfg.adapter, own_tokens(cfg.task))
     if kind.form != "gptj" and verify == "tensors":
         raise UserError(
             f"kind={app.kind} is proven by outputs",
@@ -97,8 +97,8 @@ def run(composed: Composed) -> int:
         figures["phi_base"] = str(phi.check_base(app.base, info.base_folder, config))
 
     with staged(target) as stage:
-        weights = RunWeights(cfg, config, checkpoint)
-        tokenizer = load_tokenizer(tokenizer_of(cfg.model))
+        weights = RunWeights(cfg, config, checkpoint, about.get("tokens", {}).values())
+        tokenizer = load_tokenizer(tokenizer_of(cfg.model), cfg.task)
         figures |= write_weights(app, kind, weights, info, tokenizer, stage, verify)
         reference = None
         if verify == "outputs":
@@ -181,6 +181,7 @@ def write_weights(
             info.head,
             info.base,
             weights.cfg.seed,
+            weights.tokens,
         )
         trained = {
             name: weights.master(name, tuple(p.shape)).to(DTYPES[info.dtype])

@@ -22,7 +22,7 @@ from typing import Any
 from finetune.cli.schemas import GenerateConfig
 from finetune.compose import Composed
 from finetune.data.encode_classify import labelled_texts
-from finetune.data.encode_instruct import refuse_eos
+from finetune.data.encode_instruct import refuse_marks
 from finetune.data.fields import full_text
 from finetune.data.instruct_rows import question
 from finetune.data.qa_rows import Question, questions, without_answers
@@ -308,9 +308,8 @@ def _prompt(row: Asked, speaker: Speaker) -> Any:
     if speaker.chats:
         try:
             prompt = question(row.record, where, speaker.task.cfg)
-            refuse_eos(
-                prompt if isinstance(prompt, list) else [], speaker.tokenizer.eos_token, where
-            )
+            conversation = prompt if isinstance(prompt, list) else []
+            refuse_marks(conversation, speaker.task.template, where)
         except UserError as error:
             field = speaker.task.cfg.prompt_field
             raise UserError(

@@ -88,7 +88,7 @@ class InstructEncoder:
         if read is None:
             return None
         messages, scored = read
-        refuse_eos(messages, self.template.eos, where)
+        refuse_marks(messages, self.template, where)
         pieces = self.template.pieces(messages, where)
         answers = [
             (message["content"], mark)
@@ -228,12 +228,14 @@ def prompt_ids(
     ]
 
 
-def refuse_eos(messages: list[Message], eos: str, where: str) -> None:
-    """Raise a UserError if a text contains the token that ends turns."""
+def refuse_marks(messages: list[Message], template: Template, where: str) -> None:
+    """Raise a UserError if a text contains the token that ends turns, or another of the template's."""
     for message in messages:
-        if eos and eos in message["content"]:
+        if mark := next((mark for mark in template.marks if mark in message["content"]), None):
+            ends = mark == template.eos
             raise UserError(
-                f"the {message['role']}'s text {shown(message['content'])} holds '{eos}', which ends turns",
+                f"the {message['role']}'s text {shown(message['content'])} holds '{mark}', which "
+                + ("ends turns" if ends else "begins turns"),
                 where,
-                f"Remove it, as it is added behind every completion, {SKIP}",
+                f"Remove it, as it is added {'behind every completion' if ends else 'by the template'}, {SKIP}",
             )

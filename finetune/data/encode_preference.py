@@ -31,7 +31,7 @@ import numpy as np
 
 from finetune.config import InstructConfig, PairConfig, RewardConfig
 from finetune.data.columns import Column, Example
-from finetune.data.encode_instruct import refuse_eos
+from finetune.data.encode_instruct import refuse_marks
 from finetune.data.fields import TEXT, counts, digest, encode_texts, parsed_cell, text_hash
 from finetune.data.instruct_rows import SCORED, check_order, question, turns_of, with_system
 from finetune.data.instruct_template import Message, Template
@@ -117,7 +117,7 @@ class PreferenceEncoder:
         both, shared = conversations(record, where, cfg)
         texts, sides = [], []
         for messages in both:
-            refuse_eos(messages, self.template.eos, where)
+            refuse_marks(messages, self.template, where)
             pieces = self.template.pieces(messages, where)
             unscored = sum(message["role"] == "assistant" for message in messages[:shared])
             texts += pieces

@@ -25,6 +25,7 @@ import jinja2.ext
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from finetune.config import TEMPLATE_TOKENS
 from finetune.data.fields import shown
 from finetune.data.utf8 import FIX
 from finetune.errors import UserError
@@ -77,6 +78,8 @@ class Template:
 
     def __init__(self, name: str, text: str, eos: str, bos: str = ""):
         self.name, self.text, self.eos, self._bos = name, text, eos, bos
+        self.marks = [mark for mark in dict.fromkeys((eos, *TEMPLATE_TOKENS.get(name, ()))) if mark]
+        """Tokens that structure conversations, and that no text of theirs may hold."""
         try:
             self._template = _environment().from_string(text)
         except jinja2.TemplateSyntaxError as error:

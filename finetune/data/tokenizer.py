@@ -1,7 +1,8 @@
 """GPT-J's tokenizer: GPT-2's BPE plus 143 extra tokens, 50400 entries like the embedding.
 
 Flow: a directory or hub id with a tokenizer -> AutoTokenizer; anything else -> built from the two BPE files that
-ship with the project. Never resizes a vocabulary and adds no pad token: masks go by position, not by id.
+ship with the project. Never resizes a vocabulary and adds no pad token: masks go by position, not by id. A task's own
+tokens are new names of spare entries.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from finetune.assets.paths import asset, resolve
+from finetune.config import TaskConfig, own_tokens, template_tokens
 from finetune.errors import UserError
 from finetune.files import read_json, refuse_pointer
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EXTRA_TOKENS = 143
+SPARE = re.compile(r"<\|extratoken_\d+\|>")
+"""Names of entries that stand for no text: GPT-J's embedding has more rows than GPT-2's BPE has tokens."""
 POSITIONS = 2048
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "tokenizer_config.json")
 SIDE_FILES = ("merges.txt", "special_tokens_map.json", "added_tokens.json")
@@ -35,8 +39,11 @@ CACHED_WORDS = 200_000
 WORD_END = re.compile(r"[^\W_](?=[ \n])")
 
 
-def load_tokenizer(path: str | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | None, task: TaskConfig | None = None) -> PreTrainedTokenizerBase:
     """Return the tokenizer at `path`, or GPT-J's own if it is None or a directory without one.
+
+    Args:
+        task: its own tokens are named, see `name_tokens`.
 
     Raises:
         UserError: a hub id that cannot be reached, unreadable tokenizer files, or a tokenizer without eos.
@@ -45,7 +52,7 @@ def load_tokenizer(path: str | None) -> PreTrainedTokenizerBase:
     if path is None or (
         Path(path).is_dir() and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES)
     ):
-        return build_gptj_tokenizer()
+        return name_tokens(build_gptj_tokenizer(), task)
     for name in (*TOKENIZER_FILES, *SIDE_FILES):
         refuse_pointer(Path(path).expanduser() / name)
 
@@ -71,7 +78,7 @@ def load_tokenizer(path: str | None) -> PreTrainedTokenizerBase:
             path,
             "Try model.tokenizer=null for the tokenizer of GPT-J that ships with the project.",
         )
-    return tokenizer
+    return name_tokens(tokenizer, task)
 
 
 def build_gptj_tokenizer() -> PreTrainedTokenizerBase:
@@ -91,6 +98,80 @@ def build_gptj_tokenizer() -> PreTrainedTokenizerBase:
     tokenizer.add_tokens(extra)
     assert len(tokenizer) == len(vocab) + EXTRA_TOKENS
     return tokenizer
+
+
+def name_tokens(
+    tokenizer: PreTrainedTokenizerBase, task: TaskConfig | None
+) -> PreTrainedTokenizerBase:
+    """Give a task's own tokens the names of spare entries, in order, and return the tokenizer.
+
+    Tokens that it has already, as the tokenizer of an export does, stay as they are. If no spare
+    entry is left, the vocabulary grows: `token_problems` finds out whether the model has rows for
+    that. The template's tokens become special, so that decoded answers leave them out, and the last
+    of them becomes the eos, which ends turns.
+    """
+    vocabulary = tokenizer.get_vocab()
+    missing = [name for name in (own_tokens(task) if task else ()) if name not in vocabulary]
+    marks = template_tokens(task) if task else ()
+    if missing:
+        from tokenizers import AddedToken, Tokenizer
+
+        state = json.loads(cast(Any, tokenizer).backend_tokenizer.to_str())
+        names = dict(zip(spare_tokens(tokenizer), missing, strict=False))
+        entries = state["model"]["vocab"]
+        for token in state["added_tokens"]:
+            if name := names.get(token["content"]):
+                token |= {"content": name, "normalized": False, "special": name in marks}
+        for spare, name in names.items():
+            if spare in entries:
+                entries[name] = entries.pop(spare)
+        cast(Any, tokenizer)._tokenizer = Tokenizer.from_str(json.dumps(state))
+        new = [
+            AddedToken(name, normalized=False, special=name in marks)
+            for name in missing[len(names) :]
+        ]
+        tokenizer.add_tokens(cast(Any, new))
+    if marks:
+        tokenizer.eos_token = marks[-1]
+    return tokenizer
+
+
+def spare_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the names of the entries that stand for no text, by id."""
+    vocabulary = tokenizer.get_vocab()
+    return sorted(filter(SPARE.fullmatch, vocabulary), key=vocabulary.__getitem__)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> dict[str, int]:
+    """Return a task's own tokens and their ids."""
+    vocabulary = tokenizer.get_vocab()
+    return {name: vocabulary[name] for name in own_tokens(task)}
+
+
+def token_problems(path: str | None, task: TaskConfig, rows: int) -> Iterator[UserError]:
+    """Yield why the tokenizer at `path` cannot name a task's own tokens.
+
+    Args:
+        rows: of the model's embedding.
+    """
+    tokens = own_tokens(task)
+    vocabulary = load_tokenizer(path).get_vocab() if tokens else {}
+    brought = template_tokens(task)
+    if taken := [name for name in tokens if name in vocabulary and name not in brought]:
+        ids = ", ".join(f"{name!r} ({vocabulary[name]})" for name in taken)
+        yield UserError(
+            f"the tokenizer has {ids} already",
+            "task.tokens",
+            "Leave it out, since it is a token in any case, or choose another name.",
+        )
+    spare = sum(bool(SPARE.fullmatch(name)) for name in vocabulary)
+    spare += max(0, rows - len(vocabulary))
+    if len(missing := [name for name in tokens if name not in vocabulary]) > spare:
+        yield UserError(
+            f"{len(missing)} tokens of your own need as many spare rows, and this model has {spare}",
+            "task.tokens",
+            f"Name at most {spare}.",
+        )
 
 
 def ids_dtype(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import GPTJConfig
 
+from finetune.data.tokenizer import SPARE
 from finetune.errors import RunFailed, UserError
 from finetune.export import phi
 
@@ -44,8 +45,8 @@ NAMES = {
 }
 """Phi's modules -> GGUF's."""
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
-NORMAL, CONTROL = 1, 3
-"""Token types of the specification: text, and a mark that text never yields."""
+NORMAL, CONTROL, SHOWN = 1, 3, 4
+"""Token types of the specification: text, a mark that text never yields, and one of the user's that it does."""
 BLOCK = 32
 """Values of a row that q8_0 stores with one scale."""
 PIECE = 2**22
@@ -231,12 +232,16 @@ def add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
     """
     vocabulary = {index: token for token, index in tokenizer.get_vocab().items()}
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    added = {token["id"] for token in state["added_tokens"]}
+    # Answers show own tokens such as <think>, unless they are marks of the chat template.
+    added = {
+        token["id"]: CONTROL if token["special"] or SPARE.fullmatch(token["content"]) else SHOWN
+        for token in state["added_tokens"]
+    }
     tokens, types = [], []
     for row in range(rows):
         spare = row not in vocabulary
         tokens.append(f"<|spare_{row}|>" if spare else vocabulary[row])
-        types.append(CONTROL if spare or row in added else NORMAL)
+        types.append(CONTROL if spare else added.get(row, NORMAL))
     merges = state["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")

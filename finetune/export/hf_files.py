@@ -26,12 +26,12 @@ from transformers import GPTJConfig
 
 from finetune.config import HEADS, Dtype
 from finetune.data.instruct_template import Template
+from finetune.data.tokenizer import spare_tokens
 from finetune.export.run_info import RunInfo
 from finetune.files import read_json, write_json
 
-PAD, NEW_PAD = "<|extratoken_1|>", "<|pad|>"
-"""The first of the 143 tokens that GPT-J's embedding has and no text uses; where there is none, the
-name of another."""
+NEW_PAD = "<|pad|>"
+"""Name of a padding token where the vocabulary has no spare one."""
 NO_TEXT_BYTES = "ÿþýüûúùø÷öõÁÀ"
 """Names, in a byte-level vocabulary, of the bytes that UTF-8 never holds (FF to F5, C1, C0): no
 text yields their tokens."""
@@ -53,9 +53,9 @@ def tokenizer_for(tokenizer, head: str, task: dict[str, Any], rows: int, pads: b
     """
     tokenizer = copy.deepcopy(tokenizer)
     if head == "lm":
-        spare = tokenizer.get_vocab().get(PAD, rows) < rows
+        spare = first_spare(tokenizer, rows)
         if spare and tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-            tokenizer.pad_token = PAD
+            tokenizer.pad_token = spare
         if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
             # Attention masks hide it, and nothing looks for it.
             tokenizer.pad_token = tokenizer.eos_token
@@ -86,8 +86,8 @@ def set_padding(tokenizer, rows: int) -> bool:
     eos, used = tokenizer.eos_token_id, set(vocabulary.values())
     if tokenizer.pad_token_id not in (None, eos) and tokenizer.pad_token_id < rows:
         return True
-    if vocabulary.get(PAD, rows) < rows:
-        tokenizer.pad_token = PAD
+    if spare := first_spare(tokenizer, rows):
+        tokenizer.pad_token = spare
         return True
     if NEW_PAD in vocabulary:
         return False
@@ -111,6 +111,12 @@ def set_padding(tokenizer, rows: int) -> bool:
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
     tokenizer.add_special_tokens({"pad_token": NEW_PAD})
     return True
+
+
+def first_spare(tokenizer, rows: int) -> str | None:
+    """Return the first token that GPT-J's embedding has a row for and no text uses; None if there is none."""
+    vocabulary = tokenizer.get_vocab()
+    return next((name for name in spare_tokens(tokenizer) if vocabulary[name] < rows), None)
 
 
 def close_with_eos(tokenizer, separator: str) -> None:
@@ -151,7 +157,9 @@ def config_values(
             "label2id": {name: i for i, name in enumerate(names)},
             "problem_type": PROBLEMS.get(task.get("problem", "")),
         }
-    if head != "lm":
+    if head == "lm":
+        values["eos_token_id"] = tokenizer.eos_token_id
+    else:
         # None makes transformers refuse batches of several texts, instead of pooling the wrong token.
         values["pad_token_id"] = tokenizer.pad_token_id
     return values

@@ -7,6 +7,7 @@ gguf                       one file for llama.cpp (`gguf_file.py`)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finetune.config import HEADS, AdapterConfig, FullConfig, Ia3Config, LoraConfig
@@ -139,8 +140,11 @@ KINDS = {
 }
 
 
-def check_kind(name: str, adapter: AdapterConfig) -> Kind:
+def check_kind(name: str, adapter: AdapterConfig, tokens: Sequence[str] = ()) -> Kind:
     """Return the kind of that name, if a run that trained `adapter` can be exported as such.
+
+    Args:
+        tokens: the task's own tokens.
 
     Raises:
         UserError: there is no such kind, or the run has nothing that it is made of.
@@ -172,6 +176,8 @@ def check_kind(name: str, adapter: AdapterConfig) -> Kind:
             words = "dora" if adapter.dora else ""
             if adapter.modules_to_save:
                 words = f"lora with whole modules ({', '.join(adapter.modules_to_save)})"
+            elif tokens:  # engines load no rows of the vocabulary beside a LoRA
+                words = f"lora with trained tokens ({', '.join(tokens)})"
         if words:
             raise UserError(
                 f"an adapter of kind {words} has no counterpart for a base in Phi's form",

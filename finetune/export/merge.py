@@ -8,7 +8,7 @@ arXiv:2402.09353, (IA)3 arXiv:2205.05638.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,13 @@ class RunWeights:
 
     Args:
         config: the trained model's.
+        tokens: ids of the task's own tokens.
     """
 
-    def __init__(self, cfg: Config, config: GPTJConfig, checkpoint: Path):
-        self.cfg, self.config = cfg, config
+    def __init__(
+        self, cfg: Config, config: GPTJConfig, checkpoint: Path, tokens: Iterable[int] = ()
+    ):
+        self.cfg, self.config, self.tokens = cfg, config, list(tokens)
         self.masters = StateReader(checkpoint)
         self.names = set(self.masters.names())
         pretrained = cfg.model.init is Init.pretrained
@@ -71,6 +74,17 @@ class RunWeights:
         if leaf != "weight" or base.dim() != 2:
             return base
         rows, columns = base.shape
+
+        # Own tokens: whole rows of the embedding, and what is added to rows of the head.
+        own = (len(self.tokens), columns)
+        if (key := f"{layer}.token_adapter.trainable_tokens_delta.default") in self.names:
+            merged = base.to(torch.float32, copy=True)
+            merged[self.tokens] = self.master(key, own)
+            return merged
+        if (key := f"{layer}.lora_A.default.weight") in self.names and name == "lm_head.weight":
+            merged = base.to(torch.float32, copy=True)
+            merged[self.tokens] += self.master(key, own)
+            return merged
 
         if f"{layer}.lora_A.default.weight" in self.names:
             rank = adapter.rank

@@ -134,8 +134,8 @@ def compare_chat_template(
     ]
     count, differences = 0, []
     for messages in [*conversations, *answered]:
-        if any(template.eos in message["content"] for message in messages):  # refused by training
-            continue
+        if any(mark in m["content"] for mark in template.marks for m in messages):
+            continue  # refused by training
         try:
             difference = chat_template_differs(tokenizer, template, messages)
         except UserError:  # a template without system messages, or for one turn

@@ -42,10 +42,11 @@ def main(checkpoint: Path, kind: str, dtype: Dtype, out: Path) -> None:
         # All others hold, or are read on, the base as it was before it was quantised.
         model = replace(model, quantize=Quantize.none)
     cfg = replace(cfg, model=model)
-    head, labels = cfg.task.head, about_of_run(run_dir).get("num_labels")
-    module = load_run(cfg, checkpoint, head, labels, device, dtype)
+    head, about = cfg.task.head, about_of_run(run_dir)
+    labels, tokens = about.get("num_labels"), about.get("tokens", {}).values()
+    module = load_run(cfg, checkpoint, head, labels, device, dtype, tokens)
     module = readable(module, dtype, device)
-    eos = load_tokenizer(tokenizer_of(cfg.model)).eos_token_id
+    eos = load_tokenizer(tokenizer_of(cfg.model), cfg.task).eos_token_id
     save_file(reference_outputs(module, reference_texts_of(run_dir), head, eos, device), out)
     print(json.dumps({"parameters": sum(p.numel() for p in module.parameters())}))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -189,16 +190,18 @@ def load_run(
     num_labels: int | None,
     device: torch.device,
     dtype: Dtype | None = None,
+    tokens: Iterable[int] = (),
 ) -> nn.Module:
     """Return the module of a run as it was at `checkpoint`, in evaluation mode.
 
     Args:
         dtype: precision of the arithmetic. None: `cfg.model.dtype`, to which frozen weights are
             rounded in any case.
+        tokens: ids of the task's own tokens.
     """
     check_base(cfg, checkpoint)
     model = build_model(cfg.model, head, device=device, seed=cfg.seed, num_labels=num_labels)
-    module = adapters.attach(model, cfg.adapter, head, cfg.model.path, cfg.seed)
+    module = adapters.attach(model, cfg.adapter, head, cfg.model.path, cfg.seed, list(tokens))
     if dtype is not None:
         module = module.to(DTYPES[dtype.value])
     masters = StateReader(checkpoint)

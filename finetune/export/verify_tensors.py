@@ -20,6 +20,7 @@ from finetune.export.merge import PREFIX, RunWeights
 from finetune.export.write import ADAPTER_FILE
 from finetune.gptj.adapters import peft_config
 from finetune.gptj.load import DTYPES, Weights
+from finetune.gptj.token_rows import fixed_tensors
 
 EPSILON = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Largest difference relative to the tensor's largest value: half a unit in the last place, and in
@@ -41,13 +42,15 @@ def verify_adapter(
     """
     written = load_file(folder / ADAPTER_FILE)
     count = len(written)
-    for name, parameter in shell.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    expected = fixed_tensors(shell, DTYPES[dtype]) | {
+        name: weights.master(name, tuple(parameter.shape)).to(DTYPES[dtype])
+        for name, parameter in shell.named_parameters()
+        if parameter.requires_grad
+    }
+    for name, wanted in expected.items():
         key = name.replace(".modules_to_save.default", "").replace(".default", "")
         # peft's files leave this suffix out.
         key = key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
-        wanted = weights.master(name, tuple(parameter.shape)).to(DTYPES[dtype])
         compare(key, written.pop(key, None), wanted, 0.0, folder)
     if written:
         raise RunFailed(
@@ -104,11 +107,19 @@ def peft_merge(weights: RunWeights, name: str) -> Tensor:
     layer.weight = nn.Parameter(base.float())
     alone = nn.Module()
     setattr(alone, short, layer)
-    wrapped = peft.get_peft_model(alone, peft_config(weights.cfg.adapter, None, [short]))  # type: ignore[arg-type]
+    settings: Any = peft_config(weights.cfg.adapter, None, [short])
+    if short in ("wte", "lm_head"):  # rows of own tokens: the head's are trained as differences
+        settings = peft.TrainableTokensConfig(target_modules=[short], token_indices=weights.tokens)
+        (part,) = parts.values()
+        rows = weights.master(part, (len(weights.tokens), base.shape[1]))
+        rows = rows if short == "wte" else rows + base[weights.tokens]
+    wrapped = peft.get_peft_model(alone, settings)  # type: ignore[arg-type]
     with torch.no_grad():
         for key, parameter in wrapped.named_parameters():
             own = key.removeprefix(f"{PREFIX}{short}.")
-            if own in parts:
+            if "trainable_tokens_delta" in key:
+                parameter.copy_(rows)
+            elif own in parts:
                 parameter.copy_(weights.master(parts[own], tuple(parameter.shape)))
     return getattr(wrapped.merge_and_unload(), short).weight.detach()  # type: ignore[operator]
 

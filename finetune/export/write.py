@@ -39,6 +39,7 @@ from finetune.gptj.load import (
     read_config,
     tokenizer_of,
 )
+from finetune.gptj.token_rows import fixed_tensors
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -79,7 +80,10 @@ def write_adapter(model: nn.Module, trained: dict[str, Tensor], folder: Path) ->
     Raises:
         SafetensorError, OSError: the disk is full.
     """
-    model.save_pretrained(str(folder), state_dict=trained, safe_serialization=True)  # type: ignore[operator]
+    tensors = trained | fixed_tensors(model, next(iter(trained.values())).dtype)
+    model.save_pretrained(  # type: ignore[operator]
+        str(folder), state_dict=tensors, safe_serialization=True, save_embedding_layers=False
+    )
     (folder / "README.md").unlink(missing_ok=True)
     (folder / ADAPTER_FILE).chmod(0o644)  # safetensors creates files that only their owner can read
 

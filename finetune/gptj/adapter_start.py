@@ -23,6 +23,7 @@ from finetune.config import (
     LoraConfig,
     PeftConfig,
     adapter_head,
+    own_tokens,
 )
 from finetune.errors import UserError, command, setting
 from finetune.files import read_object
@@ -89,6 +90,18 @@ def start_problems(cfg: Config) -> Iterator[UserError]:
             "adapter.start",
             "Choose the task that it was trained for.",
         )
+    tokens = own_tokens(cfg.task) if isinstance(cfg.adapter, LoraConfig) else []
+    theirs = list((read_object(folder / ABOUT).get("task") or {}).get("tokens") or {})
+    if theirs != tokens:
+        listed = ", ".join(theirs) or "none"
+        yield UserError(
+            f"the adapter in {folder} has trained the tokens {listed} (here {', '.join(tokens) or 'none'})",
+            "adapter.start",
+            f"Add {setting('task.tokens', '[' + ','.join(theirs) + ']')}, and the task.template that it was "
+            "trained with.",
+        )
+    elif tokens:
+        values = without_tokens(values)
     yield from _different_kind(cfg.adapter, values, folder)
     yield from _different_base(cfg, head, folder)
 
@@ -125,6 +138,13 @@ def _different_kind(cfg: PeftConfig, values: dict[str, Any], folder: Path) -> It
         yield UserError(
             f"the adapter in {folder} has {listed}", "adapter.start", f"Add {command(words)}"
         )
+
+
+def without_tokens(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of an adapter_config.json without those of the trained tokens' rows."""
+    targets = [name for name in values.get("target_modules") or () if name != "lm_head"]
+    rows = ("rank_pattern", "alpha_pattern", "trainable_token_indices")
+    return values | {"target_modules": targets} | dict.fromkeys(rows)
 
 
 def _settings(cfg: PeftConfig) -> dict[str, Any]:

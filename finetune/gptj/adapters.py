@@ -9,11 +9,12 @@ adapter trained here opens in plain transformers and peft.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
-from math import prod
+from math import prod, sqrt
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,14 @@ from finetune.planning import parameter_groups as grouping
 from finetune.planning.shape import adapted_layers, target_modules
 
 
-def attach(model: nn.Module, cfg: AdapterConfig, head: str, base: str, seed: int) -> nn.Module:
+def attach(
+    model: nn.Module,
+    cfg: AdapterConfig,
+    head: str,
+    base: str,
+    seed: int,
+    tokens: Sequence[int] = (),
+) -> nn.Module:
     """Return the model with the trained parameters marked by requires_grad, wrapped by peft.
 
     A full fine-tune returns the model itself.
@@ -41,10 +49,13 @@ def attach(model: nn.Module, cfg: AdapterConfig, head: str, base: str, seed: int
     Args:
         base: path or hub id for adapter_config.json, so that others find the base model.
         seed: the adapter's random weights depend on it alone.
+        tokens: ids of the task's own tokens, whose rows are trained beside a LoRA.
     """
     if isinstance(cfg, FullConfig):
         return model
     import peft
+
+    from finetune.gptj import token_rows
 
     torch.manual_seed(seed)
     model.name_or_path = base
@@ -57,11 +68,16 @@ def attach(model: nn.Module, cfg: AdapterConfig, head: str, base: str, seed: int
 
         zero_3 = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
     try:
-        wrapped = peft.get_peft_model(model, peft_config(cfg, head), autocast_adapter_dtype=False)  # type: ignore[arg-type]
+        with mock.patch.object(
+            token_rows.TrainableTokensLayer, "_collect_token_weights", token_rows.gathered_rows
+        ):
+            settings: Any = peft_config(cfg, head, tokens=tokens)
+            wrapped = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)  # type: ignore[arg-type]
     finally:
         if partitioned:
             del zero_3
             unset_hf_deepspeed_config()
+    token_rows.initialise(wrapped, tokens)
     dtype = next(p for p in model.parameters() if not p.requires_grad).dtype
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype != dtype:
@@ -70,12 +86,18 @@ def attach(model: nn.Module, cfg: AdapterConfig, head: str, base: str, seed: int
     return flat(wrapped)
 
 
-def peft_config(cfg: AdapterConfig, head: str | None, targets: list[str] | None = None):
+def peft_config(
+    cfg: AdapterConfig,
+    head: str | None,
+    targets: list[str] | None = None,
+    tokens: Sequence[int] = (),
+):
     """Convert an adapter section to peft's configuration.
 
     Args:
         head: lm, classify or qa; None for a bare module.
         targets: names of the adapted modules; None: those of `cfg`.
+        tokens: ids of the task's own tokens; see `token_rows` for the form of their rows.
     """
     import peft
 
@@ -84,6 +106,16 @@ def peft_config(cfg: AdapterConfig, head: str | None, targets: list[str] | None 
     match cfg:
         case LoraConfig():
             layers = adapted_layers(cfg.layers)
+            names = targets or target_modules(cfg.targets)
+            rows: dict[str, Any] = {}
+            if tokens and "wte" not in cfg.modules_to_save:
+                rows["trainable_token_indices"] = {"wte": list(tokens)}
+            if tokens and head == "lm" and "lm_head" not in cfg.modules_to_save:
+                names = [*names, "lm_head"]
+                rows["rank_pattern"] = {"lm_head": len(tokens)}
+                # A scale of 1.
+                alpha = sqrt(len(tokens)) if cfg.rslora else float(len(tokens))
+                rows["alpha_pattern"] = {"lm_head": alpha}
             return peft.LoraConfig(
                 task_type=task,
                 layers_to_transform=layers,
@@ -91,10 +123,11 @@ def peft_config(cfg: AdapterConfig, head: str | None, targets: list[str] | None 
                 r=cfg.rank,
                 lora_alpha=cfg.alpha,
                 lora_dropout=cfg.dropout,  # type: ignore[arg-type]
-                target_modules=targets or target_modules(cfg.targets),
+                target_modules=names,
                 use_rslora=cfg.rslora,
                 use_dora=cfg.dora,
                 modules_to_save=[*(heads or ()), *cfg.modules_to_save] or None,
+                **rows,
             )
         case Ia3Config():
             names = targets or target_modules(cfg.targets)
@@ -186,6 +219,9 @@ class FlatPrompts(FlatAdapter):
 def flat(model: nn.Module) -> nn.Module:
     """Make a peft model take flat batches from now on, and return it."""
     if not isinstance(model, FlatAdapter):
+        from finetune.gptj.token_rows import connect
+
+        connect(model)
         model.__class__ = _flat_class(type(model), model.active_peft_config.is_prompt_learning)  # type: ignore[union-attr]
     return model
 

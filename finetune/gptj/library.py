@@ -38,7 +38,7 @@ def to_library_model(module: nn.Module) -> nn.Module:
     with torch.device("meta"):
         model: nn.Module = GPTJForCausalLM._from_config(config, attn_implementation="sdpa")
         # The position table is no parameter and stays in fp32, as transformers loads it.
-    device = base.transformer.wte.weight.device
+    device = next(base.parameters()).device
     with torch.device(device):
         model.transformer.rotary_emb = GPTJRotaryEmbedding(config)  # type: ignore[union-attr]
     model.generation_config = GenerationConfig(

@@ -37,20 +37,34 @@ class LMHead(nn.Linear):
     """
 
     def forward(
-        self, hidden: Tensor, labels: Tensor | None = None, per_token: bool = False
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        per_token: bool = False,
+        extra: Tensor | None = None,
+        columns: Tensor | None = None,
     ) -> Tensor:
         """Return logits (.., V), or with labels (N,) the fp32 sum of losses.
 
         With `per_token` the result is the fp32 losses (N,), 0 where the label is IGNORE.
+
+        Args:
+            extra: (.., k), added to the logits of `columns` (k,).
         """
-        if labels is None:
-            return F.linear(hidden, self.weight, self.bias)
-        loss = token_losses if per_token else chunked_cross_entropy
-        return loss(hidden, self.weight, self.bias, labels)
+        if labels is not None:
+            loss = token_losses if per_token else chunked_cross_entropy
+            return loss(hidden, self.weight, self.bias, labels, extra, columns)
+        logits = F.linear(hidden, self.weight, self.bias)
+        return logits if extra is None else logits.index_add(-1, columns, extra)
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    extra: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> Tensor:
     """Sum over scored tokens of -log softmax(hidden @ weight.T + bias)[label], fp32 scalar.
 
@@ -59,23 +73,31 @@ def chunked_cross_entropy(
         weight: (V, D); its gradient is accumulated in fp32 and skipped when frozen.
         bias: (V,) or None.
         labels: (N,) int64, already aligned with `hidden`; IGNORE rows cost nothing.
+        extra: (N, k), added to the logits of `columns` (k,).
     """
-    return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels)
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, extra, columns)
 
 
-def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+def token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    extra: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> Tensor:
     """Return the loss of every token, fp32 (N,), 0 where the label is IGNORE.
 
     The arguments are those of `chunked_cross_entropy`. How much each loss counts is only known in
     the backward, which computes the logits once more.
     """
-    return _TokenLosses.apply(hidden, weight, bias, labels)
+    return _TokenLosses.apply(hidden, weight, bias, labels, extra, columns)
 
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(hidden, weight, bias, labels)
+    def forward(ctx, hidden, weight, bias, labels, extra, columns) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(hidden, weight, bias, labels, extra, columns)
         losses = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
         step = SOFTMAX_ROWS[hidden.device.type]
         scored = (labels != IGNORE).nonzero()[:, 0]
@@ -88,20 +110,22 @@ class _TokenLosses(torch.autograd.Function):
                 torch.mm(hidden[rows], weight.T, out=logits)
             else:
                 torch.addmm(bias, hidden[rows], weight.T, out=logits)
+            if extra is not None:
+                logits.index_add_(1, columns, extra[rows])
             for part, index in zip(logits.split(step), rows.split(step), strict=True):
                 losses[index] = F.cross_entropy(part.float(), labels[index], reduction="none")
         return losses
 
     @staticmethod
     def backward(ctx, d_losses: Tensor):  # type: ignore[override]
-        hidden, weight, bias, labels = ctx.saved_tensors
+        hidden, weight, bias, labels, extra, columns = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        found = _gradients(hidden, weight, bias, labels, wanted, d_losses)
+        found = _gradients(hidden, weight, bias, labels, extra, columns, wanted, d_losses)
         d_weight = None if found.weight is None else found.weight.to(weight.dtype)
         if found.last is not None:
             d_weight = _weight_gradient(*found.last, hidden.new_ones((), dtype=torch.float32))
         d_bias = None if found.bias is None else found.bias.to(bias.dtype)
-        return found.hidden, d_weight, d_bias, None
+        return found.hidden, d_weight, d_bias, None, found.extra, None
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -111,15 +135,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:  # type: ignore[override]
-        found = _gradients(hidden, weight, bias, labels, ctx.needs_input_grad[:3])
-        ctx.save_for_backward(*found[1:4], *(found.last or (None, None)))
+    def forward(ctx, hidden, weight, bias, labels, extra, columns) -> Tensor:  # type: ignore[override]
+        wanted = ctx.needs_input_grad[:3]
+        found = _gradients(hidden, weight, bias, labels, extra, columns, wanted)
+        ctx.save_for_backward(*found[1:5], *(found.last or (None, None)))
         ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
         return found.loss
 
     @staticmethod
     def backward(ctx, scale: Tensor):  # type: ignore[override]
-        d_hidden, d_weight, d_bias, d_logits, part = ctx.saved_tensors
+        d_hidden, d_weight, d_bias, d_extra, d_logits, part = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         if d_logits is not None:
             d_weight = _weight_gradient(d_logits, part, scale)
@@ -129,6 +154,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if d_hidden is None else d_hidden.mul_(scale),
             d_weight,
             None if d_bias is None else d_bias.mul_(scale).to(bias_dtype),
+            None,
+            None if d_extra is None else d_extra.mul_(scale),
             None,
         )
 
@@ -141,6 +168,7 @@ class _Gradients(NamedTuple):
     """fp32; None where `last` stands for it."""
     bias: Tensor | None
     """fp32."""
+    extra: Tensor | None
     last: tuple[Tensor, Tensor] | None
     """Gradient of the logits, and hidden states, of all scored rows, if they form one chunk."""
 
@@ -150,6 +178,8 @@ def _gradients(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    extra: Tensor | None,
+    columns: Tensor | None,
     wanted: tuple[bool, bool, bool],
     scales: Tensor | None = None,
 ) -> _Gradients:
@@ -172,6 +202,7 @@ def _gradients(
     if want_weight and not whole:
         d_weight = torch.empty_like(weight, dtype=torch.float32)
     d_bias = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
+    d_extra = None if extra is None else torch.zeros_like(extra)
     last = None
     size = len(scored) if whole else TRAINED_CHUNK if want_weight else LOSS_CHUNK
     chunks = scored.split(size) if len(scored) else ()
@@ -180,16 +211,20 @@ def _gradients(
     for i, rows in enumerate(chunks):
         part, logits = hidden[rows], buffer[: len(rows)]
         torch.mm(part, weight.T, out=logits)
+        if extra is not None:
+            logits.index_add_(1, columns, extra[rows])
         factors = None if scales is None else scales[rows, None]
         total += softmax_gradient_(logits, bias, labels[rows], d_bias, factors)
         if d_hidden is not None:
             d_hidden[rows] = logits @ weight
+        if d_extra is not None:
+            d_extra[rows] = logits[:, columns]
         if d_weight is not None:
             _add_weight_gradient(d_weight, logits, part, first=i == 0)
         last = (logits, part) if whole else None
     if d_weight is not None and not chunks:
         d_weight.zero_()
-    return _Gradients(total, d_hidden, d_weight, d_bias, last)
+    return _Gradients(total, d_hidden, d_weight, d_bias, d_extra, last)
 
 
 def _weight_gradient(grad: Tensor, hidden: Tensor, scale: Tensor) -> Tensor:

@@ -174,7 +174,7 @@ class Transformer(PreTrained):
                 without.
             virtual: rows in front of every document; the output leaves them out.
         """
-        shape = (*input_ids.shape, self.wte.embedding_dim)
+        shape = (*input_ids.shape, self.config.n_embd)
         if cu_seqlens is None:
             rows, length = input_ids.shape
             cu_seqlens = torch.arange(rows + 1, dtype=torch.int32) * length

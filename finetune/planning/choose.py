@@ -20,6 +20,7 @@ from finetune.config import (
     OptimName,
     Quantize,
     ZeroConfig,
+    own_tokens,
 )
 from finetune.errors import gib
 from finetune.planning.estimate import (
@@ -117,7 +118,10 @@ def plan(cfg: Config, machine: Machine, shape: ModelShape, world_size: int) -> P
         machine=machine,
         job=job,
         options=[estimate(job, option) for option in listed],
-        parameters={"total": shape.total(job.adapter), "trainable": shape.trainable(job.adapter)},
+        parameters={
+            "total": job.shape.total(job.adapter),
+            "trainable": job.shape.trainable(job.adapter),
+        },
         max_micro_batch=largest_micro_batch(job, chosen.option) or 0,
         checkpoint_bytes=checkpoint_bytes(job),
         export_bytes=export_bytes(job),
@@ -137,7 +141,7 @@ def build_job(cfg: Config, machine: Machine, shape: ModelShape, world_size: int)
     eval_tokens = train.eval_batch * cfg.task.documents * cfg.task.max_length
     full = cfg.checkpoint.final is FinalCheckpoint.full or cfg.checkpoint.best
     job = Job(
-        shape,
+        replace(shape, own_tokens=len(own_tokens(cfg.task))),
         cfg.adapter,
         Work(
             micro_batch=micro_batch,

@@ -67,6 +67,8 @@ class ModelShape:
     """lm, classify or qa."""
     num_labels: int = 2
     """Outputs of the classify head; the QA head always has two."""
+    own_tokens: int = 0
+    """Rows of the vocabulary that are trained beside a LoRA."""
 
     @classmethod
     def from_config(
@@ -140,6 +142,10 @@ class ModelShape:
         if "wte" in whole:
             weight = (self.vocab_size, self.n_embd)
             yield f"{PEFT_PREFIX}transformer.wte.modules_to_save.default.weight", weight
+        rows = (self.own_tokens, self.n_embd)
+        if self.own_tokens and "wte" not in whole:
+            delta = "token_adapter.trainable_tokens_delta.default"
+            yield f"{PEFT_PREFIX}transformer.wte.{delta}", rows
         if isinstance(adapter, (LoraConfig, Ia3Config)):
             layers = adapted_layers(getattr(adapter, "layers", None), self.n_layer)
             for layer in layers or range(self.n_layer):
@@ -160,6 +166,8 @@ class ModelShape:
             for leaf in ("weight", "bias"):
                 norm = f"{PEFT_PREFIX}transformer.ln_f.modules_to_save.default.{leaf}"
                 yield norm, (self.n_embd,)
+        if self.own_tokens and self.head == "lm" and "lm_head" not in whole:
+            yield f"{PEFT_PREFIX}lm_head.lora_A.default.weight", rows
         if self.head != "lm" or "lm_head" in whole:
             # peft wraps the base model of a prompt or prefix in no tuner, hence the shorter prefix.
             virtual = isinstance(adapter, (PromptConfig, PrefixConfig))

@@ -10,7 +10,7 @@ are loaded elsewhere, and the planner chooses stage and offload, which come in t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -142,6 +142,7 @@ def build_module(
     base_name: str,
     ds_config: dict,
     world: World,
+    tokens: Sequence[int] = (),
 ) -> nn.Module:
     """Build GPT-J with its weights and adapter.
 
@@ -151,6 +152,7 @@ def build_module(
         head: lm, classify or qa.
         base_name: how others find the base model; it is written into the adapter's config.
         ds_config: from `deepspeed_config.build`.
+        tokens: ids of the task's own tokens.
     """
     partition = partitioned_build(ds_config, world)
     sharded = partition is not None
@@ -166,7 +168,7 @@ def build_module(
         place=partial(place_partitioned, world) if sharded else None,
         reads=world.main or not sharded,
     )
-    module = adapters.attach(model, cfg.adapter, head, base_name, cfg.seed)
+    module = adapters.attach(model, cfg.adapter, head, base_name, cfg.seed, tokens)
     if isinstance(cfg.adapter, PeftConfig) and cfg.adapter.start:
         load_start(module, start_folder(cfg.adapter.start), partial(place_partitioned, world))
     return module
@@ -179,10 +181,11 @@ def build_engine(
     base_name: str,
     sharding: Sharding,
     world: World,
+    tokens: Sequence[int] = (),
 ) -> Engine:
     """Build the model and the engine around it, as a run trains it; see `build_module`."""
     ds_config = deepspeed_config.build(cfg, sharding, world.size, world.device.type == "cuda")
-    module = build_module(cfg, head, num_labels, base_name, ds_config, world)
+    module = build_module(cfg, head, num_labels, base_name, ds_config, world, tokens)
     return Engine(module, ds_config, cfg.optim, world, getattr(cfg.adapter, "lr_ratio", 1.0))
 
 

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
@@ -26,6 +26,7 @@ from finetune.config import (
     OptimName,
     Quantize,
     WeightBy,
+    own_tokens,
     plain_config,
 )
 from finetune.data.batches import Drawn, Order
@@ -42,7 +43,13 @@ from finetune.data.mixture import (
 )
 from finetune.data.packing import Sequences, efficiency, joined, sequence_tokens
 from finetune.data.sources import data_notes, file_options, open_source
-from finetune.data.tokenizer import TokenLimit, load_tokenizer, token_limit
+from finetune.data.tokenizer import (
+    TokenLimit,
+    load_tokenizer,
+    token_ids,
+    token_limit,
+    token_problems,
+)
 from finetune.dist import World
 from finetune.errors import UserError
 from finetune.gptj.adapter_start import start_problems, start_task
@@ -90,6 +97,8 @@ class Inputs:
     """A name that changes with the training data, the rows held out of them, and the mixture."""
     notes: dict[str, list[str]]
     """Remarks on the files, and on what encoding did to the data (texts cut), by train and eval."""
+    tokens: dict[str, int] = field(default_factory=dict)
+    """The task's own tokens and their ids."""
 
     def collate(self, indices: list[int]) -> Batch:
         """Return these rows of the training data as one numpy batch."""
@@ -108,7 +117,8 @@ class Inputs:
     def about(self) -> dict[str, Any]:
         """Return what the head learned from the data, for evaluation and export."""
         task = self.task
-        return task.describe() | ({"num_labels": task.num_labels} if task.num_labels else {})
+        about = task.describe() | ({"num_labels": task.num_labels} if task.num_labels else {})
+        return about | ({"tokens": self.tokens} if self.tokens else {})
 
     def statistics(self, max_length: int) -> dict[str, Any]:
         """Return the content of data_stats.json."""
@@ -152,7 +162,7 @@ def prepare_inputs(
         UserError: data, tokenizer or task settings cannot be used; the message names file and line,
             or the key.
     """
-    tokenizer = load_tokenizer(tokenizer_of(cfg.model))
+    tokenizer = load_tokenizer(tokenizer_of(cfg.model), cfg.task)
     task = build_task(cfg.task, tokenizer, cfg.train.packing)
     limit = token_limit(tokenizer, vocab_size, TOO_LARGE)
     if limit and task.head == "lm" and cfg.train.sample_every:
@@ -227,7 +237,8 @@ def prepare_inputs(
                 f"{name} data: {bad} bad row{'s' if bad > 1 else ''} left out; "
                 f"{store.stats['bad_row_messages'][0]}"
             )
-    return Inputs(tokenizer, task, train, rows, parts, evaluated, identity, notes)
+    tokens = token_ids(tokenizer, cfg.task)
+    return Inputs(tokenizer, task, train, rows, parts, evaluated, identity, notes, tokens)
 
 
 def encode_sources(
@@ -357,6 +368,10 @@ def absent(cfg: Config, download: bool) -> Iterator[UserError]:
     yield from problem(lambda: refuse_pointers(local_folder(model, fetch), needs_weights))
     if known is None and not too_long:  # the download may have brought a config.json
         yield from length_problems(cfg, positions() or GPTJ_POSITIONS)
+    if own_tokens(cfg.task):
+        with suppress(UserError):  # a model or tokenizer that cannot be read is reported elsewhere
+            rows = load_shape(str(local_folder(model, download=False))).vocab_size
+            yield from token_problems(tokenizer_of(model), cfg.task, rows)
     yield from start_problems(cfg)
     for key, value, usual in (
         ("model.quantize", model.quantize, Quantize.none),

@@ -9,6 +9,7 @@ from toy_encoder import write_jsonl
 from transformers import AutoTokenizer
 
 from finetune.assets.paths import asset, resolve
+from finetune.config import ClmConfig, InstructConfig
 from finetune.data import tokenizer as tokenizer_module
 from finetune.data.cache import build_store
 from finetune.data.encode_clm import TextEncoder
@@ -18,11 +19,14 @@ from finetune.data.tokenizer import (
     build_gptj_tokenizer,
     load_tokenizer,
     text_pieces,
+    token_ids,
     token_limit,
+    token_problems,
     tokenizer_fingerprint,
 )
 from finetune.errors import UserError
 
+OWN = ClmConfig(tokens=["<think>", "</think>"])
 SAMPLES = [
     "Hello world",
     " leading",
@@ -231,3 +235,46 @@ def test_assets():
     for name in ("nothing", "..", "../data", ""):
         with pytest.raises(UserError, match=r"(?s)there is no asset.*tokenizer"):
             resolve(f"asset:{name}")
+
+
+def test_own_tokens_are_names_of_spare_rows(tokenizer, tmp_path):
+    """In order, from the first on; all other texts keep their ids, and transformers reads the same files."""
+    own = load_tokenizer(None, OWN)
+    assert token_ids(own, OWN) == {"<think>": 50257, "</think>": 50258}
+    assert (len(own), own.eos_token_id, own.pad_token) == (50400, 50256, None)
+    own.save_pretrained(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    for text in SAMPLES:
+        assert own.encode(text) == saved.encode(text) == tokenizer.encode(text)
+    assert saved.encode("a<think> b</think>") == [64, 50257, 275, 50258]
+    assert saved.decode([64, 50257], skip_special_tokens=True) == "a<think>"
+    assert tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer)
+    # An export's tokenizer has them by itself, and naming them again changes nothing.
+    again = load_tokenizer(str(tmp_path), OWN)
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(own)
+
+
+def test_chatml_brings_two_tokens_and_ends_turns_by_the_second(tmp_path):
+    cfg = InstructConfig(template="chatml", tokens=["<think>", "<|im_end|>"])
+    load_tokenizer(None, cfg).save_pretrained(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert token_ids(saved, cfg) == {"<|im_start|>": 50257, "<|im_end|>": 50258, "<think>": 50259}
+    assert (saved.eos_token, saved.eos_token_id, saved.bos_token_id) == ("<|im_end|>", 50258, 50256)
+    ids = saved.encode("<|im_start|>a<think><|im_end|>")
+    assert ids == [50257, 64, 50259, 50258] and saved.decode(ids, True) == "a<think>"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "problem"),
+    [
+        (["hello"], "the tokenizer has 'hello' (31373) already"),
+        (["<|endoftext|>", "<a>"], "the tokenizer has '<|endoftext|>' (50256) already"),
+        ([f"<{i}>" for i in range(144)], "144 tokens of your own need as many spare rows"),
+        ([f"<{i}>" for i in range(143)], None),
+    ],
+)
+def test_names_that_cannot_be_given(tokens, problem):
+    problems = list(token_problems(None, ClmConfig(tokens=tokens), 50400))
+    assert [problem] == [p.problem[: len(problem or "")] for p in problems] or not (
+        problem or problems
+    )

@@ -57,6 +57,13 @@ EXPECTED = {
         "\n\nUser: Bye\n\nAssistant:",
         " Ciao",
     ],
+    ("chatml", "ONE"): ["<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n", "4"],
+    ("chatml", "TWO"): [
+        "<|im_start|>system\nBe nice.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+        "Hello",
+        "\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n",
+        "Ciao",
+    ],
     ("plain", "ONE"): ["2+2?", "4"],
     ("plain", "WITH_INPUT"): ["Add.\n\n2+2", "4"],
     ("plain", "TWO"): ["Be nice.Hi", "Hello", "Bye", "Ciao"],
@@ -65,19 +72,38 @@ EXPECTED = {
 
 @pytest.mark.parametrize(("name", "messages"), EXPECTED)
 def test_shipped_templates_write_exactly_this(name, messages):
-    pieces = load_template(name, EOS).pieces(globals()[messages], "here")
+    eos = "<|im_end|>" if name == "chatml" else EOS
+    pieces = load_template(name, eos).pieces(globals()[messages], "here")
     assert pieces == EXPECTED[name, messages]
 
 
-@pytest.mark.parametrize("name", ["alpaca", "chat", "plain"])
-def test_transformers_makes_the_same_ids_of_a_shipped_template(name, tokenizer):
+@pytest.mark.parametrize("name", ["alpaca", "chat", "chatml", "plain"])
+def test_transformers_makes_the_same_ids_of_a_shipped_template(name):
     """An export's tokenizer with this chat template needs nothing of ours, also in a second turn."""
-    template = load_template(name, EOS)
+    tokenizer = load_tokenizer(None, InstructConfig(template=name))
+    template = load_template(name, tokenizer.eos_token)
     for messages in (ONE[:1], WITH_INPUT[:1], TWO[:4]):
         theirs = tokenizer.apply_chat_template(
             messages, chat_template=template.text, add_generation_prompt=True, return_dict=False
         )
         assert theirs == prompt_ids(template, tokenizer, messages)
+
+
+@pytest.mark.parametrize("mark", ["<|im_start|>", "<|im_end|>"])
+def test_chatml_refuses_its_marks_inside_a_text(mark):
+    cfg = InstructConfig(template="chatml", tokens=["<think>"])
+    encoder = build_task(cfg, load_tokenizer(None, cfg), True).encoder()
+    rows = [
+        {"prompt": f"a{mark}b", "completion": "c"},
+        {"prompt": "a", "completion": "<think>b"},
+    ]
+    fault, (example,) = encoder.encode([(f"d:{i}", row) for i, row in enumerate(rows)])
+    assert isinstance(fault, UserError) and f"holds '{mark}'" in fault.problem
+    start, end, think = 50257, 50258, 50259
+    assert example["ids"].tolist() == [
+        start, 7220, 198, 64, end, 198, start, 562, 10167, 198, think, 65, end
+    ]  # fmt: skip
+    assert example["scored"].tolist() == [0] * 10 + [1] * 3
 
 
 def test_every_shipped_template_is_tested():
@@ -214,4 +240,4 @@ def test_a_broken_template_is_refused_before_any_row_is_read(problem):
 def test_an_unknown_name_lists_those_that_are_there():
     with pytest.raises(UserError, match="no template 'vicuna'") as error:
         load_template("vicuna", EOS)
-    assert "alpaca, chat, plain" in error.value.remedy
+    assert "alpaca, chat, chatml, plain" in error.value.remedy
