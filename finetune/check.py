@@ -202,6 +202,12 @@ def _rules(cfg: Config) -> list[Rule]:
     unknown = ", ".join(name for name in whole if name not in allowed)
     return [
         (
+            bool(getattr(cfg.task, "answers_field", None)),
+            "a reward model is trained on pairs, not on lists of answers",
+            "task.answers_field",
+            "Leave it out; launch/evaluate.py takes it.",
+        ),
+        (
             not cfg.data.train,
             "no training data is given",
             "data.train",

@@ -297,6 +297,8 @@ class RewardConfig(PairConfig):
     head = "classify"
     margin_field: Optional[str] = "margin"
     """Record field with the number by which the chosen answer's reward is to exceed the other's; rows without it: 0."""
+    answers_field: Optional[str] = None
+    """Of launch/evaluate.py: record field with a list of answers to the prompt, which are all scored, in place of a pair."""
 
 
 @dataclass

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 CHOSEN = ("chosen", "chosen_response", "preferred_output")
 REJECTED = ("rejected", "rejected_response", "non_preferred_output")
 """Fields of public sets that hold an answer, looked up where the configured one is absent."""
+ANSWER = ("content", "response", "answer", "completion", "text")
+"""Fields of public sets that hold the text of one of several answers."""
 HUMAN = re.compile(r"\n\n(Human|Assistant):")
 """Beginning of a turn in conversations that are written as one text, as in hh-rlhf."""
 ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -163,6 +165,63 @@ class PreferenceEncoder:
                 "text": prompt_hash,
             }
         ]
+
+
+class AnswersEncoder(PreferenceEncoder):
+    """Encoder of a prompt with any number of answers: each answer is an example of one document.
+
+    An answer is a text, a message, or an object with its text under one of `ANSWER`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, cfg: RewardConfig, template: Template):
+        super().__init__(tokenizer, cfg, template)
+        self.columns = {name: self.columns[name] for name in ("ids", "cut", "where", "text")}
+        self.field = cast(str, cfg.answers_field)
+
+    def fingerprint(self) -> str:
+        return digest("answers-1", super().fingerprint(), self.field)
+
+    def _read(self, where: str, record: dict) -> tuple[list[str], tuple] | None:
+        """Return the texts of all conversations, the number of each one's, and the prompt's hash."""
+        answers = parsed_cell(get_field(record, self.field))
+        if answers is MISSING:
+            raise field_error(record, self.field, where, "task.answers_field")
+        if not isinstance(answers, list) or not answers:
+            raise UserError(f"field '{self.field}' is no list of answers", where, FIX)
+        prompt = prompt_of({k: v for k, v in record.items() if k != self.field}, where, self.cfg)
+        texts, sizes = [], []
+        for answer in answers:
+            if isinstance(answer, dict):
+                answer = next((answer[name] for name in ANSWER if name in answer), None)
+            if not isinstance(answer, str) or not answer.strip():
+                problem = f"field '{self.field}' holds an answer that is no text: {answer!r:.60}"
+                raise UserError(problem, where, FIX)
+            messages: list[Message] = [*prompt, {"role": "assistant", "content": answer}]
+            refuse_marks(messages, self.template, where)
+            pieces = self.template.pieces(messages, where)
+            texts += pieces
+            sizes.append(len(pieces))
+        asked = [[message["role"], message["content"]] for message in prompt]
+        return texts, (sizes, text_hash(json.dumps(asked)))
+
+    def _example(self, where: str, ids: list[list[int]], read: tuple) -> list[Example]:
+        sizes, prompt_hash = read
+        examples, limit = [], self.cfg.max_length
+        for size in sizes:
+            own, ids = ids[:size], ids[size:]
+            parts = [[*part, self._eos] if n % 2 else part for n, part in enumerate(own)]
+            if len(parts[-1]) >= limit:
+                raise UserError(
+                    f"an answer has {len(parts[-1])} tokens with its eos; task.max_length = {limit} "
+                    f"leaves {limit - 1}",
+                    where,
+                    f"Shorten it, or raise task.max_length to {len(parts[-1]) + 1} (2048 at most), {SKIP}",
+                )
+            tokens = np.concatenate(parts).astype(np.int64)
+            example = {"ids": tokens[-limit:], "cut": max(0, len(tokens) - limit)}
+            place = where.encode("utf-8", "backslashreplace")
+            examples.append(example | {"where": place, "text": prompt_hash})
+        return examples
 
 
 def conversations(record: dict, where: str, cfg: PairConfig) -> tuple[list[list[Message]], int]:

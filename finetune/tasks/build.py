@@ -38,8 +38,8 @@ def build_task(cfg: TaskConfig, tokenizer, packing: bool) -> Task:
 
             return PreferenceTask(cfg, tokenizer, packing)
         case RewardConfig():
-            from finetune.tasks.reward import RewardTask
+            from finetune.tasks.reward import AnswersTask, RewardTask
 
-            return RewardTask(cfg, tokenizer, packing)
+            return (AnswersTask if cfg.answers_field else RewardTask)(cfg, tokenizer, packing)
         case _:
             raise AssertionError(type(cfg))

@@ -7,6 +7,8 @@ comparisons, the margin as in Llama 2 (arXiv:2307.09288).
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,10 @@ from torch import Tensor
 
 from finetune.config import InstructConfig
 from finetune.data.collate import lm_batch
-from finetune.data.columns import Store
+from finetune.data.columns import Encoder, Store
+from finetune.data.encode_preference import AnswersEncoder
 from finetune.data.instruct_rows import conversation
-from finetune.data.packing import Sequences
+from finetune.data.packing import Sequences, best_fit, one_per_sequence, pack_chosen
 from finetune.errors import UserError
 from finetune.tasks.base import Batch, Columns, Model, flat_inputs
 from finetune.tasks.preference import SIDES, PairTask, pair_predictions
@@ -104,6 +107,61 @@ class RewardTask(PairTask):
     def marks(self, batch: Batch) -> tuple[np.ndarray, list[str]]:
         captions = [SIDES[i % 2] for i in range(len(batch["pool"]))]
         return np.isin(np.arange(len(batch["ids"])), batch["pool"]), captions
+
+
+class AnswersTask(RewardTask):
+    """Score several answers to each prompt, to choose the best of them. For evaluation only."""
+
+    def encoder(self) -> Encoder:
+        return AnswersEncoder(self.tokenizer, self.cfg, self.template)
+
+    def rows(self, store: Store, chosen: np.ndarray | None = None) -> Sequences:
+        pack = partial(best_fit, max_length=self.cfg.max_length)
+        return pack_chosen(pack if self.packing else one_per_sequence, store.offsets, chosen)
+
+    def collate(self, store: Store, rows: Sequences, indices: list[int]) -> Batch:
+        """Build a flat batch of documents, with each one's last token."""
+        batch = lm_batch(store, rows, indices)
+        del batch["labels"]
+        return batch | {"pool": batch["cu_seqlens"][1:].astype(np.int64) - 1}
+
+    def measure(self, model: Model, batch: Batch) -> Columns:
+        outputs = model(**flat_inputs(batch), positions=batch["pool"])[:, 0]
+        columns = {"example": batch["examples"], "reward": outputs.double()}
+        return {name: values.cpu().numpy() for name, values in columns.items()}
+
+    def metrics(self, store: Store, columns: Columns) -> tuple[dict[str, Any], list | None]:
+        """Return the mean rewards of any answer and of the best of n, and each prompt's rewards.
+
+        The best of n is the expectation over the ways to draw n of a prompt's answers, for n of 2,
+        4, 8, ... up to the fewest answers that a prompt has.
+        """
+        prompts: dict[str, list[float]] = {}
+        for example, reward in zip(columns["example"], columns["reward"], strict=True):
+            place = store.blob("where", int(example)).decode()
+            prompts.setdefault(place, []).append(float(reward))
+        fewest = min(map(len, prompts.values()), default=0)
+        sizes = [2**power for power in range(1, fewest.bit_length()) if 2**power <= fewest]
+        means = {"reward": [sum(rewards) / len(rewards) for rewards in prompts.values()]}
+        means |= {f"best_of_{n}": [best_of(r, n) for r in prompts.values()] for n in sizes}
+        means["best_reward"] = [max(rewards) for rewards in prompts.values()]
+        metrics: dict[str, Any] = {k: float(np.mean(v)) for k, v in means.items() if v}
+        predictions = [
+            {
+                "where": place,
+                "rewards": [round(reward, 6) for reward in rewards],
+                "best": int(np.argmax(rewards)),
+            }
+            for place, rewards in prompts.items()
+        ]
+        counts = {"prompts": len(prompts), "answers": len(columns["example"])}
+        return metrics | counts, predictions
+
+
+def best_of(rewards: list[float], n: int) -> float:
+    """Return the expected largest of `n` rewards that are drawn without putting back."""
+    ways = [math.comb(rank, n - 1) for rank in range(len(rewards))]
+    return sum(w * r for w, r in zip(ways, sorted(rewards), strict=True)) / sum(ways)
 
 
 def reward_losses(rewards: Tensor, margins: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from finetune.dist import World
 from finetune.tasks.base import Columns, Model, Task, to_device
 from finetune.training.answers import Answers
 
-COUNTS = ("tokens", "examples", "questions", "pairs")
+COUNTS = ("tokens", "examples", "questions", "pairs", "prompts", "answers")
 """Figures of an evaluation that say how much was evaluated."""
 
 

@@ -101,6 +101,7 @@ def test_every_text_setting_of_every_program_is_used_as_typed(name, text):
         "tasks",
         "resume_changed",
         "task.labels",
+        "task.tokens",
         "tracker.wandb.tags",
         "train.sample_prompts",
         "stop",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 
 import numpy as np
@@ -251,6 +251,44 @@ def test_a_run_and_its_exports_evaluate_alike(root, pocket_gptj, forked):
             if key in wanted[name]:
                 assert found[key] == pytest.approx(wanted[name][key], rel=1e-3, abs=1e-5), folder
     assert len(list(root.glob("*/eval.json"))) == 7
+
+
+def test_several_answers_are_scored_as_pairs_are(root, pocket_gptj):
+    """And the best of n is the mean over all ways to draw n of a prompt's answers."""
+    rows = [json.loads(line) for line in (root / "eval.jsonl").read_text().splitlines()]
+    for row in rows:  # a pair's prompt is cut for the longer answer
+        row["prompt"], row["margin"] = " ".join(row["prompt"].split()[:4]), 0
+    answers = [
+        {
+            "prompt": row["prompt"],
+            "responses": [row["chosen"], {"response": row["rejected"]}, "No."],
+        }
+        for row in rows
+    ]
+    for name, lines in (("pairs", rows), ("answers", answers)):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (root / f"short-{name}.jsonl").write_text(text)
+    run = f"run={root}/reward-lora-1"
+    words = [run, f"data.eval={root}/short-answers.jsonl", "task.answers_field=responses"]
+    asked = [run, f"data.eval={root}/short-pairs.jsonl", f"out={root}/pairs"]
+    evaluate(1, [[*words, f"out={root}/answers-1", "batch=3"], asked])
+    evaluate(2, [[*words, f"out={root}/answers-2", "batch=2"]])
+    lines = (root / "answers-1/predictions.jsonl").read_text().splitlines()
+    pairs = [
+        json.loads(line) for line in (root / "pairs/predictions.jsonl").read_text().splitlines()
+    ]
+    found = [json.loads(line) for line in lines]
+    for row, pair in zip(found, pairs, strict=True):
+        wanted = [pair["chosen_reward"], pair["rejected_reward"]]
+        assert row["rewards"][:2] == pytest.approx(wanted, abs=1e-5)
+        assert row["rewards"][row["best"]] == max(row["rewards"]) and len(row["rewards"]) == 3
+    metrics, again = (json.loads((root / f"answers-{n}/eval.json").read_text()) for n in (1, 2))
+    two = [max(pair) for row in found for pair in combinations(row["rewards"], 2)]
+    assert metrics["best_of_2"] == pytest.approx(np.mean(two), abs=1e-5)
+    assert metrics["best_reward"] == pytest.approx(np.mean([max(r["rewards"]) for r in found]))
+    assert (metrics["prompts"], metrics["answers"]) == (len(rows), 3 * len(rows))
+    for key in ("reward", "best_of_2", "best_reward"):
+        assert again[key] == pytest.approx(metrics[key], abs=1e-5)
 
 
 def test_a_reward_model_opens_as_a_classifier_of_one_output(root):
