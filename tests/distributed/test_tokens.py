@@ -29,9 +29,7 @@ COMMON = dict(
 )
 CASES = {
     "stage0-1": "zero=stage0 train.micro_batch=8",
-    "stage1-2": "zero=stage1 train.micro_batch=2",
     "stage2-2": "zero=stage2 train.micro_batch=4 train.activation_checkpointing=true",
-    "stage3-1": "zero=stage3 train.micro_batch=4",
     "stage3-2": "zero=stage3 train.micro_batch=2 train.activation_checkpointing=true export.enabled=true",
     "nf4-2": "zero=stage3 train.micro_batch=2 model.quantize=nf4 export.enabled=true",
 }

@@ -423,7 +423,7 @@ def test_lm_eval_with_its_own_hf_model_and_ours(find_run, local_task, monkeypatc
     run = find_run("lm", "lora")
     folder = exported(run, "adapter")
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    manager = TaskManager(include_path=str(local_task))
+    manager = TaskManager(include_path=str(local_task), include_defaults=False)
     theirs = lm_eval.simple_evaluate(
         model="hf",
         model_args={
