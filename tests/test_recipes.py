@@ -90,7 +90,7 @@ def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "train.steps=2",
                 f"run_dir={root / name}",
                 "train.threads=1",
-                "data.max_rows=60",
+                "data.max_rows=12",
                 f"export.verify={str(name in ('classify_lora', 'qa_lora')).lower()}",
             ]
             for name in ALL

@@ -59,7 +59,7 @@ def test_a_broken_pipe_to_something_else_is_not_hidden():
 
 @pytest.mark.slow
 def test_a_run_goes_on_without_a_reader(tmp_path):
-    words = ["recipe=quickstart", "debug=tiny", "train.steps=2", "data.max_rows=20"]
+    words = ["recipe=quickstart", "debug=tiny", "train.steps=2", "data.max_rows=6"]
     code, said = ended(start("launch/train.py", *words, f"run_dir={tmp_path}"))
     assert code == 0 and "BrokenPipe" not in said
     assert json.loads((tmp_path / "result.json").read_text())["status"] == "done"

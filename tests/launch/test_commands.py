@@ -25,7 +25,7 @@ from tests.test_readme import LAUNCHES
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 DEEPSPEED = [str(BIN / "deepspeed")]
-QUICK = ["recipe=quickstart", "debug=tiny", "train.threads=1"]
+QUICK = ["recipe=quickstart", "debug=tiny", "train.threads=1", "train.sample_tokens=8"]
 EVALUATED = 6
 """Documents: evaluating all of quickstart's would take longer than all else in these runs."""
 
@@ -214,7 +214,7 @@ def readme(
         "pile/": f"{folder}/pile/",
         "/models/gpt-j-6b-bf16": folder / "bf16",
         "/models/gpt-j-6b": asset("gptj_tiny"),
-        "launch/train.py": f"launch/train.py debug=tiny train.steps=1 train.threads=1 run_dir={folder / 'run'}",
+        "launch/train.py": f"launch/train.py debug=tiny train.steps=1 train.threads=1 data.max_rows=12 run_dir={folder / 'run'}",
         "launch/report.py": f"launch/report.py out={folder / 'compare.html'}",
     }
     done = {}

@@ -68,6 +68,7 @@ def test_quickstart_from_a_wheel(installed, tmp_path):
         str(free_port()),
         "recipe=quickstart",
         "debug=tiny",
+        "data.max_rows=12",
         "run_dir=run 1",
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

@@ -16,6 +16,7 @@ from finetune.tasks.classify_metrics import (
 )
 from finetune.tasks.clm import lm_metrics
 from finetune.tasks.squad_metrics import score, summarise
+from finetune.training.answers import text_metrics
 
 CLASSES, FLAGS, NUMBERS = (
     np.array([0, 1, 2, 1]),
@@ -41,7 +42,9 @@ def of_answers(right: bool) -> dict:
 
 
 def of_tokens(right: bool) -> dict:
-    return lm_metrics(1.0 if right else 9.0, 2)
+    said = "the cat sat on the mat" if right else "the cat sat under a tree"
+    answered = text_metrics([said], ["the cat sat on the mat"])
+    return lm_metrics(1.0 if right else 9.0, 2) | answered
 
 
 @pytest.mark.parametrize(
