@@ -54,8 +54,10 @@ def measure(stage: int, ours: bool) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from finetune import dist
-    from finetune.config import OptimConfig
+    from finetune.compose import compose_train
+    from finetune.sharding import deepspeed_config
     from finetune.sharding import engine as sharding
+    from finetune.sharding.deepspeed_config import Sharding
 
     class Counter(TorchDispatchMode):
         operations = 0
@@ -68,20 +70,12 @@ def measure(stage: int, ours: bool) -> None:
         setattr(sharding, name, lambda *_: None)
     world = dist.connect(1)
     sharding.connect_deepspeed(world)
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "train_batch_size": 1,
-        "gradient_clipping": 1.0,
-        "bf16": {"enabled": True},
-        "fp16": {"enabled": False},
-        "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
+    words = ["recipe=clm_pile", "train.micro_batch=1", "train.global_batch=1"]
+    cfg = compose_train([*words, "model.dtype=bf16", "optim.grad_clip=1"])
+    config = deepspeed_config.build(cfg, Sharding(stage), 1, world.device.type == "cuda")
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(8, 8, bias=False) for _ in range(TENSORS)]).bfloat16()
-    engine = sharding.Engine(model.to(world.device), config, OptimConfig(), world)
+    engine = sharding.Engine(model.to(world.device), config, cfg.optim, world)
     seconds, counter = [], Counter()
     for step in range(WARMUP + STEPS + 1):
         batch = torch.ones(1, 8, dtype=torch.bfloat16, device=world.device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 
 from finetune import dist, process
 from finetune.checkpointing.format import find_resume
@@ -142,30 +143,25 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
             world,
         )
 
-        def sample(seed: int) -> list[str]:
-            return sample_texts(
-                engine.module,
-                inputs.tokenizer,
-                cfg.train.sample_prompts,
-                cfg.train.sample_tokens,
-                seed,
-                world.device,
-                encode=getattr(task, "prompt_ids", None),
-                agree=world.broadcast,
-            )
-
-        def answer(prompts: list[list[int]]) -> list[list[int]]:
-            return continue_flat(
-                engine.module,
-                inputs.tokenizer,
-                prompts,
-                Sampling(cfg.eval.generate_tokens, temperature=0.0),
-                world.device,
-                agree=world.broadcast if engine.stage == 3 else list,
-            )
-
-        count, longest = cfg.eval.generate, cfg.eval.generate_tokens
-        answers = Answers(answer, count, longest, together=engine.stage == 3)
+        sample = partial(
+            sample_texts,
+            engine.module,
+            inputs.tokenizer,
+            cfg.train.sample_prompts,
+            cfg.train.sample_tokens,
+            device=world.device,
+            encode=getattr(task, "prompt_ids", None),
+            agree=world.broadcast,
+        )
+        count, longest, together = cfg.eval.generate, cfg.eval.generate_tokens, engine.stage == 3
+        answer = partial(
+            continue_flat,
+            engine.module,
+            inputs.tokenizer,
+            how=Sampling(longest, temperature=0.0),
+            device=world.device,
+            agree=world.broadcast if together else list,
+        )
         trainer = Trainer(
             engine,
             task,
@@ -176,7 +172,7 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
             world,
             drawn=inputs.drawn(cfg.seed) if len(inputs.sources) > 1 else None,
             sample=sample if task.head == "lm" and cfg.train.sample_every else None,
-            answers=answers if cfg.eval.generate else None,
+            answers=Answers(answer, count, longest, together) if count else None,
             meter=meter,
             stop=guard.stop,
             beat=guard.beat,

@@ -30,7 +30,7 @@ from finetune.config import InstructConfig
 from finetune.data.columns import Column, Example
 from finetune.data.fields import TEXT, digest, encode_texts, shown, text_hash
 from finetune.data.instruct_rows import Scored, conversation
-from finetune.data.instruct_template import RENDER_FAULTS, Message, Template
+from finetune.data.instruct_template import RENDER_FAULTS, Message, Template, closed
 from finetune.data.tokenizer import TextTokenizer, ids_dtype
 from finetune.data.utf8 import SKIP
 from finetune.errors import UserError
@@ -223,9 +223,7 @@ def prompt_ids(
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     pieces = tokenizer(template.pieces(messages, "prompt"), add_special_tokens=False)["input_ids"]
     eos = cast(int, tokenizer.eos_token_id)
-    return [
-        i for n, piece in enumerate(cast(list, pieces)) for i in (*piece, *([eos] if n % 2 else []))
-    ]
+    return [i for piece in closed(cast(list, pieces), eos) for i in piece]
 
 
 def refuse_marks(messages: list[Message], template: Template, where: str) -> None:

@@ -34,7 +34,7 @@ from finetune.data.columns import Column, Example
 from finetune.data.encode_instruct import refuse_marks
 from finetune.data.fields import TEXT, counts, digest, encode_texts, parsed_cell, text_hash
 from finetune.data.instruct_rows import SCORED, check_order, question, turns_of, with_system
-from finetune.data.instruct_template import Message, Template
+from finetune.data.instruct_template import Message, Template, closed
 from finetune.data.sources import MISSING, field_error, get_field
 from finetune.data.tokenizer import TextTokenizer, ids_dtype
 from finetune.data.utf8 import FIX, SKIP
@@ -134,7 +134,7 @@ class PreferenceEncoder:
         documents, prompt = [], 0
         for pieces, unscored in sides:
             own, ids = ids[:pieces], ids[pieces:]
-            parts = [[*part, self._eos] if n % 2 else part for n, part in enumerate(own)]
+            parts = closed(own, self._eos)
             flags = [
                 [n % 2 == 1 and n // 2 >= unscored] * len(part) for n, part in enumerate(parts)
             ]
@@ -142,15 +142,11 @@ class PreferenceEncoder:
             documents.append((np.concatenate(parts), np.concatenate(flags)))
 
         longest = max(len(tokens) - prompt for tokens, _ in documents)
-        if prompt == 0 or longest >= self.cfg.max_length:
+        if prompt == 0:
             problem = "the prompt is empty: an answer's first token would have nothing before it"
-            if prompt:
-                problem = (
-                    f"an answer has {longest} tokens with its eos; task.max_length = "
-                    f"{self.cfg.max_length} leaves {self.cfg.max_length - 1}"
-                )
-            remedy = f"Shorten it, or raise task.max_length to {longest + 1} (2048 at most), {SKIP}"
-            raise UserError(problem, where, remedy if prompt else FIX)
+            raise UserError(problem, where, FIX)
+        if longest >= self.cfg.max_length:
+            raise too_long(longest, self.cfg.max_length, where)
 
         cut = max(0, prompt + longest - self.cfg.max_length)
         return [
@@ -208,20 +204,22 @@ class AnswersEncoder(PreferenceEncoder):
         sizes, prompt_hash = read
         examples, limit = [], self.cfg.max_length
         for size in sizes:
-            own, ids = ids[:size], ids[size:]
-            parts = [[*part, self._eos] if n % 2 else part for n, part in enumerate(own)]
+            parts, ids = closed(ids[:size], self._eos), ids[size:]
             if len(parts[-1]) >= limit:
-                raise UserError(
-                    f"an answer has {len(parts[-1])} tokens with its eos; task.max_length = {limit} "
-                    f"leaves {limit - 1}",
-                    where,
-                    f"Shorten it, or raise task.max_length to {len(parts[-1]) + 1} (2048 at most), {SKIP}",
-                )
+                raise too_long(len(parts[-1]), limit, where)
             tokens = np.concatenate(parts).astype(np.int64)
             example = {"ids": tokens[-limit:], "cut": max(0, len(tokens) - limit)}
             place = where.encode("utf-8", "backslashreplace")
             examples.append(example | {"where": place, "text": prompt_hash})
         return examples
+
+
+def too_long(tokens: int, limit: int, where: str) -> UserError:
+    return UserError(
+        f"an answer has {tokens} tokens with its eos; task.max_length = {limit} leaves {limit - 1}",
+        where,
+        f"Shorten it, or raise task.max_length to {tokens + 1} (2048 at most), {SKIP}",
+    )
 
 
 def conversations(record: dict, where: str, cfg: PairConfig) -> tuple[list[list[Message]], int]:

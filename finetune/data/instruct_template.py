@@ -185,6 +185,11 @@ class Template:
         )
 
 
+def closed(pieces: list[list[int]], eos: int) -> list[list[int]]:
+    """Return the ids of `Template.pieces` with the eos behind each completion, which is every second."""
+    return [[*piece, eos] if n % 2 else piece for n, piece in enumerate(pieces)]
+
+
 def load_template(spec: str, eos: str, bos: str = "") -> Template:
     """Load a shipped template by name, or any file with a Jinja chat template."""
     shipped, path = FOLDER / f"{spec}.jinja", Path(spec).expanduser()

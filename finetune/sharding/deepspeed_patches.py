@@ -112,8 +112,7 @@ def step_at_once(wrapper: Any) -> None:
     GPT-J has 336 tensors: their updates took an eighth of a step on a GPU.
 
     Upstream: `step` in runtime/fp16/unfused_optimizer.py.
-    Test: test_deepspeed_patches.py, test_a_step_of_many_small_tensors_is_few_operations, and
-    test_a_step_at_once_is_deepspeeds_step.
+    Test: test_deepspeed_patches.py, test_a_step_of_many_small_tensors_is_few_operations.
     """
     if not isinstance(wrapper, FP16_UnfusedOptimizer):
         return

@@ -25,8 +25,8 @@ from finetune.tasks.clm import LmTask, lm_metrics
 class TemplateTask(Task):
     """A task whose texts are conversations in a chat template."""
 
-    def __init__(self, cfg: InstructConfig | PairConfig, tokenizer):
-        self.cfg, self.tokenizer = cfg, tokenizer
+    def __init__(self, cfg: InstructConfig | PairConfig, tokenizer, packing: bool):
+        self.cfg, self.tokenizer, self.packing = cfg, tokenizer, packing
 
     @cached_property
     def template(self) -> Template:
@@ -51,6 +51,10 @@ class TemplateTask(Task):
         template = {"template": self.template.name, "template_text": self.template.text}
         return template | {"max_length": self.cfg.max_length}
 
+    def rows(self, store: Store, chosen: np.ndarray | None = None) -> Sequences:
+        pack = partial(best_fit, max_length=self.cfg.max_length)
+        return pack_chosen(pack if self.packing else one_per_sequence, store.offsets, chosen)
+
     def prompt_ids(self, prompt: str | list[Message]) -> list[int]:
         """Return the ids that ask the model for an answer.
 
@@ -62,15 +66,10 @@ class TemplateTask(Task):
 class InstructTask(TemplateTask, LmTask):
     def __init__(self, cfg: InstructConfig, tokenizer, packing: bool):
         refuse_task(cfg)
-        super().__init__(cfg, tokenizer)
-        self.packing = packing
+        super().__init__(cfg, tokenizer, packing)
 
     def encoder(self) -> Encoder:
         return InstructEncoder(self.tokenizer, self.cfg, self.template)
-
-    def rows(self, store: Store, chosen: np.ndarray | None = None) -> Sequences:
-        pack = partial(best_fit, max_length=self.cfg.max_length)
-        return pack_chosen(pack if self.packing else one_per_sequence, store.offsets, chosen)
 
     def question(self, store: Store, example: int, max_tokens: int) -> tuple[list[int], list[int]]:
         """Ask for the last answer of a conversation; what is too long is cut from the prompt's left."""

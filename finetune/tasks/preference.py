@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.check import refuse_task
-from finetune.config import PairConfig, PreferenceConfig
+from finetune.config import PreferenceConfig
 from finetune.data.collate import lm_batch
 from finetune.data.columns import IGNORE, Encoder, Store
 from finetune.data.encode_preference import PreferenceEncoder
@@ -55,10 +55,6 @@ tokens; `nll` (P,): mean loss of the chosen document's tokens (orpo). All fp64."
 
 class PairTask(TemplateTask):
     """A task on pairs of answers: each is two documents, the chosen one first."""
-
-    def __init__(self, cfg: PairConfig, tokenizer, packing: bool):
-        super().__init__(cfg, tokenizer)
-        self.packing = packing
 
     def encoder(self) -> Encoder:
         return PreferenceEncoder(self.tokenizer, self.cfg, self.template)

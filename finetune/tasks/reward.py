@@ -8,7 +8,6 @@ comparisons, the margin as in Llama 2 (arXiv:2307.09288).
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,11 @@ from finetune.data.collate import lm_batch
 from finetune.data.columns import Encoder, Store
 from finetune.data.encode_preference import AnswersEncoder
 from finetune.data.instruct_rows import conversation
-from finetune.data.packing import Sequences, best_fit, one_per_sequence, pack_chosen
+from finetune.data.instruct_template import closed
+from finetune.data.packing import Sequences
 from finetune.errors import UserError
 from finetune.tasks.base import Batch, Columns, Model, flat_inputs
+from finetune.tasks.instruct import TemplateTask
 from finetune.tasks.preference import SIDES, PairTask, pair_predictions
 
 
@@ -98,8 +99,7 @@ class RewardTask(PairTask):
     def text_ids(self, texts: list[str]) -> list[int]:
         """Return the ids of `pieces`, as training reads them; the last one is pooled."""
         parts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        eos = self.tokenizer.eos_token_id
-        return [i for n, part in enumerate(parts) for i in ([*part, eos] if n % 2 else part)]
+        return [i for part in closed(parts, self.tokenizer.eos_token_id) for i in part]
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"problem": "regression", "labels": ["reward"]}
@@ -115,9 +115,7 @@ class AnswersTask(RewardTask):
     def encoder(self) -> Encoder:
         return AnswersEncoder(self.tokenizer, self.cfg, self.template)
 
-    def rows(self, store: Store, chosen: np.ndarray | None = None) -> Sequences:
-        pack = partial(best_fit, max_length=self.cfg.max_length)
-        return pack_chosen(pack if self.packing else one_per_sequence, store.offsets, chosen)
+    rows = TemplateTask.rows
 
     def collate(self, store: Store, rows: Sequences, indices: list[int]) -> Batch:
         """Build a flat batch of documents, with each one's last token."""

@@ -35,28 +35,22 @@ class Counter(TorchDispatchMode):
 def measure(without: str, stage: int, file: Path) -> None:
     """Take three steps of an engine, the second with a gradient that is not finite."""
     from finetune import dist
-    from finetune.config import OptimConfig
+    from finetune.compose import compose_train
+    from finetune.sharding import deepspeed_config
     from finetune.sharding import engine as module
+    from finetune.sharding.deepspeed_config import Sharding
 
     if without:
         setattr(module, without, lambda *_: None)
     world = dist.connect(1)
     module.connect_deepspeed(world)
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "train_batch_size": 1,
-        "gradient_clipping": 1.0,
-        "bf16": {"enabled": True},
-        "fp16": {"enabled": False},
-        "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
+    words = ["recipe=clm_pile", "train.micro_batch=1", "train.global_batch=1"]
+    cfg = compose_train([*words, "model.dtype=bf16", "optim.grad_clip=1"])
+    config = deepspeed_config.build(cfg, Sharding(stage), 1, world.device.type == "cuda")
     torch.manual_seed(0)
     small = [nn.Linear(8, 8, bias=False) for _ in range(TENSORS)]
     model = nn.Sequential(nn.Linear(64, 512), nn.Linear(512, 8), *small).bfloat16()
-    engine = module.Engine(model, config, OptimConfig(), world)
+    engine = module.Engine(model, config, cfg.optim, world)
     norms = []
     for factor in (1.0, float("nan"), 1.0):
         loss = engine(input=torch.ones(1, 64, dtype=torch.bfloat16)).float().square().sum()
