@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import defaultdict
 from itertools import pairwise
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from task_setup import CPU, EOS, assert_same_gradients, evaluate_on, models
+from task_setup import CPU, EOS, Rank, assert_same_gradients, evaluate_on, models
 
 from finetune.assets.paths import asset
 from finetune.compose import compose_train
@@ -26,6 +27,7 @@ from finetune.planning.shape import ModelShape
 from finetune.tasks.base import to_device
 from finetune.tasks.preference import pair_losses
 from finetune.tasks.preview import preview
+from finetune.training import references
 
 LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo")
 ADAPTERS = {
@@ -334,6 +336,30 @@ def test_the_reference_is_the_base_model_bit_by_bit(name, dropout):
     assert not torch.equal(ours.eval()(ids, labels=labels, per_token=True), wanted)
     with pytest.raises(TypeError):
         ours.get_base_model()(ids, adapter=False)  # without an adapter there is no reference
+
+
+def test_interrupted_references_go_on_where_they_were(make, monkeypatch):
+    made = make(cfg(), ROWS, packing=False)
+    ours, _ = models("lm")
+    monkeypatch.setattr(references, "ROUND", 1)
+    beats: list[int] = []
+
+    def compute(name: str, stop_at: int = 0) -> np.ndarray:
+        def beat() -> None:
+            beats.append(1)
+            if len(beats) == stop_at:
+                raise KeyboardInterrupt
+
+        beats.clear()
+        world = Rank(0, 1, {}, threading.Barrier(1))
+        return references.reference_logps(ours.eval(), made.task, made.store, world, 1, name, beat)
+
+    whole = compute("whole")
+    assert len(beats) == len(ROWS) and np.isfinite(whole).all()
+    with pytest.raises(KeyboardInterrupt):
+        compute("cut", stop_at=3)
+    assert np.array_equal(compute("cut"), whole) and len(beats) == 2
+    assert np.array_equal(compute("cut"), whole) and not beats
 
 
 def test_the_planner_counts_both_documents():
