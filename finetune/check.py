@@ -26,6 +26,8 @@ from finetune.config import (
     QaConfig,
     Quantize,
     TaskConfig,
+    asks_lm_eval,
+    kind_of,
     metrics_of,
     own_tokens,
     template_tokens,
@@ -151,7 +153,8 @@ def refuse_task(task: TaskConfig) -> None:
 
 def _config_problems(cfg: Config, world_size: int, cuda: bool) -> Iterator[UserError]:
     yield from value_problems(cfg)
-    yield from _broken([*_task_rules(cfg.task, cfg.train.metric), *_rules(cfg), *_token_rules(cfg)])
+    own_metric = None if asks_lm_eval(cfg.eval, cfg.train.metric) else cfg.train.metric
+    yield from _broken([*_task_rules(cfg.task, own_metric), *_rules(cfg), *_token_rules(cfg)])
     yield from sharding_problems(cfg, cuda)
     yield from source_problems(cfg.data)
 
@@ -197,6 +200,7 @@ def _rules(cfg: Config) -> list[Rule]:
     eval_set, _, own_metric = (train.metric or "").rpartition("/")
     generates = GENERATED.keys() <= metrics_of(cfg.task).keys()
     sets = list(map(str, cfg.data.eval)) if isinstance(cfg.data.eval, dict) else []
+    twice = ", ".join(sorted(set(sets) & set(cfg.eval.lm_eval)))
     allowed = [name for name in WHOLE_MODULES if name != "lm_head" or cfg.task.head == "lm"]
     whole = getattr(cfg.adapter, "modules_to_save", [])
     unknown = ", ".join(name for name in whole if name not in allowed)
@@ -264,13 +268,18 @@ def _rules(cfg: Config) -> list[Rule]:
             "Try train.sample_prompts=[The].",
         ),
         (
-            eval_set and eval_set not in sets,
-            f"train.metric = {train.metric}, and there is no evaluation set {eval_set}",
+            eval_set and eval_set not in [*sets, *cfg.eval.lm_eval],
+            f"train.metric = {train.metric}, and there is no evaluation set {eval_set}, nor such a "
+            "task in eval.lm_eval",
             "",
-            f"Choose from {', '.join(sets) or 'names, as in data.eval={web: a.jsonl}'}.",
+            f"Choose from {', '.join([*sets, *cfg.eval.lm_eval]) or 'names, as in data.eval={web: a.jsonl}'}"
+            f"; a task of lm-eval is named in eval.lm_eval=[{eval_set}].",
         ),
         (
-            generates and own_metric in GENERATED and not cfg.eval.generate,
+            generates
+            and own_metric in GENERATED
+            and not cfg.eval.generate
+            and not asks_lm_eval(cfg.eval, train.metric),
             f"train.metric = {train.metric} is a metric of generated answers",
             "",
             "Try eval.generate=32.",
@@ -293,6 +302,32 @@ def _rules(cfg: Config) -> list[Rule]:
             f"{cfg.task.max_length} no room for a prompt",
             "",
             f"Try eval.generate_tokens={max(1, cfg.task.max_length // 2)}.",
+        ),
+        (
+            cfg.eval.lm_eval and cfg.task.head != "lm",
+            f"eval.lm_eval = {cfg.eval.lm_eval}: lm-eval asks language models, which "
+            f"{kind_of(cfg.task)} does not train",
+            "",
+            "Try eval.lm_eval=[].",
+        ),
+        (
+            cfg.eval.lm_eval and not cfg.data.evaluates,
+            f"eval.lm_eval = {cfg.eval.lm_eval} is asked beside evaluation data, and there are none",
+            "data.eval",
+            "Try data.eval=FILE, or data.eval=0.02.",
+        ),
+        (
+            twice,
+            f"an evaluation set and a task of eval.lm_eval are both named {twice}",
+            "",
+            "Give the set another name in data.eval.",
+        ),
+        (
+            asks_lm_eval(cfg.eval, train.metric) and cfg.eval.lm_eval_every > 1,
+            f"train.metric = {train.metric} needs a figure at every evaluation, and "
+            f"eval.lm_eval_every = {cfg.eval.lm_eval_every}",
+            "",
+            "Try eval.lm_eval_every=1 with a larger train.eval_every.",
         ),
         (
             train.early_stopping and not evaluates,

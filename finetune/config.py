@@ -478,8 +478,9 @@ class TrainConfig:
     early_stopping: int = bounded(0, at_least=0)
     """Stop after this many evaluations in a row without a better `metric`; 0: never."""
     metric: Optional[str] = None
-    """Metric of the evaluations that decides which one is best, for early stopping, checkpoint.best and sweeps; null:
-    the task's own (loss; classify: accuracy, multi_label f1, regression mse; qa: f1)."""
+    """Metric of the evaluations that decides which one is best, for early stopping, checkpoint.best and sweeps, also
+    SET/METRIC of one set, or TASK/METRIC of eval.lm_eval; null: the task's own (loss; classify: accuracy, multi_label
+    f1, regression mse; qa: f1)."""
     sample_every: int = bounded(0, at_least=0)
     """Optimizer steps between generated samples (task clm and instruct); 0: never."""
     sample_prompts: list[Text] = field(default_factory=lambda: ["The"])
@@ -505,6 +506,15 @@ class EvalConfig:
     rouge1, rouge2, rougeL, bleu and chrf against the reference answers; 0: none. Needs pip install -e '.[eval]'."""
     generate_tokens: int = bounded(64, at_least=1)
     """Longest answer in tokens; prompts have at most task.max_length without these."""
+    lm_eval: list[str] = field(default_factory=list)
+    """Tasks of EleutherAI's lm-eval that evaluations ask (models of texts), e.g. [lambada_openai,piqa]: figures named
+    TASK/METRIC, such as piqa/acc. Needs pip install -e '.[eval]'."""
+    lm_eval_every: int = bounded(1, at_least=1)
+    """Evaluations from one that asks lm-eval's tasks to the next; the last step always does."""
+    lm_eval_limit: Optional[float] = bounded(None, above=0, suggest=100)
+    """Examples of each lm-eval task, or below 1 a share of them; null: all."""
+    task_dir: Optional[str] = None
+    """Folder with lm-eval task files (yaml) of one's own; their data may be local files."""
 
 
 @dataclass
@@ -712,6 +722,8 @@ METRICS = {
 one counts where train.metric is null."""
 DIRECTIONS = {name: better for metrics in METRICS.values() for name, better in metrics.items()}
 """Metric -> "min" or "max"."""
+LM_EVAL_LOWER = ("word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
+"""Metrics of lm-eval whose better end is the lower one, besides those of `DIRECTIONS`."""
 
 
 def kind_of(section: Any) -> str:
@@ -724,15 +736,26 @@ def metrics_of(task: TaskConfig) -> dict[str, str]:
     return METRICS.get(getattr(task, "problem", kind_of(task)), {})
 
 
+def direction_of(metric: str) -> str:
+    """Return "min" or "max", the better end of METRIC, SET/METRIC or, of lm-eval, TASK/METRIC."""
+    name = metric.rpartition("/")[2].partition(",")[0]
+    return DIRECTIONS.get(name) or ("min" if name in LM_EVAL_LOWER else "max")
+
+
+def asks_lm_eval(cfg: EvalConfig, metric: str | None) -> bool:
+    """Tell whether a metric is TASK/METRIC of one of lm-eval's tasks."""
+    return (metric or "").rpartition("/")[0] in cfg.lm_eval
+
+
 def best_metric(task: TaskConfig, name: str | None) -> tuple[str, str]:
     """Return (metric, "min" or "max") by which the best evaluation is chosen.
 
     Args:
-        name: train.metric, METRIC or SET/METRIC; None: the task's own.
+        name: train.metric: METRIC, SET/METRIC or TASK/METRIC; None: the task's own.
     """
     metrics = metrics_of(task)
     name = name or next(iter(metrics))
-    return name, metrics[name.rpartition("/")[2]]
+    return name, metrics.get(name.rpartition("/")[2]) or direction_of(name)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,10 @@ class Preempted(SystemExit):
         return f"stopped by {who_stopped(self.reason)}; there was nothing to save"
 
 
+class Interrupted(Exception):
+    """Raised when an evaluation was not finished."""
+
+
 def who_stopped(reason: str) -> str:
     """Words for a request to stop: `you (Ctrl-C)`, `you (file STOP)`, else the reason itself, such as `SIGTERM`."""
     words = {

@@ -20,6 +20,7 @@ from finetune.data.batches import StepBatches
 from finetune.export.end_of_run import export_trained, take_best
 from finetune.export.proof import reference_texts
 from finetune.export.run_info import base_name
+from finetune.inference.lm_eval import ask_in_training, tasks_of_run
 from finetune.inference.sample import Sampling, continue_flat, sample_texts
 from finetune.reporting import metrics_log
 from finetune.reporting.callbacks import CallbackList
@@ -74,6 +75,12 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
 
         # 1. Plan: ZeRO stage, offload and micro-batch that fit, before hours of tokenising.
         plan = guard.memory.plan = world.on_main(lambda: plan_run(cfg, world, run_dir))
+
+        # lm-eval's tasks with their data, before hours of tokenising too.
+        suite_tasks = {}
+        if cfg.eval.lm_eval:
+            with guard.phase("loading lm-eval's tasks"):
+                suite_tasks = tasks_of_run(cfg.eval, cfg.train.metric, cfg.seed, world)
 
         # 2. Inputs: tokenizer, task, encoded data. Only they know how many labels a classifier has.
         inputs = prepare_inputs(cfg, plan.job.shape.vocab_size, world, guard.phase, say)
@@ -154,13 +161,25 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
             agree=world.broadcast,
         )
         count, longest, together = cfg.eval.generate, cfg.eval.generate_tokens, engine.stage == 3
+        agree = world.broadcast if together else list
         answer = partial(
             continue_flat,
             engine.module,
             inputs.tokenizer,
             how=Sampling(longest, temperature=0.0),
             device=world.device,
-            agree=world.broadcast if together else list,
+            agree=agree,
+        )
+        suite = partial(
+            ask_in_training,
+            engine.module,
+            inputs.tokenizer,
+            suite_tasks,
+            cfg.eval.lm_eval_limit,
+            batch=cfg.train.eval_batch,
+            seed=cfg.seed,
+            device=world.device,
+            agree=agree,
         )
         trainer = Trainer(
             engine,
@@ -173,6 +192,7 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
             drawn=inputs.drawn(cfg.seed) if len(inputs.sources) > 1 else None,
             sample=sample if task.head == "lm" and cfg.train.sample_every else None,
             answers=Answers(answer, count, longest, together) if count else None,
+            suite=(suite, cfg.eval.lm_eval_every) if suite_tasks else None,
             meter=meter,
             stop=guard.stop,
             beat=guard.beat,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from finetune.export.reopen import (
 )
 from finetune.files import dumps, read_object, write_atomic, write_json
 from finetune.gptj.load import local_folder, tokenizer_of
-from finetune.inference.lm_eval import check_suite, run_suite
+from finetune.inference.lm_eval import ask, check_suite, judged, load_tasks
 from finetune.planning.shape import load_shape
 from finetune.reporting.page.build import build_report
 from finetune.reporting.redact import redact_text
@@ -270,6 +271,16 @@ def add_reference(
 
 def evaluate_suite(cfg: EvaluateConfig, subject: Subject, target: Path, world: World) -> None:
     """Evaluate with lm-eval; its metrics stand in eval.json beside those of the model's own task."""
+    if world.size > 1:
+        raise UserError("suite=lm_eval runs in one process", "suite", "Start it with plain python.")
+    tasks = load_tasks(list(cfg.tasks), cfg.task_dir, cfg.fewshot, seed=cfg.seed)
+    tokenizer = load_tokenizer(subject.tokenizer, subject.settings)
+    if cfg.chat and not tokenizer.chat_template:
+        raise UserError(
+            "this model's tokenizer has no chat template",
+            "chat",
+            "Exports of task=instruct have one.",
+        )
     trained = subject.load()
     if trained.head != "lm":
         raise UserError(
@@ -277,23 +288,28 @@ def evaluate_suite(cfg: EvaluateConfig, subject: Subject, target: Path, world: W
             "suite",
             "Leave suite out: the model's own task has metrics.",
         )
-    if world.size > 1:
-        raise UserError("suite=lm_eval runs in one process", "suite", "Start it with plain python.")
-    results = run_suite(
-        trained.module,
-        load_tokenizer(subject.tokenizer, subject.settings),
-        list(cfg.tasks),
-        cfg.task_dir,
-        fewshot=cfg.fewshot,
+    results = ask(
+        judged(trained.module, tokenizer, cfg.batch),
+        tasks,
         limit=cfg.limit,
-        batch=cfg.batch,
         seed=cfg.seed,
         chat=cfg.chat,
+        resamples=1000,
     )
+    how = {
+        "version": version("lm_eval"),
+        "fewshot": cfg.fewshot,
+        "limit": cfg.limit,
+        "chat": cfg.chat,
+    }
+    settings = {task: how | {"samples": results["samples"].get(task)} for task in results["tasks"]}
     # The results of earlier calls, on other tasks, are kept.
     before = read_object(target / "eval.json")
     suite = before.get("lm_eval") or {}
-    merged = {part: (suite.get(part) or {}) | results[part] for part in ("tasks", "settings")}
+    merged = {
+        "tasks": (suite.get("tasks") or {}) | results["tasks"],
+        "settings": (suite.get("settings") or {}) | settings,
+    }
     write_json(target / "eval.json", {**before, "lm_eval": merged})
     rows = [(task, figures(metrics)) for task, metrics in results["tasks"].items()]
     print_metrics("lm-eval", rows, target)

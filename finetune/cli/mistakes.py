@@ -234,6 +234,7 @@ AXOLOTL = {
     "saves_per_epoch": "checkpoint.every",
     "early_stopping_patience": "train.early_stopping",
     "eval_max_new_tokens": "eval.generate_tokens",
+    "lm_eval_tasks": "eval.lm_eval",
     "dataset_prepared_path": "data.cache_dir",
     "wandb_project": "tracker.wandb.project",
     "wandb_entity": "tracker.wandb.entity",

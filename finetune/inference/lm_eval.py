@@ -1,26 +1,37 @@
 """Evaluation with EleutherAI's lm-eval, the field's own tool (https://github.com/EleutherAI/lm-evaluation-harness).
 
-The loaded model goes into lm-eval's own `hf` model as transformers' GPT-J, so tasks, prompts, metrics and arithmetic are
-what everybody measures with. Adapters of virtual tokens answer through the training forward.
+names -> `load_tasks` -> lm-eval's tasks with their data; a model -> `judged` -> lm-eval's `hf` model; both -> `ask` -> figures
+
+Tasks, prompts, metrics and arithmetic are lm-eval's own, so that everybody measures the same. A model that was
+trained is asked as transformers' GPT-J, one in training, or with virtual tokens, through the training forward.
 An optional extra: pip install -e '.[eval]'.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from finetune.errors import RunFailed, UserError
+from finetune.config import EvalConfig, asks_lm_eval, direction_of
+from finetune.dist import World
+from finetune.errors import Interrupted, RunFailed, UserError
 from finetune.gptj.library import takes_virtual_tokens, to_library_model
 from finetune.inference.sample import Sampling, continue_flat
 
 SKIPPED = ("alias", "name", "sample_len", "samples")
+Tasks = dict[str, Any]
+"""Tasks and groups as lm-eval loads them: {"tasks": {name: task}, "groups": {name: group}, ..}."""
 
 
 def check_suite(tasks: list[str], task_dir: str | None) -> None:
@@ -51,106 +62,286 @@ def check_suite(tasks: list[str], task_dir: str | None) -> None:
 
 
 @cache
-def task_index(include: str | None):
-    """Return lm-eval's list of tasks, with those of a folder; its 14,000 files take ten seconds."""
+def task_index(include: str | None, defaults: bool = True):
+    """Return lm-eval's list of tasks, with those of a folder; its own 14,000 files take ten seconds."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=include)
+    return TaskManager(include_path=include, include_defaults=defaults)
 
 
-def run_suite(
-    model: nn.Module,
-    tokenizer,
-    tasks: list[str],
+def load_tasks(
+    names: list[str],
     task_dir: str | None,
+    fewshot: int | None = None,
     *,
-    fewshot: int | None,
-    limit: float | None,
-    batch: int,
     seed: int,
-    chat: bool,
-) -> dict[str, Any]:
-    """Return lm-eval's figures.
-
-    {"tasks": {task: {metric: value}}, "settings": {task: {"version": .., "samples": ..}}}
+    section: str = "",
+) -> Tasks:
+    """Load tasks of lm-eval with their data, which they may download.
 
     Args:
         task_dir: folder with the user's own task files (yaml), which may read local data.
-        limit: number of examples of each task, or below 1 a share of them; None: all.
-        batch: sequences per forward.
-        chat: put prompts into the tokenizer's template.
+        fewshot: worked examples in each prompt; None: the task's own number.
+        seed: of tasks that draw among their data.
+        section: prefix of the keys that an error names, such as `eval.`.
 
     Raises:
-        UserError: a task is unknown, or there is no template.
-        RunFailed: lm-eval failed, for example on data that it cannot download.
+        UserError: a task is unknown, its data are not there, or a model of texts cannot do it.
     """
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    key = f"{section}lm_eval" if section else "tasks"
     include = str(Path(task_dir).expanduser().absolute()) if task_dir else None
-    manager = task_index(include)
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    manager = task_index(include, defaults=False) if include else None
+    # Groups and tags of a folder may hold tasks of lm-eval's own.
+    if not manager or any(name not in manager.all_subtasks for name in names):
+        manager = task_index(include)
+    unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
         raise UserError(
             f"lm-eval has no task {', '.join(unknown)}",
-            "tasks",
-            "List them: lm-eval ls tasks. Own tasks: task_dir=FOLDER with their yaml files.",
+            key,
+            f"List them: lm-eval ls tasks. Own tasks: {section}task_dir=FOLDER with their yaml files.",
         )
-    if chat and not tokenizer.chat_template:
+    try:
+        with seeded(seed, torch.device("cpu")):
+            tasks = manager.load(manager.match_tasks(names))
+    except Exception as error:  # data sets that are not there, broken yaml, ...: no common class
         raise UserError(
-            "this model's tokenizer has no chat template",
-            "chat",
-            "Exports of task=instruct have one.",
+            f"lm-eval cannot load {', '.join(names)} ({_reason(error)})",
+            key,
+            f"Without a network only tasks with local data work: {section}task_dir=FOLDER.",
+        ) from None
+    for name, task in tasks["tasks"].items():
+        for trait, what in (("UNSAFE_CODE", "runs code"), ("MULTIMODAL", "shows pictures")):
+            if getattr(task, trait, False):
+                raise UserError(f"{name} {what}, which is not done here", key, "Leave it out.")
+        # As lm-eval's own command does: a 0 in a task's file stays.
+        usual = task.get_config("num_fewshot")
+        if usual is None or (fewshot is not None and usual != 0):
+            task.set_config(key="num_fewshot", value=fewshot or 0)
+    return tasks
+
+
+def tasks_of_run(cfg: EvalConfig, metric: str | None, seed: int, world: World) -> Tasks:
+    """Load the tasks that a run's evaluations ask, on every rank. Collective.
+
+    Args:
+        metric: train.metric.
+
+    Raises:
+        UserError: see `load_tasks` and `check_metric`.
+    """
+    tasks: Tasks = {}
+
+    def load() -> None:
+        tasks.update(load_tasks(list(cfg.lm_eval), cfg.task_dir, seed=seed, section="eval."))
+        if asks_lm_eval(cfg, metric):
+            check_metric(tasks, str(metric))
+
+    world.on_main(load)  # downloads what the other ranks then read
+    if not world.main:
+        load()
+    return tasks
+
+
+def check_metric(tasks: Tasks, metric: str) -> None:
+    """Check that loaded tasks have a metric, TASK/METRIC, and which end of it is the better one.
+
+    Raises:
+        UserError: they have not, or a task of one's own turns a metric round.
+    """
+    ends: dict[str, bool | None] = {}
+    for name, task in tasks["tasks"].items():
+        filters = [part.name for part in getattr(task, "_filters", [])] or ["none"]
+        for one, higher in task.higher_is_better().items():
+            ends |= {f"{name}/{short(f'{one},{part}')}": higher for part in filters}
+    for name, group in tasks["groups"].items():
+        for part in group.aggregate_metric_list or []:
+            for label in part.filter_list or ["none"]:
+                ends[f"{name}/{short(f'{part.metric},{label}')}"] = None
+    if metric not in ends:
+        raise UserError(
+            f"train.metric = {metric} is no metric of lm-eval's tasks",
+            "",
+            f"Choose from {', '.join(list(ends)[:20])}.",
         )
-    if takes_virtual_tokens(model):
-        kind = _flat_lm(HFLM)
+    higher = ends[metric]
+    if higher is not None and higher != (direction_of(metric) == "max"):
+        raise UserError(
+            f"train.metric = {metric}: the task's file has higher_is_better: {str(higher).lower()}, and "
+            f"a metric of this name is taken to have its better end at the {direction_of(metric)}imum",
+            "",
+            "Give the metric another end, or another name, in the task's file.",
+        )
+
+
+def judged(
+    model: nn.Module,
+    tokenizer,
+    batch: int,
+    *,
+    device: torch.device | None = None,
+    after_batch: Callable[[], None] = lambda: None,
+    agree: Callable[[list[int]], list[int]] = list,
+):
+    """Return lm-eval's model around one of ours.
+
+    Args:
+        batch: sequences per forward.
+        device: of a model in training, which is asked through its own forward; None: it is trained.
+        after_batch: called after every forward, or batch of generated texts.
+        agree: see `continue_flat`.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    if device or takes_virtual_tokens(model):
+        kind = _flat_lm(HFLM, after_batch, agree)
     else:
         kind, model = HFLM, to_library_model(model)
-    judged = kind(pretrained=model, tokenizer=tokenizer, batch_size=batch, backend="causal")  # type: ignore[arg-type]
-    try:
-        results = lm_eval.simple_evaluate(
-            model=judged,
-            tasks=manager.match_tasks(tasks),
-            num_fewshot=fewshot,
-            limit=limit,
-            task_manager=manager,
-            bootstrap_iters=1000,
-            log_samples=False,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-            apply_chat_template=chat,
-        )
-    except Exception as error:  # data sets that are not there, broken yaml, ...: no common class
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise RunFailed(
-            f"lm-eval failed ({type(error).__name__}: {reason[:300]})",
-            "tasks",
-            "Without a network only tasks with local data work: task_dir=FOLDER.",
-        ) from None
+    lm = kind(
+        pretrained=model,  # type: ignore[arg-type]
+        tokenizer=copy.deepcopy(tokenizer),  # lm-eval gives it a padding token
+        batch_size=batch,
+        backend="causal",
+    )
+    if device:
+        lm._device = device  # not the model's own: sharded weights may lie elsewhere
+    return lm
+
+
+def ask_in_training(
+    model: nn.Module,
+    tokenizer,
+    tasks: Tasks,
+    limit: float | None,
+    *,
+    after_batch: Callable[[], None],
+    batch: int,
+    seed: int,
+    device: torch.device,
+    agree: Callable[[list[int]], list[int]] = list,
+) -> dict[str, dict[str, float]]:
+    """Ask a model in training, and return {task: {metric: value}}.
+
+    Every rank asks everything, since at ZeRO stage 3 each has to take part in every forward.
+    Other arguments: see `judged` and `ask`.
+    """
+    lm = judged(model, tokenizer, batch, device=device, after_batch=after_batch, agree=agree)
+    return ask(lm, tasks, limit=limit, seed=seed, bars=False)["tasks"]
+
+
+def ask(
+    lm,
+    tasks: Tasks,
+    *,
+    limit: float | None,
+    seed: int,
+    chat: bool = False,
+    resamples: int = 0,
+    bars: bool = True,
+) -> dict[str, Any]:
+    """Return lm-eval's figures.
+
+    {"tasks": {task: {metric: value}}, "samples": {task: number}}
+
+    The state of all random generators is as before.
+
+    Args:
+        lm: see `judged`.
+        limit: number of examples of each task, or below 1 a share of them; None: all.
+        seed: of few-shot examples, and of tasks that draw.
+        chat: put prompts into the tokenizer's template.
+        resamples: draws of the bootstrap for standard errors; 0: none.
+        bars: show lm-eval's progress bars.
+
+    Raises:
+        Interrupted: `after_batch` raised it.
+        RunFailed: lm-eval failed.
+    """
+    from lm_eval.evaluator import evaluate
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with seeded(seed, lm.device), nullcontext() if bars else without_bars():
+        for task in tasks["tasks"].values():
+            task.set_fewshot_seed(seed=seed)
+        try:
+            results = evaluate(
+                lm=lm,
+                task_dict=tasks,
+                limit=limit,
+                bootstrap_iters=resamples,
+                log_samples=False,
+                apply_chat_template=chat,
+                fewshot_as_multiturn=True,
+            )
+        except Interrupted:
+            raise
+        except Exception as error:  # broken rows of a task, ...: no common class
+            raise RunFailed(
+                f"lm-eval failed ({_reason(error)})", ", ".join(tasks["tasks"])
+            ) from None
     assert results is not None
-    rows = results["results"]
-    samples = {task: counts["effective"] for task, counts in results["n-samples"].items()}
-    settings = {"version": lm_eval.__version__, "fewshot": fewshot, "limit": limit, "chat": chat}
     return {
-        "tasks": {task: figures(row) for task, row in rows.items()},
-        "settings": {task: settings | {"samples": samples.get(task)} for task in rows},
+        "tasks": {task: figures(row) for task, row in results["results"].items()},
+        "samples": {task: counts["effective"] for task, counts in results["n-samples"].items()},
     }
 
 
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed Python's, numpy's and torch's generators, and restore their states afterwards."""
+    python, array = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(array)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Hide progress bars; lm-eval has no switch for all of its own."""
+    from tqdm import tqdm
+
+    usual = tqdm.__init__
+
+    def hidden(bar, *arguments, **options) -> None:
+        usual(bar, *arguments, **options | {"disable": True})
+
+    tqdm.__init__ = hidden  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        tqdm.__init__ = usual  # type: ignore[method-assign]
+
+
 def figures(row: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of one task; lm-eval names them "metric,filter", mostly "metric,none"."""
+    """Return the numbers of one task."""
     return {
-        key.removesuffix(",none"): value
+        short(key): float(value)
         for key, value in row.items()
         if key not in SKIPPED and isinstance(value, (int, float))
     }
 
 
-def _flat_lm(base: type) -> type:
+def short(metric: str) -> str:
+    """Return lm-eval's `metric,filter` without the filter that does nothing."""
+    return metric.removesuffix(",none")
+
+
+def _reason(error: Exception) -> str:
+    """Return the kind of an error and its first line."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {line[:300]}"
+
+
+def _flat_lm(
+    base: type, after_batch: Callable[[], None], agree: Callable[[list[int]], list[int]]
+) -> type:
     """Return a subclass of lm-eval's model `base` that computes with the training forward.
 
     For likelihoods rows are padded on the right, where a causal model does not see it.
@@ -159,7 +350,9 @@ def _flat_lm(base: type) -> type:
     class FlatLM(base):
         def _model_call(self, inps, attn_mask=None, labels=None):
             with torch.no_grad():
-                return self.model(input_ids=inps)
+                logits = self.model(input_ids=inps)
+            after_batch()
+            return logits
 
         def _model_generate(self, context, max_length, stop, attention_mask, **options):
             temperature = options.get("temperature", 0.0) if options.get("do_sample") else 0.0
@@ -169,11 +362,12 @@ def _flat_lm(base: type) -> type:
             prompts = [
                 ids[mask.bool()].tolist() for ids, mask in zip(context, attention_mask, strict=True)
             ]
-            rows = continue_flat(self.model, self.tokenizer, prompts, how, self.device)
+            rows = continue_flat(self.model, self.tokenizer, prompts, how, self.device, agree=agree)
             width, eos = max(map(len, rows), default=0), self.tokenizer.eos_token_id
             new = torch.tensor(
                 [row + [eos] * (width - len(row)) for row in rows], dtype=context.dtype
             )
+            after_batch()
             return torch.cat([context, new.to(context.device)], 1)
 
     return FlatLM

@@ -12,6 +12,8 @@ EVAL_METRICS = (
     *("margin", "chosen_reward", "rejected_reward", "kl"),
     *("rouge1", "rouge2", "rougeL", "bleu", "chrf"),
 )
+SUITE_LINES = 12
+"""Tasks of lm-eval that an evaluation shows in the terminal."""
 
 
 def figures(record: dict[str, Any], seconds_left: float | None) -> list[str]:
@@ -53,6 +55,12 @@ def evaluation_text(record: dict[str, Any]) -> str:
     for name, metrics in groups.items():
         if isinstance(metrics, dict):
             lines.append(f"  {name!s:<{width}}  {metrics_text(metrics)}")
+    suite = list((record.get("lm_eval") or {}).items())
+    for task, metrics in suite[:SUITE_LINES]:
+        shown = [f"{name} {figure(value)}" for name, value in metrics.items()]
+        lines.append(f"  {task}  {'  '.join(shown)}")
+    if len(suite) > SUITE_LINES:
+        lines.append(f"  and {len(suite) - SUITE_LINES} more of lm-eval's tasks: see metrics.jsonl")
     return "\n".join(lines)
 
 

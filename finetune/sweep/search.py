@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from finetune.check import task_problems
-from finetune.config import DIRECTIONS, Config, SweepConfig, best_metric
+from finetune.config import (
+    DIRECTIONS,
+    Config,
+    SweepConfig,
+    asks_lm_eval,
+    best_metric,
+    direction_of,
+)
 from finetune.errors import UserError
 from finetune.files import read_object
 from finetune.sweep import space as spaces
@@ -141,9 +148,12 @@ def build_goal(cfg: SweepConfig, job: Config) -> Goal:
     Raises:
         UserError: the task does not have this train.metric.
     """
-    for problem in task_problems(job.task, job.train.metric):
+    own_metric = None if asks_lm_eval(job.eval, job.train.metric) else job.train.metric
+    for problem in task_problems(job.task, own_metric):
         raise problem
     metric, end = cfg.metric, DIRECTIONS.get(cfg.metric, "")
+    if asks_lm_eval(job.eval, metric):
+        end = direction_of(metric)
     if metric == "auto":
         metric, end = (
             best_metric(job.task, job.train.metric) if job.data.evaluates else ("loss", "min")

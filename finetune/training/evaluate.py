@@ -13,15 +13,14 @@ from finetune.data.batches import eval_batches
 from finetune.data.columns import Store
 from finetune.data.packing import Sequences
 from finetune.dist import World
+from finetune.errors import Interrupted
 from finetune.tasks.base import Columns, Model, Task, to_device
 from finetune.training.answers import Answers
 
+Suite = Callable[..., dict[str, dict[str, float]]]
+"""(after_batch=...) -> figures of lm-eval: {task: {metric: value}}. Collective."""
 COUNTS = ("tokens", "examples", "questions", "pairs", "prompts", "answers")
 """Figures of an evaluation that say how much was evaluated."""
-
-
-class Interrupted(Exception):
-    """Raised when an evaluation was not finished."""
 
 
 @dataclass
@@ -41,10 +40,12 @@ def evaluate(
     batch: int,
     go_on: Callable[[], bool] | None = None,
     answers: Answers | None = None,
+    suite: Suite | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """Compute metrics of `model` on evaluation sets, the same for any number of ranks. Collective.
 
-    Also return the generated answers of `answers`.
+    Those of `suite` are TASK/METRIC each, and all under `lm_eval`. Also return the generated
+    answers of `answers`.
 
     Args:
         model: must be in evaluation mode.
@@ -69,7 +70,16 @@ def evaluate(
             )
             metrics[name] |= scores
             rows += [({"set": name} if name else {}) | row for row in answered]
-    return combined(metrics), rows
+    together = combined(metrics)
+    if suite:
+        tasks = world.broadcast(suite(after_batch=after_batch))
+        together |= {
+            f"{task}/{name}": value
+            for task, figures in tasks.items()
+            for name, value in figures.items()
+        }
+        together["lm_eval"] = tasks
+    return together, rows
 
 
 def combined(metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -391,6 +391,19 @@ def absent(cfg: Config, download: bool) -> Iterator[UserError]:
                 f"eval.generate = {cfg.eval.generate}",
                 "Install it: pip install -e '.[eval]', or try eval.generate=0.",
             )
+    for package in ("lm_eval", "accelerate") if cfg.eval.lm_eval else ():
+        if not find_spec(package):
+            yield UserError(
+                f"lm-eval's tasks need {package}, which is not installed",
+                f"eval.lm_eval = {cfg.eval.lm_eval}",
+                "Install it: pip install -e '.[eval]', or try eval.lm_eval=[].",
+            )
+    if cfg.eval.task_dir and not Path(cfg.eval.task_dir).expanduser().is_dir():
+        yield UserError(
+            f"there is no directory {cfg.eval.task_dir}",
+            "eval.task_dir",
+            "It holds lm-eval's task yaml files.",
+        )
     folder = Path(resolve(model.tokenizer or ".")).expanduser()
     if str(folder).startswith("/") and not folder.is_dir():
         yield UserError(

@@ -33,14 +33,14 @@ from finetune.config import (
 )
 from finetune.data.batches import Drawn, StepBatches, step_positions
 from finetune.dist import World, seed_for
-from finetune.errors import EXIT_DONE, EXIT_PREEMPTED, RunFailed, who_stopped
+from finetune.errors import EXIT_DONE, EXIT_PREEMPTED, Interrupted, RunFailed, who_stopped
 from finetune.planning import machine
 from finetune.planning.shape import ModelShape
 from finetune.reporting.callbacks import Callback
 from finetune.sharding.engine import Engine
 from finetune.tasks.base import Batch, Task, to_device
 from finetune.training.answers import Answers
-from finetune.training.evaluate import EvalSet, Interrupted, evaluate
+from finetune.training.evaluate import EvalSet, Suite, evaluate
 from finetune.training.hang_watch import spike
 from finetune.training.mfu import peak_flops
 from finetune.training.schedule import learning_rate
@@ -95,6 +95,7 @@ class Trainer:
         sample: (seed=...) -> a continuation of each of train.sample_prompts, collective; None: no
             samples.
         answers: generation of answers in evaluations; None: none.
+        suite: lm-eval's tasks, and the number of evaluations from one with them to the next; None: none.
         meter: rates of the steps.
         beat: called after every step, evaluated batch and save, for the hang watch.
         best: the metric that ranks evaluations, and "min" or "max".
@@ -114,6 +115,7 @@ class Trainer:
         drawn: Drawn | None,
         sample: Callable[..., list[str]] | None,
         answers: Answers | None,
+        suite: tuple[Suite, int] | None,
         meter: StepMeter,
         stop: StopRequest,
         beat: Callable[[], None],
@@ -126,7 +128,7 @@ class Trainer:
     ):
         self.engine, self.task, self.world = engine, task, world
         self.batches, self.eval_sets, self.sample = batches, eval_sets, sample
-        self.drawn, self.answers = drawn, answers
+        self.drawn, self.answers, self.suite = drawn, answers, suite
         self.checkpoints, self.callbacks = checkpoints, callbacks
         self.meter, self.stop, self.beat = meter, stop, beat
         self.train, self.optim, self.checkpoint = train, optim, checkpoint
@@ -296,6 +298,10 @@ class Trainer:
             faults.point("eval.batch")
             return not self.world.sum([bool(self.stop)])[0]
 
+        suite, every = self.suite or (None, 1)
+        # By the step alone, so that a resumed run asks at the same evaluations.
+        interval, last = every * self.train.eval_every, state.step == self.total_steps
+        due = last or not interval or state.step % interval == 0
         self.engine.train(False)
         try:
             metrics, answers = evaluate(
@@ -306,6 +312,7 @@ class Trainer:
                 self.train.eval_batch,
                 go_on,
                 self.answers,
+                suite if due else None,
             )
         except Interrupted:
             state.owes_evaluation = True

@@ -35,6 +35,7 @@ from finetune.inference.speaker import load_speaker
 from finetune.process import LAUNCHER_VARIABLES
 from tests.conftest import ROOT
 from tests.export.test_export_matrix import AUTO, exported
+from tests.lm_eval_tasks import write_tasks
 
 TEXTS = [
     "Man wins.",
@@ -387,37 +388,14 @@ def test_what_is_not_verified_is_not_uploaded(find_run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture
-def local_task(tmp_path) -> Path:
-    """An lm-eval task of one's own on a local file."""
-    data, choices = tmp_path / "rows.jsonl", [" United States", " yellow banana"]
-    rows = [{"q": f"The number {i} of the", "choices": choices, "a": i % 2} for i in range(20)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "own.yaml").write_text(
-        yaml.safe_dump(
-            {
-                "task": "own_words",
-                "dataset_path": "json",
-                "dataset_kwargs": {"data_files": {"test": str(data)}},
-                "test_split": "test",
-                "output_type": "multiple_choice",
-                "doc_to_text": "{{q}}",
-                "doc_to_choice": "{{choices}}",
-                "doc_to_target": "{{a}}",
-                "metric_list": [{"metric": "acc"}],
-            }
-        )
-    )
-    return tmp_path
-
-
 @pytest.mark.slow
-def test_lm_eval_with_its_own_hf_model_and_ours(find_run, local_task, monkeypatch):
+def test_lm_eval_with_its_own_hf_model_and_ours(find_run, tmp_path, monkeypatch):
     """`hf` with `peft=`, as people type it, and launch/evaluate.py of the same run: the same log-likelihoods."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    local_task = write_tasks(tmp_path)
     for name in LAUNCHER_VARIABLES:  # with those of an earlier call, lm-eval joins a group
         monkeypatch.delenv(name, raising=False)
     run = find_run("lm", "lora")

@@ -8,6 +8,9 @@ from finetune.reporting.metrics_log import is_number
 from finetune.reporting.page.charts import SMOOTH_FROM, Chart, Point, Series, column, smooth
 from finetune.reporting.page.files import RunFiles
 
+SUITE_SERIES = 6
+"""Tasks of lm-eval that the page shows: as many as it has colours."""
+
 
 def curves(run: RunFiles) -> list[Chart]:
     """Return every chart that has at least one point."""
@@ -31,10 +34,15 @@ def curves(run: RunFiles) -> list[Chart]:
         Series(f"{side} answers", column(train, f"{side}_reward"), color)
         for color, side in enumerate(("chosen", "rejected"), 1)
     ]
+    suite = [
+        Series(name, column(evals, name), color, "dots")
+        for color, name in enumerate(suite_names(run), 1)
+    ]
     charts = [
         Chart("Loss", [*loss, Series("evaluation", column(evals, "loss"), 2, "dots"), *apart]),
         Chart("Evaluation", shares, "share"),
         Chart("Perplexity", [Series("evaluation", column(evals, "perplexity"), 2, "dots")]),
+        Chart("lm-eval", suite),
         Chart("Margin", [*margin, Series("evaluation", column(evals, "margin"), 2, "dots")]),
         Chart("Rewards", rewards),
         Chart("KL to the reference", [Series("training", column(train, "kl"))]),
@@ -53,6 +61,13 @@ def curves(run: RunFiles) -> list[Chart]:
             memory.append(Series(f"{name}, predicted", ends, color, "dashed"))
     charts.append(Chart("Memory of a rank", memory, "bytes", from_zero=True))
     return [chart for chart in charts if any(series.points for series in chart.series)]
+
+
+def suite_names(run: RunFiles) -> list[str]:
+    """Return TASK/METRIC, the first metric of each of lm-eval's tasks that evaluations asked; the first few."""
+    tasks = [task for record in run.evals for task in (record.get("lm_eval") or {}).items()]
+    names = [f"{task}/{next(iter(metrics))}" for task, metrics in tasks if metrics]
+    return list(dict.fromkeys(names))[:SUITE_SERIES]
 
 
 def _with_average(name: str, points: list[Point]) -> list[Series]:

@@ -6,10 +6,15 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.config import DIRECTIONS, METRICS, Config, plain_config
+from finetune.config import METRICS, Config, direction_of, plain_config
 from finetune.errors import clock, command, figure, gib, large, setting
 from finetune.reporting.metrics_log import is_number
-from finetune.reporting.page.curves import chosen_option, predicted, ranks_per_node
+from finetune.reporting.page.curves import (
+    chosen_option,
+    predicted,
+    ranks_per_node,
+    suite_names,
+)
 from finetune.reporting.page.files import RunFiles
 from finetune.reporting.terminal_text import (
     EVAL_METRICS,
@@ -147,7 +152,7 @@ def criterion(runs: list[RunFiles]) -> str:
 def best_of(values: list[Any], metric: str) -> int | None:
     """Return the index of a metric's best value, the first of equal ones; None if there is no number."""
     numbers = list(filter(is_number, values))
-    better = max if DIRECTIONS.get(metric.rpartition("/")[2]) == "max" else min
+    better = max if direction_of(metric) == "max" else min
     return values.index(better(numbers)) if numbers else None
 
 
@@ -156,13 +161,15 @@ def evaluations(run: RunFiles) -> Table | None:
     if not run.evals:
         return None
     names = [name for name in EVAL_METRICS if any(name in record for record in run.evals)]
+    names += suite_names(run)
     rows = [
         [f"{record['step']:,}", *(figure(record.get(name)) for name in names)]
         for record in run.evals
     ]
     metric = criterion([run])
     best = best_of([record.get(metric) for record in run.evals], metric)
-    return Table(["step", *(name.replace("_", " ") for name in names)], rows, best)
+    heads = [name if "/" in name else name.replace("_", " ") for name in names]
+    return Table(["step", *heads], rows, best)
 
 
 def later(run: RunFiles) -> Table | None:
