@@ -21,12 +21,22 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any, Union, cast
 
 from finetune.config import ClassifyConfig
 from finetune.data.columns import Column, Example
-from finetune.data.fields import TEXT, counts, digest, encode_texts, parsed_cell, shown, text_field
+from finetune.data.fields import (
+    TEXT,
+    WHERE,
+    counts,
+    digest,
+    encode_texts,
+    parsed_cell,
+    shown,
+    text_field,
+)
 from finetune.data.formats import json_type
 from finetune.data.sources import MISSING, field_error, get_field
 from finetune.data.tokenizer import TextTokenizer, ids_dtype
@@ -73,15 +83,11 @@ class ClassifyEncoder:
         plain: PlainText | None = None,
     ):
         self.cfg, self.labels = cfg, LabelReader(cfg, names, by_index)
-        label = (
-            Column("scalar", "float64")
-            if cfg.problem == "regression"
-            else Column("category", "int32")
-        )
+        number, name = Column("scalar", "float64"), Column("category", "int32")
         self.columns = {
             "ids": Column("token", ids_dtype(tokenizer)),
-            "label": label,
-            "where": Column("blob", "uint8"),
+            "label": number if cfg.problem == "regression" else name,
+            "where": WHERE,
             "cut": Column("scalar", "int32"),
             "text": TEXT,
         }
@@ -89,6 +95,7 @@ class ClassifyEncoder:
         self._eos = cast(int, tokenizer.eos_token_id)
         self._separator = self._texts([SEPARATOR])[0]
         self._plain = plain
+        self._tokenize: Callable[[list[str]], list] = list if plain else self._texts
 
     def fingerprint(self) -> str:
         cfg = self.cfg
@@ -109,17 +116,14 @@ class ClassifyEncoder:
         )
 
     def encode(self, batch: list[tuple[str, dict]]) -> list[list[Example] | UserError]:
-        tokenize = (lambda texts: texts) if self._plain else self._texts
-        return encode_texts(batch, self._read, tokenize, self._examples)
+        return encode_texts(batch, self._read, self._tokenize, self._examples)
 
     def text_ids(self, texts: list[list[str]]) -> list[tuple[list[int], int]]:
         """Return the ids and the number of tokens cut, for each single text or pair.
 
         The last id is the pooled one.
         """
-        if self._plain:
-            return [self._plain.ids(parts, self.cfg.max_length) for parts in texts]
-        ids = iter(self._texts([part for parts in texts for part in parts]))
+        ids = iter(self._tokenize([part for parts in texts for part in parts]))
         return [self._join([next(ids) for _ in parts]) for parts in texts]
 
     def _read(self, where: str, record: dict) -> tuple[list[str], Label] | None:
@@ -131,18 +135,20 @@ class ClassifyEncoder:
         return labelled_texts(record, cfg, where), self.labels.read(record, where)
 
     def _examples(self, where: str, parts: list, label: Label) -> list[Example]:
-        """Build the example of a row from the ids of its texts, or from the texts themselves."""
-        if self._plain:
-            ids, cut = self._plain.ids(parts, self.cfg.max_length)
-        else:
-            ids, cut = self._join(parts)
+        """Build the example of a row from what `_tokenize` made of its texts."""
+        ids, cut = self._join(parts)
         if not ids:
             raise UserError("the text is empty: there is no token to judge", where, FIX)
-        place = where.encode("utf-8", "backslashreplace")
-        return [{"ids": ids, "label": label, "where": place, "cut": cut}]
+        return [{"ids": ids, "label": label, "cut": cut}]
 
-    def _join(self, parts: list[list[int]]) -> tuple[list[int], int]:
-        """Return at most `max_length` ids of one or two texts with eos, and how many were cut."""
+    def _join(self, parts: list) -> tuple[list[int], int]:
+        """Return at most `max_length` ids of one or two texts with eos, and how many were cut.
+
+        Args:
+            parts: what `_tokenize` made of the texts: their ids, or the texts themselves.
+        """
+        if self._plain:
+            return self._plain.ids(parts, self.cfg.max_length)
         glue = self._separator if len(parts) == 2 else []
         room = self.cfg.max_length - 1 - len(glue)
         kept = [
@@ -186,11 +192,9 @@ class PlainText:
     def ids(self, texts: list[str], max_length: int) -> tuple[list[int], int]:
         """Return the ids of one text or of a pair, and how many tokens were cut."""
         whole = self.tokenizer(*texts)["input_ids"]
-        ids = (
-            whole
-            if len(whole) <= max_length
-            else self.tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]
-        )
+        ids = whole
+        if len(whole) > max_length:
+            ids = self.tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]
         cut = len(whole) - len(ids)
         if self.pad is not None and ids:
             last = max((place for place, token in enumerate(ids) if token != self.pad), default=0)
@@ -220,86 +224,79 @@ class LabelReader:
     """Reader of a field as a label of the configured problem; reports fields that are not valid."""
 
     def __init__(self, cfg: ClassifyConfig, names: list[str] | None, by_index: bool):
-        self.field, self.problem, self.names, self.by_index = (
-            cfg.label_field,
-            cfg.problem,
-            names,
-            by_index,
-        )
+        self.cfg, self.names, self.by_index = cfg, names, by_index
         keys = [label_key(name) for name in names or []]
         self.counted = by_index and not any(map(_is_integer, keys))  # else an integer is a name
         self._truth = next((truth for truth in TRUTHS if sorted(truth) == sorted(keys)), None)
-        self._separator = SEPARATORS.get(cfg.label_separator or "", cfg.label_separator)
-        self._texts = (cfg.text_field, cfg.text_pair_field)
 
     def read(self, record: dict, where: str) -> Label:
-        value = get_field(record, self.field)
-        if value is MISSING:
-            raise self._missing(record, where)
-        match self.problem:
-            case "single_label":
-                return self._single(value, where)
-            case "multi_label":
-                return self._multi(value, where)
-            case _:
-                return self._number(value, where)
+        """Return the label of a row.
 
-    def _single(self, value: Any, where: str) -> str:
+        Raises:
+            UserError: it is missing, of a wrong type, or none of the known names.
+        """
+        cfg = self.cfg
+        value = get_field(record, cfg.label_field)
+        if value is MISSING:
+            error = field_error(record, cfg.label_field, where, "task.label_field")
+            # The remedy suggests no field that is used as a text.
+            texts = (cfg.text_field, cfg.text_pair_field)
+            others = {name: value for name, value in record.items() if name not in texts}
+            remedy = field_error(others, cfg.label_field, where, "task.label_field").remedy
+            raise UserError(error.problem, where, remedy)
+        if cfg.problem == "regression":
+            return self._number(value, where)
+        if cfg.problem == "multi_label":
+            return self._multi(value, where)
+        other = None
         if isinstance(value, list):
-            raise self._wrong_type(
-                value, "a name or an integer", where, "Try task.problem=multi_label."
-            )
-        if isinstance(value, float) and not value.is_integer():
-            raise self._wrong_type(
-                value, "a name or an integer", where, "Try task.problem=regression."
-            )
+            other = "multi_label"
+        elif isinstance(value, float) and not value.is_integer():
+            other = "regression"
+        if other:
+            remedy = f"Try task.problem={other}."
+            raise self._wrong_type(value, "a name or an integer", where, remedy)
         return self._known(value, where)
 
     def _multi(self, value: Any, where: str) -> str:
+        """Return the labels of a cell as a JSON array of names, sorted."""
+        field = self.cfg.label_field
+        separator = SEPARATORS.get(self.cfg.label_separator or "", self.cfg.label_separator)
         value = parsed_cell(value)
-        if isinstance(value, str) and self._separator:
-            value = [part.strip() for part in value.split(self._separator)] if value.strip() else []
-            value = [part for part in value if part] if self._separator.isspace() else value
+        if isinstance(value, str) and separator:
+            value = [part.strip() for part in value.split(separator)] if value.strip() else []
+            value = [part for part in value if part] if separator.isspace() else value
         if not isinstance(value, list):
             mark = next((word for word, mark in SEPARATORS.items() if mark in str(value)), "comma")
             remedy = "Try task.problem=single_label, or for cells such as 'a,b' "
             raise self._wrong_type(
                 value, "an array of labels", where, f"{remedy}task.label_separator={mark}."
             )
-        self._refuse_zeros_and_ones(value, where)
+
+        # [1.0, 0.0] is no list of names. [1, 0] could be one, but not if there are two names and it
+        # has one number for each. More than two zeros and ones name a label twice.
+        if value and all(isinstance(v, (bool, int, float)) and v in (0, 1) for v in value):
+            whole = all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+            if not whole or (self.counted and len(value) == len(self.names or [])):
+                raise UserError(
+                    f"field '{field}' is {shown(json.dumps(value))[1:-1]}: zeros and ones, not labels",
+                    where,
+                    NO_ZEROS_AND_ONES,
+                )
         names = sorted(self._known(item, where) for item in value)
         twice = next((a for a, b in pairwise(names) if a == b), None)
         if twice is not None:
             raise UserError(
-                f"field '{self.field}' names label '{twice}' twice", where, NO_ZEROS_AND_ONES
+                f"field '{field}' names label '{twice}' twice", where, NO_ZEROS_AND_ONES
             )
         return json.dumps(names, ensure_ascii=False)
-
-    def _refuse_zeros_and_ones(self, values: list, where: str) -> None:
-        """Refuse a list of zeros and ones that is an indicator vector, not a list of labels.
-
-        [1.0, 0.0] is no list of names. [1, 0] could be one, but not if there are two names and it
-        has one number for each. More than two zeros and ones name a label twice.
-        """
-        if not values or not all(isinstance(v, (bool, int, float)) and v in (0, 1) for v in values):
-            return
-        whole = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
-        if not whole or (self.counted and len(values) == len(self.names or [])):
-            raise UserError(
-                f"field '{self.field}' is {shown(json.dumps(values))[1:-1]}: zeros and ones, not labels",
-                where,
-                NO_ZEROS_AND_ONES,
-            )
 
     def _number(self, value: Any, where: str) -> float:
         try:
             number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
-            remedy = (
-                FIX
-                if isinstance(value, str) and not value.strip()
-                else "Try task.problem=single_label."
-            )
+            blank = isinstance(value, str) and not value.strip()
+            remedy = FIX if blank else "Try task.problem=single_label."
             raise self._wrong_type(value, "a number", where, remedy) from None
         if not abs(number) <= FLOAT32_MAX:
             raise self._wrong_type(value, "a finite number", where, FIX)
@@ -316,11 +313,8 @@ class LabelReader:
             return name
         key = label_key(name)
         alike = [other for other in self.names if label_key(other) == key]
-        place = (
-            self.names[int(key)]
-            if self.counted and key.isdecimal() and int(key) < len(self.names)
-            else None
-        )
+        counted = self.counted and key.isdecimal() and int(key) < len(self.names)
+        place = self.names[int(key)] if counted else None
         truth = next((pair[key] for pair in TRUTHS if key in pair), None)
         if not alike and self._truth and truth is not None:
             alike = [other for other in self.names if self._truth[label_key(other)] is truth]
@@ -359,21 +353,15 @@ class LabelReader:
             raise self._wrong_type(value, "a name or an integer", where, FIX)
         name = str(value).strip()
         if not name:
-            raise UserError(f"field '{self.field}' is an empty label", where, FIX)
+            raise UserError(f"field '{self.cfg.label_field}' is an empty label", where, FIX)
         return name
-
-    def _missing(self, record: dict, where: str) -> UserError:
-        """Return the error for a missing label; the remedy suggests no field used as a text."""
-        others = {name: value for name, value in record.items() if name not in self._texts}
-        remedy = field_error(others, self.field, where, "task.label_field").remedy
-        return UserError(
-            field_error(record, self.field, where, "task.label_field").problem, where, remedy
-        )
 
     def _wrong_type(self, value: Any, wanted: str, where: str, remedy: str) -> UserError:
         quoted = f" {shown(str(value))}" if isinstance(value, (str, float, int)) else ""
         return UserError(
-            f"field '{self.field}' is {json_type(value)}{quoted}, not {wanted}", where, remedy
+            f"field '{self.cfg.label_field}' is {json_type(value)}{quoted}, not {wanted}",
+            where,
+            remedy,
         )
 
 
@@ -405,9 +393,8 @@ def refuse_double_spellings(names: list[str], label_field: str) -> None:
 
 def _quoted(names: list[str]) -> str:
     """Return the first names as a list for messages."""
-    return ", ".join(f"'{n}'" for n in names[:8]) + (
-        f" and {len(names) - 8} more" if len(names) > 8 else ""
-    )
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(f"'{name}'" for name in names[:8]) + more
 
 
 def unseen(name: str, names: list[str], by_index: bool, where: str) -> UserError:

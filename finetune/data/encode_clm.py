@@ -7,15 +7,12 @@ special id, as in GPT-2's own convention: data that must not end documents has t
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, cast
 
 from finetune.data.columns import Column, Example
-from finetune.data.fields import TEXT, counts, encode_texts
-from finetune.data.formats import json_type
-from finetune.data.sources import MISSING, field_error, get_field
+from finetune.data.fields import TEXT, counts, digest, encode_texts, text_field
+from finetune.data.sources import MISSING, get_field
 from finetune.data.tokenizer import TextTokenizer, ids_dtype
-from finetune.data.utf8 import FIX
 from finetune.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,9 +40,8 @@ class TextEncoder:
         self._eos = cast(int, tokenizer.eos_token_id)
 
     def fingerprint(self) -> str:
-        fields = [self.text_field, self.subset_field, self.weight_field]
-        parts = ["clm-2", self._texts.fingerprint, *fields]
-        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+        fields = (self.text_field, self.subset_field, self.weight_field)
+        return digest("clm-3", self._texts.fingerprint, *fields)
 
     def encode(self, batch: list[tuple[str, dict]]) -> list[list[Example] | UserError]:
         return encode_texts(batch, self._read, self._texts, self._examples)
@@ -54,12 +50,7 @@ class TextEncoder:
         """Return the document and its subset; None if it is empty or its weight leaves it out."""
         if not counts(record, self.weight_field, (self.text_field, self.subset_field), where):
             return None
-        text = get_field(record, self.text_field)
-        if text is MISSING:
-            raise field_error(record, self.text_field, where, "task.text_field")
-        if not isinstance(text, str):
-            problem = f"field '{self.text_field}' is {json_type(text)}, not a string"
-            raise UserError(problem, where, FIX)
+        text = text_field(record, self.text_field, where, "task.text_field", blank=True)
         subset = get_field(record, self.subset_field) if self.subset_field else None
         return ([text], "" if subset in (MISSING, None) else str(subset)) if text else None
 

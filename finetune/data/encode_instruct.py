@@ -28,7 +28,7 @@ import numpy as np
 
 from finetune.config import InstructConfig
 from finetune.data.columns import Column, Example
-from finetune.data.fields import TEXT, digest, encode_texts, shown, text_hash
+from finetune.data.fields import TEXT, WHERE, digest, encode_texts, shown, text_hash
 from finetune.data.instruct_rows import Scored, conversation
 from finetune.data.instruct_template import RENDER_FAULTS, Message, Template, closed
 from finetune.data.tokenizer import TextTokenizer, ids_dtype
@@ -57,7 +57,7 @@ class InstructEncoder:
             "ids": Column("token", ids_dtype(tokenizer)),
             "scored": Column("token", "uint8"),
             "cut": Column("scalar", "int32"),
-            "where": Column("blob", "uint8"),
+            "where": WHERE,
             "text": TEXT,
         }
         self._texts = TextTokenizer(tokenizer)
@@ -107,8 +107,7 @@ class InstructEncoder:
                 at = text.find(kept)
                 mark = [inner[0]] * at + inner + [inner[-1]] * (len(text) - at - len(kept))
             marks.append(mark)
-        said = text_hash(json.dumps([[m["role"], m["content"]] for m in messages]))
-        return pieces, (pieces, marks, said)
+        return pieces, (pieces, marks, conversation_hash(messages))
 
     def _examples(self, where: str, ids: list[list[int]], read: Pieces) -> list[Example]:
         # Prompt and completion of every scored turn; others are part of the next prompt.
@@ -137,12 +136,7 @@ class InstructEncoder:
             )
         longest = max(len(completion) for _, completion, _ in turns)
         if longest >= self.cfg.max_length:
-            raise UserError(
-                f"a completion has {longest} tokens with its eos; task.max_length = "
-                f"{self.cfg.max_length} leaves {self.cfg.max_length - 1}",
-                where,
-                f"Shorten it, or raise task.max_length to {longest + 1} (2048 at most), {SKIP}",
-            )
+            raise too_long("a completion", longest, self.cfg.max_length, where)
 
         # Every completion is scored in one window; the tokens before it are context.
         flat = [i for prompt, completion, _ in turns for i in (*prompt, *completion)]
@@ -159,7 +153,6 @@ class InstructEncoder:
                     "ids": all_ids[begin:end],
                     "scored": flags,
                     "cut": max(0, begin - covered),
-                    "where": where.encode("utf-8", "backslashreplace"),
                     "text": said,
                 }
             )
@@ -224,6 +217,20 @@ def prompt_ids(
     pieces = tokenizer(template.pieces(messages, "prompt"), add_special_tokens=False)["input_ids"]
     eos = cast(int, tokenizer.eos_token_id)
     return [i for piece in closed(cast(list, pieces), eos) for i in piece]
+
+
+def too_long(name: str, tokens: int, limit: int, where: str) -> UserError:
+    """Return the error for an answer that does not fit into task.max_length, its `limit`."""
+    return UserError(
+        f"{name} has {tokens} tokens with its eos; task.max_length = {limit} leaves {limit - 1}",
+        where,
+        f"Shorten it, or raise task.max_length to {tokens + 1} (2048 at most), {SKIP}",
+    )
+
+
+def conversation_hash(messages: list[Message]) -> int:
+    """Return the `text_hash` of a conversation, whatever template renders it."""
+    return text_hash(json.dumps([[message["role"], message["content"]] for message in messages]))
 
 
 def refuse_marks(messages: list[Message], template: Template, where: str) -> None:

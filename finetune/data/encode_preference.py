@@ -23,7 +23,6 @@ ms-swift, OpenAI) are recognised by their fields:
 
 from __future__ import annotations
 
-import json
 import re
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,8 +30,8 @@ import numpy as np
 
 from finetune.config import InstructConfig, PairConfig, RewardConfig
 from finetune.data.columns import Column, Example
-from finetune.data.encode_instruct import refuse_marks
-from finetune.data.fields import TEXT, counts, digest, encode_texts, parsed_cell, text_hash
+from finetune.data.encode_instruct import conversation_hash, refuse_marks, too_long
+from finetune.data.fields import TEXT, WHERE, counts, digest, encode_texts, parsed_cell
 from finetune.data.instruct_rows import SCORED, check_order, question, turns_of, with_system
 from finetune.data.instruct_template import Message, Template, closed
 from finetune.data.sources import MISSING, field_error, get_field
@@ -76,7 +75,7 @@ class PreferenceEncoder:
             "split": Column("scalar", "int32"),
             "margin": Column("scalar", "float32"),
             "cut": Column("scalar", "int32"),
-            "where": Column("blob", "uint8"),
+            "where": WHERE,
             "text": TEXT,
         }
         self._texts = TextTokenizer(tokenizer)
@@ -105,11 +104,9 @@ class PreferenceEncoder:
         used = (cfg.prompt_field, cfg.chosen_field, cfg.rejected_field)
         if not counts(record, cfg.weight_field, used, where):
             return None
-        margin = 0.0 if self.margin_field is None else get_field(record, self.margin_field)
-        if margin is MISSING or margin is None:
-            margin = 0.0
+        margin = get_field(record, self.margin_field) if self.margin_field else None
         try:
-            margin = float(margin)
+            margin = 0.0 if margin in (MISSING, None) else float(margin)
         except (TypeError, ValueError):
             raise UserError(
                 f"field '{self.margin_field}' is {margin!r}, not a number",
@@ -125,8 +122,7 @@ class PreferenceEncoder:
             texts += pieces
             sides.append((len(pieces), unscored))
         # Pairs with the same prompt stay together where rows are held out.
-        asked = [[message["role"], message["content"]] for message in both[0][:shared]]
-        return texts, (sides, margin, text_hash(json.dumps(asked)))
+        return texts, (sides, margin, conversation_hash(both[0][:shared]))
 
     def _example(self, where: str, ids: list[list[int]], read: tuple) -> list[Example]:
         # The ids of each document, and which of them are the answer's.
@@ -146,7 +142,7 @@ class PreferenceEncoder:
             problem = "the prompt is empty: an answer's first token would have nothing before it"
             raise UserError(problem, where, FIX)
         if longest >= self.cfg.max_length:
-            raise too_long(longest, self.cfg.max_length, where)
+            raise too_long("an answer", longest, self.cfg.max_length, where)
 
         cut = max(0, prompt + longest - self.cfg.max_length)
         return [
@@ -157,7 +153,6 @@ class PreferenceEncoder:
                 "split": len(documents[0][0]) - cut,
                 "margin": margin,
                 "cut": cut,
-                "where": where.encode("utf-8", "backslashreplace"),
                 "text": prompt_hash,
             }
         ]
@@ -197,8 +192,7 @@ class AnswersEncoder(PreferenceEncoder):
             pieces = self.template.pieces(messages, where)
             texts += pieces
             sizes.append(len(pieces))
-        asked = [[message["role"], message["content"]] for message in prompt]
-        return texts, (sizes, text_hash(json.dumps(asked)))
+        return texts, (sizes, conversation_hash(prompt))
 
     def _example(self, where: str, ids: list[list[int]], read: tuple) -> list[Example]:
         sizes, prompt_hash = read
@@ -206,20 +200,11 @@ class AnswersEncoder(PreferenceEncoder):
         for size in sizes:
             parts, ids = closed(ids[:size], self._eos), ids[size:]
             if len(parts[-1]) >= limit:
-                raise too_long(len(parts[-1]), limit, where)
+                raise too_long("an answer", len(parts[-1]), limit, where)
             tokens = np.concatenate(parts).astype(np.int64)
-            example = {"ids": tokens[-limit:], "cut": max(0, len(tokens) - limit)}
-            place = where.encode("utf-8", "backslashreplace")
-            examples.append(example | {"where": place, "text": prompt_hash})
+            cut = max(0, len(tokens) - limit)
+            examples.append({"ids": tokens[-limit:], "cut": cut, "text": prompt_hash})
         return examples
-
-
-def too_long(tokens: int, limit: int, where: str) -> UserError:
-    return UserError(
-        f"an answer has {tokens} tokens with its eos; task.max_length = {limit} leaves {limit - 1}",
-        where,
-        f"Shorten it, or raise task.max_length to {tokens + 1} (2048 at most), {SKIP}",
-    )
 
 
 def conversations(record: dict, where: str, cfg: PairConfig) -> tuple[list[list[Message]], int]:
@@ -230,8 +215,8 @@ def conversations(record: dict, where: str, cfg: PairConfig) -> tuple[list[list[
             instruction rows, or the two do not differ in their answer.
     """
     both: list[list[Message]] = []
-    for field, others in ((cfg.chosen_field, CHOSEN), (cfg.rejected_field, REJECTED)):
-        key = "chosen_field" if others is CHOSEN else "rejected_field"
+    for key, others in (("chosen_field", CHOSEN), ("rejected_field", REJECTED)):
+        field = getattr(cfg, key)
         name = next((f for f in (field, *others) if get_field(record, f) is not MISSING), field)
         value = parsed_cell(get_field(record, name))
         if value is MISSING and others is CHOSEN and "messages" in record:

@@ -20,6 +20,8 @@ from finetune.errors import UserError
 
 TEXT = Column("scalar", "uint64")
 """Column `text`: `text_hash` of what an example was made of, for rows that are held out and for duplicates."""
+WHERE = Column("blob", "uint8")
+"""Column `where`: file:line of an example's row."""
 
 
 def text_hash(text: str) -> int:
@@ -34,7 +36,9 @@ def encode_texts(
     tokenize: Callable[[list[str]], list[list[int]]],
     build: Callable[[str, list[list[int]], Any], list[Example]],
 ) -> list[list[Example] | UserError]:
-    """Encode a batch of rows with one call of the tokenizer; examples get the hash of their row's texts.
+    """Encode a batch of rows with one call of the tokenizer.
+
+    Examples get the columns `text`, unless they have one, and `where`.
 
     Args:
         read: returns the texts of (place, record) and whatever else `build` needs; None leaves the
@@ -62,28 +66,32 @@ def encode_texts(
         except UserError as error:
             results[at] = error
             continue
-        text = text_hash("\n".join(texts))
-        results[at] = [{"text": text} | example for example in examples]
+        place = where.encode("utf-8", "backslashreplace")
+        common = {"text": text_hash("\n".join(texts)), "where": place}
+        results[at] = [common | example for example in examples]
     return results
 
 
-def text_field(record: dict, field: str, where: str, option_key: str) -> str:
+def text_field(record: dict, field: str, where: str, option_key: str, blank: bool = False) -> str:
     """Return the field's text.
 
+    Args:
+        blank: accept a text that is empty or contains only white space.
+
     Raises:
-        UserError: the field is absent, not a string, or contains only white space.
+        UserError: the field is absent, not a string, or blank.
     """
     value = get_field(record, field)
     if value is MISSING:
         raise field_error(record, field, where, option_key)
-    return full_text(value, f"field '{field}'", where)
+    return full_text(value, f"field '{field}'", where, blank)
 
 
-def full_text(value: Any, name: str, where: str) -> str:
-    """Return `value` if it is a non-blank string; `name` is its name in error messages."""
+def full_text(value: Any, name: str, where: str, blank: bool = False) -> str:
+    """Return `value` if it is a string, and not blank; `name` is its name in error messages."""
     if not isinstance(value, str):
         raise UserError(f"{name} is {json_type(value)}, not a string", where, FIX)
-    if not value.strip():
+    if not blank and not value.strip():
         raise UserError(f"{name} is empty", where, FIX)
     return value
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Union
 
@@ -166,6 +167,11 @@ def _with_text(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _with_text(item) for key, item in value.items()}
     return [_with_text(item) for item in value] if isinstance(value, list) else value
+
+
+def first_names(names: Iterable[Any]) -> str:
+    """Return the first of a row's field names for a message, quoted; "" if there are none."""
+    return ", ".join(f"'{name}'" for name in islice(names, 12))
 
 
 def json_type(value: Any) -> str:

@@ -23,7 +23,7 @@ from typing import Any, Union
 
 from finetune.config import InstructConfig
 from finetune.data.fields import counts, full_text, parsed_cell, shown, text_field
-from finetune.data.formats import json_type
+from finetune.data.formats import first_names, json_type
 from finetune.data.instruct_template import Message
 from finetune.data.sources import MISSING, get_field
 from finetune.data.utf8 import FIX, SKIP
@@ -41,6 +41,8 @@ SHAREGPT_ROLES = {
     "bard": "assistant",
     "model": "assistant",
 }
+STYLES = {"role": ("content", ROLES), "from": ("value", SHAREGPT_ROLES)}
+"""Key of the role -> key of the text, and the known roles."""
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython", "environment")
 LAYOUTS = "prompt, messages, alpaca and sharegpt"
 TRAINED = ("weight", "train", "training", "trainable", "loss", "loss_mask")
@@ -73,15 +75,16 @@ def conversation(
             breaks its rules; none of its turns is scored; a mark is unknown or its value is neither
             yes nor no.
     """
-    layout = layout_of(record, cfg) if cfg.format == "auto" else cfg.format
+    layout = layout_of(record, cfg)
     if layout is None:
-        present = ", ".join(f"'{name}'" for name in list(record)[:12]) or "no field at all"
-        prompts, completions = (
-            ("prompt", "instruction", "question", "input"),
-            ("completion", "response", "answer", "output"),
+        present = first_names(record) or "no field at all"
+        prompt, completion = (
+            next((name for name in names if name in record), "FIELD")
+            for names in (
+                ("prompt", "instruction", "question", "input"),
+                ("completion", "response", "answer", "output"),
+            )
         )
-        prompt = next((name for name in prompts if name in record), "FIELD")
-        completion = next((name for name in completions if name in record), "FIELD")
         raise UserError(
             f"the row is none of {LAYOUTS}; it has {present}",
             where,
@@ -122,7 +125,7 @@ def question(record: dict, where: str, cfg: InstructConfig) -> str | list[Messag
     Raises:
         UserError: the row has no question, or breaks its layout's rules.
     """
-    layout = layout_of(record, cfg) if cfg.format == "auto" else cfg.format
+    layout = layout_of(record, cfg)
     asks = {
         "messages": "messages",
         "sharegpt": "conversations",
@@ -130,26 +133,11 @@ def question(record: dict, where: str, cfg: InstructConfig) -> str | list[Messag
         "prompt": cfg.prompt_field,
     }
     if layout is None or get_field(record, asks[layout]) in (MISSING, None):
-        layout = next(
-            (
-                name
-                for name, field in asks.items()
-                if get_field(record, field) not in (MISSING, None)
-            ),
-            "prompt",
+        present = (
+            n for n, field in asks.items() if get_field(record, field) not in (MISSING, None)
         )
-    if layout == "alpaca":
-        messages = [*_system(record, where), _instruction(record, where)]
-    elif layout == "prompt":
-        field = cfg.prompt_field if get_field(record, cfg.prompt_field) is not MISSING else "prompt"
-        value = parsed_cell(get_field(record, field))
-        if _are_turns(value):
-            messages = with_system(record, turns_of(value, field, where, "role"), where)
-        else:
-            text = text_field(record, field, where, "task.prompt_field")
-            messages = [*_system(record, where), {"role": "user", "content": text}]
-    else:
-        messages = _messages(layout, record, where, cfg)
+        layout = next(present, "prompt")
+    messages = _messages(layout, record, where, cfg, answered=False)
     for message in messages:
         message.pop(SCORED, None)
     check_order(messages, where)
@@ -163,10 +151,12 @@ def question(record: dict, where: str, cfg: InstructConfig) -> str | list[Messag
 
 
 def layout_of(record: dict, cfg: InstructConfig) -> str | None:
-    """Return the first layout all of whose fields the row has.
+    """Return the layout that `cfg.format` names, or the first one all of whose fields the row has.
 
     Layouts without null fields are preferred, because tables of mixed rows fill gaps with null.
     """
+    if cfg.format != "auto":
+        return cfg.format
     fields = {
         "prompt": (cfg.prompt_field, cfg.completion_field),
         "messages": ("messages",),
@@ -180,33 +170,43 @@ def layout_of(record: dict, cfg: InstructConfig) -> str | None:
     return None
 
 
-def _messages(layout: str, record: dict, where: str, cfg: InstructConfig) -> list[Message]:
-    """Convert a record of a layout to messages, its field `system` first."""
+def _messages(
+    layout: str, record: dict, where: str, cfg: InstructConfig, answered: bool = True
+) -> list[Message]:
+    """Convert a record of a layout to messages, its field `system` first.
+
+    Args:
+        answered: whether the fields `output` and `cfg.completion_field` are read.
+    """
     if layout in ("messages", "sharegpt"):
         field, style = ("messages", "role") if layout == "messages" else ("conversations", "from")
         if field not in record:
-            present = ", ".join(f"'{name}'" for name in list(record)[:12])
-            problem = f"field '{field}' is missing; this record has {present}"
+            problem = f"field '{field}' is missing; this record has {first_names(record)}"
             raise UserError(problem, where, "Try task.format=auto.")
         return _system(record, where) + turns_of(record[field], field, where, style)
     if layout == "alpaca":
         messages = [*_system(record, where), _instruction(record, where)]
-        output = text_field(record, "output", where, "task.format=prompt task.completion_field")
-        return [*messages, {"role": "assistant", "content": output}]
-    fields = (cfg.prompt_field, cfg.completion_field)
-    parts = [(field, parsed_cell(get_field(record, field))) for field in fields]
-    if all(_are_turns(value) for _, value in parts):
+        if answered:
+            key = "task.format=prompt task.completion_field"
+            output = text_field(record, "output", where, key)
+            messages.append({"role": "assistant", "content": output})
+        return messages
+
+    asked = cfg.prompt_field
+    if not answered and get_field(record, asked) is MISSING:
+        asked = "prompt"
+    fields = (asked, cfg.completion_field) if answered else (asked,)
+    values = [parsed_cell(get_field(record, field)) for field in fields]
+    if all(map(_are_turns, values)):
+        parts = zip(fields, values, strict=True)
         turns = [turn for field, value in parts for turn in turns_of(value, field, where, "role")]
         return with_system(record, turns, where)
-    prompt = text_field(record, cfg.prompt_field, where, "task.prompt_field")
-    return [
-        *_system(record, where),
-        {"role": "user", "content": prompt},
-        {
-            "role": "assistant",
-            "content": text_field(record, cfg.completion_field, where, "task.completion_field"),
-        },
-    ]
+    prompt = text_field(record, asked, where, "task.prompt_field")
+    messages = [*_system(record, where), {"role": "user", "content": prompt}]
+    if answered:
+        completion = text_field(record, cfg.completion_field, where, "task.completion_field")
+        messages.append({"role": "assistant", "content": completion})
+    return messages
 
 
 def _instruction(record: dict, where: str) -> Message:
@@ -281,7 +281,7 @@ def _turn(turn: Any, name: str, where: str, style: str) -> Message:
     text_key, roles = STYLES[style]
     missing = [key for key in (style, text_key) if key not in turn]
     if missing:
-        present = ", ".join(f"'{key}'" for key in turn) or "nothing"
+        present = first_names(turn) or "nothing"
         raise UserError(f"{name} has no '{missing[0]}'; it has {present}", where, FIX)
     role = turn[style]
     if not isinstance(role, str) or role not in roles:
@@ -357,18 +357,11 @@ def _detail(turn: dict, content: str, name: str, where: str) -> list[bool] | Non
         return None
     scored = [False] * len(content)
     for part in turn[key] if isinstance(turn[key], list) else [None]:
-        begin, end, train = (
-            (part.get(k) for k in ("begin_offset", "end_offset", "train"))
-            if isinstance(part, dict)
-            else [None] * 3
-        )
-        answer = _yes_or_no(train)
-        if (
-            type(begin) is not int
-            or type(end) is not int
-            or not 0 <= begin <= end < len(content)
-            or answer is None
-        ):
+        values = part if isinstance(part, dict) else {}
+        begin, end = values.get("begin_offset"), values.get("end_offset")
+        answer = _yes_or_no(values.get("train"))
+        inside = type(begin) is int and type(end) is int and 0 <= begin <= end < len(content)
+        if not inside or answer is None:
             raise UserError(
                 f'{name}.{key} has {shown(str(part))[1:-1]}; a part is {{"begin_offset", "end_offset", "train"}}, '
                 f"characters 0 to {len(content) - 1}, both ends included",
@@ -382,9 +375,8 @@ def _detail(turn: dict, content: str, name: str, where: str) -> list[bool] | Non
 def _yes_or_no(value: Any) -> bool | None:
     """Parse true or false, 1 or 0, in any spelling; None for anything else."""
     text = str(value).strip().lower()
-    return {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(
-        text
-    )
+    answers = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    return answers.get(text)
 
 
 def check_order(messages: list[Message], where: str) -> None:
@@ -406,7 +398,3 @@ def check_order(messages: list[Message], where: str) -> None:
                 where,
                 f"Join them into one, or fix their order, {SKIP}",
             )
-
-
-STYLES = {"role": ("content", ROLES), "from": ("value", SHAREGPT_ROLES)}
-"""Key of the role -> key of the text, and the known roles."""

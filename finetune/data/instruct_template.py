@@ -17,6 +17,7 @@ data formats are handled elsewhere.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +132,8 @@ class Template:
                 pieces = self.pieces(messages, "task.template")
             except UserError:  # no system messages, or one turn only
                 continue
-            wanted.append(
-                (messages, "".join(p + self.eos if n % 2 else p for n, p in enumerate(pieces)))
-            )
+            whole = "".join(p + self.eos if n % 2 else p for n, p in enumerate(pieces))
+            wanted.append((messages, whole))
         # Jinja drops one newline at the end of a template, but not of a macro.
         for text in (self.text, WITH_EOS.replace("TEMPLATE", self.text.removesuffix("\n"), 1)):
             try:
@@ -223,24 +223,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
             "strftime_now: a model that is trained on today's date learns it"
         )
 
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: Any = None,
-        separators: Any = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # Without the HTML escapes of Jinja's own filter.
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    environment.filters["tojson"] = tojson
+    # Without the HTML escapes of Jinja's own filter.
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     return environment
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Union
 
 from finetune.data.fields import full_text, parsed_cell, shown
-from finetune.data.formats import json_type
+from finetune.data.formats import first_names, json_type
 from finetune.data.utf8 import FIX, SKIP
 from finetune.errors import UserError
 
@@ -45,7 +45,7 @@ def questions(record: dict, where: str) -> Iterator[Union[Question, UserError]]:
         elif "question" in record or "context" in record:
             yield _flat(record, where)
         else:
-            present = ", ".join(f"'{name}'" for name in list(record)[:12]) or "no field at all"
+            present = first_names(record) or "no field at all"
             raise UserError(
                 f"the row is neither an article nor a question; it has {present}",
                 where,
@@ -211,7 +211,7 @@ def _get(entry: Any, key: str, where: str, default: Any = _REQUIRED) -> Any:
     if not isinstance(entry, dict):
         raise UserError(f"where an object with '{key}' should be is {json_type(entry)}", where, FIX)
     if key not in entry and default is _REQUIRED:
-        present = ", ".join(f"'{name}'" for name in list(entry)[:12]) or "nothing"
+        present = first_names(entry) or "nothing"
         raise UserError(f"'{key}' is missing; there is {present}", where, FIX)
     return entry.get(key, default)
 

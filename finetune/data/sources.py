@@ -35,7 +35,7 @@ from finetune.data.files import (
     shared,
     suffix,
 )
-from finetune.data.formats import Reader, Row, jsonl_rows, parquet_rows, txt_rows
+from finetune.data.formats import Reader, Row, first_names, jsonl_rows, parquet_rows, txt_rows
 from finetune.data.large_json import json_rows
 from finetune.data.mixture import DataSource, eval_sources, train_sources
 from finetune.data.utf8 import DEFAULTS, FileOptions
@@ -190,7 +190,7 @@ def get_field(record: dict, field: str) -> Any:
 def field_error(record: dict, field: str, where: str, option_key: str) -> UserError:
     """Return the error for a missing field, with the fields present and a likely override."""
     fields = _field_names(record)
-    present = ", ".join(f"'{name}'" for name in fields[:12]) or "no field at all"
+    present = first_names(fields) or "no field at all"
     texts = [name for name in fields if isinstance(get_field(record, name), str)]
     best = max(texts or fields, key=lambda name: _plausible(name, field, record), default=None)
     remedy = f"Set {option_key} to the field that holds it."
