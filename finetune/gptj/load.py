@@ -33,6 +33,7 @@ from finetune.data.tokenizer import TOKENIZER_FILES
 from finetune.errors import UserError
 from finetune.files import read_json, refuse_pointer
 from finetune.gptj.model import MODELS, copy_config
+from finetune.planning.shape import GPTJ_6B_ID
 
 LEGACY = re.compile(r"(\.attn\.(bias|masked_bias|embed_positions)|\.rotary_emb\.inv_freq)$")
 DTYPES: dict[str, torch.dtype] = {d.value: getattr(torch, d.torch_name) for d in Dtype}
@@ -245,7 +246,7 @@ def local_folder(cfg: ModelConfig, download: bool = True) -> Path:
     path = Path(resolve(cfg.path)).expanduser()
     if path.is_dir():
         return path
-    if cfg.init is Init.random and cfg.path.lower() == "eleutherai/gpt-j-6b":
+    if cfg.init is Init.random and cfg.path.lower() == GPTJ_6B_ID:
         return Path(resolve("asset:gptj_6b"))
     if cfg.path.count("/") > 1 or cfg.path.startswith((".", "/", "~")):
         raise UserError(f"there is no directory {cfg.path}", "model.path", "Check the path.")
@@ -373,6 +374,8 @@ def build_model(
     folder = local_folder(cfg)
     config = read_config(folder, cfg, num_labels)
     dtype = DTYPES[cfg.dtype.value]
+
+    # The module, without memory for its parameters.
     linear: Callable[..., nn.Module] = nn.Linear
     if cfg.quantize is not Quantize.none:
         # Imported here: bitsandbytes takes seconds, and most runs do without it.
@@ -387,27 +390,25 @@ def build_model(
         model = MODELS[head](
             copy_config(config), cfg.attention.value, checkpointing, linear, neftune_alpha
         )
-    source = Weights(folder) if cfg.init is Init.pretrained and reads else None
+
+    # The parameters' names and shapes, which must be the checkpoint's.
     names = dict(model.named_parameters())
-    quantized: dict[str, Any] = {
-        f"{name}.weight": module
-        for name, module in model.named_modules()
-        if hasattr(module, "pack")
-    }
     shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in names.items()}
+    modules = model.named_modules()
+    quantized: dict[str, Any] = {f"{n}.weight": m for n, m in modules if hasattr(m, "pack")}
     shapes |= {name: layer.shape for name, layer in quantized.items()}
+    source = Weights(folder) if cfg.init is Init.pretrained and reads else None
     if source is not None:
         _check_names(source, shapes, folder)
+
+    # One parameter at a time: read it or draw it, quantise it, and put it in its place.
     done = 0
     for name, parameter in names.items():
-        shape, layer = shapes[name], quantized.get(name)
-        tensor = None
-        if reads:
-            tensor = (
-                source[name]
-                if source is not None and name in source.files
-                else draw(name, shape, config, seed)
-            )
+        tensor, layer = None, quantized.get(name)
+        if source is not None and name in source.files:
+            tensor = source[name]
+        elif reads:
+            tensor = draw(name, shapes[name], config, seed)
         if layer is not None and tensor is not None:
             tensor = layer.pack(tensor.to(device=device, dtype=dtype))
         if place is not None:
@@ -418,8 +419,10 @@ def build_model(
             # A tensor that is still a view of the file would keep the whole mapping alive.
             if layer is None and fresh.data_ptr() == tensor.data_ptr():
                 fresh = fresh.clone()
-            _set(model, name, nn.Parameter(fresh, requires_grad=layer is None))
-        done += prod(shape)
+            owner, _, leaf = name.rpartition(".")
+            filled = nn.Parameter(fresh, requires_grad=layer is None)
+            setattr(model.get_submodule(owner), leaf, filled)
+        done += prod(shapes[name])
         if progress is not None:
             progress(done)
     return model
@@ -471,11 +474,6 @@ def draw(name: str, shape: tuple[int, ...], config: GPTJConfig, seed: int) -> Te
     mixed = zlib.crc32(name.encode()) ^ (seed * 2654435761 % 2**32)
     generator = torch.Generator().manual_seed(mixed)
     return torch.empty(shape).normal_(0.0, config.initializer_range, generator=generator)
-
-
-def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, parameter)
 
 
 @contextmanager
