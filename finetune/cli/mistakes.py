@@ -155,7 +155,8 @@ def group_names(program: str) -> list[str]:
 # own options and settings (`--multirun`, `hydra.sweep.dir=...`) work as in Hydra or get a hint too:
 # these programs are started by DeepSpeed's launcher, on many ranks, where Hydra's own directories
 # and launchers do not apply.
-TRAINER = {
+OTHERS = {
+    # transformers' Trainer, peft and TRL.
     "model_name_or_path": "model.path",
     "model_revision": "model.revision",
     "tokenizer_name": "model.tokenizer",
@@ -214,8 +215,7 @@ TRAINER = {
     "pref_loss": "task.loss",
     "label_smoothing": "task.label_smoothing",
     "simpo_gamma": "task.gamma",
-}
-AXOLOTL = {
+    # Axolotl, besides names that it shares with those above.
     "base_model": "model.path",
     "datasets": "data.train",
     "test_datasets": "data.eval",
@@ -239,13 +239,8 @@ AXOLOTL = {
     "wandb_project": "tracker.wandb.project",
     "wandb_entity": "tracker.wandb.entity",
     "chat_template": "task.template",
-    "output_dir": "run_dir",
-    "learning_rate": "optim.lr",
-    "max_steps": "train.steps",
-}
-LLAMA_FACTORY = {
+    # LLaMA-Factory, likewise.
     "predict_with_generate": "eval.generate",
-    "model_name_or_path": "model.path",
     "dataset": "data.train",
     "eval_dataset": "data.eval",
     "cutoff_len": "task.max_length",
@@ -254,12 +249,7 @@ LLAMA_FACTORY = {
     "template": "task.template",
     "lora_rank": "adapter.rank",
     "lora_target": "adapter.targets",
-    "per_device_train_batch_size": "train.micro_batch",
-    "learning_rate": "optim.lr",
-    "num_train_epochs": "train.epochs",
-    "output_dir": "run_dir",
 }
-OTHERS = TRAINER | AXOLOTL | LLAMA_FACTORY
 """Their name -> our key."""
 
 HINTS = {
@@ -278,56 +268,31 @@ HINTS = {
 
 ABSENT = {
     name: answer
-    for names, answer in [
-        (
-            (
-                "load_in_4bit",
-                "load_in_8bit",
-                "bnb_4bit_quant_type",
-                "quantization_config",
-                "quantization_bit",
-                "qlora",
-            ),
-            "Frozen weights in 8 or 4 bits: model.quantize=int8 or model.quantize=nf4, with an adapter, e.g. "
-            "adapter=lora; launch/plan.py says what fits.",
+    for names, answer in {
+        "load_in_4bit load_in_8bit bnb_4bit_quant_type quantization_config quantization_bit qlora": (
+            "Frozen weights in 8 or 4 bits: model.quantize=int8 or model.quantize=nf4, with an "
+            "adapter, e.g. adapter=lora; launch/plan.py says what fits."
         ),
-        (
-            ("max_train_samples", "max_eval_samples", "max_samples"),
-            "data.max_rows=1000 reads only the first rows of the training and the evaluation data.",
+        "max_train_samples max_eval_samples max_samples": (
+            "data.max_rows=1000 reads only the first rows of the training and the evaluation data."
         ),
-        (
-            (
-                "validation_split",
-                "validation_split_percentage",
-                "val_size",
-                "val_set_size",
-                "test_size",
-            ),
-            "data.eval=0.02 holds out a share of the training rows, data.eval_rows=500 a number of them. "
-            "data.eval_split names the split of a hub id or `datasets` folder.",
+        "validation_split validation_split_percentage val_size val_set_size test_size": (
+            "data.eval=0.02 holds out a share of the training rows, data.eval_rows=500 a number"
+            " of them. data.eval_split names the split of a hub id or `datasets` folder."
         ),
-        (
-            (
-                "special_tokens",
-                "additional_special_tokens",
-                "added_tokens",
-                "new_special_tokens",
-                "add_tokens",
-            ),
-            "Tokens cannot be added: the vocabulary stays the checkpoint's. model.tokenizer=DIR reads a tokenizer whose ids "
-            "fit into it.",
+        "special_tokens additional_special_tokens added_tokens new_special_tokens add_tokens": (
+            "Tokens cannot be added: the vocabulary stays the checkpoint's. model.tokenizer=DIR"
+            " reads a tokenizer whose ids fit into it."
         ),
-        (
-            ("streaming", "dataset_streaming", "pretraining_dataset"),
-            "There is nothing to switch on: files of any size are tokenised once, in little memory, and read from "
-            "data.cache_dir.",
+        "streaming dataset_streaming pretraining_dataset": (
+            "There is nothing to switch on: files of any size are tokenised once, in little "
+            "memory, and read from data.cache_dir."
         ),
-        (
-            ("greater_is_better",),
-            "A metric's better end is known: name it alone, train.metric=accuracy.",
+        "greater_is_better": (
+            "A metric's better end is known: name it alone, train.metric=accuracy."
         ),
-    ]
-    for name in names
+    }.items()
+    for name in names.split()
 }
 """Their settings that have no counterpart here -> what to do instead."""
 
@@ -375,54 +340,25 @@ INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 """Values of --info, which may also stand alone."""
 
 HYDRA_SETTINGS = {
-    name: answer
-    for names, answer in [
-        (
-            ("hydra/launcher", "hydra.launcher"),
-            "Jobs of a sweep are started by DeepSpeed's launcher: sweep.parallel=K runs K at once, and "
-            "sweep.launcher='...' gives its options.",
-        ),
-        (("hydra/sweeper",), "Write sweep=grid, sweep=random or sweep=optuna."),
-        (
-            ("hydra.sweeper",),
-            "Write sweep=grid, sweep=random or sweep=optuna; their settings are sweep.trials, "
-            "sweep.metric, sweep.direction and sweep.space (--help sweep).",
-        ),
-        (("hydra.sweep.subdir",), "A job's folder is its number below sweep.dir."),
-        (
-            ("hydra.job", "hydra.job.name"),
-            "A run is named by name=NAME, and lives where run_dir=DIR says.",
-        ),
-        (
-            ("hydra.job.chdir",),
-            "A run never changes its working directory; what it writes goes to run_dir=DIR.",
-        ),
-        (
-            ("hydra.job.env_set",),
-            "Set variables in the shell: NAME=VALUE deepspeed launch/train.py ...",
-        ),
-        (("hydra.mode",), "A sweep is started by -m."),
-        (
-            ("hydra/job_logging", "hydra.job_logging"),
-            "A run prints what it does; verbose=true lets the libraries' own log lines through.",
-        ),
-        (
-            ("hydra/hydra_logging", "hydra.hydra_logging"),
-            "verbose=true lets the libraries' own log lines through.",
-        ),
-        (
-            ("hydra.output_subdir", "hydra/output"),
-            "There is no .hydra folder: run_dir/config.yaml holds the config.",
-        ),
-        (
-            ("hydra",),
-            "run_dir=DIR, sweep.dir=DIR and verbose=true are the settings that take their place; "
-            "see --help.",
-        ),
-    ]
-    for name in names
+    "hydra.launcher": "Jobs of a sweep are started by DeepSpeed's launcher: sweep.parallel=K runs K "
+    "at once, and sweep.launcher='...' gives its options.",
+    "hydra.sweeper": "Write sweep=grid, sweep=random or sweep=optuna; their settings are "
+    "sweep.trials, sweep.metric, sweep.direction and sweep.space (--help sweep).",
+    "hydra.sweep.subdir": "A job's folder is its number below sweep.dir.",
+    "hydra.job": "A run is named by name=NAME, and lives where run_dir=DIR says.",
+    "hydra.job.chdir": "A run never changes its working directory; what it writes goes to "
+    "run_dir=DIR.",
+    "hydra.job.env_set": "Set variables in the shell: NAME=VALUE deepspeed launch/train.py ...",
+    "hydra.mode": "A sweep is started by -m.",
+    "hydra.job_logging": "A run prints what it does; verbose=true lets the libraries' own log lines "
+    "through.",
+    "hydra.hydra_logging": "verbose=true lets the libraries' own log lines through.",
+    "hydra.output": "There is no .hydra folder: run_dir/config.yaml holds the config.",
+    "hydra": "run_dir=DIR, sweep.dir=DIR and verbose=true are the settings that take their place; "
+    "see --help.",
 }
-"""Hydra's own settings, by their first letters -> what to do instead; the longest that fits counts."""
+"""Hydra's own settings and groups (with a dot for the slash), by their first letters -> what to do
+instead; the longest that fits counts."""
 
 
 def split_flags(argv: list[str], program: str = "train") -> tuple[list[str], dict[str, str]]:
@@ -488,7 +424,8 @@ def without_hydra(words: list[str], program: str, multirun: bool = False) -> lis
         elif key == "hydra.verbose" and value.lower() in ("true", "false"):
             translated.append(f"verbose={value.lower()}")
         elif key != "hydra.output_subdir" or value.lower() != "null":
-            remedy = HYDRA_SETTINGS[max(filter(key.startswith, HYDRA_SETTINGS), key=len)]
+            dotted = key.replace("/", ".")
+            remedy = HYDRA_SETTINGS[max(filter(dotted.startswith, HYDRA_SETTINGS), key=len)]
             if key == "hydra.run.dir":
                 remedy = "This program writes nothing there."
                 if multirun:
