@@ -33,12 +33,9 @@ from finetune.config import (
     template_tokens,
 )
 from finetune.data.mixture import source_problems
-from finetune.errors import UserError, problems_error
+from finetune.errors import Rule, UserError, broken, problems_error
 from finetune.planning.job import accumulation, sharding_problems
 from finetune.planning.shape import WHOLE_MODULES, adapted_layers, target_modules
-
-Rule = tuple[object, str, str, str]
-"""A truth value if it is broken, the problem, its place (if the problem does not name it), a remedy."""
 
 DATA_REMEDY = """\
 Give a file, glob, directory or hub id: data.train='pile/*.jsonl.zst' data.eval=pile/val.jsonl.zst
@@ -142,7 +139,7 @@ def task_problems(task: TaskConfig, metric: str | None = None) -> Iterator[UserE
         metric: train.metric, METRIC or SET/METRIC, which evaluations of the task must have.
     """
     yield from value_problems(task, "task.")
-    yield from _broken(_task_rules(task, metric))
+    yield from broken(_task_rules(task, metric))
 
 
 def refuse_task(task: TaskConfig) -> None:
@@ -154,13 +151,28 @@ def refuse_task(task: TaskConfig) -> None:
 def _config_problems(cfg: Config, world_size: int, cuda: bool) -> Iterator[UserError]:
     yield from value_problems(cfg)
     own_metric = None if asks_lm_eval(cfg.eval, cfg.train.metric) else cfg.train.metric
-    yield from _broken([*_task_rules(cfg.task, own_metric), *_rules(cfg), *_token_rules(cfg)])
+    yield from broken(
+        [
+            *_task_rules(cfg.task, own_metric),
+            *_run_rules(cfg),
+            *_evaluation_rules(cfg),
+            *_lm_eval_rules(cfg),
+            *_token_rules(cfg),
+        ]
+    )
     yield from sharding_problems(cfg, cuda)
     yield from source_problems(cfg.data)
+    try:
+        "".encode(cfg.data.encoding)
+    except LookupError:
+        yield UserError(
+            f"data.encoding = {cfg.data.encoding} is no encoding of text that Python knows",
+            remedy="Try data.encoding=cp1252 (Western Windows), or leave it out for UTF-8.",
+        )
 
     # Rules that are written down where they are needed, and raise their problem.
     train, adapter, task = cfg.train, cfg.adapter, cfg.task
-    attempts: list[Callable[[], object]] = [lambda: _known_encoding(cfg.data.encoding)]
+    attempts: list[Callable[[], object]] = []
     micro_batch = 1 if train.micro_batch == "auto" else train.micro_batch
     if isinstance(micro_batch, int) and min(micro_batch, train.global_batch) > 0:
         attempts.append(lambda: accumulation(micro_batch, train.global_batch, world_size))
@@ -180,27 +192,9 @@ def _config_problems(cfg: Config, world_size: int, cuda: bool) -> Iterator[UserE
             yield error
 
 
-def _broken(rules: list[Rule]) -> Iterator[UserError]:
-    return (UserError(what, where, remedy) for broken, what, where, remedy in rules if broken)
-
-
-def _known_encoding(name: str) -> None:
-    try:
-        "".encode(name)
-    except LookupError:
-        raise UserError(
-            f"data.encoding = {name} is no encoding of text that Python knows",
-            remedy="Try data.encoding=cp1252 (Western Windows), or leave it out for UTF-8.",
-        ) from None
-
-
-def _rules(cfg: Config) -> list[Rule]:
-    train, checkpoint, betas = cfg.train, cfg.checkpoint, cfg.optim.betas
-    evaluates = bool(cfg.data.evaluates and train.eval_every)
-    eval_set, _, own_metric = (train.metric or "").rpartition("/")
-    generates = GENERATED.keys() <= metrics_of(cfg.task).keys()
-    sets = list(map(str, cfg.data.eval)) if isinstance(cfg.data.eval, dict) else []
-    twice = ", ".join(sorted(set(sets) & set(cfg.eval.lm_eval)))
+def _run_rules(cfg: Config) -> list[Rule]:
+    """Rules of a run as a whole: its data, adapter, length and results."""
+    train, betas = cfg.train, cfg.optim.betas
     allowed = [name for name in WHOLE_MODULES if name != "lm_head" or cfg.task.head == "lm"]
     whole = getattr(cfg.adapter, "modules_to_save", [])
     unknown = ", ".join(name for name in whole if name not in allowed)
@@ -268,11 +262,28 @@ def _rules(cfg: Config) -> list[Rule]:
             "Try train.sample_prompts=[The].",
         ),
         (
-            eval_set and eval_set not in [*sets, *cfg.eval.lm_eval],
+            cfg.checkpoint.final is FinalCheckpoint.none and not cfg.export.enabled,
+            "checkpoint.final=none and export.enabled=false leave nothing of the trained model",
+            "",
+            "Try checkpoint.final=weights.",
+        ),
+    ]
+
+
+def _evaluation_rules(cfg: Config) -> list[Rule]:
+    """Rules of what evaluations need, and of what depends on their metrics."""
+    train = cfg.train
+    evaluates = bool(cfg.data.evaluates and train.eval_every)
+    eval_set, _, own_metric = (train.metric or "").rpartition("/")
+    generates = GENERATED.keys() <= metrics_of(cfg.task).keys()
+    sets = [*_eval_sets(cfg), *cfg.eval.lm_eval]
+    return [
+        (
+            eval_set and eval_set not in sets,
             f"train.metric = {train.metric}, and there is no evaluation set {eval_set}, nor such a "
             "task in eval.lm_eval",
             "",
-            f"Choose from {', '.join([*sets, *cfg.eval.lm_eval]) or 'names, as in data.eval={web: a.jsonl}'}"
+            f"Choose from {', '.join(sets) or 'names, as in data.eval={web: a.jsonl}'}"
             f"; a task of lm-eval is named in eval.lm_eval=[{eval_set}].",
         ),
         (
@@ -304,6 +315,25 @@ def _rules(cfg: Config) -> list[Rule]:
             f"Try eval.generate_tokens={max(1, cfg.task.max_length // 2)}.",
         ),
         (
+            train.early_stopping and not evaluates,
+            "train.early_stopping needs data.eval and train.eval_every",
+            "",
+            "Try train.eval_every=100 data.eval=FILE.",
+        ),
+        (
+            cfg.checkpoint.best and not evaluates,
+            "checkpoint.best needs data.eval and train.eval_every",
+            "",
+            "Try train.eval_every=100 data.eval=FILE.",
+        ),
+    ]
+
+
+def _lm_eval_rules(cfg: Config) -> list[Rule]:
+    """Rules of lm-eval's tasks, which are asked beside the evaluation data."""
+    metric, twice = cfg.train.metric, sorted({*_eval_sets(cfg)} & {*cfg.eval.lm_eval})
+    return [
+        (
             cfg.eval.lm_eval and cfg.task.head != "lm",
             f"eval.lm_eval = {cfg.eval.lm_eval}: lm-eval asks language models, which "
             f"{kind_of(cfg.task)} does not train",
@@ -318,36 +348,23 @@ def _rules(cfg: Config) -> list[Rule]:
         ),
         (
             twice,
-            f"an evaluation set and a task of eval.lm_eval are both named {twice}",
+            f"an evaluation set and a task of eval.lm_eval are both named {', '.join(twice)}",
             "",
             "Give the set another name in data.eval.",
         ),
         (
-            asks_lm_eval(cfg.eval, train.metric) and cfg.eval.lm_eval_every > 1,
-            f"train.metric = {train.metric} needs a figure at every evaluation, and "
+            asks_lm_eval(cfg.eval, metric) and cfg.eval.lm_eval_every > 1,
+            f"train.metric = {metric} needs a figure at every evaluation, and "
             f"eval.lm_eval_every = {cfg.eval.lm_eval_every}",
             "",
             "Try eval.lm_eval_every=1 with a larger train.eval_every.",
         ),
-        (
-            train.early_stopping and not evaluates,
-            "train.early_stopping needs data.eval and train.eval_every",
-            "",
-            "Try train.eval_every=100 data.eval=FILE.",
-        ),
-        (
-            checkpoint.best and not evaluates,
-            "checkpoint.best needs data.eval and train.eval_every",
-            "",
-            "Try train.eval_every=100 data.eval=FILE.",
-        ),
-        (
-            checkpoint.final is FinalCheckpoint.none and not cfg.export.enabled,
-            "checkpoint.final=none and export.enabled=false leave nothing of the trained model",
-            "",
-            "Try checkpoint.final=weights.",
-        ),
     ]
+
+
+def _eval_sets(cfg: Config) -> list[str]:
+    """Return the names of the evaluation sets, if they have any."""
+    return list(map(str, cfg.data.eval)) if isinstance(cfg.data.eval, dict) else []
 
 
 def _token_rules(cfg: Config) -> list[Rule]:

@@ -1,11 +1,11 @@
-"""Words of programs to people: the one exception that a user should see, exit codes, numbers, and commands to paste."""
+"""Words of programs to people: the one exception that users should see, exit codes, rules, numbers, tables, commands to paste."""
 
 from __future__ import annotations
 
 import math
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,19 +76,34 @@ class RunFailed(UserError):
 
 def problems_error(title: str, problems: list[UserError]) -> UserError:
     """One error that lists all problems at once, e.g. "2 problems in the configuration:"."""
-    plural = "problem" if len(problems) == 1 else "problems"
-    lines = [f"{len(problems)} {plural} in {title}:"]
+    lines = [f"{plural(len(problems), 'problem')} in {title}:"]
     for problem in problems:
         lines += [f"  {line}" for line in problem.render().split("\n")]
     return UserError("\n".join(lines))
 
 
+GIB = 2**30
+
+Rule = tuple[object, str, str, str]
+"""A truth value if it is broken, the problem, its place (if the problem does not name it), a remedy."""
+
+
+def broken(rules: Iterable[Rule]) -> Iterator[UserError]:
+    """Return the problem of each rule that is broken."""
+    return (UserError(*words) for is_broken, *words in rules if is_broken)
+
+
 def gib(n_bytes: float, spec: str = "") -> str:
     """Format bytes as `1.50 GiB`, `12.0 MiB` or `7 B`; `spec` replaces the number's format."""
-    for unit, size, usual in (("GiB", 2**30, ".2f"), ("MiB", 2**20, ".1f"), ("KiB", 2**10, ".1f")):
+    for unit, size, usual in (("GiB", GIB, ".2f"), ("MiB", 2**20, ".1f"), ("KiB", 2**10, ".1f")):
         if abs(n_bytes) >= size:
             return f"{n_bytes / size:{spec or usual}} {unit}"
     return f"{n_bytes:.0f} B"
+
+
+def plural(count: int, noun: str) -> str:
+    """Format a count of things: `1 rank`, `4 ranks`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def number(value: Any, spec: str = ",.0f") -> str:
@@ -130,6 +145,22 @@ def clock(seconds: float | None) -> str:
     if hours >= 24:
         return f"{hours // 24}d {hours % 24:02d}:{minutes:02d}"
     return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"
+
+
+def align(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> list[str]:
+    """Return the lines of a table whose columns are as wide as their widest cell.
+
+    Args:
+        left: columns that are aligned to the left; the others, numbers, are to the right.
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(w) if i in left else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=False))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 PLAIN_VALUE = re.compile(r"[A-Za-z0-9_/.:@%+-]+")

@@ -19,8 +19,9 @@ from finetune.config import (
     TaskConfig,
     TrainConfig,
 )
+from finetune.errors import GIB
 from finetune.planning.choose import Plan, plan
-from finetune.planning.machine import GIB, Machine
+from finetune.planning.machine import Machine
 from finetune.planning.shape import load_shape
 
 GPUS = (1, 2, 4, 8)

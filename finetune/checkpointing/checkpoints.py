@@ -50,7 +50,7 @@ from finetune.checkpointing.format import (
 from finetune.checkpointing.train_state import TrainState
 from finetune.config import FinalCheckpoint
 from finetune.dist import World
-from finetune.errors import RunFailed, UserError, command, gib
+from finetune.errors import RunFailed, UserError, command, gib, plural
 from finetune.files import fsync, write_atomic
 from finetune.planning.machine import disk_free_bytes
 from finetune.sharding import partitions
@@ -332,7 +332,7 @@ class Checkpoints:
             held = sum(folder_bytes(step) for step in here)
             self._require(
                 count * one - held,
-                f"keeping {count} checkpoint{'s' * (count > 1)} of {gib(one)} at once",
+                f"keeping {plural(count, 'checkpoint')} of {gib(one)} at once",
             )
 
         self.world.on_main(check)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from finetune.cli import doctor_checks
 from finetune.cli.doctor_checks import RED, Check, yellow
-from finetune.errors import EXIT_DONE, EXIT_FAILED
+from finetune.errors import EXIT_DONE, EXIT_FAILED, plural
 
 if TYPE_CHECKING:  # Hydra may be what is missing
     from finetune.compose import Composed
@@ -80,7 +80,7 @@ def main(json_only: bool = False) -> int:
     if console.is_terminal:
         console.print(table)
     console.print(
-        f"{bad} finding{'s' * (bad != 1)} must be fixed first" if bad else "ready to train",
+        f"{plural(bad, 'finding')} must be fixed first" if bad else "ready to train",
         style="bold red" if bad else "bold green",
     )
     return EXIT_FAILED if bad else EXIT_DONE

@@ -22,13 +22,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune.errors import gib
+from finetune.errors import GIB, gib
 from finetune.sharding.ops import built_ops, extension_folders, find_stale_locks
 
 DISTRIBUTION = "finetune-gptj"
 OPS = {"deepspeed_shm_comm": "needed on CPU", "async_io": "only for nvme offload"}
 GET_COMPILER = "apt-get install g++; pip install ninja"
-GIB = 2**30
 PORT = 29500
 OFFLINE_FLAGS = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 GREEN, YELLOW, RED = "green", "yellow", "red"
@@ -75,32 +74,55 @@ def torch_and_cuda() -> Check:
     torch = _torch()
     if torch is None:
         return red("torch", "cannot be imported", "pip install -e .")
-    driver = gpu_driver()
-    build = f"torch {torch.__version__}, built for " + (
-        f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
-    )
-    if torch.cuda.is_available():
-        return _gpus(torch, build, driver)
-    if driver and not torch.version.cuda:
-        return yellow(
-            "torch",
-            f"{build}, but there is an NVIDIA driver {driver}: training would run on the CPU",
-            "pip install torch --index-url https://download.pytorch.org/whl/cu130",
-        )
-    if driver:
+    driver, cuda = gpu_driver(), torch.version.cuda
+    build = f"torch {torch.__version__}, built for {f'CUDA {cuda}' if cuda else 'CPU'}"
+
+    # On the CPU: for want of a GPU, of a driver, or of a torch that can use them.
+    if not torch.cuda.is_available():
+        if driver and not cuda:
+            return yellow(
+                "torch",
+                f"{build}, but there is an NVIDIA driver {driver}: training would run on the CPU",
+                "pip install torch --index-url https://download.pytorch.org/whl/cu130",
+            )
+        if driver:
+            return red(
+                "torch",
+                f"{build} and driver {driver} do not work together",
+                f"Update the driver, or install a torch built for an older CUDA than {cuda}.",
+            )
+        from finetune.training.mfu import SLOW_BF16, emulates_bf16
+
+        if emulates_bf16(torch.device("cpu")):
+            return yellow(
+                "torch", f"{build}; no GPU here, and {SLOW_BF16}", "Train with model.dtype=fp32."
+            )
+        return green("torch", f"{build}; no GPU here, training runs on the CPU")
+
+    # On GPUs: all of them need kernels of this torch, and bf16.
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    cards = Counter(f"{p.name} {gib(p.total_memory, '.0f')}" for p in properties)
+    listed = ", ".join(f"{n} x {card}" for card, n in cards.items())
+    text = f"{build}, driver {driver or 'unknown'}: {listed}"
+    oldest = min((p.major, p.minor) for p in properties)
+    built_for = [
+        tuple(map(int, re.findall(r"(\d+)(\d)", arch)[0]))
+        for arch in torch.cuda.get_arch_list()
+        if re.search(r"\d\d", arch)
+    ]
+    if built_for and oldest < min(built_for):
         return red(
             "torch",
-            f"{build} and driver {driver} do not work together",
-            "Update the driver, or install a torch built for an older CUDA than "
-            f"{torch.version.cuda}.",
+            f"{text}; this torch has no kernels for compute capability {oldest[0]}.{oldest[1]}",
+            "Install a torch build that still supports this GPU.",
         )
-    from finetune.training.mfu import SLOW_BF16, emulates_bf16
-
-    if emulates_bf16(torch.device("cpu")):
+    if oldest < (8, 0):
         return yellow(
-            "torch", f"{build}; no GPU here, and {SLOW_BF16}", "Train with model.dtype=fp32."
+            "torch",
+            f"{text}; no bf16 before compute capability 8.0",
+            "Train with model.dtype=fp16.",
         )
-    return green("torch", f"{build}; no GPU here, training runs on the CPU")
+    return green("torch", text)
 
 
 def cuda_compiler() -> Check:
@@ -263,32 +285,6 @@ def _metadata() -> Any:
         return importlib.metadata.metadata(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _gpus(torch: Any, build: str, driver: str | None) -> Check:
-    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    cards = Counter(f"{p.name} {p.total_memory / 2**30:.0f} GiB" for p in properties)
-    listed = ", ".join(f"{n} x {card}" for card, n in cards.items())
-    text = f"{build}, driver {driver or 'unknown'}: {listed}"
-    oldest = min((p.major, p.minor) for p in properties)
-    built_for = [
-        tuple(map(int, re.findall(r"(\d+)(\d)", arch)[0]))
-        for arch in torch.cuda.get_arch_list()
-        if re.search(r"\d\d", arch)
-    ]
-    if built_for and oldest < min(built_for):
-        return red(
-            "torch",
-            f"{text}; this torch has no kernels for compute capability {oldest[0]}.{oldest[1]}",
-            "Install a torch build that still supports this GPU.",
-        )
-    if oldest < (8, 0):
-        return yellow(
-            "torch",
-            f"{text}; no bf16 before compute capability 8.0",
-            "Train with model.dtype=fp16.",
-        )
-    return green("torch", text)
 
 
 def _torch() -> Any:

@@ -360,8 +360,9 @@ def _detail(turn: dict, content: str, name: str, where: str) -> list[bool] | Non
         values = part if isinstance(part, dict) else {}
         begin, end = values.get("begin_offset"), values.get("end_offset")
         answer = _yes_or_no(values.get("train"))
-        inside = type(begin) is int and type(end) is int and 0 <= begin <= end < len(content)
-        if not inside or answer is None:
+        if answer is None or not (
+            type(begin) is int and type(end) is int and 0 <= begin <= end < len(content)
+        ):
             raise UserError(
                 f'{name}.{key} has {shown(str(part))[1:-1]}; a part is {{"begin_offset", "end_offset", "train"}}, '
                 f"characters 0 to {len(content) - 1}, both ends included",

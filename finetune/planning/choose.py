@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from math import ceil
 from typing import Any, Optional
 
 from finetune.config import (
@@ -22,7 +23,7 @@ from finetune.config import (
     ZeroConfig,
     own_tokens,
 )
-from finetune.errors import gib
+from finetune.errors import GIB, gib
 from finetune.planning.estimate import (
     Estimate,
     checkpoint_bytes,
@@ -31,7 +32,7 @@ from finetune.planning.estimate import (
     load_host_bytes,
 )
 from finetune.planning.job import Job, Option, Work, sharding_problems
-from finetune.planning.machine import GIB, Machine
+from finetune.planning.machine import Machine
 from finetune.planning.shape import ModelShape
 
 
@@ -67,10 +68,10 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the object of plan.json and of `plan.format=json`."""
-        chosen = self.chosen.to_json()
+        option = self.chosen.option
         return {
             "fits": self.fits,
-            "chosen": {key: chosen[key] for key in ("zero", "offload_optimizer", "offload_params")},
+            "chosen": {"zero": option.zero, **option.places},
             "machine": asdict(self.machine),
             "options": [option.to_json() for option in self.options],
             "parameters": self.parameters,
@@ -104,14 +105,14 @@ def plan(cfg: Config, machine: Machine, shape: ModelShape, world_size: int) -> P
         verdict = "fits" if chosen.fits else "does not fit"
         reason = f"zero.stage={cfg.zero.stage} was asked for; it {verdict}."
     elif not chosen.fits:
-        reason = f"No option fits; {chosen.option} comes closest ({missing(job, chosen)})."
+        reason = f"No option fits; {chosen.option} comes closest ({missing(chosen)})."
     elif not before:
         reason = f"{chosen.option} is the fastest and fits."
     else:
         faster = estimate(job, before[-1])
         reason = (
             f"{chosen.option} is the fastest that fits; {faster.option} is faster but does not "
-            f"({missing(job, faster)})."
+            f"({missing(faster)})."
         )
     return Plan(
         chosen=chosen,
@@ -182,12 +183,9 @@ def choose(job: Job, wanted: list[Option], auto_micro_batch: bool = False) -> tu
 
     def overshoot(estimated: Estimate) -> float:
         """Return the need for the scarcest memory as a multiple of its size."""
-        machine = job.machine
-        if estimated.short in ("disk", "nvme"):  # no option saves disk, so it ranks behind memory
-            disk = machine.nvme_bytes or 0 if estimated.short == "nvme" else machine.disk_bytes
-            return estimated.disk_bytes / max(1, disk)
-        host = estimated.host_bytes / max(1, machine.host_bytes)
-        return max(host, estimated.gpu_bytes / max(1, machine.gpu_bytes)) if job.on_gpu else host
+        # No option saves disk, so it counts only where there is enough memory.
+        scarce = [estimated.needs[place] for place in {"gpu", "host", estimated.short}]
+        return max(need / max(1, have) for need, have in scarce)
 
     return min((estimate(job, option) for option in wanted), key=overshoot), job
 
@@ -201,17 +199,16 @@ def largest_micro_batch(job: Job, option: Option) -> Optional[int]:
     return None
 
 
-def missing(job: Job, misfit: Estimate) -> str:
-    """Describe what a misfit lacks, e.g. "it needs 95.20 GiB of 80.00 GiB on the GPU"."""
-    machine = job.machine
-    host_bytes = max(misfit.host_bytes, load_host_bytes(job, misfit.option))
-    need, have, where = {
-        "gpu": (misfit.gpu_bytes, machine.gpu_bytes, "on the GPU"),
-        "host": (host_bytes, machine.host_bytes, "of host memory"),
-        "disk": (misfit.disk_bytes, machine.disk_bytes, "on disk"),
-        "nvme": (misfit.disk_bytes, machine.nvme_bytes or 0, "on nvme"),
-    }.get(misfit.short, (0, 0, "more"))
-    return f"it needs {gib(need)} {where}, there are {gib(have)}"
+def missing(misfit: Estimate) -> str:
+    """Describe what a misfit lacks: `it needs 95.20 GiB on the GPU, there are 80.00 GiB`."""
+    where = {
+        "gpu": "on the GPU",
+        "host": "of host memory",
+        "disk": "on disk",
+        "nvme": "on nvme",
+    }
+    need, have = misfit.needs[misfit.short]
+    return f"it needs {gib(need)} {where[misfit.short]}, there are {gib(have)}"
 
 
 # ---------------------------------------------------------------------- options
@@ -242,7 +239,7 @@ def all_options(job: Job, nvme_path: str | None) -> list[Option]:
     """
     places = {"none"} | ({"cpu"} if job.on_gpu else set())
     places |= {"nvme"} if job.on_gpu and nvme_path else set()
-    options = [o for o in OPTIONS if {o.offload_optimizer, o.offload_params} <= places]
+    options = [option for option in OPTIONS if places.issuperset(option.places.values())]
     if job.optimizer is OptimName.adafactor:
         return [Option(0)]
     keeps = job.optimizer is not OptimName.adamw
@@ -310,11 +307,13 @@ def room(zero: ZeroConfig, job: Job, chosen: Estimate) -> list[str]:
 def remedies(zero: ZeroConfig, job: Job, misfit: Estimate) -> list[str]:
     """Return the overrides that make a misfit fit, cheapest first, with their numbers."""
     if misfit.short in ("disk", "nvme"):
-        advice = [f"free disk space: {missing(job, misfit)}"]
+        advice = [f"free disk space: {missing(misfit)}"]
         saved = checkpoint_bytes(job) - 4 * job.shape.trainable(job.adapter)
         if misfit.short == "disk" and job.checkpoints_kept == 1:
-            need = misfit.disk_bytes - saved
-            advice.append(f"checkpoint.final=weights: {gib(need)} on disk; none: still less")
+            need, _ = misfit.needs["disk"]
+            advice.append(
+                f"checkpoint.final=weights: {gib(need - saved)} on disk; none: still less"
+            )
         return advice
     advice: list[str] = []
     enough: list[tuple[set[str], bool]] = []
@@ -328,13 +327,12 @@ def remedies(zero: ZeroConfig, job: Job, misfit: Estimate) -> list[str]:
             advice.append("; ".join([words, *_savings(job, steps, Option(misfit.option.stage))]))
     if not job.on_gpu:
         # The smallest memory that is enough without other changes, in whole GiB.
-        unlimited = replace(job, machine=replace(job.machine, host_bytes=2**60))
-        need = {
-            option: max(estimate(unlimited, option).host_bytes, load_host_bytes(unlimited, option))
-            for option in wanted_options(_auto(zero), unlimited)
+        needs = {
+            option: estimate(job, option).needs["host"][0]
+            for option in wanted_options(_auto(zero), job)
         }
-        least = min(need, key=lambda option: need[option])
-        host_gib = -(-need[least] // GIB)
+        least = min(needs, key=needs.__getitem__)
+        host_gib = ceil(needs[least] / GIB)
         advice.append(f"machine.host_gib={host_gib} (free, on such a machine): {least}")
         advice.append(
             "debug=tiny: the same command with the tiny GPT-J that ships with the project"
@@ -390,46 +388,54 @@ def _changes(job: Job) -> Iterator[tuple[dict[str, Job], Job]]:
 
     Single changes come first, then combinations, the mildest first.
     """
-    work, key, half = job.work, "train.activation_checkpointing", job.work.max_length // 2
+    work, half = job.work, job.work.max_length // 2
+    key = "train.activation_checkpointing"
+    checkpointed, small = f"{key}=true", "train.micro_batch=1"
+    adam8, nf4, lora = "optim.name=adamw8bit", "model.quantize=nf4", "adapter=lora"
 
     def with_work(**changes: Any) -> Callable[[Job], Job]:
         return lambda job: replace(job, work=replace(job.work, **changes))
 
+    # Override -> does it change anything, and how.
     singles: dict[str, tuple[bool, Callable[[Job], Job]]] = {
         "zero=auto": (True, lambda job: job),
         f"{key}=selective": (not work.checkpointing, with_work(checkpointing="selective")),
-        f"{key}=true": (not work.rebuilds, with_work(checkpointing=True)),
+        checkpointed: (not work.rebuilds, with_work(checkpointing=True)),
         f"{key}=offload": (
             work.checkpointing is True and job.on_gpu,
             with_work(checkpointing="offload"),
         ),
-        "optim.name=adamw8bit": (
+        adam8: (
             job.full and job.optimizer is OptimName.adamw,
             lambda job: replace(job, optimizer=OptimName.adamw8bit),
         ),
-        "model.quantize=nf4": (
+        nf4: (
             job.quantize is not Quantize.nf4,
             lambda job: replace(job, quantize=Quantize.nf4),
         ),
-        "train.micro_batch=1": (work.micro_batch > 1, lambda job: job.with_micro_batch(1)),
+        small: (work.micro_batch > 1, lambda job: job.with_micro_batch(1)),
         f"task.max_length={half}": (work.max_length > 512, with_work(max_length=half)),
-        "adapter=lora": (job.full, lambda job: replace(job, adapter=LoraConfig())),
+        lora: (job.full, lambda job: replace(job, adapter=LoraConfig())),
     }
-    checkpointed, small = f"{key}=true", "train.micro_batch=1"
-    pairs = [(checkpointed, small), ("optim.name=adamw8bit", checkpointed)]
-    pairs += [("model.quantize=nf4", checkpointed), ("adapter=lora", checkpointed)]
-    pairs += [("adapter=lora", "model.quantize=nf4")]
-    pairs += [(*pair, small) for pair in pairs[1:4]]
-    pairs += [("adapter=lora", "model.quantize=nf4", checkpointed)]
-    for words in [*((word,) for word in singles), *pairs]:
-        trained_in_full = job.full and "adapter=lora" not in words
-        if "model.quantize=nf4" in words and trained_in_full:
+    combinations = [
+        (checkpointed, small),
+        (adam8, checkpointed),
+        (nf4, checkpointed),
+        (lora, checkpointed),
+        (lora, nf4),
+        (adam8, checkpointed, small),
+        (nf4, checkpointed, small),
+        (lora, checkpointed, small),
+        (lora, nf4, checkpointed),
+    ]
+    for words in [*((word,) for word in singles), *combinations]:
+        quantises_trained = nf4 in words and job.full and lora not in words
+        if quantises_trained or not all(singles[word][0] for word in words):
             continue
         steps, changed = {}, job
         for word in words:
             changed = steps[word] = singles[word][1](changed)
-        if all(singles[word][0] for word in words):
-            yield steps, changed
+        yield steps, changed
 
 
 def _savings(job: Job, steps: dict[str, Job], option: Option) -> Iterator[str]:
@@ -459,11 +465,7 @@ def _auto(zero: ZeroConfig) -> ZeroConfig:
 
 def _words(option: Option) -> str:
     """Return the overrides that ask for an option."""
-    offloads = {
-        "offload_optimizer": option.offload_optimizer,
-        "offload_params": option.offload_params,
-    }
-    words = [f"zero.{key}={place}" for key, place in offloads.items() if place != "none"]
+    words = [f"zero.{key}={place}" for key, place in option.places.items() if place != "none"]
     return " ".join([f"zero={option.zero}", *words])
 
 

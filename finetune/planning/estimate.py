@@ -57,13 +57,15 @@ class Estimate:
     tensor_bytes: int
     """Peak of the tensors alone, as torch.cuda.max_memory_allocated counts it."""
     host_parts: dict[str, int]
+    needs: dict[str, tuple[int, int]]
+    """Bytes needed and bytes available of gpu, host, disk and nvme."""
     short: str
-    """The first resource that does not suffice: gpu, host, disk, nvme, or nothing."""
+    """The first of them that does not suffice, or nothing."""
 
     def to_json(self) -> dict[str, Any]:
-        places = ("offload_optimizer", "offload_params")
-        values = {"zero": self.option.zero, **{key: getattr(self.option, key) for key in places}}
-        return values | {key: value for key, value in asdict(self).items() if key != "option"}
+        values = asdict(self)
+        del values["option"], values["needs"]
+        return {"zero": self.option.zero, **self.option.places, **values}
 
 
 def estimate(job: Job, option: Option) -> Estimate:
@@ -114,16 +116,13 @@ def estimate(job: Job, option: Option) -> Estimate:
     nvme = job.ranks_per_node * states.nvme_bytes
     weights = 4 * job.shape.trainable(job.adapter) if job.weights_kept else 0
     disk = job.checkpoints_kept * checkpoint_bytes(job) + weights + export_bytes(job)
-    machine = job.machine
-    short = ""
-    if job.on_gpu and peak + fixed > machine.gpu_bytes:
-        short = "gpu"
-    elif max(host, load_host_bytes(job, option)) > machine.host_bytes:
-        short = "host"
-    elif disk > machine.disk_bytes:
-        short = "disk"
-    elif nvme > (machine.nvme_bytes or 0):
-        short = "nvme"
+    needs = {
+        "gpu": (peak + fixed if job.on_gpu else 0, job.machine.gpu_bytes),
+        "host": (max(host, load_host_bytes(job, option)), job.machine.host_bytes),
+        "disk": (disk, job.machine.disk_bytes),
+        "nvme": (nvme, job.machine.nvme_bytes or 0),
+    }
+    short = next((place for place, (need, have) in needs.items() if need > have), "")
     return Estimate(
         option=option,
         gpu_bytes=peak + fixed,
@@ -133,6 +132,7 @@ def estimate(job: Job, option: Option) -> Estimate:
         parts=dict(zip(PARTS, sizes, strict=True)),
         tensor_bytes=peak,
         host_parts=host_parts,
+        needs=needs,
         short=short,
     )
 

@@ -22,7 +22,7 @@ from finetune.config import (
     PromptConfig,
     Quantize,
 )
-from finetune.errors import UserError
+from finetune.errors import UserError, broken
 from finetune.planning import parameter_groups
 from finetune.planning.machine import Machine
 from finetune.planning.quantization import packed_bytes
@@ -76,8 +76,16 @@ class Option:
         return f"stage{self.stage}"
 
     @property
+    def places(self) -> dict[str, str]:
+        """Settings below `zero.` that move states off the device, and where to."""
+        return {
+            "offload_optimizer": self.offload_optimizer,
+            "offload_params": self.offload_params,
+        }
+
+    @property
     def offloads(self) -> bool:
-        return self.offload_optimizer != "none" or self.offload_params != "none"
+        return any(place != "none" for place in self.places.values())
 
     def __str__(self) -> str:
         text = f"stage {self.stage}"
@@ -161,11 +169,6 @@ class Job:
         return [[prod(tensors[i][1]) for i in group.indices] for group in groups]
 
     @cached_property
-    def trained_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the trained tensors, in the order of the model."""
-        return [shape for _, shape in self.shape.trainable_tensors(self.adapter)]
-
-    @cached_property
     def trained_numels(self) -> list[int]:
         """Elements of the trained tensors."""
         return [numel for group in self.trainable_groups for numel in group]
@@ -220,45 +223,55 @@ def accumulation(micro_batch: int, global_batch: int, world_size: int) -> int:
 
 
 def sharding_problems(cfg: Config, cuda: bool) -> Iterator[UserError]:
-    """Yield what DeepSpeed cannot do among precision, stage and offload."""
-    zero = cfg.zero
-    if cfg.model.dtype is Dtype.fp16 and not cuda:
-        yield UserError(
-            "fp16 trains on GPUs only, and there is none here",
-            "model.dtype",
-            "Try model.dtype=bf16 or model.dtype=fp32.",
-        )
-    name = cfg.optim.name
-    if name is OptimName.adafactor and zero.stage not in ("auto", 0):
-        yield UserError(
-            "adafactor needs whole matrices, which ZeRO cuts from stage 1 on",
-            f"zero.stage={zero.stage}",
-            "Try zero=stage0, or optim.name=adamw8bit.",
-        )
-    if name is not OptimName.adamw and zero.offload_optimizer is not Offload.none:
-        yield UserError(
-            f"optim.name = {name.value} keeps its small states beside the weights",
-            f"zero.offload_optimizer={zero.offload_optimizer.value}",
-            "Try zero.offload_optimizer=none, or optim.name=adamw.",
-        )
-    if zero.stage == 0 and zero.offload_optimizer is not Offload.none:
-        yield UserError(
-            "zero.offload_optimizer needs stage 1, 2 or 3", "zero.stage=0", "Try zero=stage1."
-        )
-    if zero.stage in (0, 1, 2) and zero.offload_params is not Offload.none:
-        yield UserError(
-            "zero.offload_params needs stage 3", f"zero.stage={zero.stage}", "Try zero=stage3."
-        )
-    if zero.stage in (1, 2) and zero.offload_optimizer is Offload.nvme:
-        yield UserError(
-            "zero.offload_optimizer=nvme needs stage 3; below it DeepSpeed would take the host "
-            "instead",
-            f"zero.stage={zero.stage}",
-            "Try zero=stage3, or zero.offload_optimizer=cpu.",
-        )
-    if Offload.nvme in (zero.offload_optimizer, zero.offload_params) and not zero.nvme_path:
-        yield UserError(
-            "nvme offload needs a folder on a local disk",
-            "zero.nvme_path",
-            "Try zero.nvme_path=/local_nvme.",
-        )
+    """Return what DeepSpeed cannot do among precision, stage and offload."""
+    zero, optimizer = cfg.zero, cfg.optim.name
+    offloads = zero.offload_optimizer is not Offload.none
+    stage = f"zero.stage={zero.stage}"
+    return broken(
+        [
+            (
+                cfg.model.dtype is Dtype.fp16 and not cuda,
+                "fp16 trains on GPUs only, and there is none here",
+                "model.dtype",
+                "Try model.dtype=bf16 or model.dtype=fp32.",
+            ),
+            (
+                optimizer is OptimName.adafactor and zero.stage not in ("auto", 0),
+                "adafactor needs whole matrices, which ZeRO cuts from stage 1 on",
+                stage,
+                "Try zero=stage0, or optim.name=adamw8bit.",
+            ),
+            (
+                optimizer is not OptimName.adamw and offloads,
+                f"optim.name = {optimizer.value} keeps its small states beside the weights",
+                f"zero.offload_optimizer={zero.offload_optimizer.value}",
+                "Try zero.offload_optimizer=none, or optim.name=adamw.",
+            ),
+            (
+                zero.stage == 0 and offloads,
+                "zero.offload_optimizer needs stage 1, 2 or 3",
+                stage,
+                "Try zero=stage1.",
+            ),
+            (
+                zero.stage in (0, 1, 2) and zero.offload_params is not Offload.none,
+                "zero.offload_params needs stage 3",
+                stage,
+                "Try zero=stage3.",
+            ),
+            (
+                zero.stage in (1, 2) and zero.offload_optimizer is Offload.nvme,
+                "zero.offload_optimizer=nvme needs stage 3; below it DeepSpeed would take the host "
+                "instead",
+                stage,
+                "Try zero=stage3, or zero.offload_optimizer=cpu.",
+            ),
+            (
+                Offload.nvme in (zero.offload_optimizer, zero.offload_params)
+                and not zero.nvme_path,
+                "nvme offload needs a folder on a local disk",
+                "zero.nvme_path",
+                "Try zero.nvme_path=/local_nvme.",
+            ),
+        ]
+    )

@@ -14,18 +14,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
 import psutil
 import pynvml
 
-from finetune.errors import UserError
+from finetune.errors import GIB, UserError, gib, plural
 
 if TYPE_CHECKING:  # the doctor measures where Hydra may be missing
     from finetune.config import MachineConfig
 
-GIB = 2**30
 UNKNOWN_DISK = 1 << 60
 """For hardware that is not here, where machine.disk_gib is not given: no limit."""
 
@@ -48,7 +48,7 @@ class Machine:
 
     @property
     def nodes(self) -> int:
-        return max(1, -(-self.gpus // self.gpus_per_node)) if self.gpus else 1
+        return ceil(self.gpus / self.gpus_per_node) if self.gpus else 1
 
 
 def measure_machine(
@@ -97,15 +97,18 @@ def measure_machine(
 
     per_node = max(1, min(gpus, config.gpus_per_node or len(free) or 8))
     host = _bytes(config.host_gib, host_free_bytes())
-    machine = Machine(gpus, per_node, gpu_bytes, host, disk, nvme)
-    several, memory = machine.nodes > 1, f"{host / GIB:.0f} GiB of host memory"
-    name = f"{gpus} GPU{'s' if gpus > 1 else ''} of {gpu_bytes / GIB:.0f} GiB"
-    name += f" on {machine.nodes} nodes, {memory} each" if several else f", {memory}"
-    return replace(machine, name=name if gpus else f"CPU, {memory}")
+    memory = f"{gib(host, '.0f')} of host memory"
+    cards = f"{plural(gpus, 'GPU')} of {gib(gpu_bytes, '.0f')}" if gpus else "CPU"
+    name = f"{cards}, {memory}"
+    machine = Machine(gpus, per_node, gpu_bytes, host, disk, nvme, name)
+    if machine.nodes == 1:
+        return machine
+    return replace(machine, name=f"{cards} on {machine.nodes} nodes, {memory} each")
 
 
-def _bytes(gib: Optional[float], measured: int) -> int:
-    return measured if gib is None else int(gib * GIB)
+def _bytes(given: Optional[float], measured: int) -> int:
+    """Return the memory given in GiB, or what was measured."""
+    return measured if given is None else int(given * GIB)
 
 
 # ---------------------------------------------------------------------- GPUs

@@ -15,23 +15,6 @@ GROUP_ELEMENTS = 2**25
 """Elements of a group, unless a single tensor has more."""
 
 
-def cut(numels: Sequence[int], limit: int = GROUP_ELEMENTS) -> list[range]:
-    """Return consecutive runs of positions whose sizes add up to at most `limit`.
-
-    A larger tensor is a run of its own.
-    """
-    runs: list[range] = []
-    start = total = 0
-    for index, numel in enumerate(numels):
-        if index > start and total + numel > limit:
-            runs.append(range(start, index))
-            start, total = index, 0
-        total += numel
-    if start < len(numels):
-        runs.append(range(start, len(numels)))
-    return runs
-
-
 class Group(NamedTuple):
     """One parameter group: positions of its tensors, and how they are updated."""
 
@@ -52,8 +35,15 @@ def split(tensors: Sequence[tuple[str, Sequence[int]]], lr_ratio: float = 1.0) -
     for index, (name, shape) in enumerate(tensors):
         ratio = lr_ratio if ".lora_B." in name else 1.0
         kinds.setdefault((len(shape) >= 2, ratio), []).append(index)
-    return [
-        Group([indices[i] for i in run], decays, ratio)
-        for (decays, ratio), indices in kinds.items()
-        for run in cut([prod(tensors[index][1]) for index in indices])
-    ]
+
+    groups: list[Group] = []
+    for (decays, ratio), indices in kinds.items():
+        room = 0
+        for index in indices:
+            numel = prod(tensors[index][1])
+            if numel > room:  # a larger tensor is a group of its own
+                groups.append(Group([], decays, ratio))
+                room = GROUP_ELEMENTS
+            groups[-1].indices.append(index)
+            room -= numel
+    return groups

@@ -41,11 +41,11 @@ def sections(quantize: Quantize, double: bool, rows: int, columns: int) -> list[
         sizes = {"codes": ceil(values / 2), "scales": scales, "outer": 4 * outer, "offset": 4}
     else:
         sizes = {"codes": ceil(values / 2), "scales": 4 * scales}
-    found, start = [], 0
+    layout, start = [], 0
     for name, size in sizes.items():
-        found.append((name, start, size))
+        layout.append((name, start, size))
         start += ceil(size / ALIGNMENT) * ALIGNMENT
-    return found
+    return layout
 
 
 def packed_bytes(quantize: Quantize, double: bool, rows: int, columns: int) -> int:

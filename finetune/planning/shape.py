@@ -303,22 +303,23 @@ def load_shape(
     Raises:
         UserError: no config.json can be found without a network, or it is not a GPT-J's.
     """
-    folder = Path(resolve(path)).expanduser()
-    if folder.exists():
-        return ModelShape.from_config(folder, head, num_labels)
+    place = Path(resolve(path)).expanduser()
+    if not place.exists():
+        # Imported here: half a second that local directories need not spend.
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
 
-    # Imported here: half a second that local directories need not spend.
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    with suppress(HFValidationError):  # a path that does not exist is not a repo id either
-        cached = try_to_load_from_cache(path, "config.json", revision=revision)
+        cached = None
+        with suppress(HFValidationError):  # a path that does not exist is not a repo id either
+            cached = try_to_load_from_cache(path, "config.json", revision=revision)
         if isinstance(cached, str):
-            return ModelShape.from_config(cached, head, num_labels)
-    if path.lower() == GPTJ_6B_ID:
-        return ModelShape.from_config(asset("gptj_6b"), head, num_labels)
-    raise UserError(
-        f"{path!r} is neither a directory nor a model in the Hugging Face cache",
-        "model.path",
-        "Give a checkpoint directory, or download the model once: hf download " + path,
-    )
+            place = Path(cached)
+        elif path.lower() == GPTJ_6B_ID:
+            place = asset("gptj_6b")
+        else:
+            raise UserError(
+                f"{path!r} is neither a directory nor a model in the Hugging Face cache",
+                "model.path",
+                "Give a checkpoint directory, or download the model once: hf download " + path,
+            )
+    return ModelShape.from_config(place, head, num_labels)

@@ -67,15 +67,7 @@ def model_states(job: Job, option: Option, rank: int = 0) -> States:
     """
     if option.stage == 0:
         return _replicated(job)
-    if option.stage == 3:
-        return _sharded(job, option)
-    if not uses_bf16_optimizer(job, option):
-        return _partitioned(job, option, rank)
-    # Every rank holds a flat fp32 gradient of all parameters, which is never freed. The low
-    # precision gradients are zeroed, not freed, after each addition.
-    weights, optimizer, flat = _flat_states(job)
-    gradients = 4 * sum(flat) + job.work.element_bytes * sum(job.trained_numels)
-    return States(weights, gradients, optimizer, gradients, gradients)
+    return _sharded(job, option) if option.stage == 3 else _partitioned(job, option, rank)
 
 
 def moment_bytes(job: Job, numels: list[int]) -> int:
@@ -89,7 +81,7 @@ def moment_bytes(job: Job, numels: list[int]) -> int:
 
 def adafactor_elements(job: Job) -> int:
     """Return the elements of Adafactor's means: a matrix has one per row and one per column."""
-    return sum(sum(shape) if len(shape) > 1 else shape[0] for shape in job.trained_shapes)
+    return sum(sum(shape) for _, shape in job.shape.trainable_tensors(job.adapter))
 
 
 def update_bytes(job: Job, numels: list[int]) -> int:
@@ -132,23 +124,69 @@ def _replicated(job: Job) -> States:
     )
 
 
-def _flat_states(job: Job) -> tuple[int, int, list[int]]:
-    """Return weight bytes, optimizer bytes, and each group's flat elements at stages 1 and 2.
-
-    Each group is one flat, padded buffer. A rank has masters and moments of its partition of each.
-    """
-    flat = [padded(sum(group), ALIGNMENT * job.world_size) for group in job.trainable_groups]
-    weights = job.work.element_bytes * (sum(flat) + sum(job.frozen_numels))
-    parts = [elements // job.world_size for elements in flat]
-    return weights, 4 * sum(parts) + moment_bytes(job, parts), flat
-
-
 def _partitioned(job: Job, option: Option, rank: int) -> States:
-    """Return the states of stage_1_and_2.py, with or without the optimizer on the host."""
+    """Return the states at stages 1 and 2, with the optimizer on the device or on the host.
+
+    Each parameter group is one flat, padded buffer. A rank has masters and moments of its partition
+    of each.
+    """
+    element, ranks = job.work.element_bytes, job.world_size
+    flat = [padded(sum(group), ALIGNMENT * ranks) for group in job.trainable_groups]
+    parts = [elements // ranks for elements in flat]
+    weights = element * (sum(flat) + sum(job.frozen_numels))
+    optimizer = 4 * sum(parts) + moment_bytes(job, parts)
+    if uses_bf16_optimizer(job, option):
+        # Every rank holds a flat fp32 gradient of all parameters, which is never freed. The low
+        # precision gradients are zeroed, not freed, after each addition.
+        gradients = 4 * sum(flat) + element * sum(job.trained_numels)
+        return States(weights, gradients, optimizer, gradients, gradients)
+
+    owned, kept, unreduced = _partition_gradients(job, option, flat, rank)
+    sums_in_fp32 = job.work.accumulation_bytes != element
+    if option.offload_optimizer == "none":
+        # Stage 2 sums fp32 into one buffer; otherwise new gradients are allocated beside the kept
+        # ones. Groups are updated one after another: each flattens its gradients, then converts
+        # them to fp32.
+        waiting = 0 if option.stage == 2 and sums_in_fp32 else kept
+        copies = 0 if sums_in_fp32 else element + (4 if element == 2 else 0)
+        return States(
+            weights=weights,
+            gradients=owned,
+            optimizer=optimizer,
+            kept_gradients=kept,
+            peak_gradients=owned + max(waiting, unreduced),
+            step_bytes=copies * max(parts, default=0) + update_bytes(job, parts),
+        )
+    # The host holds masters and moments, an fp32 gradient, a low precision copy to be sent back to
+    # the device, and a staging buffer as large as the largest tensor, which the device mirrors. All
+    # but the moments are page-locked.
+    staging = element * max(job.trained_numels, default=0)
+    owned = owned if sums_in_fp32 else 0
+    kept = kept if sums_in_fp32 or option.stage == 1 else 0
+    waiting = 0 if option.stage == 2 else max(kept, unreduced)
+    return States(
+        weights=weights,
+        gradients=owned,
+        optimizer=staging,
+        kept_gradients=kept,
+        peak_gradients=owned + waiting,
+        host_weights=element * sum(parts),
+        host_gradients=4 * sum(parts),
+        host_optimizer=optimizer + staging,
+        pinned=(*(part * size for part in parts for size in (4, 4, element)), staging),
+    )
+
+
+def _partition_gradients(
+    job: Job, option: Option, flat: list[int], rank: int
+) -> tuple[int, int, int]:
+    """Return the bytes of a rank's own gradients, of those kept, and of those not yet reduced.
+
+    Args:
+        flat: elements of each group's padded buffer.
+    """
     element, summed, ranks = job.work.element_bytes, job.work.accumulation_bytes, job.world_size
-    several, sums_in_fp32 = job.work.accumulation > 1, summed != element
-    weights, optimizer, flat = _flat_states(job)
-    partition, everything = sum(flat) // ranks, sum(job.trained_numels)
+    several, everything = job.work.accumulation > 1, sum(job.trained_numels)
 
     # `copy_grads_in_partition` allocates every tensor that reaches into this rank's partitions at
     # its full size, even if a neighbour owns a part; the step pads each partition to its end.
@@ -160,14 +198,14 @@ def _partitioned(job: Job, option: Option, rank: int) -> States:
                 touched += numel
             position += numel
         padding += max(0, end - max(start, position))
-    owned = 4 * partition if sums_in_fp32 else element * (touched + padding)
+    owned = element * (touched + padding) if summed == element else 4 * (sum(flat) // ranks)
 
     # Gradients kept for the next micro-step: all at stage 1, this rank's share at stage 2.
     kept = 0
     if several and option.stage == 1:
         kept = summed * everything
     elif several:
-        kept = owned if sums_in_fp32 else element * touched
+        kept = element * touched if summed == element else owned
 
     # Gradients that wait for their reduction in a step of one micro-step. Stage 2 frees them as
     # they are computed. Stage 1 reduces them all after the backward, or with overlapped
@@ -179,42 +217,7 @@ def _partitioned(job: Job, option: Option, rank: int) -> States:
         if job.on_gpu:
             large = sum(numel for numel in job.trained_numels if numel > job.bucket_elements)
             unreduced = element * large * (ranks - 1) // ranks
-
-    if option.offload_optimizer == "none":
-        # Stage 2 sums fp32 into one buffer; otherwise new gradients are allocated beside the kept
-        # ones. Groups are updated one after another: each flattens its gradients, then converts
-        # them to fp32.
-        waiting = 0 if option.stage == 2 and sums_in_fp32 else kept
-        parts = [elements // ranks for elements in flat]
-        step = max(parts, default=0) * (element + (4 if element == 2 else 0))
-        step += update_bytes(job, parts)
-        return States(
-            weights,
-            owned,
-            optimizer,
-            kept,
-            owned + max(waiting, unreduced),
-            update_bytes(job, parts) if sums_in_fp32 else step,
-        )
-    # The host holds masters and moments, an fp32 gradient, a low precision copy to be sent back to
-    # the device, and a staging buffer as large as the largest tensor, which the device mirrors. All
-    # but the moments are page-locked.
-    staging = element * max(job.trained_numels, default=0)
-    owned = owned if sums_in_fp32 else 0
-    kept = kept if sums_in_fp32 or option.stage == 1 else 0
-    waiting = 0 if option.stage == 2 else max(kept, unreduced)
-    blocks = [elements // ranks * size for elements in flat for size in (4, 4, element)]
-    return States(
-        weights,
-        owned,
-        staging,
-        kept,
-        owned + waiting,
-        host_weights=element * partition,
-        host_gradients=4 * partition,
-        host_optimizer=optimizer + staging,
-        pinned=(*blocks, staging),
-    )
+    return owned, kept, unreduced
 
 
 def _sharded(job: Job, option: Option) -> States:

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from finetune.errors import clock, command, figure, number
+from finetune.errors import align, clock, command, figure, number
 from finetune.files import write_json
 from finetune.reporting.terminal_text import evaluate_command
 from finetune.sweep.job import DONE, Job
@@ -71,15 +71,7 @@ def render(summary: dict[str, Any]) -> str:
         varied = [brief(job["chosen"].get(key, "")) for key in keys]
         cells = [str(job["job"]), job["status"], figure(job["value"]), *varied]
         rows.append([*cells, str(job["step"] or "-"), clock(job["seconds"])])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        # Numbers to the right, the status to the left.
-        cells = [
-            f"{cell:{'<' if i == 1 else '>'}{width}}"
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  " + "  ".join(cells).rstrip())
+    lines = [f"  {line}" for line in align(rows, left=(1,))]
     for job in jobs:
         if job["error"]:
             lines.append(f"[{job['job']}] {job['error']}".replace("\n", "\n    "))

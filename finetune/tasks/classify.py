@@ -40,7 +40,7 @@ from finetune.data.encode_classify import (
     unseen,
 )
 from finetune.data.packing import Sequences, one_per_sequence, pack_chosen
-from finetune.errors import UserError
+from finetune.errors import UserError, plural
 from finetune.tasks.base import Batch, Columns, Model, Task, cut_note, flat_inputs
 from finetune.tasks.classify_metrics import (
     multi_label_metrics,
@@ -282,7 +282,7 @@ class ClassifyTask(Task):
         if len(names) < (1 if self.multi else 2):
             field = self.cfg.label_field
             raise UserError(
-                f"{len(names)} label{'s' * (len(names) != 1)} ({', '.join(names) or 'none'}): there is "
+                f"{plural(len(names), 'label')} ({', '.join(names) or 'none'}): there is "
                 "nothing to tell apart",
                 "task.label_field",
                 f"Check that task.label_field={field} is the label, or name all: task.labels=[...]",

@@ -51,7 +51,7 @@ from finetune.data.tokenizer import (
     token_problems,
 )
 from finetune.dist import World
-from finetune.errors import UserError
+from finetune.errors import UserError, plural
 from finetune.gptj.adapter_start import start_problems, start_task
 from finetune.gptj.load import local_folder, refuse_pointers, tokenizer_of
 from finetune.planning.shape import load_shape
@@ -234,7 +234,7 @@ def prepare_inputs(
             say(f"{name} data: {line}")
         if bad := store.stats["bad_rows"]:
             say(
-                f"{name} data: {bad} bad row{'s' if bad > 1 else ''} left out; "
+                f"{name} data: {plural(bad, 'bad row')} left out; "
                 f"{store.stats['bad_row_messages'][0]}"
             )
     tokens = token_ids(tokenizer, cfg.task)

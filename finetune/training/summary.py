@@ -11,7 +11,7 @@ from finetune.config import Config, Dtype, plain_config
 from finetune.data.mixture import training_text
 from finetune.data.packing import efficiency
 from finetune.dist import World
-from finetune.errors import gib
+from finetune.errors import gib, plural
 from finetune.gptj import adapters
 from finetune.gptj.attention import pick_attention
 from finetune.gptj.load import DTYPES
@@ -110,7 +110,7 @@ def print_summary(
     attention = pick_attention(
         cfg.model.attention.value, world.device.type, DTYPES[cfg.model.dtype.value]
     )
-    ranks = f"{world.size} rank" + ("s" if world.size > 1 else "")
+    ranks = plural(world.size, "rank")
 
     option = plan.chosen.option
     zero = f"stage {option.stage}, {ranks}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.config import METRICS, Config, direction_of, plain_config
-from finetune.errors import clock, command, figure, gib, large, setting
+from finetune.errors import clock, command, figure, gib, large, plural, setting
 from finetune.reporting.metrics_log import is_number
 from finetune.reporting.page.curves import (
     chosen_option,
@@ -119,7 +119,7 @@ def tiles(run: RunFiles) -> list[Tile]:
     if stage is None:
         stage = (run.plan.get("chosen") or {}).get("zero")
     if stage is not None:
-        note = f"{ranks} rank{'s' if ranks != 1 else ''}" if ranks else ""
+        note = plural(ranks, "rank") if ranks else ""
         shown.append(Tile("ZeRO", f"stage{str(stage).removeprefix('stage')}", note))
     expected = predicted(run)
     for name, key in (("host", "host_bytes"), ("GPU", "gpu_bytes")):
