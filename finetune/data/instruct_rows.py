@@ -294,11 +294,9 @@ def _turn(turn: Any, name: str, where: str, style: str) -> Message:
         raise UserError(problem, where, f"{remedy}, {SKIP}")
     content = turn[text_key]
     if isinstance(content, list) and content:  # of text parts {"type": "text", "text": ..}
-        texts = [
-            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-            for part in content
-        ]
-        content = "".join(texts) if all(isinstance(text, str) for text in texts) else content
+        parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+        content = "".join(texts) if len(texts) == len(content) else content
     message: Message = {
         "role": roles[role],
         "content": full_text(content, f"{name}.{text_key}", where),
