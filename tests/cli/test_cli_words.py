@@ -99,6 +99,7 @@ def test_every_text_setting_of_every_program_is_used_as_typed(name, text):
     ).config
     lists = {
         "tasks",
+        "eval.lm_eval",
         "resume_changed",
         "task.labels",
         "task.tokens",

@@ -423,8 +423,6 @@ def test_lm_eval_with_its_own_hf_model_and_ours(find_run, tmp_path, monkeypatch)
         theirs["results"]["own_words"]["acc,none"]
     ] * 2
     assert found[0]["settings"]["own_words"]["samples"] == 20
-    with pytest.raises(UserError, match="no task no_such"):
-        evaluate(compose_config([f"model={folder}", "suite=lm_eval", "tasks=no_such"], "evaluate"))
 
 
 @pytest.mark.slow
