@@ -1,9 +1,10 @@
 """Cache of examples, encoded once into memory-mapped columns.
 
 Flow: (files, encoder, policy) -> fingerprint -> <cache>/<fingerprint>; if it does not exist: lock,
-write to a temporary folder beside it, fsync, rename. Any number of processes may call `build_store`
-at once: one builds, the others wait and open the result. Bad rows stop the build or are counted, as
-`on_bad_row` says.
+write to <fingerprint>.part beside it, fsync, rename. Now and then progress.json there names a place
+up to which everything is on the disk, and a build that was killed goes on from it. Any number of
+processes may call `build_store` at once: one builds, the others wait and open the result. Bad rows
+stop the build or are counted, as `on_bad_row` says.
 """
 
 from __future__ import annotations
@@ -23,16 +24,26 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from finetune.data.cache_builder import Counts, Meter, Progress, check_bad_rows, encode_rows
+from finetune.data.cache_builder import (
+    Counts,
+    Meter,
+    Position,
+    Progress,
+    check_bad_rows,
+    encode_rows,
+)
 from finetune.data.columns import FORMAT, META, ColumnWriter, Encoder, Store, store_fault
 from finetune.data.mixture import DataSource
 from finetune.data.sources import Source, open_source
 from finetune.data.tokenizer import TokenLimit
 from finetune.data.utf8 import DEFAULTS, FileOptions
 from finetune.errors import UserError
-from finetune.files import fsync, write_json
+from finetune.files import fsync, read_json, write_json
 
 log = logging.getLogger(__name__)
+PROGRESS = "progress.json"
+SAVE_SECONDS = 30.0
+"""Least time between two places from which an interrupted build goes on."""
 CHECKED_IDS = 1 << 24
 """Ids of a finished store that are compared with an embedding at once."""
 
@@ -91,23 +102,29 @@ def build_store(
             lock.acquire()
         if store_fault(folder) is None:  # another process built it while this one waited
             return _reuse(folder, max_bad_rows, limit)
-        for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a killed builder
-            shutil.rmtree(leftover, ignore_errors=True)
         if folder.exists():
             fault = store_fault(folder)
             log.warning("token cache %s is damaged (%s); building it again", folder, fault)
             shutil.rmtree(folder)
-        temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-        temporary.mkdir()
+        temporary = folder.with_name(f"{folder.name}.part")
         try:
+            begun = _begun(temporary)  # of a builder that was killed
+            if not begun:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+            else:
+                log.info("going on with the token cache %s that was interrupted", folder)
             counts = Counts(on_bad_row, max_bad_rows)
             meta = {"fingerprint": fingerprint, "spec": ", ".join(s.path for s in sources)}
-            _write_store(temporary, opened, encoder, counts, meta, progress, limit)
+            _write_store(temporary, opened, encoder, counts, meta, progress, limit, begun)
+            (temporary / PROGRESS).unlink(missing_ok=True)
             os.replace(temporary, folder)
-        except BaseException:
+        except Exception:  # not a signal, after which the same command goes on
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         fsync(folder.parent)
+        if begun:  # its first rows may have been checked against other limits
+            return _reuse(folder, max_bad_rows, limit)
     except OSError as error:
         if error.errno not in DISK_FAULTS:
             raise
@@ -139,6 +156,18 @@ def _reuse(folder: Path, max_bad_rows: int, limit: TokenLimit | None) -> Store:
     return store
 
 
+def _begun(folder: Path) -> dict[str, Any] | None:
+    """Return how far a build has come; None: not far, or its files are not whole up to there."""
+    try:
+        state = read_json(folder / PROGRESS)
+        sizes = state["writer"]["sizes"].items()
+        if all((folder / f"{name}.bin").stat().st_size >= size for name, size in sizes):
+            return state
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return None
+
+
 def default_cache_dir() -> Path:
     """Return $FINETUNE_CACHE, or finetune-gptj in the user's cache folder."""
     if os.environ.get("FINETUNE_CACHE"):
@@ -154,16 +183,38 @@ def _write_store(
     meta: dict[str, Any],
     progress: Progress | None,
     limit: TokenLimit | None,
+    begun: dict[str, Any] | None,
 ) -> None:
-    """Encode sources into the files of a store; `meta` is the beginning of its meta.json."""
-    started = time.monotonic()
-    writer = ColumnWriter(folder, encoder.columns)
+    """Encode sources into the files of a store; `meta` is the beginning of its meta.json.
+
+    Args:
+        begun: how far an earlier build of the same store came.
+    """
+    started = time.monotonic() - (begun["seconds"] if begun else 0)
+    writer = ColumnWriter(folder, encoder.columns, begun["writer"] if begun else None)
     meter = Meter(sum(source.total_bytes for _, source in sources), writer, progress)
-    parts: list[dict[str, int]] = []
+    parts: list[dict[str, int]] = begun["parts"] if begun else []
+    before, start = (0, 0, 0), Position()
+    if begun:
+        counts.restore(begun["counts"])
+        before, start = tuple(begun["before"]), Position(*begun["position"])
+
+    saved = time.monotonic()
+
+    def save(position: Position, counted: dict[str, Any]) -> None:
+        nonlocal saved
+        if time.monotonic() - saved < SAVE_SECONDS:
+            return
+        state = {"parts": parts, "before": before, "position": position, "counts": counted}
+        saved = time.monotonic()
+        write_json(
+            folder / PROGRESS, state | {"seconds": saved - started, "writer": writer.state()}
+        )
+
     try:
-        for named, source in sources:
-            before = writer.examples, counts.documents, writer.tokens
-            encode_rows(source, encoder, counts, writer, meter, limit, named.max_rows)
+        meter.count(sum(source.total_bytes for _, source in sources[: len(parts)]))
+        for named, source in sources[len(parts) :]:
+            encode_rows(source, encoder, counts, writer, meter, limit, named.max_rows, start, save)
             after = writer.examples, counts.documents, writer.tokens
             names = ("examples", "documents", "tokens")
             parts.append({k: b - a for k, a, b in zip(names, before, after, strict=True)})
@@ -172,6 +223,7 @@ def _write_store(
                 bad = f", {counts.bad_rows} bad rows:{shown}" if counts.bad_rows else ""
                 empty = f"{parts[-1]['documents']} empty rows or rows of weight 0"
                 raise UserError(f"no example is left to train on ({empty}{bad})", named.path)
+            before, start = after, Position()
         sizes = writer.close()
     except BaseException:
         writer.abandon()

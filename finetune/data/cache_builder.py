@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune.data.batches import Prefetch
 from finetune.data.columns import ColumnWriter, Encoder, Example, PartlyBad
@@ -31,6 +31,17 @@ Progress = Callable[[int, int, int], None]
 """progress(done_bytes, total_bytes, tokens)"""
 
 
+class Position(NamedTuple):
+    """A place between two rows of a source."""
+
+    part: int = 0
+    """File of the source."""
+    row: int = 0
+    """Rows of this file that lie before it."""
+    rows: int = 0
+    """Rows of the whole source that lie before it."""
+
+
 class Counts:
     """Numbers of good and bad rows; raises the first bad row, or the one beyond a limit.
 
@@ -45,6 +56,18 @@ class Counts:
         self.left_out = 0
         """Good rows without an example: empty ones, and those that a weight of 0 leaves out."""
         self.bad_row_messages: list[str] = []
+
+    def state(self) -> dict[str, Any]:
+        """Return the counts, for `restore` by a later build."""
+        return {
+            "documents": self.documents,
+            "bad_rows": self.bad_rows,
+            "left_out": self.left_out,
+            "bad_row_messages": list(self.bad_row_messages),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
 
     def add_bad(self, fault: UserError) -> None:
         if self.on_bad_row == "error":
@@ -89,20 +112,27 @@ def encode_rows(
     counts: Counts,
     writer: ColumnWriter,
     meter: Meter,
-    limit: TokenLimit | None = None,
-    max_rows: int | None = None,
+    limit: TokenLimit | None,
+    max_rows: int | None,
+    start: Position,
+    save: Callable[[Position, dict[str, Any]], None],
 ) -> None:
     """Pass the rows of a source, or the first `max_rows`, through the encoder to the writer.
+
+    Args:
+        start: rows before it are left out.
+        save: called in the writer's thread when all rows before a position were written, with the
+            state of `counts` there.
 
     Raises:
         UserError: a bad row that ends the build, or a token beyond `limit`, whatever is done with bad rows.
     """
-    reader = Prefetch(_batches(source, meter, max_rows), QUEUED_BATCHES, "store-reader")
+    reader = Prefetch(_batches(source, meter, max_rows, start), QUEUED_BATCHES, "store-reader")
     written: deque[Future] = deque()
     try:
         # Converting lists of ids to arrays would cost the encoder a third of its time.
         with ThreadPoolExecutor(1, "store-writer") as pool:
-            for batch in reader:
+            for batch, position in reader:
                 encoded = iter(encoder.encode([row for row in batch if isinstance(row, tuple)]))
                 examples: list[Example] = []
                 for row in batch:
@@ -119,7 +149,8 @@ def encode_rows(
                     counts.left_out += not result
                     examples += result
                 written.append(pool.submit(writer.append, examples))
-                if len(written) > QUEUED_BATCHES:
+                written.append(pool.submit(save, position, counts.state()))
+                while len(written) > 2 * QUEUED_BATCHES:
                     written.popleft().result()  # raises the writer's error, e.g. of a full disk
                 meter.show()
             for future in written:
@@ -128,21 +159,32 @@ def encode_rows(
         reader.close()
 
 
-def _batches(source: Source, meter: Meter, max_rows: int | None) -> Iterator[list[Row]]:
-    """Yield the rows in batches of about `BATCH_BYTES`; an error comes behind the rows before it."""
+def _batches(
+    source: Source, meter: Meter, max_rows: int | None, start: Position
+) -> Iterator[tuple[list[Row], Position]]:
+    """Yield the rows behind `start` in batches of about `BATCH_BYTES`, and the place behind each batch.
+
+    An error comes behind the rows before it. Of parts that lie before `start` nothing is read.
+    """
     batch: list[Row] = []
-    size = 0
+    size, position, sizes = 0, start, source.part_bytes
+    meter.count(sum(sizes[: start.part]))
     try:
-        for row in islice(source.rows(meter.count), max_rows):
-            batch.append(row)
-            size += 0 if isinstance(row, UserError) else _text_size(row[1])
-            if size >= BATCH_BYTES or len(batch) >= BATCH_ROWS:
-                yield batch
-                batch, size = [], 0
+        for part in range(start.part, len(sizes)):
+            position = Position(part, start.row if part == start.part else 0, position.rows)
+            left = None if max_rows is None else max_rows - position.rows
+            rows = islice(source.part(part, meter.count), position.row, None)
+            for row in islice(rows, left):
+                batch.append(row)
+                position = Position(part, position.row + 1, position.rows + 1)
+                size += 0 if isinstance(row, UserError) else _text_size(row[1])
+                if size >= BATCH_BYTES or len(batch) >= BATCH_ROWS:
+                    yield batch, position
+                    batch, size = [], 0
     except Exception:
-        yield batch
+        yield batch, position
         raise
-    yield batch
+    yield batch, position
 
 
 def _text_size(value: Any) -> int:

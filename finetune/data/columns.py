@@ -166,9 +166,12 @@ class ColumnWriter:
     """Writer that appends examples to the files of one folder, and counts statistics on the way.
 
     meta.json is the caller's, who writes it last.
+
+    Args:
+        state: what `state` returned, to go on from: whatever the files hold behind it is dropped.
     """
 
-    def __init__(self, folder: Path, columns: dict[str, Column]):
+    def __init__(self, folder: Path, columns: dict[str, Column], state: dict | None = None):
         assert columns["ids"].kind == "token" and all(c.kind in KINDS for c in columns.values())
         self.folder, self.columns = folder, columns
         self.names: dict[str, dict[str, int]] = {
@@ -181,10 +184,20 @@ class ColumnWriter:
         self._open = ExitStack()
         self._files: dict[str, BinaryIO] = {}
         for name in ["offsets", *columns, *(f"{blob}.offsets" for blob in self._blob_ends)]:
-            file = (folder / f"{name}.bin").open("wb", buffering=1 << 20)
+            file = (folder / f"{name}.bin").open("r+b" if state else "wb", buffering=1 << 20)
             self._files[name] = self._open.enter_context(file)
-        for name in ["offsets", *(f"{blob}.offsets" for blob in self._blob_ends)]:
-            self._put(name, np.zeros(1, np.int64))
+        if state:
+            for name, size in state["sizes"].items():
+                self._files[name].truncate(size)
+                self._files[name].seek(size)
+            self.tokens, self.examples = state["tokens"], state["examples"]
+            self.names = state["names"]
+            self.histogram = np.array(state["histogram"], np.int64)
+            self.tokens_by_name = {n: Counter(c) for n, c in state["tokens_by_name"].items()}
+            self._blob_ends = state["blob_ends"]
+        else:
+            for name in ["offsets", *(f"{blob}.offsets" for blob in self._blob_ends)]:
+                self._put(name, np.zeros(1, np.int64))
 
     def append(self, examples: list[Example]) -> None:
         """Write the values of some examples to the file of each column."""
@@ -235,6 +248,21 @@ class ColumnWriter:
             "tokens_by_name": {
                 name: dict(counter.most_common()) for name, counter in self.tokens_by_name.items()
             },
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Sync all files to the disk and return what a later writer needs to go on from here."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        return {
+            "sizes": {name: file.tell() for name, file in self._files.items()},
+            "tokens": self.tokens,
+            "examples": self.examples,
+            "names": self.names,
+            "histogram": self.histogram.tolist(),
+            "tokens_by_name": self.tokens_by_name,
+            "blob_ends": self._blob_ends,
         }
 
     def close(self) -> dict[str, int]:

@@ -57,6 +57,14 @@ class DatasetSource:
         self.total_bytes = max(1, int(self.dataset.data.nbytes))
         self.identity = [spec, split, self.dataset._fingerprint, len(self.dataset)]
 
+    @property
+    def part_bytes(self) -> list[int]:
+        """Return one size: all rows are one part."""
+        return [self.total_bytes]
+
+    def part(self, index: int, count: Count | None = None) -> Iterator[Row]:
+        return self.rows(count)
+
     def rows(self, count: Count | None = None) -> Iterator[Row]:
         n = len(self.dataset)
         for start in range(0, n, ROWS):

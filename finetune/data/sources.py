@@ -110,19 +110,27 @@ class FileSource:
             *map(identity, self.files.paths),
         ]
 
+    @property
+    def part_bytes(self) -> list[int]:
+        """Return the size of each file, whose rows `part` yields."""
+        return [path.stat().st_size for path in self.files.paths]
+
+    def part(self, index: int, count: Count | None = None) -> Iterator[Row]:
+        path, empty = self.files.paths[index], True
+        for row in _reader(path)(path, count, self.options):
+            empty = False
+            yield row
+        if empty:
+            yield UserError(
+                "the file holds no record",
+                str(path),
+                f"It has {path.stat().st_size} bytes: fill it, or remove it; "
+                "data.on_bad_row=skip leaves it out.",
+            )
+
     def rows(self, count: Count | None = None) -> Iterator[Row]:
-        for path in self.files.paths:
-            empty = True
-            for row in _reader(path)(path, count, self.options):
-                empty = False
-                yield row
-            if empty:
-                yield UserError(
-                    "the file holds no record",
-                    str(path),
-                    f"It has {path.stat().st_size} bytes: fill it, or remove it; "
-                    "data.on_bad_row=skip leaves it out.",
-                )
+        for index in range(len(self.files.paths)):
+            yield from self.part(index, count)
 
 
 Source = Union[FileSource, hub_datasets.DatasetSource]

@@ -12,6 +12,7 @@ import logging
 import os
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +47,7 @@ from finetune.reporting.terminal_text import (
 SHORT_RUN = 50
 """Runs of at most this many steps print every step when the output is not a terminal."""
 PLAIN_SECONDS = 5.0
+PACE_SECONDS = 60.0
 """Seconds between plain lines of longer runs and of phases."""
 
 NOISY = (
@@ -150,6 +152,8 @@ class Phase:
     def __init__(self, name: str, total: float | None, console: Console):
         self.name, self.total, self.console = name, total, console
         self.done = 0.0
+        self.pace: deque[tuple[float, float]] = deque()
+        """(time, done) of the last minute."""
         self.started = self.printed = time.monotonic()
         self.bar: Progress | None = None
         if console.is_terminal:
@@ -159,11 +163,12 @@ class Phase:
                 BarColumn(),
                 TaskProgressColumn(),
                 TimeElapsedColumn(),
+                TextColumn("{task.fields[left]}"),
                 console=console,
                 transient=True,
                 refresh_per_second=2,
             )
-            self.bar.add_task(name, total=total)
+            self.bar.add_task(name, total=total, left="")
             self.bar.start()
         else:
             print_line(console, f"{name} ...")
@@ -173,13 +178,22 @@ class Phase:
 
     def update(self, done: float) -> None:
         """Set how much is done in total."""
-        self.done = done
+        now, self.done = time.monotonic(), done
+        # The pace of the last minute: what an interrupted run had done goes by faster.
+        while len(self.pace) > 1 and self.pace[1][0] <= now - PACE_SECONDS:
+            self.pace.popleft()
+        if not self.pace or now - self.pace[-1][0] >= 1:
+            self.pace.append((now, done))
+        (since, before), left = self.pace[0], None
+        if self.total and done > before:
+            left = (now - since) * (self.total - done) / (done - before)
+        ahead = "" if left is None else f"ETA {clock(left)}"
         if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=done, total=self.total)
-        elif time.monotonic() - self.printed >= PLAIN_SECONDS:
-            self.printed = time.monotonic()
+            self.bar.update(self.bar.task_ids[0], completed=done, total=self.total, left=ahead)
+        elif now - self.printed >= PLAIN_SECONDS:
+            self.printed = now
             amount = f"{done / self.total:.0%}" if self.total else number(done)
-            print_line(self.console, f"{self.name}: {amount}")
+            print_line(self.console, f"{self.name}: {'  '.join(filter(None, [amount, ahead]))}")
 
     def close(self, failed: bool) -> None:
         if self.bar is not None:

@@ -36,6 +36,11 @@ def test_every_key_is_in_the_schema():
         )
 
 
+def test_every_key_of_the_data_is_explained():
+    for key in (field.name for field in dataclasses.fields(config.DataConfig)):
+        assert re.search(rf"`[^`]*\bdata\.{key}\b", DOC), key
+
+
 def test_every_format_is_listed():
     assert all(f"`{suffix.removesuffix('.gz').removesuffix('.zst')}`" in DOC for suffix in READERS)
     assert "`.gz`" in DOC and "`.zst`" in DOC

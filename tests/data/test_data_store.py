@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from toy_encoder import EOS, ToyEncoder, write_jsonl
 
-from finetune.data import cache_builder
+from finetune.data import cache, cache_builder
 from finetune.data.cache import build_store, default_cache_dir
 from finetune.data.columns import open_store
 from finetune.data.mixture import DataSource
@@ -266,3 +267,96 @@ def test_meta_is_readable_json(spec, toy):
     meta = json.loads((build_store([DataSource(spec)], toy).path / "meta.json").read_text())
     assert meta["columns"]["ids"] == {"kind": "token", "dtype": "uint16"}
     assert meta["sizes"]["ids.bin"] == 26 and meta["spec"] == spec
+
+
+class Deadly(ToyEncoder):
+    """Kills its process instead of encoding one more batch."""
+
+    batches_left: int
+
+    def encode(self, batch):
+        if self.batches == self.batches_left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(batch)
+
+
+@pytest.mark.parametrize("kill", [1, 4, 6])
+def test_a_killed_build_goes_on_and_gives_the_same_store(tmp_path, monkeypatch, kill):
+    """Batches of four rows: five of the first source's files, two of the second; what was saved is not encoded again."""
+    monkeypatch.setattr(cache_builder, "BATCH_ROWS", 4)
+    monkeypatch.setattr(cache, "SAVE_SECONDS", 0)
+    records = [{"text": f"{'abc'[i % 3]}{i}/x"} for i in range(26)] + [{"none": 1}, {"text": ""}]
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i in range(3):
+        write_jsonl(folder / f"{i}.jsonl", records[i * 7 : i * 7 + 7])
+    more = write_jsonl(tmp_path / "more.jsonl", records[21:])
+    sources = [DataSource(str(folder), max_rows=18), DataSource(str(more))]
+    how = {"on_bad_row": "skip", "max_bad_rows": 3}
+    whole = build_store(sources, ToyEncoder(), cache_dir=tmp_path / "whole", **how)
+
+    child = os.fork()
+    if not child:
+        encoder = Deadly()
+        encoder.batches_left = kill
+        try:
+            build_store(sources, encoder, cache_dir=tmp_path / "cache", **how)
+        finally:
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    encoder, shown = ToyEncoder(), []
+    store = build_store(
+        sources,
+        encoder,
+        cache_dir=tmp_path / "cache",
+        progress=lambda *values: shown.append(values),
+        **how,
+    )
+    # At most two batches wait to be written when the process dies.
+    assert encoder.batches <= 7 - max(0, kill - 2)
+    assert shown[-1][2] == whole.stats["tokens"]
+    for file in sorted(whole.path.glob("*.bin")):
+        assert (store.path / file.name).read_bytes() == file.read_bytes(), file.name
+    metas = [json.loads((path / "meta.json").read_text()) for path in (whole.path, store.path)]
+    for meta in metas:
+        del meta["stats"]["seconds"]
+    assert metas[0] == metas[1] and metas[0]["stats"]["bad_rows"] == 1
+    assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == ["", ".lock"]
+
+
+PEAK = """
+import resource, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+from pathlib import Path
+import numpy as np
+from finetune.data.cache import build_store
+from finetune.data.columns import Column
+from finetune.data.mixture import DataSource
+
+class Letters:
+    columns = {{"ids": Column("token", "uint16")}}
+    def fingerprint(self):
+        return "letters"
+    def encode(self, batch):
+        return [[{{"ids": np.frombuffer(row["text"].encode(), np.uint8)}}] for _, row in batch]
+
+store = build_store([DataSource(sys.argv[1])], Letters(), cache_dir=Path(sys.argv[2]))
+print(store.stats["tokens"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+"""
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path):
+    """One compressed file with four times the text: the peak is the same, but for a tenth of what was added."""
+    script = PEAK.format(tests=str(Path(__file__).parent), root=str(Path(__file__).parents[2]))
+    peaks, row = [], json.dumps({"text": "some text " * 400}) + "\n"
+    for mib in (24, 96):
+        file = tmp_path / f"{mib}.jsonl.zst"
+        with zstandard.open(file, "wt") as out:
+            for _ in range(mib << 8):
+                out.write(row)
+        words = [sys.executable, "-c", script, str(file), str(tmp_path / "cache")]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        tokens, peak = map(int, done.stdout.split())
+        assert tokens == (mib << 8) * 4000
+        peaks.append(peak)
+    assert peaks[1] - peaks[0] < 7, peaks

@@ -210,7 +210,7 @@ def test_a_phase_whose_total_is_known_later_shows_its_share(monkeypatch):
             phase.update(done)
     assert out.getvalue().splitlines() == [
         "tokenising x ...",
-        "tokenising x: 25%",
+        "tokenising x: 25%  ETA 0:15",
         "tokenising x: done in 0:12",
     ]
 
