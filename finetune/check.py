@@ -198,7 +198,20 @@ def _run_rules(cfg: Config) -> list[Rule]:
     allowed = [name for name in WHOLE_MODULES if name != "lm_head" or cfg.task.head == "lm"]
     whole = getattr(cfg.adapter, "modules_to_save", [])
     unknown = ", ".join(name for name in whole if name not in allowed)
+    init, quantize = getattr(cfg.adapter, "init", "default"), cfg.model.quantize
+    beside_init = {
+        f"model.quantize={quantize.value}": quantize is not Quantize.none,
+        "adapter.dora=true": getattr(cfg.adapter, "dora", False),
+        "adapter.start": getattr(cfg.adapter, "start", None),
+    }
+    clashes = ", ".join(word for word, used in beside_init.items() if used)
     return [
+        (
+            init in ("pissa", "olora") and clashes,
+            f"adapter.init = {init} changes the weights of the base, and cannot be combined with {clashes}",
+            "",
+            "Try adapter.init=default.",
+        ),
         (
             bool(getattr(cfg.task, "answers_field", None)),
             "a reward model is trained on pairs, not on lists of answers",

@@ -380,6 +380,14 @@ class LoraConfig(PeftConfig):
     """Rank-stabilised scaling (arXiv:2312.03732)."""
     dora: bool = False
     """Weight-decomposed adaptation (arXiv:2402.09353)."""
+    init: str = choice("default", ("default", "pissa", "olora"))
+    """Begin without effect (default), or as the base's own components: its largest singular vectors (pissa,
+    arXiv:2404.02948) or its QR decomposition (olora, arXiv:2406.01775). Exports then have twice the rank."""
+
+    @property
+    def scale(self) -> float:
+        """Return the factor of the update B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 @dataclass

@@ -102,6 +102,7 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
         # 3. Engine: the model with its adapter, sharded by DeepSpeed.
         sharding = sharding_of(plan, cfg.zero.nvme_path, run_dir)
         connect_deepspeed(world, guard.phase, sharding.nvme_folder if sharding.on_nvme else None)
+        run_files.keep_adapter_init(cfg, resume_from, world, run_dir, guard.phase)
         with guard.phase(f"loading {cfg.model.path}"):
             base, tokens = base_name(cfg.model, run_dir), list(inputs.tokens.values())
             engine = build_engine(cfg, task.head, task.num_labels, base, sharding, world, tokens)

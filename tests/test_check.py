@@ -130,6 +130,8 @@ def test_the_words_of_a_refusal(section, prefix, problem, remedy):
         (["task=instruct", "task.template=chatml", "adapter=prompt"], "and not with prompt"),
         (["task.tokens=[<a>]", "adapter=dora"], "DoRA would rescale all of them"),
         (["adapter.layers=some"], "adapter.layers = some is no list of blocks"),
+        (["adapter.init=pissa", "adapter=dora"], "cannot be combined with adapter.dora=true"),
+        (["adapter.init=olora", "model.quantize=nf4"], "be combined with model.quantize=nf4"),
         (["task=preference", "task.template=none.jinja"], "none.jinja"),
         (["task=preference", "task.loss=ipo", "task.label_smoothing=0.1"], "for task.loss=ipo"),
         (["task=classify", "task.class_weights=[0,0]"], "must not be negative, nor all zero"),

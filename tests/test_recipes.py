@@ -208,6 +208,7 @@ def test_sequences_fit_the_model_and_not_only_gptj(tmp_path, words, problem):
         ["optim.cycles=0"],
         ["optim.decay=-0.1"],
         ["adapter.lr_ratio=0"],
+        ["adapter.init=svd"],
         ["adapter.layers=last"],
         ["adapter.modules_to_save=[h]"],
         ["task.class_weights=even", "task=classify"],

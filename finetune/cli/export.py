@@ -188,7 +188,7 @@ def write_weights(
             for name, p in shell.named_parameters()
             if p.requires_grad
         }
-        write_adapter(shell, trained, stage)
+        write_adapter(shell, trained, stage, weights.init)
         by_tensors = verify == "tensors"
         return verify_adapter(stage, shell, weights, info.dtype) if by_tensors else {}
 

@@ -205,6 +205,7 @@ OTHERS = {
     "layers_to_transform": "adapter.layers",
     "modules_to_save": "adapter.modules_to_save",
     "loraplus_lr_ratio": "adapter.lr_ratio",
+    "init_lora_weights": "adapter.init",
     "neftune_noise_alpha": "train.neftune_alpha",
     "use_dora": "adapter.dora",
     "use_rslora": "adapter.rslora",

@@ -22,6 +22,7 @@ from finetune.export.write import (
     write_model,
     write_random_base,
 )
+from finetune.gptj.adapter_init import AdapterInit, read_init
 from finetune.reporting import metrics_log
 from finetune.sharding.engine import Engine
 from finetune.training.inputs import Inputs
@@ -93,7 +94,8 @@ def export_trained(
     about = inputs.about()
     info = world.on_main(lambda: describe_run(cfg, run_dir, about, result.eval, facts))
     texts = reference_texts(inputs.train)
-    figures = export_engine(engine, inputs.tokenizer, info, cfg.export, texts, target, world)
+    init = read_init(cfg, run_dir)
+    figures = export_engine(engine, inputs.tokenizer, info, cfg.export, texts, target, world, init)
     if "other ids" in figures.get("chat_template", ""):
         say(f"the export's apply_chat_template gives {figures['chat_template']}")
     if cfg.export.push_to_hub:
@@ -108,8 +110,12 @@ def export_engine(
     texts: list[list[int]],
     target: Path,
     world: World,
+    init: AdapterInit | None = None,
 ) -> dict[str, Any]:
     """Write and verify the adapter or model that `engine` trained. Collective.
+
+    Args:
+        init: what the adapter began from, if it trained on the residual of the base.
 
     Returns:
         The figures of export.json.
@@ -148,7 +154,7 @@ def export_engine(
         def finish() -> dict[str, Any]:
             with stack:
                 if adapter:
-                    write_adapter(module, trained, stage)
+                    write_adapter(module, trained, stage, init)
                 return finish_export(stage, kind, tokenizer, module.config, info, reference)
 
         return world.on_main(finish)

@@ -18,6 +18,7 @@ from transformers import GPTJConfig
 
 from finetune.checkpointing.format import StateReader
 from finetune.config import Config, Init
+from finetune.export.reopen import init_of
 from finetune.gptj.load import DTYPES, Weights, draw, local_folder, meta_model
 
 PREFIX = "base_model.model."
@@ -35,7 +36,7 @@ class RunWeights:
         self, cfg: Config, config: GPTJConfig, checkpoint: Path, tokens: Iterable[int] = ()
     ):
         self.cfg, self.config, self.tokens = cfg, config, list(tokens)
-        self.masters = StateReader(checkpoint)
+        self.masters, self.init = StateReader(checkpoint), init_of(cfg, checkpoint)
         self.names = set(self.masters.names())
         pretrained = cfg.model.init is Init.pretrained
         self.files = Weights(local_folder(cfg.model)) if pretrained else None
@@ -60,7 +61,8 @@ class RunWeights:
             tensor = self.files[name]
         else:
             tensor = draw(name, self.shapes[name], self.config, self.cfg.seed)
-        return tensor.to(DTYPES[self.cfg.model.dtype.value])
+        tensor = tensor.to(DTYPES[self.cfg.model.dtype.value])
+        return self.init.residual(name, tensor) if self.init else tensor
 
     def merged(self, name: str) -> Tensor:
         """Return a tensor of the whole model: trained, folded in fp32, or the base's own."""
@@ -90,9 +92,8 @@ class RunWeights:
             rank = adapter.rank
             a = self.master(f"{layer}.lora_A.default.weight", (rank, columns))
             b = self.master(f"{layer}.lora_B.default.weight", (rows, rank))
-            scale = adapter.alpha / (math.sqrt(rank) if adapter.rslora else rank)
             # In place: one such tensor at a time.
-            merged = base.to(torch.float32, copy=True).addmm_(b, a, alpha=scale)
+            merged = base.to(torch.float32, copy=True).addmm_(b, a, alpha=adapter.scale)
             if adapter.dora:
                 key = f"{layer}.lora_magnitude_vector.default.weight"
                 merged.mul_((self.master(key, (rows,)) / merged.norm(dim=1))[:, None])

@@ -20,6 +20,7 @@ from torch import nn
 from finetune.assets.paths import asset
 from finetune.checkpointing.format import (
     StateReader,
+    entry_of,
     find_resume,
     read_state,
     step_folder,
@@ -50,6 +51,8 @@ from finetune.export.kinds import serving_command
 from finetune.export.phi import ARCHITECTURES
 from finetune.files import read_json, read_object, read_settings, refuse_pointer
 from finetune.gptj import adapters
+from finetune.gptj.adapter_init import FILE as ADAPTER_INIT
+from finetune.gptj.adapter_init import AdapterInit, read_init
 from finetune.gptj.adapters import flat
 from finetune.gptj.load import (
     DTYPES,
@@ -183,6 +186,23 @@ def check_base(cfg: Config, checkpoint: Path) -> None:
         )
 
 
+def init_of(cfg: Config, checkpoint: Path) -> AdapterInit | None:
+    """Return what the adapter of a run's checkpoint began from, if it trained on the residual of the base.
+
+    Raises:
+        UserError: the run's file of it is missing, or is another.
+    """
+    run_dir = checkpoint.parent.parent
+    init, file = read_init(cfg, run_dir), run_dir / ADAPTER_INIT
+    if init and entry_of(file)["hash"] != read_state(checkpoint)["identity"]["adapter_init"]:
+        raise UserError(
+            "these are not the matrices that the adapter of this checkpoint began from",
+            str(file),
+            "Put back the file that was there when the checkpoint was written.",
+        )
+    return init
+
+
 def load_run(
     cfg: Config,
     checkpoint: Path,
@@ -200,7 +220,15 @@ def load_run(
         tokens: ids of the task's own tokens.
     """
     check_base(cfg, checkpoint)
-    model = build_model(cfg.model, head, device=device, seed=cfg.seed, num_labels=num_labels)
+    init = init_of(cfg, checkpoint)
+    model = build_model(
+        cfg.model,
+        head,
+        device=device,
+        seed=cfg.seed,
+        num_labels=num_labels,
+        change=init.residual if init else None,
+    )
     module = adapters.attach(model, cfg.adapter, head, cfg.model.path, cfg.seed, list(tokens))
     if dtype is not None:
         module = module.to(DTYPES[dtype.value])

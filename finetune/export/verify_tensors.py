@@ -42,11 +42,13 @@ def verify_adapter(
     """
     written = load_file(folder / ADAPTER_FILE)
     count = len(written)
-    expected = fixed_tensors(shell, DTYPES[dtype]) | {
+    trained = {
         name: weights.master(name, tuple(parameter.shape)).to(DTYPES[dtype])
         for name, parameter in shell.named_parameters()
         if parameter.requires_grad
     }
+    expected = weights.init.on_base(trained) if weights.init else trained
+    expected |= fixed_tensors(shell, DTYPES[dtype])
     for name, wanted in expected.items():
         key = name.replace(".modules_to_save.default", "").replace(".default", "")
         # peft's files leave this suffix out.

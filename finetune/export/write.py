@@ -30,6 +30,7 @@ from finetune.export.proof import compare_chat_template, verify_export
 from finetune.export.run_info import RunInfo
 from finetune.export.safetensors_writer import Shapes, ShardWriter, file_sha256
 from finetune.files import read_json, write_json
+from finetune.gptj.adapter_init import AdapterInit
 from finetune.gptj.load import (
     DTYPES,
     base_record,
@@ -74,16 +75,25 @@ def staged(
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def write_adapter(model: nn.Module, trained: dict[str, Tensor], folder: Path) -> None:
+def write_adapter(
+    model: nn.Module, trained: dict[str, Tensor], folder: Path, init: AdapterInit | None = None
+) -> None:
     """Write adapter_config.json and adapter_model.safetensors in peft's own layout.
+
+    Args:
+        init: what the adapter began from, if it trained on the residual of the base.
 
     Raises:
         SafetensorError, OSError: the disk is full.
     """
+    trained = init.on_base(trained) if init else trained
     tensors = trained | fixed_tensors(model, next(iter(trained.values())).dtype)
     model.save_pretrained(  # type: ignore[operator]
         str(folder), state_dict=tensors, safe_serialization=True, save_embedding_layers=False
     )
+    if init:
+        file = folder / "adapter_config.json"
+        write_json(file, read_json(file) | init.settings_on_base())
     (folder / "README.md").unlink(missing_ok=True)
     (folder / ADAPTER_FILE).chmod(0o644)  # safetensors creates files that only their owner can read
 

@@ -8,7 +8,7 @@ weights replace the freshly drawn ones; optimizer states and steps begin anew.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from finetune.config import (
 )
 from finetune.errors import UserError, command, setting
 from finetune.files import read_object
-from finetune.gptj.load import local_folder, open_shard, same_base
+from finetune.gptj.load import Place, local_folder, open_shard, same_base
 from finetune.planning.shape import LINEARS, WHOLE_MODULES, adapted_layers, target_modules
 
 ADAPTER_JSON, ABOUT = "adapter_config.json", "finetune.json"
@@ -185,7 +185,8 @@ def _word(value: Any) -> str:
         return f"[{','.join(map(str, value))}]"
     if value is None:
         return "null"
-    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+    short = f"{value:g}" if isinstance(value, float) else str(value).lower()
+    return repr(value) if isinstance(value, float) and float(short) != value else short
 
 
 def _different_base(cfg: Config, head: str, folder: Path) -> Iterator[UserError]:
@@ -208,9 +209,7 @@ def _different_base(cfg: Config, head: str, folder: Path) -> Iterator[UserError]
         )
 
 
-def load_start(
-    model: nn.Module, folder: Path, place: Callable[[nn.Parameter, Tensor], None]
-) -> None:
+def load_start(model: nn.Module, folder: Path, place: Place) -> None:
     """Replace the fresh weights of a peft model by those of the adapter in `folder`.
 
     Args:
@@ -237,12 +236,17 @@ def load_start(
                 str(file),
                 "Train it with the settings and the labels that it was made with.",
             )
-        value = value.to(parameter.dtype)
-        if hasattr(parameter, "ds_id"):
-            place(parameter, value)
-        else:
-            with torch.no_grad():
-                parameter.copy_(value)
+        write_parameter(parameter, value, place)
+
+
+def write_parameter(parameter: nn.Parameter, value: Tensor, place: Place) -> None:
+    """Write a host tensor into a parameter, by `place` if ZeRO-3 has partitioned it (collective)."""
+    value = value.to(parameter.dtype)
+    if hasattr(parameter, "ds_id"):
+        place(parameter, value)
+    else:
+        with torch.no_grad():
+            parameter.copy_(value)
 
 
 def saved_name(name: str) -> str:

@@ -357,6 +357,7 @@ def build_model(
     partition: AbstractContextManager | None = None,
     place: Place | None = None,
     reads: bool = True,
+    change: Callable[[str, Tensor], Tensor] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> nn.Module:
     """Build a GPT-J with its weights, in `cfg.dtype` on `device`.
@@ -369,6 +370,7 @@ def build_model(
         place: writes one tensor into a partitioned parameter (collective); None if nothing is
             partitioned.
         reads: whether this rank reads the files; at stage 3 only one rank does.
+        change: (name, host tensor in `cfg.dtype`) -> what takes its place in the model.
         progress: called with the number of elements placed so far.
     """
     folder = local_folder(cfg)
@@ -409,6 +411,8 @@ def build_model(
             tensor = source[name]
         elif reads:
             tensor = draw(name, shapes[name], config, seed)
+        if tensor is not None and change is not None:
+            tensor = change(name, tensor.to(dtype))
         if layer is not None and tensor is not None:
             tensor = layer.pack(tensor.to(device=device, dtype=dtype))
         if place is not None:

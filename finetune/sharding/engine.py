@@ -22,6 +22,7 @@ from finetune.config import Config, OptimConfig, PeftConfig
 from finetune.dist import World
 from finetune.errors import RunFailed
 from finetune.gptj import adapters
+from finetune.gptj.adapter_init import read_init
 from finetune.gptj.adapter_start import load_start, start_folder
 from finetune.gptj.adapters import parameter_groups
 from finetune.gptj.load import build_model
@@ -101,7 +102,7 @@ def place_partitioned(world: World, parameter: nn.Parameter, value: Tensor | Non
     tensor on every rank, twice.
 
     Args:
-        value: a host tensor of the parameter's shape and dtype; None on ranks that do not read.
+        value: a host tensor of the parameter's shape and dtype; ranks other than 0 may have None.
     """
     part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
     if part.final_location is not None:  # on nvme: DeepSpeed moves it
@@ -112,7 +113,7 @@ def place_partitioned(world: World, parameter: nn.Parameter, value: Tensor | Non
     size = part.numel()  # the last rank's part may be padded
     pieces = (
         [_piece(value, rank * size, size) for rank in range(world.size)]
-        if value is not None
+        if value is not None and world.main
         else None
     )
     if world.size == 1:
@@ -146,7 +147,8 @@ def build_module(
 ) -> nn.Module:
     """Build GPT-J with its weights and adapter.
 
-    At stage 3, rank 0 reads the weights and every rank keeps its part.
+    At stage 3, rank 0 reads the weights and every rank keeps its part. What an adapter with
+    `adapter.init` begins from is read from the run directory.
 
     Args:
         head: lm, classify or qa.
@@ -156,6 +158,7 @@ def build_module(
     """
     partition = partitioned_build(ds_config, world)
     sharded = partition is not None
+    init = read_init(cfg, Path(str(cfg.run_dir)))
     model = build_model(
         cfg.model,
         head,
@@ -167,8 +170,11 @@ def build_module(
         partition=partition,
         place=partial(place_partitioned, world) if sharded else None,
         reads=world.main or not sharded,
+        change=init.residual if init else None,
     )
     module = adapters.attach(model, cfg.adapter, head, base_name, cfg.seed, tokens)
+    if init:
+        init.fill(module, partial(place_partitioned, world))
     if isinstance(cfg.adapter, PeftConfig) and cfg.adapter.start:
         load_start(module, start_folder(cfg.adapter.start), partial(place_partitioned, world))
     return module

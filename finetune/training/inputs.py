@@ -52,6 +52,7 @@ from finetune.data.tokenizer import (
 )
 from finetune.dist import World
 from finetune.errors import UserError, plural
+from finetune.gptj.adapter_init import init_problems
 from finetune.gptj.adapter_start import start_problems, start_task
 from finetune.gptj.load import local_folder, refuse_pointers, tokenizer_of
 from finetune.planning.shape import load_shape
@@ -373,6 +374,7 @@ def absent(cfg: Config, download: bool) -> Iterator[UserError]:
             rows = load_shape(str(local_folder(model, download=False))).vocab_size
             yield from token_problems(tokenizer_of(model), cfg.task, rows)
     yield from start_problems(cfg)
+    yield from init_problems(cfg)
     for key, value, usual in (
         ("model.quantize", model.quantize, Quantize.none),
         ("optim.name", cfg.optim.name, OptimName.adamw),

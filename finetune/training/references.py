@@ -21,6 +21,7 @@ from finetune.data.columns import Store
 from finetune.data.fields import digest
 from finetune.dist import World
 from finetune.files import write_atomic
+from finetune.gptj.adapter_init import starts_from_base
 from finetune.gptj.adapter_start import start_folder
 from finetune.gptj.load import local_folder, weights_identity
 from finetune.sharding.engine import Engine
@@ -34,10 +35,14 @@ ROUND = 32
 
 
 def reference_folder(cfg: Config) -> Path | None:
-    """Return the weights that training starts from; None if it can switch its adapter off instead."""
+    """Return the weights that training starts from; None if it can switch its adapter off instead.
+
+    Without an adapter that began from the base's weights, only a part of them is left.
+    """
     if isinstance(cfg.adapter, PeftConfig) and cfg.adapter.start:
         return start_folder(cfg.adapter.start)
-    return local_folder(cfg.model) if isinstance(cfg.adapter, FullConfig) else None
+    changes_base = isinstance(cfg.adapter, FullConfig) or starts_from_base(cfg.adapter)
+    return local_folder(cfg.model) if changes_base else None
 
 
 def add_references(

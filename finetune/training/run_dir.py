@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -13,11 +14,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from finetune.checkpointing.checkpoints import Checkpoints
+from finetune.checkpointing.format import entry_of
 from finetune.checkpointing.train_state import TrainState
 from finetune.config import Config, Offload, plain_config, to_yaml
 from finetune.dist import World
 from finetune.errors import Preempted, RunFailed, UserError
-from finetune.files import read_object, write_json
+from finetune.files import read_object, write_atomic, write_json
+from finetune.gptj.adapter_init import FILE as ADAPTER_INIT
+from finetune.gptj.adapter_init import read_init, starts_from_base, write_init
 from finetune.gptj.load import local_folder, weights_identity
 from finetune.planning import machine
 from finetune.reporting import metrics_log
@@ -99,6 +103,41 @@ def wherever(path: Any) -> Any:
     return local if os.path.exists(local) or glob.glob(local, recursive=True) else path
 
 
+def keep_adapter_init(
+    cfg: Config,
+    resume_from: Path | None,
+    world: World,
+    run_dir: Path,
+    phase: Callable[[str], AbstractContextManager],
+) -> None:
+    """Keep what an adapter with `adapter.init` begins from in the run directory. Collective.
+
+    A new run computes it; one that continues has it, or takes it over from the run it continues.
+
+    Args:
+        phase: context, by name, that shows the user of rank 0 that something takes long.
+    """
+    if not starts_from_base(cfg.adapter):
+        return
+    file = run_dir / ADAPTER_INIT
+    if resume_from is None:
+        with phase("decomposing the weights that the adapter begins from") as shown:
+
+            def progress(done: int, total: int) -> None:
+                if shown:
+                    shown.total = total
+                    shown.update(done)
+
+            world.on_main(lambda: write_init(cfg, file, world.device, progress))
+    elif (begun := resume_from.parent.parent).resolve() != run_dir.resolve():
+
+        def take_over() -> None:
+            read_init(cfg, begun)
+            write_atomic(file, (begun / ADAPTER_INIT).read_bytes())
+
+        world.on_main(take_over)
+
+
 def open_checkpoints(
     cfg: Config, data_fingerprint: str, sharding: Sharding, world: World, run_dir: Path
 ) -> Checkpoints:
@@ -109,7 +148,7 @@ def open_checkpoints(
         on_gpu = world.device.type == "cuda"
         background = on_gpu and sharding.offload_optimizer is Offload.none
     weights = world.on_main(lambda: weights_identity(local_folder(cfg.model)))
-    plain = plain_config(cfg)
+    plain, init = plain_config(cfg), run_dir / ADAPTER_INIT
     must_not_change = {
         "data": data_fingerprint,
         "seed": cfg.seed,
@@ -125,6 +164,9 @@ def open_checkpoints(
             getattr(cfg.task, name, None) for name in ("loss", "beta", "label_smoothing", "gamma")
         ],
         "adapter": plain["adapter"],
+        "adapter_init": world.on_main(lambda: entry_of(init)["hash"])
+        if starts_from_base(cfg.adapter)
+        else None,
         "optim": plain["optim"],
         "dropout": [cfg.model.embd_pdrop, cfg.model.attn_pdrop, cfg.model.resid_pdrop],
     }
