@@ -1,9 +1,11 @@
-"""Host memory of loading a 2 GB GPT-J: `python bench/load_memory.py [--layers 16] [--ranks 1 2]`.
+"""Host memory of loading a 2 GB GPT-J, whole or quantised.
+
+    python bench/load_memory.py [--layers 16] [--ranks 1 2] [--quantize none nf4 int8]
 
 Writes random checkpoints in the layouts that people have (bf16 safetensors; one fp32 pytorch_model.bin with GPT-J's
 legacy buffers), loads each as a run does at stage 0, 2 and 3, one process a rank on a CPU, and asks the kernel for each
-rank's peak resident memory. The limit is 1.15 x (what the rank keeps + the largest tensor as the file has it) + 700 MB of
-interpreter and libraries. Written to bench/results/load_memory.json.
+rank's peak resident memory; quantised ones with a LoRA, at stage 0 and 3. The limit is 1.15 x (what the rank keeps + the
+largest tensor as the file has it) + 700 MB of interpreter and libraries. Written to bench/results/load_memory.json.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from workload import ROOT, free_port, machine
 
 LIBRARIES, FACTOR = 700e6, 1.15
 WIDTH, VOCABULARY, POSITIONS = 2048, 50400, 2048
-STAGES = (0, 2, 3)
+STAGES = {"none": (0, 2, 3), "nf4": (0, 3), "int8": (0, 3)}
+"""Quantisation -> the stages at which it is loaded."""
 LAYOUTS = ("bf16 safetensors", "fp32 .bin")
 
 
@@ -65,7 +68,7 @@ def make(folder: Path, layers: int, layout: str) -> Path:
     return folder
 
 
-def load(model: str, stage: int) -> None:
+def load(model: str, stage: int, quantize: str) -> None:
     """Load as one rank and print its figures."""
     from finetune import dist
     from finetune.compose import compose_train
@@ -75,7 +78,8 @@ def load(model: str, stage: int) -> None:
 
     cfg = compose_train(
         [
-            "recipe=clm_pile",
+            f"recipe={'clm_pile' if quantize == 'none' else 'clm_pile_lora'}",
+            f"model.quantize={quantize}",
             "data.train=x.jsonl",
             f"model.path={model}",
             "model.dtype=bf16",
@@ -108,7 +112,7 @@ def load(model: str, stage: int) -> None:
     dist.disconnect()
 
 
-def measure(model: Path, stage: int, ranks: int) -> dict:
+def measure(model: Path, stage: int, ranks: int, quantize: str) -> dict:
     """Figures of the rank that came highest."""
     common = os.environ | {
         "WORLD_SIZE": str(ranks),
@@ -120,7 +124,10 @@ def measure(model: Path, stage: int, ranks: int) -> dict:
     }
     started = [
         subprocess.Popen(
-            [sys.executable, __file__, "--load", str(model), "--stage", str(stage)],
+            [
+                *(sys.executable, __file__, "--load", str(model)),
+                *("--stage", str(stage), "--quantize", quantize),
+            ],
             text=True,
             stdout=subprocess.PIPE,
             env=common | {"RANK": str(r), "LOCAL_RANK": str(r)},
@@ -141,40 +148,42 @@ def measure(model: Path, stage: int, ranks: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--layers", type=int, default=16, help="of width 2048; 16 make 2.0 GB in bf16"
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--quantize", choices=STAGES, nargs="+", default=list(STAGES))
     parser.add_argument("--out", default=str(ROOT / "bench/results/load_memory.json"))
     parser.add_argument("--load", help=argparse.SUPPRESS)
     parser.add_argument("--stage", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.load:
-        return load(args.load, args.stage)
+        return load(args.load, args.stage, args.quantize[0])
     folder = Path(tempfile.mkdtemp(prefix="load-memory-"))
     rows = []
     try:
         for layout in LAYOUTS:
             model = make(folder / layout.replace(" ", "-"), args.layers, layout)
             size = sum(file.stat().st_size for file in model.iterdir())
-            for stage in STAGES:
-                for ranks in args.ranks:
-                    rows.append(
-                        {"layout": layout, "file_bytes": size, "stage": stage, "ranks": ranks}
-                        | measure(model, stage, ranks)
-                    )
-                    row = rows[-1]
-                    print(
-                        f"{layout:16}  stage {stage}  {ranks} ranks  kept {row['kept_bytes'] / 1e9:.2f} GB  peak "
-                        f"{row['peak_bytes'] / 1e9:.2f} GB of {row['limit_bytes'] / 1e9:.2f}  "
-                        f"{'within' if row['within'] else 'ABOVE'}",
-                        flush=True,
-                    )
+            cases = [(q, s, r) for q in args.quantize for s in STAGES[q] for r in args.ranks]
+            for quantize, stage, ranks in cases:
+                case = {"quantize": quantize, "stage": stage, "ranks": ranks}
+                row = {"layout": layout, "file_bytes": size} | case
+                rows.append(row | measure(model, stage, ranks, quantize))
+                row = rows[-1]
+                print(
+                    f"{layout:16}  {quantize:4}  stage {stage}  {ranks} ranks  "
+                    f"kept {row['kept_bytes'] / 1e9:.2f} GB  peak {row['peak_bytes'] / 1e9:.2f} GB "
+                    f"of {row['limit_bytes'] / 1e9:.2f}  {'within' if row['within'] else 'ABOVE'}",
+                    flush=True,
+                )
             shutil.rmtree(model)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    command = f"python bench/load_memory.py --layers {args.layers} --ranks {' '.join(map(str, args.ranks))}"
+    command = " ".join(["python", *sys.argv])
     Path(args.out).write_text(
         json.dumps({"command": command, **machine(), "rows": rows}, indent=1) + "\n"
     )

@@ -44,14 +44,19 @@ class UserError(Exception):
 
 
 class Preempted(SystemExit):
-    """A request to stop came when there was nothing to save: the process ends with exit code 75."""
+    """A request to stop came before the training or after it: the process ends with exit code 75.
 
-    def __init__(self, reason: str):
-        self.reason = reason
+    Args:
+        trained: the training is over, and its last step saved.
+    """
+
+    def __init__(self, reason: str, trained: bool = False):
+        self.reason, self.trained = reason, trained
         super().__init__(EXIT_PREEMPTED)
 
     def __str__(self) -> str:
-        return f"stopped by {who_stopped(self.reason)}; there was nothing to save"
+        kept = "the last step is saved" if self.trained else "there was nothing to save"
+        return f"stopped by {who_stopped(self.reason)}; {kept}"
 
 
 class Interrupted(Exception):

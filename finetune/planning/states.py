@@ -105,9 +105,9 @@ def uses_bf16_optimizer(job: Job, option: Option) -> bool:
 def _replicated(job: Job) -> States:
     """Return the states at stage 0.
 
-    In fp32 the optimizer works on the weights themselves; otherwise on fp32 copies, tensor by
-    tensor. Gradients are summed in the weights' own precision: DeepSpeed refuses fp32 sums at stage
-    0 with bf16 or fp16.
+    In fp32 the optimizer works on the weights themselves; otherwise on fp32 copies, with fp32
+    gradients for one group at a time. Gradients are summed in the weights' own precision: DeepSpeed
+    refuses fp32 sums at stage 0 with bf16 or fp16.
     """
     element, trained = job.work.element_bytes, sum(job.trained_numels)
     copies = 0 if element == 4 else 4
@@ -120,7 +120,8 @@ def _replicated(job: Job) -> States:
         optimizer=copies * trained + moments,
         kept_gradients=element * trained if job.work.accumulation > 1 else 0,
         peak_gradients=element * trained,
-        step_bytes=copies * trained + update_bytes(job, job.trained_numels),
+        step_bytes=copies * max(map(sum, job.trainable_groups), default=0)
+        + update_bytes(job, job.trained_numels),
     )
 
 

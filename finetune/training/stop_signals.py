@@ -1,9 +1,9 @@
 """Requests to stop: signals, files in the run directory, a time limit, and a launcher that died.
 
 During training they only set a flag, which the trainer reads between steps, where a checkpoint can
-be written. Before and after, when there is nothing to save, they end the process immediately with
-exit code 75. A second Ctrl-C stops at once. DeepSpeed's launcher does not forward signals and dies
-without notifying its ranks, so each rank also watches its ancestors.
+be written. Before, when there is nothing to save, and after, when the last step is saved, they end
+the process immediately with exit code 75. A second Ctrl-C stops at once. DeepSpeed's launcher does
+not forward signals and dies without notifying its ranks, so each rank also watches its ancestors.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class StopRequest:
         self.run_dir, self.watch_files = run_dir, watch_files
         self.deadline = time.monotonic() + max_time if max_time and watch_files else math.inf
         self.reason = ""
-        self._training, self._orphaned, self._interrupts = False, False, 0
+        self._training, self._trained, self._orphaned, self._interrupts = False, False, False, 0
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
         self._before = {}
@@ -97,7 +97,7 @@ class StopRequest:
         """
         self._training = True
         yield
-        self._training = False
+        self._training, self._trained = False, True
 
     def close(self, failed: bool = False) -> None:
         """Restore the signal handlers.
@@ -137,7 +137,7 @@ class StopRequest:
             DEAD_LAUNCHER if self._orphaned else signal.Signals(number).name
         )
         if first and not self._training:
-            raise Preempted(self.reason)
+            raise Preempted(self.reason, self._trained)
 
     def _watch(self) -> None:
         while not self._closed.wait(POLL_SECONDS):

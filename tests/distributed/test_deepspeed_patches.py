@@ -51,6 +51,14 @@ def measure(without: str, stage: int, file: Path) -> None:
     small = [nn.Linear(8, 8, bias=False) for _ in range(TENSORS)]
     model = nn.Sequential(nn.Linear(64, 512), nn.Linear(512, 8), *small).bfloat16()
     engine = module.Engine(model, config, cfg.optim, world)
+    gradients, update = [], engine.optimizer.step
+
+    def counted() -> None:
+        parameters = [p for group in engine.optimizer.param_groups for p in group["params"]]
+        gradients.append(sum(p.numel() for p in parameters if p.grad is not None))
+        update()
+
+    engine.optimizer.step = counted
     norms = []
     for factor in (1.0, float("nan"), 1.0):
         loss = engine(input=torch.ones(1, 64, dtype=torch.bfloat16)).float().square().sum()
@@ -65,6 +73,7 @@ def measure(without: str, stage: int, file: Path) -> None:
     found = {
         "operations": counter.operations,
         "fp64": counter.largest,
+        "gradients": max(gradients),
         "left": len(left),
         "norms": [norm for norm in norms if norm == norm],
         "skipped": engine.skipped,
@@ -108,6 +117,12 @@ def test_a_step_of_many_small_tensors_is_few_operations(figures, stage, name):
     assert ours["skipped"] == theirs["skipped"] == 1 and len(ours["norms"]) == 2
     assert ours["norms"] == pytest.approx(theirs["norms"], rel=1e-5)
     assert ours["weights"] == pytest.approx(theirs["weights"], rel=1e-5)
+
+
+def test_one_group_has_fp32_gradients_at_a_time(figures):
+    matrices, vectors = 64 * 512 + 512 * 8 + TENSORS * 8 * 8, 512 + 8
+    assert figures(stage=0)["gradients"] == matrices
+    assert figures("step_at_once", 0)["gradients"] == matrices + vectors
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

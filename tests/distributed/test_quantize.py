@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import cache, partial
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, BitsAndBytesConfig, GPTJConfig, GPTJForCausalLM
 
 from finetune.data.tokenizer import load_tokenizer
@@ -45,6 +47,11 @@ CASES = {
         "zero=stage3 train.micro_batch=2 train.activation_checkpointing=true",
     ),
     "single-stage3-2": (NF4, "lora", "zero=stage3 train.micro_batch=4"),
+    "bin-stage3-2": (
+        NF4_DOUBLE,
+        "lora",
+        "zero=stage3 zero.offload_optimizer=cpu zero.offload_params=cpu train.micro_batch=4",
+    ),
     "int8-stage0-1": (INT8, "lora", "zero=stage0 train.micro_batch=2"),
     "int8-stage3-2": (INT8, "lora", "zero=stage3 train.micro_batch=2"),
     "dora-stage3-2": (NF4_DOUBLE, "dora", "zero=stage3 train.micro_batch=4"),
@@ -106,13 +113,18 @@ def overrides(model: Path, data: Path, run_dir: Path, quantize: str, *more: str)
 
 @pytest.fixture(scope="module")
 def model(pocket_gptj: Path, tmp_path_factory) -> Path:
-    """`pocket_gptj` 64 wide: with fewer columns, bitsandbytes' CPU kernel mixes up its scales."""
+    """`pocket_gptj` 64 wide: with fewer columns, bitsandbytes' CPU kernel mixes up its scales.
+
+    Its folder `bin` holds the same weights as a pytorch_model.bin.
+    """
     folder = tmp_path_factory.mktemp("model")
     AutoTokenizer.from_pretrained(pocket_gptj).save_pretrained(folder)
     torch.manual_seed(0)
     GPTJForCausalLM(GPTJConfig(**SMALL | {"vocab_size": 1024, "n_embd": 64})).save_pretrained(
         folder
     )
+    shutil.copytree(folder, folder / "bin", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(folder / "model.safetensors"), folder / "bin" / "pytorch_model.bin")
     return folder
 
 
@@ -124,7 +136,8 @@ def trained(model: Path, unequal_documents: Path, tmp_path_factory) -> Path:
         quantize = "int8" if settings is INT8 else "nf4"
         double = f"model.quantize_double={str(settings is NF4_DOUBLE).lower()}"
         words = [double, *ADAPTERS[adapter].split(), *words.split()]
-        run = overrides(model, unequal_documents, root / name, quantize, *words)
+        weights = model / "bin" if name.startswith("bin") else model
+        run = overrides(weights, unequal_documents, root / name, quantize, *words)
         cases[int(name[-1])].append(run)
     resumed = overrides(
         model, unequal_documents, root / "resumed", "nf4", *ADAPTERS["lora"].split(),

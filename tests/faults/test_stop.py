@@ -5,11 +5,14 @@ All stops follow each other in one directory, so each also shows that the run co
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
+from finetune.errors import Preempted
 from finetune.reporting import metrics_log
+from finetune.training.stop_signals import StopRequest
 from tests.faults.jobs import words
 
 COMPARED = 30
@@ -139,6 +142,17 @@ def test_a_signal_before_the_first_step(outcome):
     assert found["codes"] == {"0": 75, "1": 75} and found["result"]["status"] == "preempted", found[
         "output"
     ]
+
+
+def test_a_signal_after_the_last_step_says_that_it_is_saved(tmp_path):
+    stop = StopRequest(tmp_path, watch_files=True)
+    try:
+        with stop.flagged():
+            pass
+        with pytest.raises(Preempted, match="stopped by SIGTERM; the last step is saved"):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        stop.close()
 
 
 @pytest.mark.slow
