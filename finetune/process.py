@@ -3,7 +3,8 @@
 The heap in CPU runs: a step's freed memory is kept for the next step, and released once it is too
 fragmented. By default every big tensor is mapped, paged in and unmapped anew; on two cores that is
 a fifth of a step. Memory that is kept is reused at once, but batches of unequal documents slowly
-fragment the heap into pieces that fit nothing. Imports no torch.
+fragment the heap into pieces that fit nothing. The few largest blocks of a step (`LARGE`) stay out
+of it: between them small ones would settle, so that the next large one does not fit. Imports no torch.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = (
     -3,
     -8,
 )  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX
+LARGE = 32 << 20
+"""Bytes of a block that has pages of its own and returns them when it is freed."""
 GROWTH = 1.1
 """Resident memory against its lowest since the last time, at which free pages are given back."""
 
@@ -39,14 +42,14 @@ def one_arena() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Make free() keep memory in the process from now on.
+    """Make free() keep memory in the process from now on, except that of large blocks.
 
     Use it for steps that repeat, not for loading: memory for reading, casting and gathering weights
     would stay, twice the size of the model at stage 3.
     """
     libc = _libc()
     if libc is not None:
-        libc.mallopt(MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(MMAP_THRESHOLD, LARGE)
         libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
 
 
