@@ -270,18 +270,19 @@ def test_meta_is_readable_json(spec, toy):
 
 
 class Deadly(ToyEncoder):
-    """Kills its process instead of encoding one more batch."""
+    """Ends its process by a signal, or as one that stops a run, instead of encoding one more batch."""
 
     batches_left: int
+    by: str
 
     def encode(self, batch):
         if self.batches == self.batches_left:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL) if self.by == "kill" else sys.exit(75)
         return super().encode(batch)
 
 
-@pytest.mark.parametrize("kill", [1, 4, 6])
-def test_a_killed_build_goes_on_and_gives_the_same_store(tmp_path, monkeypatch, kill):
+@pytest.mark.parametrize(("by", "kill"), [("kill", 1), ("kill", 4), ("kill", 6), ("stop", 6)])
+def test_a_killed_build_goes_on_and_gives_the_same_store(tmp_path, monkeypatch, by, kill):
     """Batches of four rows: five of the first source's files, two of the second; what was saved is not encoded again."""
     monkeypatch.setattr(cache_builder, "BATCH_ROWS", 4)
     monkeypatch.setattr(cache, "SAVE_SECONDS", 0)
@@ -298,12 +299,12 @@ def test_a_killed_build_goes_on_and_gives_the_same_store(tmp_path, monkeypatch, 
     child = os.fork()
     if not child:
         encoder = Deadly()
-        encoder.batches_left = kill
+        encoder.batches_left, encoder.by = kill, by
         try:
             build_store(sources, encoder, cache_dir=tmp_path / "cache", **how)
         finally:
             os._exit(0)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert os.waitpid(child, 0)[1] == (signal.SIGKILL if by == "kill" else 0)
     encoder, shown = ToyEncoder(), []
     store = build_store(
         sources,
