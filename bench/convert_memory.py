@@ -1,14 +1,16 @@
 """Host memory of converting a checkpoint: `python bench/convert_memory.py [--layers 16] [--out FILE.json]`.
 
 Random checkpoints of 2 GB in bf16 (safetensors) and twice that in fp32 (one pytorch_model.bin with GPT-J's legacy buffers)
-become bf16 and fp16 safetensors through `launch/convert.py`, each time in a process of its own; the kernel tells its
-peak resident memory. The same program on the shipped tiny model is what interpreter and libraries take.
+become bf16 and fp16 safetensors, a Phi model and a GGUF file through `launch/convert.py`, each time in a process of its
+own; the kernel tells its peak resident memory. The same program on the shipped tiny model is what interpreter and
+libraries take.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -16,14 +18,19 @@ from pathlib import Path
 from load_memory import LAYOUTS, VOCABULARY, WIDTH, make
 from workload import ROOT, machine, peak_bytes
 
+TOKENIZER = ROOT / "finetune/assets/tokenizer"
+FORMS = (("hf", "bf16"), ("hf", "fp16"), ("phi", "bf16"), ("gguf", "fp16"))
+"""Forms and precisions of the targets."""
 
-def peak(source: str, target: Path, dtype: str) -> int:
+
+def peak(source: str, target: Path, form: str, dtype: str) -> int:
     return peak_bytes(
         [
             sys.executable,
             "launch/convert.py",
             f"source={source}",
             f"target={target}",
+            f"to={form}",
             f"dtype={dtype}",
         ]
     )
@@ -37,18 +44,24 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        libraries = peak("asset:gptj_tiny", folder / "tiny", "fp16")
+        libraries = {
+            form: peak("asset:gptj_tiny", folder / form, form, "fp16") for form, _ in FORMS
+        }
         for i, layout in enumerate(LAYOUTS):
             source = make(folder / f"source{i}", args.layers, layout)
+            shutil.copytree(TOKENIZER, source, dirs_exist_ok=True)
             size = sum(file.stat().st_size for file in source.iterdir())
-            for dtype in ("bf16", "fp16"):
+            for form, dtype in FORMS:
+                target = folder / "target"
                 row = {
                     "from": layout,
                     "bytes": size,
-                    "to": dtype,
-                    "peak_bytes": peak(str(source), folder / f"target{i}-{dtype}", dtype),
+                    "to": form,
+                    "dtype": dtype,
+                    "peak_bytes": peak(str(source), target, form, dtype),
                 }
-                row["above_libraries_bytes"] = row["peak_bytes"] - libraries
+                shutil.rmtree(target)
+                row["above_libraries_bytes"] = row["peak_bytes"] - libraries[form]
                 print(json.dumps(row), flush=True)
                 found.append(row)
     result = {

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from functools import partial
 
 from finetune import dist, process
 from finetune.checkpointing.format import find_resume
@@ -20,8 +19,7 @@ from finetune.data.batches import StepBatches
 from finetune.export.end_of_run import export_trained, take_best
 from finetune.export.proof import reference_texts
 from finetune.export.run_info import base_name
-from finetune.inference.lm_eval import ask_in_training, tasks_of_run
-from finetune.inference.sample import Sampling, continue_flat, sample_texts
+from finetune.inference.in_training import InTraining, tasks_of_run
 from finetune.reporting import metrics_log
 from finetune.reporting.callbacks import CallbackList
 from finetune.reporting.page.build import Report
@@ -80,7 +78,7 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
         suite_tasks = {}
         if cfg.eval.lm_eval:
             with guard.phase("loading lm-eval's tasks"):
-                suite_tasks = tasks_of_run(cfg.eval, cfg.train.metric, cfg.seed, world)
+                suite_tasks = tasks_of_run(cfg, world)
 
         # 2. Inputs: tokenizer, task, encoded data. Only they know how many labels a classifier has.
         inputs = prepare_inputs(cfg, plan.job.shape.vocab_size, world, guard.phase, say)
@@ -151,37 +149,17 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
             world,
         )
 
-        sample = partial(
-            sample_texts,
+        sharded = engine.stage == 3
+        asked = InTraining(
             engine.module,
             inputs.tokenizer,
-            cfg.train.sample_prompts,
-            cfg.train.sample_tokens,
-            device=world.device,
-            encode=getattr(task, "prompt_ids", None),
-            agree=world.broadcast,
-        )
-        count, longest, together = cfg.eval.generate, cfg.eval.generate_tokens, engine.stage == 3
-        agree = world.broadcast if together else list
-        answer = partial(
-            continue_flat,
-            engine.module,
-            inputs.tokenizer,
-            how=Sampling(longest, temperature=0.0),
-            device=world.device,
-            agree=agree,
-        )
-        suite = partial(
-            ask_in_training,
-            engine.module,
-            inputs.tokenizer,
+            cfg,
             suite_tasks,
-            cfg.eval.lm_eval_limit,
-            batch=cfg.train.eval_batch,
-            seed=cfg.seed,
-            device=world.device,
-            agree=agree,
+            world,
+            sharded=sharded,
+            encode=getattr(task, "prompt_ids", None),
         )
+        count, longest = cfg.eval.generate, cfg.eval.generate_tokens
         trainer = Trainer(
             engine,
             task,
@@ -191,9 +169,9 @@ def run_in(world: dist.World, cfg: Config, words: list[str]) -> Result:
             listeners,
             world,
             drawn=inputs.drawn(cfg.seed) if len(inputs.sources) > 1 else None,
-            sample=sample if task.head == "lm" and cfg.train.sample_every else None,
-            answers=Answers(answer, count, longest, together) if count else None,
-            suite=(suite, cfg.eval.lm_eval_every) if suite_tasks else None,
+            sample=asked.sample if task.head == "lm" and cfg.train.sample_every else None,
+            answers=Answers(asked.generate, count, longest, sharded) if count else None,
+            suite=(asked.suite, cfg.eval.lm_eval_every) if suite_tasks else None,
             meter=meter,
             stop=guard.stop,
             beat=guard.beat,

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from finetune.config import ModelConfig, Quantize
 from finetune.planning.quantization import BLOCK, SCALE_BLOCK, packed_bytes, sections
 
+PIECE = 2**20
+"""Values that are quantised at once, whole blocks of them."""
 INT8_STEP = 1.0 / 127.0
 """An int8 code counts steps of this share of its row's scale, the largest value."""
 
@@ -62,17 +64,28 @@ class QuantizedLinear(nn.Linear):
         return DequantizedLinear.apply(x, self.weight, self.bias, self)
 
     def pack(self, value: Tensor) -> Tensor:
-        """Quantise a weight of the model's precision; return the content of the parameter."""
+        """Quantise a weight of the model's precision; return the content of the parameter.
+
+        Some values at a time, since on a CPU bitsandbytes needs 20 bytes for each of them.
+        """
         if self.int8:
-            codes, scales, _ = bnb.int8_vectorwise_quant(value.to(torch.float16))
-            parts = {"codes": codes, "scales": scales}
+            rows = max(1, PIECE // self.in_features)
+            pieces = [bnb.int8_vectorwise_quant(p.to(torch.float16)) for p in value.split(rows)]
+            parts = {
+                name: torch.cat([p[i] for p in pieces])
+                for i, name in enumerate(("codes", "scales"))
+            }
         else:
-            codes, state = bnb.quantize_4bit(
-                value, blocksize=BLOCK, compress_statistics=self.double, quant_type="nf4"
-            )
-            parts = {"codes": codes, "scales": state.absmax}
+            pieces = [
+                bnb.quantize_4bit(p, blocksize=BLOCK, quant_type="nf4")
+                for p in value.reshape(-1).split(PIECE)
+            ]
+            scales = torch.cat([state.absmax for _, state in pieces])
+            parts = {"codes": torch.cat([codes for codes, _ in pieces]), "scales": scales}
             if self.double:
-                parts |= {"outer": state.state2.absmax, "offset": state.offset}
+                offset = scales.mean()
+                codes, state = bnb.quantize_blockwise(scales - offset, blocksize=SCALE_BLOCK)
+                parts |= {"scales": codes, "outer": state.absmax, "offset": offset}
         packed = torch.zeros(self.elements, dtype=value.dtype, device=value.device)
         content = packed.view(torch.uint8)
         for name, start, size in self.sections:

@@ -23,8 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from finetune.config import EvalConfig, asks_lm_eval, direction_of
-from finetune.dist import World
+from finetune.config import direction_of
 from finetune.errors import Interrupted, RunFailed, UserError
 from finetune.gptj.library import takes_virtual_tokens, to_library_model
 from finetune.inference.sample import Sampling, continue_flat
@@ -119,28 +118,6 @@ def load_tasks(
         usual = task.get_config("num_fewshot")
         if usual is None or (fewshot is not None and usual != 0):
             task.set_config(key="num_fewshot", value=fewshot or 0)
-    return tasks
-
-
-def tasks_of_run(cfg: EvalConfig, metric: str | None, seed: int, world: World) -> Tasks:
-    """Load the tasks that a run's evaluations ask, on every rank. Collective.
-
-    Args:
-        metric: train.metric.
-
-    Raises:
-        UserError: see `load_tasks` and `check_metric`.
-    """
-    tasks: Tasks = {}
-
-    def load() -> None:
-        tasks.update(load_tasks(list(cfg.lm_eval), cfg.task_dir, seed=seed, section="eval."))
-        if asks_lm_eval(cfg, metric):
-            check_metric(tasks, str(metric))
-
-    world.on_main(load)  # downloads what the other ranks then read
-    if not world.main:
-        load()
     return tasks
 
 

@@ -238,32 +238,6 @@ def continue_flat(
     ]
 
 
-def sample_texts(
-    model: nn.Module,
-    tokenizer,
-    prompts: list[str],
-    max_new_tokens: int,
-    seed: int,
-    device: torch.device,
-    encode: Callable[[str], list[int]] | None = None,
-    agree: Callable[[list[int]], list[int]] = list,
-) -> list[str]:
-    """Sample continuations of `prompts` from a model in training.
-
-    They come without the prompts, at temperature 0.9 and top_p 0.95.
-
-    Args:
-        encode: prompt -> ids, for prompts that go into a template; by default they are encoded as
-            is.
-        agree: see `continue_flat`.
-    """
-    how = Sampling(max_new_tokens, top_p=0.95, seed=seed)
-    encode = encode or (lambda prompt: tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    ids = [encode(prompt) or [tokenizer.eos_token_id] for prompt in prompts]
-    new = continue_flat(model, tokenizer, ids, how, device, agree=agree)
-    return [finished_text(tokenizer, row, how.stop) for row in new]
-
-
 def finished_text(tokenizer, ids: list[int], stops: Sequence[str]) -> str:
     """Decode ids up to the first stop string."""
     text = tokenizer.decode(ids, skip_special_tokens=True)

@@ -18,6 +18,7 @@ from finetune.gptj import adapters
 from finetune.gptj.load import build_model
 from finetune.gptj.lora import LoraProducts
 from finetune.gptj.quantize import QuantizedLinear
+from finetune.planning.quantization import BLOCK
 from finetune.training import inputs
 
 FORMATS = [("int8", True), ("nf4", False), ("nf4", True)]
@@ -42,7 +43,9 @@ def layer(quantize: str, double: bool, dtype: str, rows: int = 48, columns: int 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("quantize, double", FORMATS)
-def test_values_are_those_of_bitsandbytes(quantize, double, dtype):
+def test_values_are_those_of_bitsandbytes(quantize, double, dtype, monkeypatch):
+    """They are quantised some blocks at a time, and the last of these are fewer."""
+    monkeypatch.setattr("finetune.gptj.quantize.PIECE", 10 * BLOCK)
     ours, value = layer(quantize, double, dtype)
     if quantize == "int8":
         weight = bnb.Int8Params(value, requires_grad=False, has_fp16_weights=False)._quantize(CPU)
