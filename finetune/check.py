@@ -126,8 +126,8 @@ def room_problems(max_length: int, virtual_tokens: int, positions: int) -> Itera
         )
     else:
         problem = (
-            f"adapter.virtual_tokens = {virtual_tokens} and {length} exceed the model's {positions} "
-            "positions"
+            f"adapter.virtual_tokens = {virtual_tokens} and {length} exceed the model's "
+            f"{positions} positions"
         )
     yield UserError(problem, remedy=f"Try task.max_length={positions - virtual_tokens}.")
 
@@ -208,7 +208,8 @@ def _run_rules(cfg: Config) -> list[Rule]:
     return [
         (
             init in ("pissa", "olora") and clashes,
-            f"adapter.init = {init} changes the weights of the base, and cannot be combined with {clashes}",
+            f"adapter.init = {init} changes the weights of the base, and cannot be combined with "
+            f"{clashes}",
             "",
             "Try adapter.init=default.",
         ),
@@ -355,7 +356,8 @@ def _lm_eval_rules(cfg: Config) -> list[Rule]:
         ),
         (
             cfg.eval.lm_eval and not cfg.data.evaluates,
-            f"eval.lm_eval = {cfg.eval.lm_eval} is asked beside evaluation data, and there are none",
+            f"eval.lm_eval = {cfg.eval.lm_eval} is asked beside evaluation data, and there are "
+            "none",
             "data.eval",
             "Try data.eval=FILE, or data.eval=0.02.",
         ),
@@ -408,7 +410,8 @@ def _token_rules(cfg: Config) -> list[Rule]:
         ),
         (
             trained and not isinstance(adapter, (FullConfig, LoraConfig)),
-            f"tokens of your own have rows to train, which peft combines with LoRA and not with {kind}",
+            "tokens of your own have rows to train, which peft combines with LoRA and not with "
+            f"{kind}",
             key,
             f"Try adapter=lora, adapter=full, or {other}.",
         ),

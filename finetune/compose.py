@@ -332,7 +332,8 @@ def _read_nested(key: str, value: str) -> Any:
         except yaml.YAMLError as error:
             reason = str(error).replace("\n", " ")
             raise UserError(
-                f"the brackets of {value} do not come out even, or it is no list or dict ({reason})",
+                f"the brackets of {value} do not come out even, or it is no list or dict "
+                f"({reason})",
                 key,
                 f"Try {key}='[{{path: a.jsonl, weight: 2}}, {{path: b.jsonl, weight: 1}}]'",
             ) from None

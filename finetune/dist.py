@@ -127,7 +127,8 @@ def connect(threads: int = 0, hang_timeout: float = 0.0) -> World:
         cuda and max(local_size, local_rank + 1) > torch.cuda.device_count()
     ):  # on every rank, so that rank 0 reports it
         raise UserError(
-            f"{local_size} ranks on this node, but no GPU for each: there are {torch.cuda.device_count()}",
+            f"{local_size} ranks on this node, but no GPU for each: there are "
+            f"{torch.cuda.device_count()}",
             remedy=f"Start with deepspeed --num_gpus {torch.cuda.device_count()} ...",
         )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")

@@ -123,7 +123,8 @@ def refuse_pointer(path: Path) -> None:
     remedy = f"git lfs install && git -C {shlex.quote(str(folder))} lfs pull"
     if not any((parent / ".git").exists() for parent in (folder, *folder.parents)):
         remedy = (
-            "Download the file itself: this copy has no git repository. Where it has one, fetch it with:\n"
+            "Download the file itself: this copy has no git repository. Where it has one, fetch it "
+            "with:\n"
             "    git lfs install && git lfs pull"
         )
     raise UserError("this is a git-lfs pointer, not the file itself" + missing, str(path), remedy)

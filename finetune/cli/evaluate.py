@@ -49,7 +49,8 @@ from finetune.training.inputs import encode_sources, evaluation_sets
 from finetune.training.references import reference_logps, reference_name
 
 TOO_LARGE = (
-    "Leave such rows out, or give the model the rows: model.resize_token_embeddings(len(tokenizer)) in transformers, "
+    "Leave such rows out, or give the model the rows: "
+    "model.resize_token_embeddings(len(tokenizer)) in transformers, "
     "and train them."
 )
 

@@ -127,7 +127,8 @@ def check_settings(cfg: GenerateConfig) -> None:
     for stop in stops(cfg):
         if escape := re.search(r"\\[nt]", stop):
             print(
-                f"note: stop = {stop} holds a backslash and the letter {escape[0][1]}, as typed; a newline is written "
+                f"note: stop = {stop} holds a backslash and the letter {escape[0][1]}, as typed; a "
+                "newline is written "
                 """stop='["\\n"]'""",
                 file=sys.stderr,
             )
@@ -229,8 +230,8 @@ def check_rows(cfg: GenerateConfig, speaker: Speaker, asked: list[Asked]) -> Non
             room = speaker.positions - len(_ids(row, speaker, cfg))
             if room < cfg.max_new_tokens:
                 raise UserError(
-                    f"the prompt leaves room for {max(0, room)} of max_new_tokens = {cfg.max_new_tokens} "
-                    f"(the model has {speaker.positions} positions)",
+                    f"the prompt leaves room for {max(0, room)} of max_new_tokens = "
+                    f"{cfg.max_new_tokens} (the model has {speaker.positions} positions)",
                     row.where,
                     "Shorten it, or lower max_new_tokens.",
                 )

@@ -31,21 +31,26 @@ USAGE = {
         "deepspeed [--num_gpus N] launch/train.py recipe=R [key=value ...]",
         [
             "deepspeed launch/train.py recipe=quickstart",
-            "deepspeed --num_gpus 4 launch/train.py recipe=clm_pile data.train='pile/*.jsonl.zst' data.eval=val.jsonl.zst",
+            "deepspeed --num_gpus 4 launch/train.py recipe=clm_pile data.train='pile/*.jsonl.zst' "
+            "data.eval=val.jsonl.zst",
             "python launch/train.py -m recipe=quickstart optim.lr=1e-3,5e-3 adapter.rank=4,16",
         ],
         [
-            "-m trains every combination of values given by commas, each as a run of its own (--help sweep).",
+            "-m trains every combination of values given by commas, each as a run of its own "
+            "(--help sweep).",
             "run_dir/ holds config.yaml, metrics.jsonl, report.html, checkpoints/ and export/.",
-            "Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped after saving (run the same command again).",
+            "Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped after saving (run the same "
+            "command again).",
         ],
     ),
     "plan": Usage(
-        "Tell whether a run fits: bytes by part for every way to shard; needs no GPU and no weights.",
+        "Tell whether a run fits: bytes by part for every way to shard; needs no GPU and no "
+        "weights.",
         "python launch/plan.py recipe=R [key=value ...]",
         [
             "python launch/plan.py recipe=clm_pile machine=h100_80 machine.gpus=4",
-            "python launch/plan.py recipe=clm_pile_lora machine.gpus=1 machine.gpu_gib=24 machine.host_gib=64",
+            "python launch/plan.py recipe=clm_pile_lora machine.gpus=1 machine.gpu_gib=24 "
+            "machine.host_gib=64",
             "python launch/plan.py recipe=clm_pile plan.format=json",
         ],
     ),
@@ -54,17 +59,21 @@ USAGE = {
         "deepspeed launch/evaluate.py run=RUN | model=EXPORT task=T data.eval=FILE [key=value ...]",
         [
             "deepspeed launch/evaluate.py run=runs/quickstart/20260101-120000",
-            "deepspeed launch/evaluate.py run=runs/quickstart/20260101-120000 data.eval=other.jsonl",
+            "deepspeed launch/evaluate.py run=runs/quickstart/20260101-120000 "
+            "data.eval=other.jsonl",
             "python launch/evaluate.py model=runs/q/1/export task=clm data.eval=val.jsonl.zst",
             "python launch/evaluate.py run=runs/q/1 suite=lm_eval tasks=lambada_openai,piqa",
         ],
     ),
     "export": Usage(
-        "Write a run's adapter or model in Hugging Face layout, or for another engine; reopen and prove it.",
-        "python launch/export.py run=RUN kind=adapter|merged|full|phi|phi_adapter|gguf [key=value ...]",
+        "Write a run's adapter or model in Hugging Face layout, or for another engine; reopen and "
+        "prove it.",
+        "python launch/export.py run=RUN kind=adapter|merged|full|phi|phi_adapter|gguf [key=value "
+        "...]",
         [
             "python launch/export.py run=runs/quickstart/20260101-120000 kind=merged",
-            "python launch/export.py run=runs/clm_pile/20260101-120000/checkpoints/step-00000500 kind=full out=model",
+            "python launch/export.py run=runs/clm_pile/20260101-120000/checkpoints/step-00000500 "
+            "kind=full out=model",
             "python launch/export.py run=runs/quickstart/20260101-120000 kind=merged dtype=fp16",
             "python launch/export.py run=runs/quickstart/20260101-120000 kind=gguf dtype=q8_0",
         ],
@@ -73,11 +82,15 @@ USAGE = {
         "Generate text, labels or answers with an export or any GPT-J checkpoint directory.",
         "python launch/generate.py model=EXPORT prompt=TEXT [key=value ...]",
         [
-            "python launch/generate.py model=runs/q/1/export prompt='The patients were' temperature=0",
-            "python launch/generate.py model=runs/q/1/export prompts=questions.jsonl out=answers.jsonl batch=16",
+            "python launch/generate.py model=runs/q/1/export prompt='The patients were' "
+            "temperature=0",
+            "python launch/generate.py model=runs/q/1/export prompts=questions.jsonl "
+            "out=answers.jsonl batch=16",
             "echo 'Once upon a time' | python launch/generate.py model=runs/q/1/export",
-            "python launch/generate.py model=runs/i/1/export chat=true prompt='Name three colours.'",
-            "python launch/generate.py model=runs/qa/1/export question='Who?' context='Ada wrote it.'",
+            "python launch/generate.py model=runs/i/1/export chat=true prompt='Name three "
+            "colours.'",
+            "python launch/generate.py model=runs/qa/1/export question='Who?' context='Ada wrote "
+            "it.'",
         ],
     ),
     "serve": Usage(
@@ -89,16 +102,20 @@ USAGE = {
             "python launch/serve.py model=runs/i/1/export host=0.0.0.0 port=8080",
         ],
         [
-            "Any host but this machine's own needs a token in the environment variable SERVE_TOKEN.",
-            "One text is generated at a time. For many users: kind=phi with vLLM, kind=gguf with llama.cpp.",
+            "Any host but this machine's own needs a token in the environment variable "
+            "SERVE_TOKEN.",
+            "One text is generated at a time. For many users: kind=phi with vLLM, kind=gguf with "
+            "llama.cpp.",
         ],
     ),
     "convert": Usage(
-        "Convert a checkpoint to sharded safetensors, mesh-transformer-jax's form, Phi's form or GGUF.",
+        "Convert a checkpoint to sharded safetensors, mesh-transformer-jax's form, Phi's form or "
+        "GGUF.",
         "python launch/convert.py source=DIR target=DIR [key=value ...]",
         [
             "python launch/convert.py source=gpt-j-6b target=gpt-j-6b-bf16 dtype=bf16",
-            "python launch/convert.py source=step_383500 target=gpt-j-6b-jax config=6B_roto_256.json",
+            "python launch/convert.py source=step_383500 target=gpt-j-6b-jax "
+            "config=6B_roto_256.json",
             "python launch/convert.py source=runs/p/1/export target=slim/step_10 to=jax",
             "python launch/convert.py source=gpt-j-6b target=gpt-j-6b-phi to=phi",
         ],
@@ -175,8 +192,10 @@ def help_text(program: str, topics: list[str] | None = None) -> str:
             table("Keys used most:", {key: str(key_help(key, node)) for key in TOP}),
         ]
         more = [
-            "Texts are taken as typed, lists in brackets: 'run_dir=runs/a, b', task.labels='[C++,\"a, b\"]'.",
-            "More: --help GROUP or --help KEY (--help adapter, --help optim.lr); --cfg job shows every value.",
+            "Texts are taken as typed, lists in brackets: 'run_dir=runs/a, b', "
+            "task.labels='[C++,\"a, b\"]'.",
+            "More: --help GROUP or --help KEY (--help adapter, --help optim.lr); --cfg job shows "
+            "every value.",
             "Tab completion: source launch/completion.bash",
         ]
     else:

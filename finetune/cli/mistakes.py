@@ -254,7 +254,8 @@ OTHERS = {
 """Their name -> our key."""
 
 HINTS = {
-    "gradient_accumulation_steps": "accumulation is derived: global_batch = micro_batch x ranks x accumulation",
+    "gradient_accumulation_steps": "accumulation is derived: global_batch = micro_batch x ranks x "
+    "accumulation",
     "bf16": "write model.dtype=bf16",
     "fp16": "write model.dtype=fp16",
     "stage": "write task=clm or task=instruct",
@@ -270,7 +271,8 @@ HINTS = {
 ABSENT = {
     name: answer
     for names, answer in {
-        "load_in_4bit load_in_8bit bnb_4bit_quant_type quantization_config quantization_bit qlora": (
+        "load_in_4bit load_in_8bit bnb_4bit_quant_type quantization_config quantization_bit "
+        "qlora": (
             "Frozen weights in 8 or 4 bits: model.quantize=int8 or model.quantize=nf4, with an "
             "adapter, e.g. adapter=lora; launch/plan.py says what fits."
         ),
@@ -325,7 +327,8 @@ OPTIONS = {
     "--config-name": Option(
         "-cn",
         valued=True,
-        instead="Recipes take the place of primary configs: recipe=NAME; see --help for their names.",
+        instead="Recipes take the place of primary configs: recipe=NAME; see --help for their "
+        "names.",
     ),
     "--config-path": Option(
         "-cp",
@@ -334,15 +337,16 @@ OPTIONS = {
     ),
     "--experimental-rerun": Option(
         valued=True,
-        instead="Run the same command again: it continues from the newest checkpoint of its run_dir.",
+        instead="Run the same command again: it continues from the newest checkpoint of its "
+        "run_dir.",
     ),
 }
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 """Values of --info, which may also stand alone."""
 
 HYDRA_SETTINGS = {
-    "hydra.launcher": "Jobs of a sweep are started by DeepSpeed's launcher: sweep.parallel=K runs K "
-    "at once, and sweep.launcher='...' gives its options.",
+    "hydra.launcher": "Jobs of a sweep are started by DeepSpeed's launcher: sweep.parallel=K runs "
+    "K at once, and sweep.launcher='...' gives its options.",
     "hydra.sweeper": "Write sweep=grid, sweep=random or sweep=optuna; their settings are "
     "sweep.trials, sweep.metric, sweep.direction and sweep.space (--help sweep).",
     "hydra.sweep.subdir": "A job's folder is its number below sweep.dir.",
@@ -351,8 +355,8 @@ HYDRA_SETTINGS = {
     "run_dir=DIR.",
     "hydra.job.env_set": "Set variables in the shell: NAME=VALUE deepspeed launch/train.py ...",
     "hydra.mode": "A sweep is started by -m.",
-    "hydra.job_logging": "A run prints what it does; verbose=true lets the libraries' own log lines "
-    "through.",
+    "hydra.job_logging": "A run prints what it does; verbose=true lets the libraries' own log "
+    "lines through.",
     "hydra.hydra_logging": "verbose=true lets the libraries' own log lines through.",
     "hydra.output": "There is no .hydra folder: run_dir/config.yaml holds the config.",
     "hydra": "run_dir=DIR, sweep.dir=DIR and verbose=true are the settings that take their place; "

@@ -47,7 +47,8 @@ def run(composed: Composed) -> int:
         ) from None
     host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
     print(
-        f"serving {name} at http://{host}:{server.server_address[1]}/ (API under /v1); stop with Ctrl-C",
+        f"serving {name} at http://{host}:{server.server_address[1]}/ (API under /v1); stop with "
+        "Ctrl-C",
         flush=True,
     )
     with server, suppress(KeyboardInterrupt):

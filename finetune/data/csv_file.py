@@ -176,7 +176,8 @@ def _row(header: _Header, layout: Layout, held: list[Line], values: list[str]) -
         return UserError(
             f"column {unnamed + 1} has no name, and here the text {values[unnamed][:40]!r}",
             where,
-            f"Name the column, {SKIP}\n  For example, the first line may be: {layout.separator.join(names)}",
+            f"Name the column, {SKIP}\n  For example, the first line may be: "
+            f"{layout.separator.join(names)}",
         )
     if layout.padded:
         values = [value.strip() for value in values]

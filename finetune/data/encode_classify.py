@@ -279,7 +279,8 @@ class LabelReader:
             whole = all(isinstance(v, int) and not isinstance(v, bool) for v in value)
             if not whole or (self.counted and len(value) == len(self.names or [])):
                 raise UserError(
-                    f"field '{field}' is {shown(json.dumps(value))[1:-1]}: zeros and ones, not labels",
+                    f"field '{field}' is {shown(json.dumps(value))[1:-1]}: zeros and ones, not "
+                    "labels",
                     where,
                     NO_ZEROS_AND_ONES,
                 )
@@ -322,8 +323,8 @@ class LabelReader:
                 alike = [place]  # integers are positions in [yes, no] as in any list
             elif place and place not in alike:
                 raise UserError(
-                    f"label {name} could be '{alike[0]}' by its meaning and '{place}' by its place in "
-                    f"task.labels",
+                    f"label {name} could be '{alike[0]}' by its meaning and '{place}' by its place "
+                    f"in task.labels",
                     where,
                     "Try task.labels=[false,true], or write true and false.",
                 )
@@ -335,8 +336,8 @@ class LabelReader:
             )
         if not alike and isinstance(value, bool) and self.by_index:
             raise UserError(
-                f"label {name} is a boolean, and none of task.labels = {_quoted(self.names)} says which of "
-                "them it is",
+                f"label {name} is a boolean, and none of task.labels = {_quoted(self.names)} says "
+                "which of them it is",
                 where,
                 "Try task.labels=[false,true], or write the names into the data.",
             )

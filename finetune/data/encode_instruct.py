@@ -242,5 +242,6 @@ def refuse_marks(messages: list[Message], template: Template, where: str) -> Non
                 f"the {message['role']}'s text {shown(message['content'])} holds '{mark}', which "
                 + ("ends turns" if ends else "begins turns"),
                 where,
-                f"Remove it, as it is added {'behind every completion' if ends else 'by the template'}, {SKIP}",
+                "Remove it, as it is added "
+                f"{'behind every completion' if ends else 'by the template'}, {SKIP}",
             )

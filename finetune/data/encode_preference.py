@@ -225,7 +225,8 @@ def conversations(record: dict, where: str, cfg: PairConfig) -> tuple[list[list[
             raise UserError(
                 "the row has one answer and a label; preferences are learnt from pairs of answers",
                 where,
-                'Join a good and a bad answer of each prompt: {"prompt": .., "chosen": .., "rejected": ..}',
+                "Join a good and a bad answer of each prompt: "
+                '{"prompt": .., "chosen": .., "rejected": ..}',
             )
         if value is MISSING:
             raise field_error(record, field, where, f"task.{key}")

@@ -98,8 +98,8 @@ class QaEncoder:
         if room < 1 or (len(context.ids) > room and room <= stride):
             raise UserError(
                 f"the question has {len(question_ids)} tokens: task.max_length = "
-                f"{self.cfg.max_length} leaves {max(0, room)} for the context, of which windows share "
-                f"task.stride = {stride}",
+                f"{self.cfg.max_length} leaves {max(0, room)} for the context, of which windows "
+                f"share task.stride = {stride}",
                 question.where,
                 f"Shorten it, raise task.max_length (2048 at most) or lower task.stride, {SKIP}",
             )

@@ -139,8 +139,8 @@ def counts(
         return True
     if weight != 0:
         raise UserError(
-            f"field '{weight_field}' is {value}: a row takes part (1) or is left out (0), losses are not "
-            "weighed row by row",
+            f"field '{weight_field}' is {value}: a row takes part (1) or is left out (0), losses "
+            "are not weighed row by row",
             where,
             f"Write 0 or 1, or set task.weight_field=null if it is no training weight, {SKIP}",
         )

@@ -136,7 +136,8 @@ def notes_on(files: Files, training: bool) -> list[str]:
     if files.left_out:
         kinds = " ".join(sorted({path.suffix or "no suffix" for path in files.left_out}))
         notes.append(
-            f"left out, of unknown format ({kinds}): {_count(files.left_out)}, {_names(files.left_out)}"
+            f"left out, of unknown format ({kinds}): {_count(files.left_out)}, "
+            f"{_names(files.left_out)}"
         )
     for same in _same_content(files.paths):
         if same[0].stat().st_size:
@@ -156,8 +157,8 @@ def notes_on(files: Files, training: bool) -> list[str]:
         held_out = [path for path in files.paths if HELD_OUT.search(str(path.relative_to(root)))]
         if held_out and len(held_out) < len(files.paths):
             notes.append(
-                f"trained on although named like held-out data: {_count(held_out)}, {_names(held_out)}; "
-                "name the training files alone to leave them out"
+                f"trained on although named like held-out data: {_count(held_out)}, "
+                f"{_names(held_out)}; name the training files alone to leave them out"
             )
     return notes
 
@@ -176,7 +177,8 @@ def shared(train: list[Path], held_out: list[Path]) -> list[str]:
         return []
     return [
         f"trained on as well: {len(both)} of {_count(held_out)}, {_names(both)}; "
-        "figures on these rows tell how well the model remembers them, not how well it does on new ones"
+        "figures on these rows tell how well the model remembers them, not how well it does on new "
+        "ones"
     ]
 
 
@@ -359,7 +361,8 @@ def _refuse_packed_twice(paths: list[Path]) -> None:
         if name in plain:
             one, other = plain[name], path
             raise UserError(
-                f"{one.name} and {other.name} are probably the same data, which would be read twice",
+                f"{one.name} and {other.name} are probably the same data, which would be read "
+                "twice",
                 str(path.parent),
                 f"Keep one of them here, e.g.: {command(['mv', other, f'{other}.bak'])}",
             )

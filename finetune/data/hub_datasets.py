@@ -136,13 +136,22 @@ def _from_hub(spec: str, split: str, config: str | None) -> Any:
             problem = f"there is no split '{split}' ({_first_line(error)})"
             remedy = "Try data.split=... (training) or data.eval_split=... (evaluation)."
         elif offline:
-            problem = f"there is no such file here, and as a hub id it is not in the cache while {offline} is set"
+            problem = (
+                "there is no such file here, and as a hub id it is not in the cache while "
+                f"{offline} is set"
+            )
             remedy = f"Unset {offline}, or: {LOCAL}"
         elif not reachable:
-            problem = "there is no such file here, and the Hugging Face hub cannot be reached to look for it there"
+            problem = (
+                "there is no such file here, and the Hugging Face hub cannot be reached to "
+                "look for it there"
+            )
             remedy = LOCAL
         else:
-            problem = f"there is no such file here, and the hub has no such data set ({_first_line(error)})"
+            problem = (
+                "there is no such file here, and the hub has no such data set "
+                f"({_first_line(error)})"
+            )
             remedy = "Check the spelling; private data sets need `hf auth login`."
         raise UserError(problem, spec, remedy) from None
     finally:

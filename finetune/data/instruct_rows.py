@@ -88,7 +88,8 @@ def conversation(
         raise UserError(
             f"the row is none of {LAYOUTS}; it has {present}",
             where,
-            f"Try task.format=prompt task.prompt_field={prompt} task.completion_field={completion}.",
+            f"Try task.format=prompt task.prompt_field={prompt} "
+            f"task.completion_field={completion}.",
         )
     others = (cfg.prompt_field, cfg.completion_field)
     if not counts(record, cfg.weight_field, others, where) or any(
@@ -307,7 +308,8 @@ def _turn(turn: Any, name: str, where: str, style: str) -> Message:
         mark = detail if any(detail) else False
     if mark and message["role"] != "assistant":
         raise UserError(
-            f"{name} is the {message['role']}'s and marked as scored; only the assistant's turns are",
+            f"{name} is the {message['role']}'s and marked as scored; only the assistant's turns "
+            "are",
             where,
             f"Remove the mark, {SKIP}",
         )
@@ -328,12 +330,14 @@ def _mark(turn: dict, name: str, where: str) -> bool | None:
             raise UserError(
                 f"{name} has '{key}', which looks like a mark of what is scored and is not known",
                 where,
-                f"Write \"weight\": 0 into turns that are not to be scored, or rename '{key}', {SKIP}",
+                f"Write \"weight\": 0 into turns that are not to be scored, or rename '{key}', "
+                f"{SKIP}",
             )
         answer = _yes_or_no(value)
         if answer is None:
             raise UserError(
-                f"{name}.{key} is {shown(str(value))[1:-1]}: a turn is scored (1) or not (0), nothing between",
+                f"{name}.{key} is {shown(str(value))[1:-1]}: a turn is scored (1) or not (0), "
+                "nothing between",
                 where,
                 f"Write 0 or 1, {SKIP}",
             )
@@ -362,7 +366,8 @@ def _detail(turn: dict, content: str, name: str, where: str) -> list[bool] | Non
             type(begin) is int and type(end) is int and 0 <= begin <= end < len(content)
         ):
             raise UserError(
-                f'{name}.{key} has {shown(str(part))[1:-1]}; a part is {{"begin_offset", "end_offset", "train"}}, '
+                f"{name}.{key} has {shown(str(part))[1:-1]}; a part is "
+                f'{{"begin_offset", "end_offset", "train"}}, '
                 f"characters 0 to {len(content) - 1}, both ends included",
                 where,
                 FIX,

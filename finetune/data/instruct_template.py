@@ -149,7 +149,8 @@ class Template:
             except (UserError, jinja2.TemplateError):
                 continue
         raise self._fault(
-            "cannot be exported: nothing that transformers renders from it is what training would read",
+            "cannot be exported: nothing that transformers renders from it is what training would "
+            "read",
             "task.template",
         )
 

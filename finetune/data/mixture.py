@@ -97,13 +97,15 @@ def source_problems(data: DataConfig) -> Iterator[UserError]:
             yield error
     if data.eval_rows is not None and data.eval is not None:
         yield UserError(
-            f"data.eval = {data.eval} and data.eval_rows = {data.eval_rows} both name evaluation data",
+            f"data.eval = {data.eval} and data.eval_rows = {data.eval_rows} both name evaluation "
+            "data",
             remedy="Leave one of them out: data.eval=null or data.eval_rows=null.",
         )
     share = held_out_amount(data)
     if data.eval_rows is None and share is not None and not 0 < share < 1:
         yield UserError(
-            f"data.eval = {data.eval} is neither a share of the training data, between 0 and 1, nor a file",
+            f"data.eval = {data.eval} is neither a share of the training data, between 0 and 1, "
+            "nor a file",
             remedy="Try data.eval=0.02, or data.eval_rows=500 for a number of rows.",
         )
 
@@ -191,7 +193,8 @@ def hold_out(
     if held.all() or not held.any():
         what = f"data.eval={amount}" if isinstance(amount, float) else f"data.eval_rows={amount}"
         raise UserError(
-            f"{what} leaves nothing to {'train on' if held.any() else 'evaluate'}: the training data have "
+            f"{what} leaves nothing to {'train on' if held.any() else 'evaluate'}: the training "
+            "data have "
             f"{number(int(rows.sum()))} rows with {number(len(np.unique(texts)))} different texts",
             remedy="Hold out less, or give evaluation data of their own: data.eval=FILE.",
         )

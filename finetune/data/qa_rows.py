@@ -124,7 +124,8 @@ def _flat(record: dict, where: str) -> Question:
         raise UserError(
             f"'answers' is {json_type(answers)}, not an object",
             place,
-            f'Write it as {{"text": ["Paris"], "answer_start": [17]}}, empty lists for no answer, {SKIP}',
+            f'Write it as {{"text": ["Paris"], "answer_start": [17]}}, empty lists for no answer, '
+            f"{SKIP}",
         )
     if isinstance(answers, dict):  # texts and starts are two lists
         texts = _list(_get(answers, "text", place), "'answers.text'", place)
@@ -197,7 +198,8 @@ def _question(
         else:
             advice = "It is nowhere in the context: an answer must be an exact piece of it"
         raise UserError(
-            f"answer {shown(text)} does not stand at answer_start = {start}; the context has {there}",
+            f"answer {shown(text)} does not stand at answer_start = {start}; the context has "
+            f"{there}",
             where,
             f"{advice}, {SKIP}",
         )

@@ -163,8 +163,8 @@ def data_notes(data: DataConfig) -> dict[str, list[str]]:
         )
     elif any((source.path, source.split) in elsewhere for source in evaluation):
         notes["eval"].append(
-            "trained on as well: all of it; figures on these rows tell how well the model remembers "
-            "them, not how well it does on new ones"
+            "trained on as well: all of it; figures on these rows tell how well the model "
+            "remembers them, not how well it does on new ones"
         )
     return notes
 

@@ -66,7 +66,8 @@ def load_tokenizer(path: str | None, task: TaskConfig | None = None) -> PreTrain
         raise UserError(
             f"no tokenizer can be loaded from here ({type(error).__name__}: {reason})",
             path,
-            "Give a directory with tokenizer.json, or model.tokenizer=null for the tokenizer of GPT-J that "
+            "Give a directory with tokenizer.json, or model.tokenizer=null for the tokenizer of "
+            "GPT-J that "
             "ships with the project; a hub id needs the network or a filled Hugging Face cache.",
         ) from None
     missing = "eos token, which separates documents" if tokenizer.eos_token_id is None else None
@@ -168,7 +169,8 @@ def token_problems(path: str | None, task: TaskConfig, rows: int) -> Iterator[Us
     spare += max(0, rows - len(vocabulary))
     if len(missing := [name for name in tokens if name not in vocabulary]) > spare:
         yield UserError(
-            f"{len(missing)} tokens of your own need as many spare rows, and this model has {spare}",
+            f"{len(missing)} tokens of your own need as many spare rows, and this model has "
+            f"{spare}",
             "task.tokens",
             f"Name at most {spare}.",
         )
@@ -274,8 +276,8 @@ class TokenLimit:
         beyond = next((int(token) for token in ids if token >= self.rows), None)
         if beyond is not None:
             raise UserError(
-                f"the tokenizer's {self.tokenizer.convert_ids_to_tokens(beyond)!r} has id {beyond}, and the "
-                f"model's embedding has {self.rows} rows, 0 to {self.rows - 1}",
+                f"the tokenizer's {self.tokenizer.convert_ids_to_tokens(beyond)!r} has id "
+                f"{beyond}, and the model's embedding has {self.rows} rows, 0 to {self.rows - 1}",
                 where,
                 self.remedy,
             )

@@ -103,7 +103,8 @@ def _recoded(path: Path, pieces: Iterator[bytes], encoding: str) -> Iterator[byt
         except UnicodeDecodeError as error:
             number += error.object[: error.start].decode(encoding, errors="ignore").count("\n")
             raise UserError(
-                f"this is not {encoding}: byte 0x{error.object[error.start]:02x} has no meaning in it",
+                f"this is not {encoding}: byte 0x{error.object[error.start]:02x} has no meaning in "
+                "it",
                 f"{path}:{number}",
                 "data.encoding must name the encoding of these files.",
             ) from None
@@ -136,7 +137,8 @@ def lines(path: Path, count: Count | None = None, encoding: str = "utf-8") -> It
                 raise UserError(
                     f"a line is longer than {gib(LINE_LIMIT_BYTES)}",
                     f"{path}:{number + 1}",
-                    "One record per line is expected; if the file is one JSON array, name it .json.",
+                    "One record per line is expected; if the file is one JSON array, name it "
+                    ".json.",
                 )
     except BrokenStream as fault:
         raise broken_file(path, fault, number) from None

@@ -216,8 +216,8 @@ def write_mesh(
     inner = config.n_inner or 4 * config.n_embd
     if any(n % count for n in (config.vocab_size, config.n_embd, config.n_head, inner)):
         raise UserError(
-            f"shards = {count} does not divide vocabulary {config.vocab_size}, width {config.n_embd}, "
-            f"{config.n_head} heads and inner width {inner}",
+            f"shards = {count} does not divide vocabulary {config.vocab_size}, width "
+            f"{config.n_embd}, {config.n_head} heads and inner width {inner}",
             "shards",
             "Try shards=1.",
         )

@@ -81,11 +81,13 @@ def model_card(kind: str, info: RunInfo, figures: dict[str, Any], origin: str = 
         batches = (
             "Batches may be padded, with the tokenizer's own padding token."
             if figures.get("pads", True)
-            else "Give it one text at a time: no token could be found to pad batches with, or the adapter is a prompt."
+            else "Give it one text at a time: no token could be found to pad batches with, or the "
+            "adapter is a prompt."
         )
         lines += [
             "",
-            f"The tokenizer writes the closing eos behind every text; the head reads there. {batches}",
+            "The tokenizer writes the closing eos behind every text; the head reads there. "
+            f"{batches}",
         ]
     metadata, body = card_metadata(info, spec.library, origin).to_yaml(), "\n".join(lines)
     return str(ModelCard(f"---\n{metadata}\n---\n\n{body}\n"))
@@ -123,19 +125,20 @@ def proof_lines(figures: dict[str, Any]) -> list[str]:
         return ["Not verified."]
     if figures.get("method") == "tensors":
         return [
-            f"Verified tensor by tensor: {figures['tensors']} tensors, read back from the files, are "
-            "those that were trained."
+            f"Verified tensor by tensor: {figures['tensors']} tensors, read back from the files, "
+            "are those that were trained."
         ]
     if "token_agreement" in figures:
         return [
-            f"Reopened with {figures['engine']}: at {figures['positions']} positions of training text "
-            f"the mean difference of the likeliest tokens' log-probabilities is "
+            f"Reopened with {figures['engine']}: at {figures['positions']} positions of training "
+            f"text the mean difference of the likeliest tokens' log-probabilities is "
             f"{figures['mean_logprob_difference']:.3g}, the next token the same at "
             f"{100 * figures['token_agreement']:.2f}%."
         ]
     return [
-        f"Reopened with plain {figures['engine']}: on {figures['positions']} positions of training text the "
-        f"largest output difference is {figures['max_difference']:.3g}, the mean {figures['mean_difference']:.3g}, "
+        f"Reopened with plain {figures['engine']}: on {figures['positions']} positions of training "
+        f"text the largest output difference is {figures['max_difference']:.3g}, the mean "
+        f"{figures['mean_difference']:.3g}, "
         f"the arg-max the same at {100 * figures['argmax_agreement']:.2f}%."
     ]
 

@@ -144,4 +144,7 @@ def compare_chat_template(
         differences += [difference] if difference else []
     if not differences:
         return f"training's ids on {count} conversations"
-    return f"other ids than training's in {len(differences)} of {count} conversations: {differences[0]}"
+    return (
+        f"other ids than training's in {len(differences)} of {count} conversations: "
+        f"{differences[0]}"
+    )

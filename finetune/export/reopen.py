@@ -403,7 +403,8 @@ def head_outputs(folder: Path, home: Path, head: str) -> int:
     if f"{name}.weight" in weights.files:
         return weights.shape(f"{name}.weight")[0]
     raise UserError(
-        f"the adapter was trained with the head '{name}', and neither its file nor its base holds that head",
+        f"the adapter was trained with the head '{name}', and neither its file nor its base holds "
+        "that head",
         str(folder),
         f"Save it with the adapter: modules_to_save=[{name}] in its LoraConfig.",
     )
@@ -443,7 +444,8 @@ def foreign_note(about: dict[str, Any]) -> str | None:
     if about["head"] != "qa" or about["task"]:
         return None
     return (
-        "note: this question answerer was not trained here, and its files do not tell how it reads: it gets question, "
+        "note: this question answerer was not trained here, and its files do not tell how it "
+        "reads: it gets question, "
         "newline, context, eos, with 'no answer' at the eos, as in this project's training"
     )
 

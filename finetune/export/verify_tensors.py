@@ -56,7 +56,8 @@ def verify_adapter(
         compare(key, written.pop(key, None), wanted, 0.0, folder)
     if written:
         raise RunFailed(
-            f"the adapter's file holds tensors that were not trained: {', '.join(list(written)[:4])}",
+            "the adapter's file holds tensors that were not trained: "
+            f"{', '.join(list(written)[:4])}",
             str(folder),
         )
     return {"verified": True, "method": "tensors", "tensors": count}
@@ -142,8 +143,8 @@ def compare(name: str, tensor: Tensor | None, wanted: Tensor, limit: float, fold
     difference /= max(largest, 1e-30)
     if not difference <= limit:
         raise RunFailed(
-            f"the export's tensor {name} differs from what was trained by {difference:.3g} of its largest "
-            f"value, more than {limit:.3g}",
+            f"the export's tensor {name} differs from what was trained by {difference:.3g} of its "
+            f"largest value, more than {limit:.3g}",
             str(folder),
         )
     return difference

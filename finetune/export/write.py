@@ -158,8 +158,8 @@ def check_adapter(folder: Path) -> dict[str, Any]:
         )
     if zero:
         raise RunFailed(
-            f"{len(zero)} of {len(updates)} LoRA matrices of the exported adapter are all zero, so nothing was "
-            f"trained there: {', '.join(zero[:4])}",
+            f"{len(zero)} of {len(updates)} LoRA matrices of the exported adapter are all zero, so "
+            f"nothing was trained there: {', '.join(zero[:4])}",
             str(folder),
             "Check optim.lr, train.steps and the data.",
         )

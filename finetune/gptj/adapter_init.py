@@ -65,8 +65,8 @@ def init_problems(cfg: Config) -> Iterator[UserError]:
         side = min(shape.n_embd, shape.n_inner)
         if adapter.rank > side:
             yield UserError(
-                f"adapter.rank = {adapter.rank}: the weights of this model have {side} components for "
-                f"adapter.init={adapter.init} to begin from",
+                f"adapter.rank = {adapter.rank}: the weights of this model have {side} components "
+                f"for adapter.init={adapter.init} to begin from",
                 remedy=f"Try adapter.rank={min(16, side)}, or adapter.init=default.",
             )
 

@@ -86,7 +86,8 @@ def start_problems(cfg: Config) -> Iterator[UserError]:
         return
     if head != cfg.task.head:
         yield UserError(
-            f"the adapter in {folder} was trained with the head '{head}', this task trains '{cfg.task.head}'",
+            f"the adapter in {folder} was trained with the head '{head}', this task trains "
+            f"'{cfg.task.head}'",
             "adapter.start",
             "Choose the task that it was trained for.",
         )
@@ -95,10 +96,11 @@ def start_problems(cfg: Config) -> Iterator[UserError]:
     if theirs != tokens:
         listed = ", ".join(theirs) or "none"
         yield UserError(
-            f"the adapter in {folder} has trained the tokens {listed} (here {', '.join(tokens) or 'none'})",
+            f"the adapter in {folder} has trained the tokens {listed} (here "
+            f"{', '.join(tokens) or 'none'})",
             "adapter.start",
-            f"Add {setting('task.tokens', '[' + ','.join(theirs) + ']')}, and the task.template that it was "
-            "trained with.",
+            f"Add {setting('task.tokens', '[' + ','.join(theirs) + ']')}, and the task.template "
+            "that it was trained with.",
         )
     elif tokens:
         values = without_tokens(values)
@@ -111,7 +113,8 @@ def _different_kind(cfg: PeftConfig, values: dict[str, Any], folder: Path) -> It
     kind, ours = KINDS.get(str(values.get("peft_type"))), _settings(cfg)
     if kind != ours["kind"]:
         yield UserError(
-            f"the adapter in {folder} is of kind {kind or values.get('peft_type')}, this run trains {ours['kind']}",
+            f"the adapter in {folder} is of kind {kind or values.get('peft_type')}, this run "
+            f"trains {ours['kind']}",
             "adapter.start",
             f"Try adapter={kind}." if kind else f"Choose from {', '.join(KINDS.values())}.",
         )
@@ -121,10 +124,12 @@ def _different_kind(cfg: PeftConfig, values: dict[str, Any], folder: Path) -> It
         unsupported.append("bias")
     if unsupported or not isinstance(values.get("target_modules") or [], list):
         yield UserError(
-            f"the adapter in {folder} was made with {', '.join(unsupported) or 'a pattern of target_modules'}, "
+            f"the adapter in {folder} was made with "
+            f"{', '.join(unsupported) or 'a pattern of target_modules'}, "
             "which training here does not have",
             "adapter.start",
-            "Merge it into its base and train the result: peft's merge_and_unload(), then model.path=DIR.",
+            "Merge it into its base and train the result: peft's merge_and_unload(), then "
+            "model.path=DIR.",
         )
         return
     theirs = _saved_settings(kind, values)

@@ -145,7 +145,8 @@ def _name_to_file(folder: Path, handle: Callable[[Path], Any]) -> dict[str, Path
             file = folder / single
             return {name: file for name in handle(file).keys()}  # noqa: SIM118 - not always a dict
     raise UserError(
-        "there are no weights here: neither model.safetensors nor pytorch_model.bin, sharded or not",
+        "there are no weights here: neither model.safetensors nor pytorch_model.bin, sharded or "
+        "not",
         str(folder),
         "Point model.path at a GPT-J checkpoint, or start fresh with model.init=random.",
     )
@@ -265,11 +266,13 @@ def local_folder(cfg: ModelConfig, download: bool = True) -> Path:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"the weights of {cfg.path} are neither on this machine nor can they be downloaded ({reason[:160]})"
+            f"the weights of {cfg.path} are neither on this machine nor can they be downloaded "
+            f"({reason[:160]})"
             if download
             else f"the weights of {cfg.path} are not on this machine",
             "model.path",
-            "Copy a checkpoint directory here and pass model.path=DIR; or download it where there is a network:\n"
+            "Copy a checkpoint directory here and pass model.path=DIR; or download it where there "
+            "is a network:\n"
             f"    hf download {cfg.path}\n"
             "  What runs right now, without them: deepspeed launch/train.py recipe=quickstart",
         ) from None

@@ -99,7 +99,8 @@ def load_tasks(
         raise UserError(
             f"lm-eval has no task {', '.join(unknown)}",
             key,
-            f"List them: lm-eval ls tasks. Own tasks: {section}task_dir=FOLDER with their yaml files.",
+            f"List them: lm-eval ls tasks. Own tasks: {section}task_dir=FOLDER with their yaml "
+            "files.",
         )
     try:
         with seeded(seed, torch.device("cpu")):
@@ -145,8 +146,10 @@ def check_metric(tasks: Tasks, metric: str) -> None:
     higher = ends[metric]
     if higher is not None and higher != (direction_of(metric) == "max"):
         raise UserError(
-            f"train.metric = {metric}: the task's file has higher_is_better: {str(higher).lower()}, and "
-            f"a metric of this name is taken to have its better end at the {direction_of(metric)}imum",
+            f"train.metric = {metric}: the task's file has higher_is_better: "
+            f"{str(higher).lower()}, and "
+            "a metric of this name is taken to have its better end at the "
+            f"{direction_of(metric)}imum",
             "",
             "Give the metric another end, or another name, in the task's file.",
         )

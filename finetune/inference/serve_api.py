@@ -98,7 +98,8 @@ def read_request(body: Any, chat: bool, speaker: Speaker, limits: Limits) -> Req
     if chat and not speaker.chats:
         raise Refused(
             400,
-            "this model was not trained on instructions: it has no chat template; use /v1/completions",
+            "this model was not trained on instructions: it has no chat template; use "
+            "/v1/completions",
         )
     try:
         json.dumps(body, ensure_ascii=False).encode()
@@ -122,8 +123,8 @@ def read_request(body: Any, chat: bool, speaker: Speaker, limits: Limits) -> Req
     if texts > limits.max_texts:
         raise Refused(
             400,
-            f"{len(prompts)} prompts x n = {n} exceed the {limits.max_texts} texts that this server "
-            f"allows; started with max_texts={texts} it allows them",
+            f"{len(prompts)} prompts x n = {n} exceed the {limits.max_texts} texts that this "
+            f"server allows; started with max_texts={texts} it allows them",
             "n",
         )
     if body.get("stream") not in (None, True, False):

@@ -103,7 +103,8 @@ class Handler(BaseHTTPRequestHandler):
             tokens = f"{self.reply.prompt_tokens} + {self.reply.new_tokens} tokens  "
         seconds = time.monotonic() - self.started
         print(
-            f"{time.strftime('%H:%M:%S')}  {self.command or '-'} {path}  {self.status}  {tokens}{seconds:.2f} s{note}",
+            f"{time.strftime('%H:%M:%S')}  {self.command or '-'} {path}  {self.status}  "
+            f"{tokens}{seconds:.2f} s{note}",
             file=sys.stderr,
             flush=True,
         )
@@ -194,8 +195,8 @@ class Handler(BaseHTTPRequestHandler):
         if not service.places.acquire(blocking=False):
             raise Refused(
                 429,
-                f"{service.concurrency} requests are waiting already, as many as this server allows "
-                "(its key concurrency); try again later",
+                f"{service.concurrency} requests are waiting already, as many as this server "
+                "allows (its key concurrency); try again later",
             )
         try:
             with service.model_lock:

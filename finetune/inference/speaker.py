@@ -29,7 +29,8 @@ from finetune.inference.sample import Sampling, continue_flat, continue_ids
 from finetune.tasks.build import build_task
 
 TOO_LARGE = (
-    "Write the text without it, or give the model the rows: model.resize_token_embeddings(len(tokenizer)) in "
+    "Write the text without it, or give the model the rows: "
+    "model.resize_token_embeddings(len(tokenizer)) in "
     "transformers, and train them."
 )
 

@@ -288,7 +288,8 @@ class MlflowTracker(RemoteTracker):
             _tell_offline(
                 "MLflow",
                 str(self.folder),
-                f"to look at them: MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri {store}; "
+                "to look at them: MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri "
+                f"{store}; "
                 f"to move them to a server's database: mlflow migrate-filestore --source {base} "
                 "--target sqlite:///mlflow.db",
             )

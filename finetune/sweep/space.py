@@ -97,8 +97,8 @@ def grid(space: Space) -> list[dict[str, str]]:
             raise UserError(
                 "a grid needs a list of values, not a range",
                 parameter.key,
-                f"Try {parameter.key}={parameter.low:g},{parameter.high:g}, or draw from the range with "
-                "sweep=random or sweep=optuna.",
+                f"Try {parameter.key}={parameter.low:g},{parameter.high:g}, or draw from the range "
+                "with sweep=random or sweep=optuna.",
             )
     lists = [parameter.values for parameter in space.parameters if isinstance(parameter, Choice)]
     return [dict(zip(space.keys, values, strict=True)) for values in itertools.product(*lists)]

@@ -97,8 +97,8 @@ class ClassifyTask(Task):
             self.plain = PlainText(self.tokenizer, previous.get("pad_token_id"))
             if self.cfg.truncation != "head":
                 raise UserError(
-                    f"task.truncation = {self.cfg.truncation}, and this classifier was not trained here: its "
-                    "texts are cut by its own tokenizer",
+                    f"task.truncation = {self.cfg.truncation}, and this classifier was not trained "
+                    "here: its texts are cut by its own tokenizer",
                     "task.truncation",
                     "Leave it out.",
                 )
@@ -126,8 +126,8 @@ class ClassifyTask(Task):
             if self.multi and names == {"0", "1"} and all(len(row) != 1 for row in rows):
                 where = train.blob("where", 0).decode()
                 raise UserError(
-                    f"field '{self.cfg.label_field}' holds a 0 and a 1 in every row: zeros and ones, not "
-                    "labels",
+                    f"field '{self.cfg.label_field}' holds a 0 and a 1 in every row: zeros and "
+                    "ones, not labels",
                     where,
                     NO_ZEROS_AND_ONES,
                 )

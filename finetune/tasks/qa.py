@@ -179,7 +179,8 @@ class QaTask(Task):
         questions = int((window == 0).sum())
         found = (
             [
-                f"{several:,} of {questions:,} contexts are read in several windows: {len(store):,} in all"
+                f"{several:,} of {questions:,} contexts are read in several windows: "
+                f"{len(store):,} in all"
             ]
             if several
             else []
@@ -192,12 +193,13 @@ class QaTask(Task):
         long = int((~null & (end - start >= self.cfg.max_answer_tokens)).sum())
         if lost:
             found.append(
-                f"{lost:,} answers are whole in no window, so their questions count as unanswered: raise task.stride "
-                "or task.max_length"
+                f"{lost:,} answers are whole in no window, so their questions count as unanswered: "
+                "raise task.stride or task.max_length"
             )
         if long:
             found.append(
-                f"{long:,} answers are longer than task.max_answer_tokens = {self.cfg.max_answer_tokens}: they cannot be "
+                f"{long:,} answers are longer than task.max_answer_tokens = "
+                f"{self.cfg.max_answer_tokens}: they cannot be "
                 "found"
             )
         return found

@@ -64,8 +64,9 @@ from finetune.tasks.preview import preview
 from finetune.training.evaluate import EvalSet
 
 TOO_LARGE = (
-    "Take the model's own tokenizer (leave model.tokenizer out), or GPT-J's, which reads such marks as text: "
-    "model.tokenizer=asset:tokenizer; or give the model the rows: model.resize_token_embeddings(len(tokenizer)) in "
+    "Take the model's own tokenizer (leave model.tokenizer out), or GPT-J's, which reads such "
+    "marks as text: model.tokenizer=asset:tokenizer; or give the model the rows: "
+    "model.resize_token_embeddings(len(tokenizer)) in "
     "transformers, saved as another model.path."
 )
 """Remedy for a tokenizer that has more entries than the embedding has rows."""
@@ -307,8 +308,8 @@ def overlap_note(store: Store, train: Store, notes: list[str]) -> list[str]:
     if not both or any(note.startswith("trained on as well") for note in notes):
         return []
     return [
-        f"trained on as well: the texts of {both:,} of {len(store):,} examples; figures on these tell how well "
-        "the model remembers them, not how well it does on new ones"
+        f"trained on as well: the texts of {both:,} of {len(store):,} examples; figures on these "
+        "tell how well the model remembers them, not how well it does on new ones"
     ]
 
 

@@ -28,7 +28,10 @@ HALF_PRECISION_TFLOPS = {
 """bf16 (V100 and T4: fp16), without sparsity, in TFLOP/s; the longest name that occurs in the device's counts."""
 
 
-SLOW_BF16 = "this CPU has no bf16 arithmetic: products in bf16 take about two hundred times as long as in fp32"
+SLOW_BF16 = (
+    "this CPU has no bf16 arithmetic: products in bf16 take about two hundred times as "
+    "long as in fp32"
+)
 
 
 def emulates_bf16(device: torch.device) -> bool:

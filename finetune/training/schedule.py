@@ -22,8 +22,10 @@ def warmup_note(optim: OptimConfig, total_steps: int) -> str | None:
     if warmup <= total_steps:
         return None
     return (
-        f"optim.warmup = {warmup} steps is longer than the run, which has {total_steps}: the learning rate rises to "
-        f"{total_steps / warmup:.0%} of optim.lr and no further. A share of all steps: optim.warmup=0.1"
+        f"optim.warmup = {warmup} steps is longer than the run, which has {total_steps}: the "
+        "learning rate rises to "
+        f"{total_steps / warmup:.0%} of optim.lr and no further. A share of all steps: "
+        "optim.warmup=0.1"
     )
 
 

@@ -47,8 +47,8 @@ def mixture_rows(inputs: Inputs) -> Iterator[tuple[str, str]]:
     for source in inputs.sources if len(inputs.sources) > 1 else ():
         yield (
             f"  {source.name}",
-            f"{source.examples:,} examples, {source.tokens:,} tokens, {source.rows:,} rows; an epoch draws "
-            f"{source.drawn:,} ({source.drawn / epoch:.1%})",
+            f"{source.examples:,} examples, {source.tokens:,} tokens, {source.rows:,} rows; an "
+            f"epoch draws {source.drawn:,} ({source.drawn / epoch:.1%})",
         )
     for part in inputs.eval.values():
         if part.store is inputs.train:
