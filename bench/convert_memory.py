@@ -45,7 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         libraries = {
-            form: peak("asset:gptj_tiny", folder / form, form, "fp16") for form, _ in FORMS
+            form: peak("asset:gptj_tiny", folder / form, form, "fp16") for form in dict(FORMS)
         }
         for i, layout in enumerate(LAYOUTS):
             source = make(folder / f"source{i}", args.layers, layout)

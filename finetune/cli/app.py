@@ -112,6 +112,11 @@ def run_program(program: str, argv: list[str]) -> int:
         if PRINTS & set(flags):
             return print_asked(program, words, flags) if is_first_rank() else EXIT_DONE
         composed = compose_config(words, program)
+        # Imported here, so that help and wrong words do without it; the libraries come after it.
+        from finetune.reporting.terminal import silence_libraries
+
+        verbose = getattr(composed.config, "verbose", False)
+        silence_libraries(verbose, int(os.environ.get("RANK", "0")))
         return importlib.import_module(f"finetune.cli.{program}").run(composed)
     except UserError as error:
         report_error(explained(error))

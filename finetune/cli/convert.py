@@ -27,7 +27,7 @@ from finetune.export.gguf_file import PRECISIONS, check_dtype
 from finetune.export.mesh_transformer import MeshReader, is_mesh
 from finetune.export.write import staged
 from finetune.gptj.load import DTYPES, Weights
-from finetune.reporting.terminal import silence_libraries, summary_table
+from finetune.reporting.terminal import summary_table
 
 FORMS = ("hf", "jax", "phi", "gguf")
 
@@ -35,7 +35,6 @@ FORMS = ("hf", "jax", "phi", "gguf")
 def run(composed: Composed) -> int:
     """Convert one checkpoint; prints what was written."""
     cfg: ConvertConfig = composed.config
-    silence_libraries(cfg.verbose, 0)
     check_words(cfg)
     assert cfg.source and cfg.target
     folder = Path(resolve(cfg.source)).expanduser().absolute()

@@ -41,7 +41,7 @@ from finetune.inference.lm_eval import ask, check_suite, judged, load_tasks
 from finetune.planning.shape import load_shape
 from finetune.reporting.page.build import build_report
 from finetune.reporting.redact import redact_text
-from finetune.reporting.terminal import silence_libraries, summary_table
+from finetune.reporting.terminal import summary_table
 from finetune.tasks.build import build_task
 from finetune.tasks.preference import PreferenceTask
 from finetune.training.evaluate import EvalSet, combined, evaluate_set
@@ -102,7 +102,6 @@ def run(composed: Composed) -> int:
         raise UserError(f"batch = {cfg.batch} must be at least 1", "batch", "Try batch=8.")
     world = dist.connect()
     try:
-        silence_libraries(cfg.verbose, world.rank)
         build = subject_of_run if cfg.run else subject_of_export
         subject = build(cfg, typed_keys, world)
         target = Path(cfg.out).expanduser() if cfg.out else subject.folder

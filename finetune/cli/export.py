@@ -39,7 +39,7 @@ from finetune.export.write import (
 from finetune.gptj import adapters
 from finetune.gptj.load import DTYPES, local_folder, meta_model, read_config, tokenizer_of
 from finetune.reporting import metrics_log
-from finetune.reporting.terminal import silence_libraries, summary_table
+from finetune.reporting.terminal import summary_table
 
 VERIFY = {
     "true": "outputs",
@@ -53,7 +53,6 @@ VERIFY = {
 def run(composed: Composed) -> int:
     """Write and verify one export, and print its statistics."""
     app: ExportAppConfig = composed.config
-    silence_libraries(app.verbose, 0)
     verify = check_words(app)
     assert app.run and app.kind
     run_dir, checkpoint = checkpoint_of(Path(app.run).expanduser().absolute())

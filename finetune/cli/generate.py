@@ -33,7 +33,6 @@ from finetune.files import refuse_pointer
 from finetune.inference.answer import answer_questions, classify_text
 from finetune.inference.sample import Sampling, Streamer, finished_text
 from finetune.inference.speaker import Speaker, load_speaker
-from finetune.reporting.terminal import silence_libraries
 from finetune.tasks.reward import RewardTask
 
 Row = dict[str, Any]
@@ -54,7 +53,6 @@ class Asked:
 def run(composed: Composed) -> int:
     """Answer every prompt."""
     cfg: GenerateConfig = composed.config
-    silence_libraries(cfg.verbose, 0)
     check_settings(cfg)
     asked = list(read_prompts(cfg))
     assert cfg.export_dir

@@ -13,7 +13,6 @@ from finetune.errors import EXIT_DONE, UserError
 from finetune.inference.serve_api import Limits
 from finetune.inference.serve_http import LOOPBACK, Service, build_server
 from finetune.inference.speaker import load_speaker
-from finetune.reporting.terminal import silence_libraries
 
 TOKEN_VARIABLE = "SERVE_TOKEN"
 
@@ -21,7 +20,6 @@ TOKEN_VARIABLE = "SERVE_TOKEN"
 def run(composed: Composed) -> int:
     """Serve until interrupted."""
     cfg: ServeConfig = composed.config
-    silence_libraries(cfg.verbose, 0)
     token = os.environ.get(TOKEN_VARIABLE) or None
     check_settings(cfg, token)
     assert cfg.export_dir
