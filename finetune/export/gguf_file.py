@@ -192,20 +192,23 @@ def compare(
     """
     gguf = library()
     written = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    for target, value, kind in parts(tensors, config, dtype):
-        tensor = written.pop(target, None)
-        found = b"" if tensor is None else tensor.data.reshape(-1).view(np.uint8)
-        end, same = 0, tensor is not None
-        for piece in quantized(value, kind):
-            wanted = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
-            same = same and np.array_equal(found[end : end + len(wanted)], wanted)
-            end += len(wanted)
-        if not same or end != len(found):
-            raise RunFailed(
-                f"{target} read back from the target is not what was written",
-                str(file),
-                "The disk may be failing; try another target.",
-            )
+    # Read, not mapped as by the reader: mapped pages would stay resident, in the end all of them.
+    with file.open("rb") as opened:
+        for target, value, kind in parts(tensors, config, dtype):
+            tensor = written.pop(target, None)
+            same, size = tensor is not None, 0
+            if tensor is not None:
+                opened.seek(int(tensor.data_offset))
+            for piece in quantized(value, kind):
+                wanted = np.ascontiguousarray(piece).tobytes()
+                same = same and opened.read(len(wanted)) == wanted
+                size += len(wanted)
+            if not same or size != tensor.n_bytes:
+                raise RunFailed(
+                    f"{target} read back from the target is not what was written",
+                    str(file),
+                    "The disk may be failing; try another target.",
+                )
 
 
 def parts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ from transformers import GPTJConfig, GPTJForCausalLM
 from finetune.assets.paths import asset
 from finetune.config import ModelConfig
 from finetune.data.tokenizer import load_tokenizer
-from finetune.errors import UserError
-from finetune.export.gguf_file import parts, write_gguf
+from finetune.errors import RunFailed, UserError
+from finetune.export.gguf_file import compare, parts, write_gguf
 from finetune.export.proof import verify_export
 from finetune.gptj.load import Weights, read_config
 
@@ -101,6 +102,17 @@ def test_the_tokenizer_and_the_keys_are_inside(tmp_path):
     kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     assert kinds["blk.0.attn_q.weight"] == "F16" and kinds["blk.0.attn_q.bias"] == "F32"
     assert kinds["output_norm.weight"] == "F32" and kinds["output.bias"] == "F32"
+
+
+def test_a_damaged_file_is_not_what_was_written(tmp_path):
+    file, weights = write(tmp_path / "tiny.gguf", "q8_0"), Weights(asset("gptj_tiny"))
+    config = read_config(asset("gptj_tiny"), ModelConfig(path=str(asset("gptj_tiny"))))
+    compare(((name, weights[name]) for name in sorted(weights.files)), config, file, "q8_0")
+    with file.open("r+b") as opened:
+        opened.seek(-1000, os.SEEK_END)
+        opened.write(b"damaged")
+    with pytest.raises(RunFailed, match="read back from the target is not what was written"):
+        compare(((name, weights[name]) for name in sorted(weights.files)), config, file, "q8_0")
 
 
 def test_rows_that_q8_0_cannot_divide_are_refused(tmp_path):
