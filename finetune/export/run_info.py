@@ -1,4 +1,4 @@
-"""What the files of an export say about the run that it comes from."""
+"""Facts about a run that the files of its export hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run asks its model while it trains: samples, answers to evaluation prompts, lm-eval's tasks.
+"""Questions of a run to its model while it trains: samples, evaluation prompts, lm-eval's tasks.
 
 A model in training answers through its training forward, without a cache.
 """

@@ -23,8 +23,6 @@ from finetune.config import (
     Config,
     DataConfig,
     Init,
-    OptimName,
-    Quantize,
     WeightBy,
     own_tokens,
     plain_config,
@@ -325,6 +323,10 @@ def refuse_problems(cfg: Config, world: World) -> None:
 
 
 # Check up front that the configured data and weights exist, and that the model is long enough.
+BITS = "quant", ("bitsandbytes",)
+TEXTS = "metrics of generated answers need", "eval", ("rouge_score", "sacrebleu")
+SUITE = "lm-eval's tasks need", "eval", ("lm_eval", "accelerate")
+"""Who needs optional packages, the extra that installs them, and their names."""
 FETCHED = {"data/sotu": "Fetch it: python -m tools.fetch sotu"}
 """Folders of data that a recipe names and the project has a command for."""
 
@@ -376,31 +378,20 @@ def absent(cfg: Config, download: bool) -> Iterator[UserError]:
             yield from token_problems(tokenizer_of(model), cfg.task, rows)
     yield from start_problems(cfg)
     yield from init_problems(cfg)
-    for key, value, usual in (
-        ("model.quantize", model.quantize, Quantize.none),
-        ("optim.name", cfg.optim.name, OptimName.adamw),
+    quantize, optimizer, evaluation = model.quantize.value, cfg.optim.name.value, cfg.eval
+    for wanted, key, value, usual, user, extra, packages in (
+        (quantize != "none", "model.quantize", quantize, "none", f"{quantize} needs", *BITS),
+        (optimizer == "adamw8bit", "optim.name", optimizer, "adamw", f"{optimizer} needs", *BITS),
+        (evaluation.generate, "eval.generate", evaluation.generate, 0, *TEXTS),
+        (evaluation.lm_eval, "eval.lm_eval", evaluation.lm_eval, "[]", *SUITE),
     ):
-        wanted = value is not usual and value is not OptimName.adafactor
-        if wanted and not find_spec("bitsandbytes"):
-            yield UserError(
-                f"{value.value} needs bitsandbytes, which is not installed",
-                f"{key} = {value.value}",
-                f"Install it: pip install -e '.[quant]', or try {key}={usual.value}.",
-            )
-    for package in ("rouge_score", "sacrebleu") if cfg.eval.generate else ():
-        if not find_spec(package):
-            yield UserError(
-                f"metrics of generated answers need {package}, which is not installed",
-                f"eval.generate = {cfg.eval.generate}",
-                "Install it: pip install -e '.[eval]', or try eval.generate=0.",
-            )
-    for package in ("lm_eval", "accelerate") if cfg.eval.lm_eval else ():
-        if not find_spec(package):
-            yield UserError(
-                f"lm-eval's tasks need {package}, which is not installed",
-                f"eval.lm_eval = {cfg.eval.lm_eval}",
-                "Install it: pip install -e '.[eval]', or try eval.lm_eval=[].",
-            )
+        for package in packages if wanted else ():
+            if not find_spec(package):
+                yield UserError(
+                    f"{user} {package}, which is not installed",
+                    f"{key} = {value}",
+                    f"Install it: pip install -e '.[{extra}]', or try {key}={usual}.",
+                )
     if cfg.eval.task_dir and not Path(cfg.eval.task_dir).expanduser().is_dir():
         yield UserError(
             f"there is no directory {cfg.eval.task_dir}",

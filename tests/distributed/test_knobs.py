@@ -125,19 +125,8 @@ def test_lora_plus_trains_as_pefts_optimizer_does(runs, pocket_gptj, unequal_doc
         words = {"lr": 1e-2, "loraplus_lr_ratio": 8, "loraplus_weight_decay": 0.1}
         return create_loraplus_optimizer(model, torch.optim.AdamW, **words)
 
-    wanted, _ = reference.train(
-        pocket_gptj,
-        unequal_documents,
-        load_tokenizer(str(pocket_gptj)),
-        steps=3,
-        global_batch=4,
-        length=64,
-        packing=True,
-        lr=1e-2,
-        weight_decay=0.1,
-        clip=1.0,
-        seed=3,
-        wrap=wrap,
-        optimizer=optimizer,
+    tokenizer = load_tokenizer(str(pocket_gptj))
+    wanted = reference.three_steps(
+        pocket_gptj, unequal_documents, tokenizer, wrap=wrap, optimizer=optimizer
     )
     assert losses(runs / run) == pytest.approx(wanted, abs=2e-5)
